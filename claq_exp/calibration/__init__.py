@@ -1,0 +1,1 @@
+"""From a text to what the solver needs to know of a layer's inputs."""

@@ -1,0 +1,125 @@
+"""Reads a packed checkpoint back, strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from claq_exp.checkpoint.files import check_manifest, read_json
+from claq_exp.checkpoint.writer import FORMAT_VERSION, QUANT_METHOD, WEIGHTS_FILE
+from claq_exp.errors import CheckpointError, ConfigError
+from claq_exp.quantize.layout import WeightLayout
+from claq_exp.quantize.quantized import QuantizedWeight, unpack_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def read_layouts(folder: Path) -> dict[str, WeightLayout]:
+    """Return linear name -> layout from config.json.
+
+    Raises ConfigError when the folder is no checkpoint of ours, CheckpointError when it cannot be
+    understood.
+    """
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"checkpoint '{folder}' is no folder with a config.json")
+    quantization = read_json(folder / "config.json").get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise ConfigError(f"checkpoint '{folder}' is not quantized by claq_exp")
+    version = quantization.get("format_version")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{folder} has format version {version}, this release reads {FORMAT_VERSION}; "
+            "update claq_exp"
+        )
+    modules = quantization.get("modules")
+    if not isinstance(modules, dict) or not modules:
+        raise CheckpointError(f"{folder} lists no quantized layers")
+    return {name: WeightLayout.from_json(layout) for name, layout in modules.items()}
+
+
+def read_weights(folder: Path) -> Iterator[tuple[str, QuantizedWeight]]:
+    """Yield (linear name, quantized weight), one at a time."""
+    layouts = read_layouts(folder)
+    with _open(folder) as file:
+        stored = list(file.keys())
+        for name, layout in layouts.items():
+            suffixes = {key.rpartition(".")[2] for key in stored if key.rpartition(".")[0] == name}
+            suffixes -= {"bias"}
+            try:
+                tensors = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in suffixes}
+                yield name, unpack_weight(layout, tensors)
+            except (CheckpointError, SafetensorError) as error:
+                raise CheckpointError(f"{folder}: {name}: {error}") from error
+
+
+def read_state(folder: Path) -> dict[str, Tensor]:
+    """Return the dense state of the model: dequantized float32 weights, and the other tensors as
+    stored.
+    """
+    layouts = read_layouts(folder)
+    state = {f"{name}.weight": weight.dequantize() for name, weight in read_weights(folder)}
+    with _open(folder) as file:
+        stored = list(file.keys())
+        packed = {
+            f"{name}.{suffix}"
+            for name, layout in layouts.items()
+            for suffix in layout.stored_tensors()
+        }
+        for key in stored:
+            if key not in packed:
+                state[key] = file.get_tensor(key)
+    return state
+
+
+def load_model(
+    folder: str | Path, *, dtype: str = "float32", device: str = "cpu"
+) -> PreTrainedModel:
+    """Load a checkpoint as a model with dense dequantized weights.
+
+    dtype: of weights and activations.  Raises ConfigError for a folder that is no checkpoint,
+    CheckpointError for one that is damaged: a file that differs from the manifest, a tensor that is
+    missing, left over or
+    of another shape.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from claq_exp.models.load import DTYPES
+    from claq_exp.models.skeleton import tied_names
+
+    folder = Path(folder)
+    read_layouts(folder)
+    check_manifest(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    del config.quantization_config
+    state = read_state(folder)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    expected = model.state_dict()
+    names = set(expected) - tied_names(model)
+    if names != set(state):
+        missing, extra = sorted(names - set(state)), sorted(set(state) - names)
+        raise CheckpointError(f"{folder}: missing tensors {missing[:3]}, unexpected {extra[:3]}")
+    with torch.no_grad():
+        for name, tensor in state.items():
+            if expected[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"{folder}: {name} is {tuple(tensor.shape)}, the model needs "
+                    f"{tuple(expected[name].shape)}"
+                )
+            expected[name].copy_(tensor)
+    model.tie_weights()
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.to(device).eval()
+
+
+def _open(folder: Path) -> Any:
+    try:
+        return safe_open(folder / WEIGHTS_FILE, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / WEIGHTS_FILE} cannot be read: {error}") from error

@@ -1,0 +1,264 @@
+"""The command line: claq-exp run | plan | report | evaluate | fetch."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from claq_exp import __version__
+from claq_exp.errors import ClaqError, ConfigError
+
+USAGE = """\
+claq-exp [run] [OVERRIDES] [-m]        quantize a model and measure what it cost (default)
+claq-exp plan [OVERRIDES]              bits, bytes, memory and time before any work
+claq-exp evaluate checkpoint=FOLDER    measure an existing checkpoint
+claq-exp report FOLDER [--by KEY ...]  table and plots of the runs below a folder
+claq-exp fetch [OVERRIDES]             bring model and data into the local cache
+
+An override is GROUP=OPTION or GROUP.FIELD=VALUE, e.g. precision.target_bits=2.1 reservation=none.
+-m runs every combination of values listed with commas; sweep=NAME runs a grid from sweeps/.
+--cfg job prints the composed config; --version prints the version.
+"""
+HYDRA_FLAGS = (
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--resolve",
+    "--package",
+    "-p",
+    "--hydra-help",
+    "--shell-completion",
+    "-sc",
+)
+INTERRUPTED = 130
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong request."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _quiet_libraries()
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "run": _run,
+        "plan": _plan,
+        "report": _report,
+        "evaluate": _evaluate,
+        "fetch": _fetch,
+    }
+    try:
+        if any(flag in arguments for flag in ("-h", "--help")):
+            return _help()
+        if "--version" in arguments:
+            Console().print(__version__, highlight=False)
+            return 0
+        word = arguments[0] if arguments else "run"
+        if word in commands:
+            return commands[word](arguments[1:])
+        if not word.startswith("-") and "=" not in word and not word.startswith("~"):
+            raise ConfigError(
+                f"'{word}' is no command; choose one of: {', '.join(commands)}, or write KEY=VALUE"
+            )
+        return _run(arguments)
+    except ClaqError as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain(
+            "interrupted; the same command goes on from the last finished block: "
+            f"{_command(arguments)}"
+        )
+        return INTERRUPTED
+
+
+def _run(overrides: list[str]) -> int:
+    from claq_exp.compose import check_jobs, compose_config, is_multirun
+
+    flags = [word for word in overrides if word.startswith("-")]
+    multirun = any(flag in ("-m", "--multirun") for flag in flags)
+    words = [word for word in overrides if word not in ("-m", "--multirun")]
+    if any(flag in HYDRA_FLAGS for flag in flags):
+        return _with_hydra(overrides)
+    if flags and not multirun:
+        raise ConfigError(f"'{flags[0]}' is no option; see claq-exp --help")
+    if multirun or is_multirun(words):
+        jobs = check_jobs(words)
+        Console(stderr=True).print(f"{jobs} runs", highlight=False)
+        return _with_hydra([*words, "--multirun"])
+    _run_one(compose_config(words), _command(overrides))
+    return 0
+
+
+def _run_one(config: object, command: str) -> float:
+    """Run one experiment, print its table, and return the first perplexity as a sweeper's
+    objective.
+    """
+    from claq_exp.config import ExperimentConfig
+    from claq_exp.reporting.tables import result_table
+    from claq_exp.runner import run
+
+    assert isinstance(config, ExperimentConfig)
+    note = Console(stderr=True)
+    outcome = run(config, command, lambda line: note.print(line, highlight=False, soft_wrap=True))
+    console = Console()
+    if outcome.found:
+        console.print("This run was finished before; resume=never runs it again.", highlight=False)
+    console.print(result_table(outcome.results))
+    if config.model.remark:
+        console.print(f"Note: {config.model.remark}.", highlight=False)
+    for line in outcome.notes:
+        console.print(f"Note: {line}", highlight=False, soft_wrap=True)
+    for name in ("results.json", "layers.csv", "layers.png", "checkpoint"):
+        console.print(f"{outcome.folder / name}", highlight=False, soft_wrap=True)
+    if (
+        config.name == "default"
+        and config.recipe_name() == "kmeans-outlier_order3.5-reserve_outlier_order0.005-gptq"
+    ):
+        console.print("Next: claq-exp experiment=claq_2bit", highlight=False)
+    return _objective(outcome.results)
+
+
+def _objective(results: dict) -> float:
+    """Return the first perplexity, 1e9 for one that is not finite (a sweeper stops at NaN), 0
+    without any.
+    """
+    for row in results["perplexity"].values():
+        return 1e9 if row["quantized"] is None else float(row["quantized"])
+    return 0.0
+
+
+def _with_hydra(arguments: list[str]) -> int:
+    """Hand over to Hydra: grids, launchers, and printing of configs."""
+    import hydra
+    from omegaconf import DictConfig
+
+    from claq_exp.compose import PRIMARY, VERSION_BASE, experiment_part, register_sweeps
+    from claq_exp.config import config_from_omegaconf
+    from claq_exp.places import packaged_folder
+
+    register_sweeps()
+    command = _command(arguments)
+
+    @hydra.main(
+        version_base=VERSION_BASE, config_path=str(packaged_folder("conf")), config_name=PRIMARY
+    )
+    def job(composed: DictConfig) -> float:
+        return _run_one(config_from_omegaconf(experiment_part(composed)), command)
+
+    kept = sys.argv
+    sys.argv = [kept[0], *arguments]
+    try:
+        job()
+    except SystemExit as stop:
+        return int(stop.code or 0) if isinstance(stop.code, int) or stop.code is None else 1
+    finally:
+        sys.argv = kept
+    return 0
+
+
+def _plan(overrides: list[str]) -> int:
+    from claq_exp.compose import compose_config
+    from claq_exp.machine import choose_device
+    from claq_exp.plan import plan_for
+    from claq_exp.reporting.tables import plan_table
+
+    config = compose_config(overrides)
+    plan = plan_for(config, choose_device(config.device))
+    Console().print(plan_table(plan))
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    from claq_exp.reporting.report import make_report
+    from claq_exp.reporting.tables import frame_table
+
+    keys: list[str] = []
+    if "--by" in arguments:
+        place = arguments.index("--by")
+        arguments, keys = arguments[:place], arguments[place + 1 :]
+    if len(arguments) != 1:
+        raise ConfigError("report needs one folder, e.g. claq-exp report outputs/default --by seed")
+    report = make_report(Path(arguments[0]), keys)
+    console = Console()
+    console.print(frame_table(report.frame))
+    for path in report.files:
+        console.print(str(path), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _evaluate(overrides: list[str]) -> int:
+    from claq_exp.compose import compose_config
+    from claq_exp.evaluate import evaluate_checkpoint
+    from claq_exp.reporting.tables import result_table
+
+    results, path = evaluate_checkpoint(
+        compose_config(overrides), _command(["evaluate", *overrides])
+    )
+    console = Console()
+    console.print(result_table(results))
+    console.print(str(path), highlight=False, soft_wrap=True)
+    return 0
+
+
+def _fetch(overrides: list[str]) -> int:
+    from claq_exp.compose import compose_config
+    from claq_exp.inputs import fetch
+    from claq_exp.sources.cache import cache_folder
+
+    console = Console()
+    fetched = fetch(compose_config(overrides))
+    console.print(f"model: {fetched.model}", highlight=False, soft_wrap=True)
+    for name, content in fetched.contents.items():
+        console.print(f"{name}: {content}", highlight=False, soft_wrap=True)
+    console.print(f"cache: {cache_folder()}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _help() -> int:
+    from claq_exp.compose import groups
+
+    console = Console()
+    console.print(USAGE, highlight=False, markup=False)
+    for group, options in groups().items():
+        console.print(
+            f"{group:<12} {', '.join(options)}", highlight=False, markup=False, soft_wrap=True
+        )
+    return 0
+
+
+def _quiet_libraries() -> None:
+    """Keep third parties from writing between our lines; their warnings go nowhere, their errors
+    are raised.
+    """
+    warnings.filterwarnings("ignore")
+    logging.captureWarnings(capture=True)
+    for name in (
+        "TOKENIZERS_PARALLELISM",
+        "TRANSFORMERS_VERBOSITY",
+        "HF_HUB_DISABLE_PROGRESS_BARS",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS",
+    ):
+        os.environ.setdefault(
+            name,
+            {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}.get(name, "1"),
+        )
+
+
+def _command(arguments: list[str]) -> str:
+    return shlex.join(["claq-exp", *arguments])
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True).print(
+        f"claq-exp: {message}", highlight=False, markup=False, soft_wrap=True
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,155 @@
+"""From words on the command line to a checked config: the only place that knows Hydra's search path
+and messages.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+from collections.abc import Iterator
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from claq_exp.config import ExperimentConfig, config_from_omegaconf, one_line
+from claq_exp.errors import ConfigError
+from claq_exp.places import packaged_folder
+
+VERSION_BASE = "1.3"
+PRIMARY = "config"
+
+
+def register_sweeps() -> None:
+    """Make every file of `sweeps/` an option of the config group `sweep`."""
+    store = ConfigStore.instance()
+    for path in sorted(packaged_folder("sweeps").glob("*.yaml")):
+        node = OmegaConf.load(path)
+        store.store(group="sweep", name=path.stem, node=node, package="_global_")
+
+
+def compose_config(overrides: list[str]) -> ExperimentConfig:
+    """Compose and check one experiment.  Raises ConfigError with one line that names the
+    alternatives.
+    """
+    return config_from_omegaconf(experiment_part(_compose(overrides)))
+
+
+def is_multirun(overrides: list[str]) -> bool:
+    """Tell whether the overrides name a sweep by themselves."""
+    mode = _compose([text for text in overrides if not _is_sweep(text)]).hydra.mode
+    return mode is not None and mode.name == "MULTIRUN"
+
+
+def check_jobs(overrides: list[str]) -> int:
+    """Compose and check every job of a grid before the first one starts; return their number.
+
+    Ranges and distributions, which only a sweeper can expand, are taken as they stand.
+    """
+    plain = [text for text in overrides if not _is_sweep(text)]
+    params = _compose(plain).hydra.sweeper.get("params") or {}
+    grid = [f"{key}={value}" for key, value in params.items()]
+    jobs = list(_combinations([*overrides, *grid]))
+    for job in jobs:
+        compose_config(job)
+    return len(jobs)
+
+
+def groups() -> dict[str, list[str]]:
+    """Return config group -> its options."""
+    conf = packaged_folder("conf")
+    found = {
+        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+        for folder in sorted(conf.iterdir())
+        if folder.is_dir()
+    }
+    found["sweep"] = sorted(path.stem for path in packaged_folder("sweeps").glob("*.yaml"))
+    return found
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    register_sweeps()
+    GlobalHydra.instance().clear()
+    conf = str(packaged_folder("conf"))
+    try:
+        with initialize_config_dir(version_base=VERSION_BASE, config_dir=conf):
+            return compose(PRIMARY, overrides=overrides, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_explain(error, overrides)) from error
+
+
+def experiment_part(composed: DictConfig) -> DictConfig:
+    """Return a composed config without Hydra's own part."""
+    copy = composed.copy()
+    OmegaConf.set_struct(copy, False)
+    OmegaConf.set_readonly(copy, False)
+    for key in ("hydra", "experiment", "sweep"):
+        copy.pop(key, None)
+    return copy
+
+
+def _combinations(overrides: list[str]) -> Iterator[list[str]]:
+    parser = OverridesParser.create()
+    choices: list[list[str]] = []
+    for text in overrides:
+        override = parser.parse_override(text)
+        if override.is_choice_sweep():
+            key = override.get_key_element()
+            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        elif not override.is_sweep_override():
+            choices.append([text])
+    return (list(job) for job in itertools.product(*choices))
+
+
+def _is_sweep(text: str) -> bool:
+    try:
+        return bool(OverridesParser.create().parse_override(text).is_sweep_override())
+    except HydraException as error:
+        raise ConfigError(
+            f"'{text}' is no override; write KEY=VALUE ({_first_line(error)})"
+        ) from error
+
+
+def _explain(error: Exception, overrides: list[str]) -> str:
+    """Turn Hydra's several lines into one that says what is wrong and what there is instead."""
+    text = str(error)
+    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        options = groups().get(match[1], [])
+        there = f"there are: {', '.join(options)}"
+        return f"{match[1]}={match[2]}: no such option{_near(match[2], options)}; {there}"
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _explain_key(match[1], overrides)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"'{error.override}' cannot be read as an override; write KEY=VALUE, with quotes "
+            "around a value that holds odd characters"
+        )
+    return one_line(error)
+
+
+def _explain_key(key: str, overrides: list[str]) -> str:
+    others = [text for text in overrides if text.lstrip("+~").partition("=")[0] != key]
+    node = experiment_part(_compose(others))
+    for part in key.split(".")[:-1]:
+        child = OmegaConf.select(node, part)
+        if not isinstance(child, DictConfig):
+            break
+        node = child
+    known = sorted(map(str, node))
+    return (
+        f"{key}: no such key{_near(key.rpartition('.')[2], known)}; there are: {', '.join(known)}"
+    )
+
+
+def _near(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

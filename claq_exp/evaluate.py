@@ -1,0 +1,79 @@
+"""Measures a checkpoint that exists."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from claq_exp.checkpoint.files import write_json
+from claq_exp.checkpoint.reader import load_model, read_layouts
+from claq_exp.checkpoint.writer import checkpoint_sizes
+from claq_exp.config import ExperimentConfig
+from claq_exp.errors import ConfigError
+from claq_exp.evaluation.measure import measure
+from claq_exp.evaluation.zero_shot import stock_task, task_data
+from claq_exp.inputs import corpus_windows
+from claq_exp.machine import choose_device, device_name, git_commit, settle, versions
+from claq_exp.models.load import load_config, load_tokenizer
+from claq_exp.models.skeleton import dense_parameter_count
+from claq_exp.reporting.results import perplexity_rows, zero_shot_rows
+from claq_exp.tracking.progress import RunProgress, noise_to
+
+
+def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[str, Any], Path]:
+    """Measure `config.checkpoint` on `config.evaluation`; return the results and the file that they
+    are in.
+
+    Raises ConfigError without a checkpoint, CheckpointError for a damaged one.
+    """
+    if config.checkpoint is None:
+        raise ConfigError(
+            "evaluate needs checkpoint=FOLDER, e.g. checkpoint=outputs/default/RUN/checkpoint"
+        )
+    folder = Path(config.checkpoint).expanduser()
+    layouts = read_layouts(folder)
+    device = choose_device(config.device)
+    settle(config.seed, config.threads)
+    for name, task in config.evaluation.zero_shot.items():
+        stock_task(name)
+        task_data(name, task)
+    settings = {"checkpoint": str(folder.resolve()), "evaluation": asdict(config.evaluation)}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    target = Path(config.outputs) / config.name / f"evaluation-{digest}"
+    target.mkdir(parents=True, exist_ok=True)
+    with RunProgress({"load": 5, "evaluate": 60}) as progress, noise_to(target / "third_party.log"):
+        progress.stage("load")
+        tokenizer = load_tokenizer(folder)
+        corpora = corpus_windows(config, tokenizer, load_config(folder))
+        model = load_model(folder, dtype=config.model.dtype, device=device)
+        parameters = dense_parameter_count(model.config)
+        progress.stage("evaluate")
+        measured = measure(
+            model, tokenizer, corpora, config.evaluation, device, on_share=progress.advance
+        )
+    sizes = checkpoint_sizes(folder, layouts, parameters)
+    results = {
+        "schema": 1,
+        "status": "evaluated",
+        "run": {
+            "command": command,
+            "device": device_name(device),
+            "versions": versions(),
+            "git": git_commit(),
+        },
+        **settings,
+        "bits": {
+            "nominal": sizes.nominal,
+            "linear": sizes.linear,
+            "model": sizes.model,
+            "ledger": sizes.ledger.as_dict(),
+        },
+        "size": {"checkpoint_bytes": sizes.bytes, "original_bytes": 2 * parameters},
+        "perplexity": perplexity_rows(None, measured),
+        "zero_shot": zero_shot_rows(None, measured),
+    }
+    write_json(target / "results.json", results)
+    return results, target / "results.json"

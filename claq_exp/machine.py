@@ -1,0 +1,113 @@
+"""The machine that a run has: device, speed, memory, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from claq_exp.errors import ConfigError
+
+PACKAGES = ("claq-exp", "torch", "transformers", "lm-eval", "numba", "numpy", "datasets")
+
+
+def choose_device(wanted: str) -> str:
+    """Return the device for forward passes.  Raises ConfigError when it is not there."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda"):
+        index = int(wanted.partition(":")[2] or 0)
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                f"device={wanted}: this machine has {torch.cuda.device_count()} CUDA devices"
+            )
+    return wanted
+
+
+def settle(seed: int, threads: int | None) -> None:
+    """Give every run the same start: seeds, TF32 off, thread count."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def matmul_speed(device: str) -> float:
+    """Return measured float32 multiply-adds per second, counted as two operations each."""
+    left, right = torch.randn(1024, 768, device=device), torch.randn(768, 1536, device=device)
+    repeats = 20
+    left @ right
+    started = time.perf_counter()
+    for _ in range(repeats):
+        product = left @ right
+    product.sum().item()  # waits for the device
+    return repeats * 2 * 1024 * 768 * 1536 / (time.perf_counter() - started)
+
+
+def free_memory() -> int | None:
+    """Return bytes of memory that a process may still take, where the system tells."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def versions() -> dict[str, str]:
+    """Return package -> version, with Python's own."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def device_name(device: str) -> str:
+    """Return what a reader of results needs to know of the device."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {platform.machine()}"
+
+
+def git_commit() -> str | None:
+    """Return the commit of the source tree this package runs from, marked when it has changes; None
+    outside git.
+    """
+    folder = Path(__file__).parent.parent
+    if not (folder / ".git").exists():
+        return None
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],  # noqa: S607
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None

@@ -1,0 +1,1 @@
+"""Models as the experiments see them: a skeleton, decoder blocks, groups of linear layers."""

@@ -1,0 +1,77 @@
+"""Models and tokenizers in memory, and how text becomes tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from claq_exp.errors import ConfigError, SourceError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read config.json.  Raises ConfigError when it asks for code that is not allowed to run."""
+    return _read(AutoConfig, folder, trust_remote_code=trust_remote_code)
+
+
+def load_model(
+    folder: Path, *, dtype: str, device: str, trust_remote_code: bool = False
+) -> tuple[Model, Tokenizer]:
+    """Load model and tokenizer of a Hugging Face folder; the model is in evaluation mode on
+    `device`.
+
+    Raises ConfigError for a model that is already quantized, SourceError when a tensor is missing.
+    """
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{folder} is already quantized; give the original model")
+    model, report = _read(
+        AutoModelForCausalLM,
+        folder,
+        dtype=DTYPES[dtype],
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        use_safetensors=True,
+    )
+    if missing := sorted(report["missing_keys"]):
+        raise SourceError(f"{folder} lacks {len(missing)} tensors of its model, e.g. {missing[0]}")
+    return model.to(device).eval(), load_tokenizer(folder, trust_remote_code=trust_remote_code)
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+    """Load the tokenizer of a Hugging Face folder."""
+    return _read(AutoTokenizer, folder, trust_remote_code=trust_remote_code)
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype:
+    """Return the dtype of the stored weights, float16 where the config does not say."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
+
+
+def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
+    """Return the token ids of a whole text: [n] int64.
+
+    Special tokens are added as the tokenizer does by itself (Llama: one at the start of the text).
+    """
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    return ids.to(torch.int64)
+
+
+def _read(factory: Any, folder: Path, **options: Any) -> Any:
+    try:
+        return factory.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"{folder} asks to run code of its own; set model.trust_remote_code=true to "
+                "allow it"
+            ) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise SourceError(f"{folder} cannot be loaded: {reason}") from error

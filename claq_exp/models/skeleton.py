@@ -1,0 +1,40 @@
+"""A model's structure without its weights."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Build the causal language model of a config on the meta device: shapes, no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """Return the parameters that only rename another one, e.g. a tied head."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    return set(getattr(model, "_tied_weights_keys", None) or ())
+
+
+def dense_parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of every stored tensor of the model, tied ones once."""
+    model = skeleton(config)
+    tied = tied_names(model)
+    return {
+        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied
+    }
+
+
+def dense_parameter_count(config: PretrainedConfig) -> int:
+    """Return the number of stored weights of the model, tied ones once."""
+    return sum(math.prod(shape) for shape in dense_parameter_shapes(config).values())

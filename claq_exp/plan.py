@@ -1,0 +1,168 @@
+"""What a run will take: bits, bytes, memory and time, from the model's config alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from claq_exp.checkpoint.writer import Sizes
+from claq_exp.config import ExperimentConfig
+from claq_exp.errors import ConfigError
+from claq_exp.machine import matmul_speed
+from claq_exp.models.discover import find_blocks, linear_weight, linears_of
+from claq_exp.models.load import DTYPES
+from claq_exp.models.skeleton import skeleton, tied_names
+from claq_exp.quantize.layout import HALF, Ledger, WeightLayout
+from claq_exp.quantize.recipe import planned_layout
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Rules of thumb, measured on two CPU cores; `claq-exp plan` promises a factor of two, not more.
+FORWARD_EFFICIENCY = 0.5  # of a large matrix product's speed, for a whole forward pass
+CALIBRATION_PASSES = 2.5  # forward passes of a block: up to each group, and once through
+COLUMN_SECONDS = 60e-6  # to fit and code one column
+ENTRY_SECONDS = 30e-9  # and for each of its entries
+TASK_TOKENS = 160  # of a row of a multiple-choice task, all choices together
+TASK_START = 8.0  # seconds until lm-eval is ready
+LIBRARIES = 0.9e9  # bytes of Python, PyTorch and the rest before any model is there
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to expect.
+
+    layouts: linear name -> stored form.  sizes: bytes and bits of the checkpoint.  seconds: stage
+    -> estimate.
+    memory: bytes of the largest stage.  original_bytes: of the model's weights in 16 bits.
+    """
+
+    layouts: dict[str, WeightLayout]
+    sizes: Sizes
+    original_bytes: int
+    memory: int
+    seconds: dict[str, float]
+    blocks: int
+    parameters: int
+
+
+def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: str) -> Plan:
+    """Plan a run.  Raises ConfigError for a model without decoder blocks."""
+    model = skeleton(model_config)
+    path, blocks = find_blocks(model, config.model.blocks)
+    recipe = config.recipe()
+    shapes = {
+        f"{path}.{index}.{name}": tuple(linear_weight(module).shape)
+        for index, block in enumerate(blocks)
+        for name, module in linears_of(block).items()
+    }
+    known = {shape: planned_layout(recipe, *shape) for shape in set(shapes.values())}
+    layouts = {name: known[shape] for name, shape in shapes.items()}
+    tied = tied_names(model)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    parameters = sum(tensor.numel() for tensor in state.values())
+    if not layouts:
+        raise ConfigError(f"the blocks of {path} hold no linear layers to quantize")
+    kept = {
+        name: t.numel() for name, t in state.items() if name.removesuffix(".weight") not in layouts
+    }
+    width = next(tensor.shape[1] for tensor in state.values() if tensor.ndim == 2)
+    return Plan(
+        layouts=layouts,
+        sizes=_sizes(layouts, kept, parameters),
+        original_bytes=2 * parameters,
+        memory=_memory(config, parameters, layouts, len(blocks), width),
+        seconds=_seconds(config, parameters, layouts, device),
+        blocks=len(blocks),
+        parameters=parameters,
+    )
+
+
+def _sizes(layouts: dict[str, WeightLayout], kept: dict[str, int], parameters: int) -> Sizes:
+    quantized = Ledger.sum(layout.ledger() for layout in layouts.values())
+    weights = sum(layout.weights for layout in layouts.values())
+    described = 8 * _description_bytes(layouts, kept)
+    ledger = Ledger.sum([quantized, Ledger(other=described, unquantized=HALF * sum(kept.values()))])
+    nominal = sum(layout.nominal_bits() * layout.weights for layout in layouts.values())
+    return Sizes(
+        bytes=ledger.total // 8,
+        ledger=ledger,
+        nominal=nominal / weights,
+        linear=(quantized.total + described) / weights,
+        model=ledger.total / parameters,
+    )
+
+
+def _description_bytes(layouts: dict[str, WeightLayout], kept: dict[str, int]) -> int:
+    """Return the bytes of the weights file's header and of the layouts in config.json, within a few
+    per cent.
+    """
+    header = {
+        f"{n}.{s}": t for n, layout in layouts.items() for s, t in layout.stored_tensors().items()
+    }
+    entry = len('"":{"dtype":"F16","shape":[10000,1000],"data_offsets":[100000000,100000000]},')
+    names = sum(len(name) + entry for name in [*header, *kept])
+    texts = sum(
+        len(name) + len(json.dumps(layout.to_json(), indent=6)) + 12
+        for name, layout in layouts.items()
+    )
+    return names + texts + 1000
+
+
+def _memory(
+    config: ExperimentConfig,
+    parameters: int,
+    layouts: dict[str, WeightLayout],
+    blocks: int,
+    width: int,
+) -> int:
+    size = DTYPES[config.model.dtype].itemsize
+    calibration = config.calibration
+    activations = 2 * calibration.windows * calibration.seqlen * width * size
+    columns = max(layout.columns for layout in layouts.values())
+    hessians = 8 * columns * columns * 5  # the sum, its ordered copy, the factor and its inverse
+    packed = sum(layout.ledger().total for layout in layouts.values()) // 8
+    matrix = max(layout.weights for layout in layouts.values())
+    solving = 12 * 4 * matrix
+    return int(LIBRARIES + parameters * size + activations + hessians + packed + solving)
+
+
+def _seconds(
+    config: ExperimentConfig, parameters: int, layouts: dict[str, WeightLayout], device: str
+) -> dict[str, float]:
+    speed = FORWARD_EFFICIENCY * matmul_speed(device)
+    tokens = config.calibration.windows * config.calibration.seqlen
+    weights = sum(layout.weights for layout in layouts.values())
+    squares = (
+        sum(layout.columns**2 for layout in layouts.values()) / 2
+    )  # about half share their input
+    calibrate = 2 * tokens * (CALIBRATION_PASSES * weights + squares) / speed
+    solve = sum(
+        layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
+        for layout in layouts.values()
+    )
+    corpora = config.evaluation.perplexity.values()
+    scored = sum((corpus.windows or 600) * corpus.seqlen for corpus in corpora)
+    rows = sum((task.rows or 2000) * TASK_TOKENS for task in config.evaluation.zero_shot.values())
+    evaluate = 2 * (scored + rows) * parameters / speed
+    evaluate += TASK_START * bool(config.evaluation.zero_shot)
+    disk = 2 * parameters / 5e8
+    return {
+        "load": 2 + disk,
+        "evaluate original": evaluate,
+        "quantize": calibrate + solve,
+        "export": 1 + disk,
+        "evaluate quantized": 2 + disk + evaluate,
+    }
+
+
+def plan_for(config: ExperimentConfig, device: str) -> Plan:
+    """Fetch a model's config (hub models: nothing but that) and plan its run."""
+    from claq_exp.models.load import load_config
+    from claq_exp.sources.model import model_folder
+
+    folder: Path = model_folder(config.model, weights=False)
+    model_config = load_config(folder, trust_remote_code=config.model.trust_remote_code)
+    return make_plan(config, model_config, device)

@@ -1,0 +1,184 @@
+"""The stored form of one quantized matrix: which tensors, of which shape, on which account."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from claq_exp.errors import CheckpointError
+
+COLUMN_CODEBOOKS = "column_codebooks"
+ROW_GRID = "row_grid"
+KINDS = (COLUMN_CODEBOOKS, ROW_GRID)
+MAX_BITS = 8
+HALF = 16  # bits of a float16
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Bits by purpose; the accounts add up to everything that is stored."""
+
+    codes: int = 0
+    codebooks: int = 0
+    column_bits: int = 0
+    reserved_values: int = 0
+    reserved_positions: int = 0
+    scales: int = 0
+    other: int = 0
+    unquantized: int = 0
+
+    @property
+    def total(self) -> int:
+        """All bits."""
+        return sum(self.as_dict().values())
+
+    def as_dict(self) -> dict[str, int]:
+        """Return account -> bits."""
+        return asdict(self)
+
+    @staticmethod
+    def sum(ledgers: Iterable[Ledger]) -> Ledger:
+        """Add ledgers account by account."""
+        totals = {account.name: 0 for account in fields(Ledger)}
+        for ledger in ledgers:
+            for account, bits in ledger.as_dict().items():
+                totals[account] += bits
+        return Ledger(**totals)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of the stored form: safetensors dtype (F16 or U8), shape, and the account that
+    pays for it.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    account: str
+
+    @property
+    def bits(self) -> int:
+        """Size in bits."""
+        size = 16 if self.dtype == "F16" else 8
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def packed_bytes(count: int, width: int) -> int:
+    """Return the bytes of `count` integers of `width` bits, padded to a whole byte."""
+    return (count * width + 7) // 8
+
+
+def index_width(count: int) -> int:
+    """Return the bits that tell `count` alternatives apart (0 for one)."""
+    return (count - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """Everything about a stored matrix but its numbers; kept as JSON beside the tensors.
+
+    columns_per_width: code width in bits -> how many columns have it.
+    group_size: columns that share one row grid (`row_grid` only).
+    reserved: float16 entries in the whole matrix; most_reserved: in its fullest column.
+    """
+
+    kind: str
+    rows: int
+    columns: int
+    columns_per_width: dict[int, int] = field(default_factory=dict)
+    group_size: int = 0
+    reserved: int = 0
+    most_reserved: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise CheckpointError(
+                f"unknown kind of quantized weight '{self.kind}'; known: {', '.join(KINDS)}"
+            )
+        widths_fit = all(1 <= width <= MAX_BITS for width in self.columns_per_width)
+        if not widths_fit or sum(self.columns_per_width.values()) != self.columns:
+            raise CheckpointError(
+                f"columns per width {self.columns_per_width} do not make {self.columns} columns"
+            )
+        if self.kind == ROW_GRID and (len(self.columns_per_width) != 1 or self.group_size < 1):
+            raise CheckpointError("a row grid has one code width and a positive group size")
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+    @property
+    def groups(self) -> int:
+        """Row grids along the input dimension."""
+        return -(-self.columns // self.group_size)
+
+    def stored_tensors(self) -> dict[str, StoredTensor]:
+        """Return suffix -> tensor for everything that is stored of this matrix."""
+        tensors: dict[str, StoredTensor] = {}
+        for width, columns in sorted(self.columns_per_width.items()):
+            shape = (columns, packed_bytes(self.rows, width))
+            tensors[f"codes_{width}"] = StoredTensor("U8", shape, "codes")
+            if self.kind == COLUMN_CODEBOOKS:
+                tensors[f"codebooks_{width}"] = StoredTensor(
+                    "F16", (columns, 2**width), "codebooks"
+                )
+            else:
+                zeros = packed_bytes(self.rows * self.groups, width)
+                tensors["scales"] = StoredTensor("F16", (self.rows, self.groups), "scales")
+                tensors["zeros"] = StoredTensor("U8", (zeros,), "scales")
+        if len(self.columns_per_width) > 1:
+            width = index_width(len(self.columns_per_width))
+            tensors["column_bits"] = StoredTensor(
+                "U8", (packed_bytes(self.columns, width),), "column_bits"
+            )
+        if self.reserved:
+            rows = packed_bytes(self.reserved, index_width(self.rows))
+            counts = packed_bytes(self.columns, self.most_reserved.bit_length())
+            tensors["reserved_values"] = StoredTensor("F16", (self.reserved,), "reserved_values")
+            tensors["reserved_rows"] = StoredTensor("U8", (rows,), "reserved_positions")
+            tensors["reserved_counts"] = StoredTensor("U8", (counts,), "reserved_positions")
+        return tensors
+
+    def ledger(self) -> Ledger:
+        """Return the bits that the stored tensors take, padding included."""
+        accounts: dict[str, int] = {}
+        for tensor in self.stored_tensors().values():
+            accounts[tensor.account] = accounts.get(tensor.account, 0) + tensor.bits
+        return Ledger(**accounts)
+
+    def nominal_bits(self) -> float:
+        """Return the bits per weight that papers print: codes, and 16 bits in place of a code for
+        each reserved entry.
+
+        Codebooks, positions, column maps and padding are left out, as in CLAQ's own r * (16 - b)
+        accounting.
+        """
+        mean = (
+            sum(width * columns for width, columns in self.columns_per_width.items()) / self.columns
+        )
+        return mean + self.reserved / self.weights * (HALF - mean)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data; JSON keys are strings."""
+        data = asdict(self)
+        data["columns_per_width"] = {
+            str(width): columns for width, columns in self.columns_per_width.items()
+        }
+        return data
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> WeightLayout:
+        """Read `to_json` back.  Raises CheckpointError on anything else."""
+        try:
+            widths = {
+                int(width): int(columns) for width, columns in data["columns_per_width"].items()
+            }
+            return WeightLayout(**{**data, "columns_per_width": widths})
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"layout of a quantized weight is not readable: {error}"
+            ) from error

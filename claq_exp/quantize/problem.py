@@ -1,0 +1,48 @@
+"""What a solver is asked: one weight matrix and what is known of its inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from claq_exp.errors import NumericalError
+
+
+@dataclass(frozen=True)
+class LinearProblem:
+    """One linear layer to quantize.
+
+    weight: [out, in] float32.
+    hessian: [in, in] float64, 2/n * sum over n tokens of x x^T (GPTQ, arXiv 2210.17323, eq. 1-2).
+    """
+
+    weight: Tensor
+    hessian: Tensor
+
+    def __post_init__(self) -> None:
+        columns = self.weight.shape[1]
+        if tuple(self.hessian.shape) != (columns, columns):
+            raise ValueError(
+                f"hessian is {tuple(self.hessian.shape)}, weight has {columns} columns"
+            )
+        if not torch.isfinite(self.weight).all():
+            row, column = torch.nonzero(~torch.isfinite(self.weight))[0].tolist()
+            raise NumericalError(
+                f"weight[{row}, {column}] is {self.weight[row, column].item()}; "
+                "repair the model's weights before quantizing them"
+            )
+        if not torch.isfinite(self.hessian).all():
+            raise NumericalError("the Hessian is not finite; check the calibration inputs")
+
+
+def relative_output_error(problem: LinearProblem, dequantized: Tensor) -> float:
+    """Return tr(D H D^T) / tr(W H W^T) with D = W - dequantized; 0.0 where the layer's output is
+    zero.
+    """
+    hessian = problem.hessian.float()
+    difference = problem.weight - dequantized
+    wrong = torch.einsum("oi,oi->", difference @ hessian, difference).item()
+    whole = torch.einsum("oi,oi->", problem.weight @ hessian, problem.weight).item()
+    return max(wrong, 0.0) / whole if whole > 0 else 0.0

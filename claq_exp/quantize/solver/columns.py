@@ -1,0 +1,119 @@
+"""The column loop that every solver shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from claq_exp.errors import NumericalError
+from claq_exp.quantize.codebook import ColumnQuantizer
+from claq_exp.quantize.quantized import QuantizedWeight, Reserved
+
+HALF_MAX = float(torch.finfo(torch.float16).max)
+
+
+@dataclass(frozen=True)
+class ColumnSystem:
+    """How the columns of a matrix are visited and compensated.
+
+    order: [in] int64, the visiting order.
+    inverse_factor: [in, in] float32 upper triangular U with U^T U = inverse of the damped Hessian,
+        rows and columns in visiting order; None without compensation.
+    distortion_weight: [in] float32, layer loss per squared error of a column, columns in the
+    matrix's own order.
+    damping: share of the mean diagonal that was added to the diagonal; None without compensation.
+    dead: number of inputs that were zero on every calibration token.
+    block_size: columns between two updates of all later columns.
+    """
+
+    order: Tensor
+    inverse_factor: Tensor | None
+    distortion_weight: Tensor
+    damping: float | None
+    dead: int
+    block_size: int
+
+
+def quantize_columns(
+    weight: Tensor,
+    system: ColumnSystem,
+    quantizer: ColumnQuantizer,
+    column_bits: Tensor,
+    reserved_counts: Tensor,
+) -> QuantizedWeight:
+    """Quantize column after column, spreading each column's error over the columns that follow.
+
+    weight: [out, in] float32.  column_bits: [in] uint8.  reserved_counts: [in] int64.
+    With e_j = (w_j - q_j) / U_jj, every later column k becomes
+    w_k - U_jk e_j (GPTQ, arXiv 2210.17323, eq. 3 and Algorithm 1).  Inside a block a column
+    gathers the errors before it when its turn comes, so that no column is written twice.
+    """
+    order = system.order.numpy()
+    work = np.ascontiguousarray(
+        weight.t().numpy()[order]
+    )  # [in, out]: a column of the weight is one stretch of memory
+    counts = reserved_counts.numpy()
+    kept: list[tuple[NDArray[np.int64], NDArray[np.float16]]] = [(_NO_ROWS, _NO_VALUES)] * len(
+        order
+    )
+    factor = (
+        None
+        if system.inverse_factor is None
+        else np.ascontiguousarray(system.inverse_factor.t().numpy())
+    )
+    for start in range(0, len(order), system.block_size):
+        stop = min(start + system.block_size, len(order))
+        errors = np.zeros((stop - start, work.shape[1]), dtype=np.float32)
+        for position in range(start, stop):
+            column, values = int(order[position]), work[position]
+            if factor is not None and position > start:
+                values = values - factor[position, start:position] @ errors[: position - start]
+            rows = largest_rows(values, int(counts[column]))
+            quantized = quantizer.quantize(column, values, rows)
+            if len(rows):
+                kept[column] = rows, _to_half(values[rows], column)
+                quantized[rows] = kept[column][1]
+            if factor is not None:
+                errors[position - start] = (values - quantized) / factor[position, position]
+        if factor is not None and stop < len(order):
+            work[stop:] -= factor[stop:, start:stop] @ errors
+    return QuantizedWeight(
+        codes=torch.from_numpy(quantizer.codes).t(),
+        column_bits=column_bits,
+        levels=quantizer.levels(),
+        reserved=Reserved(
+            counts=reserved_counts,
+            rows=torch.from_numpy(np.concatenate([rows for rows, _ in kept])),
+            values=torch.from_numpy(np.concatenate([values for _, values in kept])),
+        ),
+    )
+
+
+_NO_ROWS = np.zeros(0, dtype=np.int64)
+_NO_VALUES = np.zeros(0, dtype=np.float16)
+
+
+def largest_rows(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Return the ascending rows of the `count` largest magnitudes; equal magnitudes go to the lower
+    row.
+    """
+    if count == 0:
+        return _NO_ROWS
+    magnitude = np.abs(values)
+    smallest = np.partition(magnitude, len(values) - count)[len(values) - count]
+    above = np.flatnonzero(magnitude > smallest)
+    level = np.flatnonzero(magnitude == smallest)[: count - len(above)]
+    return np.sort(np.concatenate([above, level]))
+
+
+def _to_half(values: NDArray[np.float32], column: int) -> NDArray[np.float16]:
+    if np.abs(values).max() > HALF_MAX:
+        raise NumericalError(
+            f"column {column} has a weight of {np.abs(values).max():.3g}, beyond float16; "
+            "reservation cannot keep it"
+        )
+    return values.astype(np.float16)

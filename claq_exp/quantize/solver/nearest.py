@@ -1,0 +1,27 @@
+"""No compensation: every weight goes to its nearest level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from claq_exp.quantize.solver.columns import ColumnSystem
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """Quantize each column for itself (round to nearest)."""
+
+    def prepare(self, hessian: Tensor) -> ColumnSystem:
+        """Visit the columns as they stand; an error in column j costs H_jj."""
+        diagonal = hessian.diagonal()
+        return ColumnSystem(
+            order=torch.arange(len(diagonal)),
+            inverse_factor=None,
+            distortion_weight=diagonal.float(),
+            damping=None,
+            dead=int((diagonal == 0).sum()),
+            block_size=len(diagonal),
+        )

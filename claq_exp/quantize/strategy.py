@@ -1,0 +1,30 @@
+"""How a strategy is found: by its short name in the dict of its family, or by a dotted path to a
+class.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+
+from claq_exp.errors import ConfigError, one_of
+
+
+def find_strategy(family: str, members: Mapping[str, type], name: str) -> type:
+    """Return the class called `name`: a key of `members` or `package.module:Class`.
+
+    Raises ConfigError that lists the members when there is no such class.
+    """
+    if ":" not in name:
+        if name not in members:
+            hint = " or give your own as package.module:Class"
+            raise ConfigError(one_of(f"{family}.name", name, members) + hint)
+        return members[name]
+    module_name, _, class_name = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{family}.name '{name}' cannot be imported: {error}") from error
+    if not isinstance(found, type):
+        raise ConfigError(f"{family}.name '{name}' is not a class")
+    return found

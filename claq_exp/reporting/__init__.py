@@ -1,0 +1,1 @@
+"""From numbers to files, tables and pictures."""

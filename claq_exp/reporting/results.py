@@ -1,0 +1,134 @@
+"""results.json and layers.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from claq_exp.checkpoint.files import write_bytes
+from claq_exp.checkpoint.writer import Sizes
+from claq_exp.config import ExperimentConfig
+from claq_exp.evaluation.measure import Measurement
+from claq_exp.machine import device_name, git_commit, peak_memory, versions
+
+SCHEMA = 1
+TIMINGS = ("load", "calibrate", "hessian", "solve", "export", "evaluate")
+LAYER_FIELDS = (
+    "block",
+    "name",
+    "rows",
+    "cols",
+    "nominal_bits",
+    "bits",
+    "reserved",
+    "output_error",
+    "weight_error",
+    "damping",
+    "dead_columns",
+    "seconds",
+)
+
+
+def build_results(  # noqa: PLR0913 - one argument per part of the file
+    *,
+    config: ExperimentConfig,
+    hash_: str,
+    command: str,
+    started: datetime,
+    device: str,
+    sizes: Sizes,
+    original_bytes: int,
+    original: Measurement,
+    quantized: Measurement,
+    seconds: dict[str, float],
+    report: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Return the content of results.json (schema 1); a perplexity beyond float64 is null."""
+    finished = datetime.now(UTC)
+    return {
+        "schema": SCHEMA,
+        "status": "finished",
+        "run": {
+            "id": f"{config.name}-{hash_[:8]}",
+            "hash": hash_,
+            "command": command,
+            "started": started.isoformat(timespec="seconds"),
+            "finished": finished.isoformat(timespec="seconds"),
+            "seconds": round((finished - started).total_seconds(), 3),
+            "versions": versions(),
+            "device": device_name(device),
+            "git": git_commit(),
+        },
+        "config": config.as_dict(),
+        "bits": {
+            "nominal": sizes.nominal,
+            "linear": sizes.linear,
+            "model": sizes.model,
+            "ledger": sizes.ledger.as_dict(),
+        },
+        "size": {"checkpoint_bytes": sizes.bytes, "original_bytes": original_bytes},
+        "perplexity": perplexity_rows(original, quantized),
+        "zero_shot": zero_shot_rows(original, quantized),
+        "timings": {key: round(seconds.get(key, 0.0), 3) for key in TIMINGS},
+        "peak_memory_bytes": peak_memory(),
+        "fallbacks": {
+            "more_damping": sum(_more_damping(config, row) for row in report),
+            "layers_with_dead_columns": sum(row["dead_columns"] > 0 for row in report),
+        },
+    }
+
+
+def perplexity_rows(original: Measurement | None, quantized: Measurement) -> dict[str, Any]:
+    """Return corpus -> values of both models on the same tokens."""
+    rows = {}
+    for name, measured in quantized.perplexity.items():
+        before = original.perplexity[name] if original else None
+        rows[name] = {
+            "original": finite(before.value) if before else None,
+            "quantized": finite(measured.value),
+            "seqlen": measured.seqlen,
+            "tokens": measured.tokens,
+            "tokens_sha256": measured.tokens_sha256,
+        }
+    return rows
+
+
+def zero_shot_rows(original: Measurement | None, quantized: Measurement) -> dict[str, Any]:
+    """Return task -> values of both models on the same rows; stderr is the quantized model's."""
+    return {
+        name: {
+            **{key: value for key, value in asdict(score).items() if key != "value"},
+            "original": original.zero_shot[name].value if original else None,
+            "quantized": score.value,
+        }
+        for name, score in quantized.zero_shot.items()
+    }
+
+
+def write_layers(path: Path, report: list[dict[str, Any]]) -> None:
+    """Write layers.csv: one row per linear layer; what is missing is empty."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, LAYER_FIELDS, lineterminator="\n")
+    writer.writeheader()
+    for row in report:
+        writer.writerow({key: "" if row[key] is None else _short(row[key]) for key in LAYER_FIELDS})
+    write_bytes(path, text.getvalue().encode())
+
+
+def finite(value: float) -> float | None:
+    """Return the value, or None for what JSON cannot say."""
+    return value if math.isfinite(value) else None
+
+
+def _short(value: Any) -> Any:
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _more_damping(config: ExperimentConfig, row: dict[str, Any]) -> bool:
+    wanted = config.solver.get("damping")
+    return row["damping"] is not None and wanted is not None and row["damping"] > wanted

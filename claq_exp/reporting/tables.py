@@ -1,0 +1,174 @@
+"""Tables for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from claq_exp.plan import Plan
+
+ORIGINAL_BITS = 16.0
+
+
+def result_table(results: dict[str, Any]) -> Table:
+    """Return one run as a table: a row per measure, original against quantized."""
+    table = Table(title=None, header_style="bold")
+    table.add_column("")
+    table.add_column("original", justify="right")
+    table.add_column("quantized", justify="right")
+    for row in result_rows(results):
+        table.add_row(*row)
+    return table
+
+
+def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (measure, original, quantized) as text."""
+    bits, size = results["bits"], results["size"]
+    parameters = 8 * size["checkpoint_bytes"] / bits["model"]
+    original_bits = {
+        "nominal": ORIGINAL_BITS,
+        "linear": ORIGINAL_BITS,
+        "model": 8 * size["original_bytes"] / parameters,
+    }
+    rows = [
+        (f"{kind} bits per weight", f"{original_bits[kind]:.2f}", f"{bits[kind]:.2f}")
+        for kind in ("nominal", "linear", "model")
+    ]
+    rows.append(
+        ("checkpoint, MB", _megabytes(size["original_bytes"]), _megabytes(size["checkpoint_bytes"]))
+    )
+    for name, row in results["perplexity"].items():
+        label = f"perplexity, {name} ({row['tokens']:,} tokens)"
+        rows.append((label, _number(row["original"], ".2f"), _number(row["quantized"], ".2f")))
+    for name, row in results["zero_shot"].items():
+        label = f"{name} {row['metric']} ({row['rows']:,} rows)"
+        error = f" ± {100 * row['stderr']:.1f}" if row["stderr"] else ""
+        before = _number(row["original"], ".1f", 100)
+        rows.append((label, before, _number(row["quantized"], ".1f", 100) + error))
+    return rows
+
+
+def runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return one row per run: recipe, bits, size, and both models' measures; what a run lacks is
+    NaN.
+    """
+    rows = []
+    for results in runs:
+        config = results["config"]
+        row: dict[str, Any] = {
+            "model": config["model"]["name"],
+            "codebook": config["codebook"]["name"],
+            "precision": _described(config["precision"], "target_bits", "bits"),
+            "reservation": _described(config["reservation"], "ratio"),
+            "solver": config["solver"]["name"],
+            "nominal bits": results["bits"]["nominal"],
+            "linear bits": results["bits"]["linear"],
+            "model bits": results["bits"]["model"],
+            "MB": results["size"]["checkpoint_bytes"] / 1e6,
+        }
+        for name, measured in results["perplexity"].items():
+            row[f"{name} perplexity"] = measured["quantized"]
+        for name, measured in results["zero_shot"].items():
+            row[f"{name} {measured['metric']}"] = measured["quantized"]
+        rows.append({**row, "run": results["run"]["id"]})
+    return pd.DataFrame(rows)
+
+
+def with_keys(frame: pd.DataFrame, runs: list[dict[str, Any]], keys: list[str]) -> pd.DataFrame:
+    """Put config values, named by dotted keys, in front of a table of runs."""
+    frame = frame.copy()
+    for place, key in enumerate(keys):
+        frame.insert(place, key, [_lookup(results["config"], key) for results in runs])
+    return frame
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """Return a Markdown table; numbers with two decimals, missing cells empty, pipes escaped."""
+    header = [str(column) for column in frame.columns]
+    lines = [_line(header), _line(["---"] * len(header))]
+    lines += [_line([_cell(value) for value in row]) for row in frame.itertuples(index=False)]
+    return "\n".join(lines) + "\n"
+
+
+def frame_table(frame: pd.DataFrame) -> Table:
+    """Return a table of runs for the terminal."""
+    table = Table(header_style="bold")
+    for column in frame.columns:
+        number = pd.api.types.is_numeric_dtype(frame[column])
+        table.add_column(str(column), justify="right" if number else "left")
+    for row in frame.itertuples(index=False):
+        table.add_row(*[_cell(value) for value in row])
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """Return what a run will take."""
+    table = Table(show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    sizes = plan.sizes
+    rows = [
+        ("parameters", f"{plan.parameters:,}"),
+        ("linear layers", f"{len(plan.layouts)} in {plan.blocks} blocks"),
+        ("nominal bits per weight", f"{sizes.nominal:.3f}"),
+        ("linear bits per weight", f"{sizes.linear:.3f}"),
+        ("model bits per weight", f"{sizes.model:.3f}"),
+        (
+            "checkpoint",
+            f"{_megabytes(sizes.bytes)} MB, 16-bit {_megabytes(plan.original_bytes)} MB",
+        ),
+    ]
+    total = sizes.ledger.total
+    rows += [
+        (f"  {account}", f"{100 * bits / total:.1f} %")
+        for account, bits in sizes.ledger.as_dict().items()
+        if bits
+    ]
+    rows.append(("memory, about", f"{plan.memory / 2**30:.1f} GiB"))
+    rows.append(("time, about", _duration(sum(plan.seconds.values()))))
+    rows += [(f"  {stage}", _duration(seconds)) for stage, seconds in plan.seconds.items()]
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _cell(value: Any) -> str:
+    if value is None or (isinstance(value, float) and pd.isna(value)):
+        return ""
+    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 1 else _plain(value)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _described(strategy: dict[str, Any], *fields: str) -> str:
+    values = [f"{strategy[field]:g}" for field in fields if field in strategy]
+    return " ".join([strategy["name"], *values[:1]])
+
+
+def _lookup(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
+
+
+def _number(value: float | None, form: str, factor: float = 1.0) -> str:
+    return "" if value is None else format(factor * value, form)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f}"

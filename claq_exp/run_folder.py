@@ -1,0 +1,96 @@
+"""The folder of one run: found by what the run is, held by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from claq_exp.checkpoint.files import read_json, write_bytes, write_json
+from claq_exp.config import ExperimentConfig
+from claq_exp.errors import ClaqError
+
+NEUTRAL = (
+    "tracking",
+    "name",
+    "outputs",
+    "resume",
+    "checkpoint",
+    "threads",
+)  # these change no result
+RESULTS_FILE = "results.json"
+
+
+def run_identity(
+    config: ExperimentConfig, contents: dict[str, str], version: str
+) -> dict[str, Any]:
+    """Return everything that changes a run's results.
+
+    contents: hash of every input file.  version: of this package.
+    """
+    settings = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL}
+    return {"config": settings, "contents": contents, "version": version}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run lives.  `path` ends in the first eight digits of `hash`."""
+
+    path: Path
+    hash: str
+
+    @staticmethod
+    def of(config: ExperimentConfig, identity: dict[str, Any]) -> RunFolder:
+        """Name the folder of a run."""
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        name = f"{config.model.name}-{config.recipe_name()}-{digest[:8]}"
+        return RunFolder(Path(config.outputs).expanduser() / config.name / name, digest)
+
+    @property
+    def checkpoint(self) -> Path:
+        """The packed checkpoint."""
+        return self.path / "checkpoint"
+
+    @property
+    def work(self) -> Path:
+        """What an unfinished run has reached; gone once it is finished."""
+        return self.path / "work"
+
+    def results(self) -> dict[str, Any] | None:
+        """Return the results of a finished run, or None."""
+        path = self.path / RESULTS_FILE
+        if not path.is_file():
+            return None
+        results = read_json(path)
+        return results if results.get("status") == "finished" else None
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Publish results.json."""
+        write_json(self.path / RESULTS_FILE, results)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder.  Raises ClaqError that names the holder when another process has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        holder = self.path / ".lock-holder"
+        lock = filelock.FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout as error:
+            name = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
+            raise ClaqError(f"{self.path} is in use by {name}; wait for it or stop it") from error
+        try:
+            write_bytes(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+            (self.path / ".lock").unlink(missing_ok=True)

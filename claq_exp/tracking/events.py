@@ -1,0 +1,66 @@
+"""The record of a run: one JSON object a line, flushed as it happens."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+
+class Tracker(Protocol):
+    """Something that follows a run."""
+
+    def event(self, name: str, data: dict[str, Any]) -> None:
+        """Note that something happened."""
+
+    def finish(self, results: dict[str, Any] | None) -> None:
+        """Close; `results` is None when the run failed."""
+
+
+class EventLog:
+    """Appends to events.jsonl and passes every event on to the other trackers."""
+
+    def __init__(self, path: Path, others: list[Tracker]) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._others = others
+        self._results: dict[str, Any] | None = None
+
+    def event(self, event: str, /, **data: Any) -> None:
+        """Write one line: time (seconds since 1970), event, and the data; NaN and infinity become
+        null.
+        """
+        clean = _finite(data)
+        line = {"time": round(time.time(), 3), "event": event, **clean}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        for tracker in self._others:
+            tracker.event(event, clean)
+
+    def results(self, results: dict[str, Any]) -> None:
+        """Hand over the final results, for the other trackers' summaries."""
+        self._results = results
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self.event("failed", error=str(error) or repr(error))
+        self._file.close()
+        for tracker in self._others:
+            tracker.finish(self._results if error is None else None)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

@@ -1,0 +1,108 @@
+"""Weights & Biases as a mirror: it may be absent or fail without harm to the run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from claq_exp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from claq_exp.config import TrackingConfig
+
+
+def check_wandb() -> None:
+    """Raise ConfigError when wandb is not installed."""
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "tracking=wandb needs the package wandb; pip install wandb, or use tracking=none"
+        )
+
+
+class WandbTracker:
+    """One W&B run per experiment: config, one step per layer, the results as summary and as a
+    table.
+
+    After the first failure of W&B the rest is skipped and `failure` says why.
+    """
+
+    def __init__(
+        self, tracking: TrackingConfig, folder: Path, name: str, config: dict[str, Any]
+    ) -> None:
+        self.failure: str | None = None
+        self._run: Any = None
+        self._guard(self._start, tracking, folder, name, config)
+
+    def event(self, name: str, data: dict[str, Any]) -> None:
+        """Mirror a layer as one step, other events as flat metrics."""
+        if name == "layer":
+            metrics = {f"layer/{key}": data[key] for key in ("bits", "output_error", "seconds")}
+            self._guard(lambda: self._run.log({**metrics, "layer/name": data["name"]}))
+        elif name in ("perplexity", "zero_shot"):
+            key = f"{name}/{data['dataset']}/{data['model']}"
+            self._guard(lambda: self._run.log({key: data["value"]}))
+
+    def finish(self, results: dict[str, Any] | None) -> None:
+        """Write summary and table, and close the run whatever happened before."""
+        if results is not None:
+            self._guard(self._summarize, results)
+        if self._run is not None:
+            self._guard(lambda: self._run.finish(exit_code=0 if results is not None else 1))
+
+    def _start(
+        self, tracking: TrackingConfig, folder: Path, name: str, config: dict[str, Any]
+    ) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        self._run = wandb.init(
+            project=tracking.project,
+            name=name,
+            group=tracking.group,
+            tags=tracking.tags,
+            mode=tracking.mode,  # type: ignore[arg-type]
+            dir=folder,
+            config=config,
+            job_type="quantize",
+        )
+
+    def _summarize(self, results: dict[str, Any]) -> None:
+        import wandb
+
+        rows: list[Any] = [[*row.values()] for row in comparison_rows(results)]
+        table = wandb.Table(columns=["measure", "original", "quantized"], data=rows)
+        self._run.log({"comparison": table})
+        self._run.summary.update(
+            {"bits": results["bits"], "size": results["size"], "timings": results["timings"]}
+        )
+
+    def _guard(self, call: Any, *args: Any) -> None:
+        if self.failure is not None:
+            return
+        try:
+            call(*args)
+        except Exception as error:  # noqa: BLE001 - a mirror must not end the run
+            self.failure = f"Weights & Biases failed and was left out: {error}"
+
+
+def comparison_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return rows {measure, original, quantized} of everything that was measured on both models."""
+    rows = [
+        {
+            "measure": f"perplexity {name}",
+            "original": row["original"],
+            "quantized": row["quantized"],
+        }
+        for name, row in results["perplexity"].items()
+    ]
+    rows += [
+        {
+            "measure": f"{name} {row['metric']}",
+            "original": row["original"],
+            "quantized": row["quantized"],
+        }
+        for name, row in results["zero_shot"].items()
+    ]
+    return rows
