@@ -120,7 +120,7 @@ class EvaluationConfig:
 
     perplexity: dict[str, CorpusConfig] = field(default_factory=dict)
     zero_shot: dict[str, TaskConfig] = field(default_factory=dict)
-    batch_size: int = 8
+    batch_size: int = 4
 
     def __post_init__(self) -> None:
         _check_positive("evaluation", self, "batch_size")

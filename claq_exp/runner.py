@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import time
 from collections.abc import Callable
@@ -20,9 +21,9 @@ from claq_exp.config import ExperimentConfig
 from claq_exp.errors import CheckpointError
 from claq_exp.evaluation.measure import Measurement, measure
 from claq_exp.inputs import Fetched, Tokens, fetch, tokenize_inputs
-from claq_exp.machine import choose_device, settle, versions
+from claq_exp.machine import choose_device, peak_memory, settle, versions
 from claq_exp.models.load import load_config, load_model, stored_dtype
-from claq_exp.models.quantize import QuantizedModel, quantize_model
+from claq_exp.models.quantize import quantize_model
 from claq_exp.plan import Plan, make_plan
 from claq_exp.reporting.plots import plot_layers
 from claq_exp.reporting.results import build_results, write_layers
@@ -33,6 +34,7 @@ from claq_exp.tracking.events import EventLog
 from claq_exp.tracking.progress import RunProgress, noise_to
 from claq_exp.tracking.wandb import WandbTracker, check_wandb
 
+EVENTS_FILE = "events.jsonl"
 ORIGINAL = "original.json"
 
 
@@ -77,7 +79,7 @@ def run(
         with (
             RunProgress(plan.seconds) as progress,
             noise_to(folder.path / "third_party.log"),
-            EventLog(folder.path / "events.jsonl", list(others)) as events,
+            EventLog(folder.path / EVENTS_FILE, list(others)) as events,
         ):
             job = _Job(config, folder, fetched, plan, device, progress, events)
             results = job.results(command)
@@ -94,8 +96,11 @@ def _prepare(folder: RunFolder, resume: str) -> None:
     if resume == "required" and not started:
         raise CheckpointError(f"resume=required, and {folder.path} holds no unfinished run")
     if resume == "never":
-        shutil.rmtree(folder.work, ignore_errors=True)
         shutil.rmtree(folder.checkpoint, ignore_errors=True)
+        shutil.rmtree(folder.work, ignore_errors=True)
+        started = False
+    if not started:
+        (folder.path / EVENTS_FILE).unlink(missing_ok=True)
     folder.work.mkdir(parents=True, exist_ok=True)
 
 
@@ -107,9 +112,7 @@ def _tracker(config: ExperimentConfig, folder: RunFolder) -> WandbTracker | None
 
 @dataclass
 class _Job:
-    """The stages of one run; each leaves in the folder what the next run of the same command need
-    not repeat.
-    """
+    """The stages of one run; each leaves in the folder what the same command need not do again."""
 
     config: ExperimentConfig
     folder: RunFolder
@@ -120,79 +123,69 @@ class _Job:
     events: EventLog
 
     def results(self, command: str) -> dict[str, Any]:
-        started = time.time()
+        """Go through all stages and return the content of results.json."""
+        started = datetime.now(UTC)
         self.events.event("started", run=self.folder.path.name, versions=versions())
-        seconds: dict[str, float] = {}
-        tokens = tokenize_inputs(self.config, self.fetched.model)
-        original, quantized = self._quantize(tokens, seconds)
-        report = quantized.report
-        seconds |= quantized.seconds
-        after = self._timed("evaluate quantized", seconds, lambda: self._measure_checkpoint(tokens))
+        tokens = self._stage("load", lambda: tokenize_inputs(self.config, self.fetched.model))
+        original, report = self._quantize(tokens)
+        gc.collect()  # the original model must be gone before the checkpoint is loaded
+        quantized = self._stage("evaluate quantized", lambda: self._measure_checkpoint(tokens))
         layouts = read_layouts(self.folder.checkpoint)
-        sizes = checkpoint_sizes(self.folder.checkpoint, layouts, self.plan.parameters)
         plot_layers(report, self.folder.path / "layers.png")
         return build_results(
             config=self.config,
             hash_=self.folder.hash,
             command=command,
-            started=datetime.fromtimestamp(started, UTC),
+            started=started,
             device=self.device,
-            sizes=sizes,
+            sizes=checkpoint_sizes(self.folder.checkpoint, layouts, self.plan.parameters),
             original_bytes=weight_bytes(self.fetched.model),
             original=original,
-            quantized=after,
-            seconds=seconds,
+            quantized=quantized,
+            spent=self.events.spent(),
             report=report,
         )
 
-    def _quantize(
-        self, tokens: Tokens, seconds: dict[str, float]
-    ) -> tuple[Measurement, QuantizedModel]:
-        """Measure the original, quantize it and write the checkpoint; the model is gone when this
-        returns.
-        """
+    def _quantize(self, tokens: Tokens) -> tuple[Measurement, list[dict[str, Any]]]:
+        """Measure the original, quantize it and write the checkpoint; return its report rows."""
         config = self.config
-        model, _ = self._timed(
-            "load",
-            seconds,
-            lambda: load_model(
-                self.fetched.model,
-                dtype=config.model.dtype,
-                device=self.device,
-                trust_remote_code=config.model.trust_remote_code,
-            ),
-        )
-        original = self._timed(
-            "evaluate original", seconds, lambda: self._measure_original(model, tokens)
-        )
+        model = self._stage("load", self._load_original)
+        original = self._measure_original(model, tokens)
         self.progress.stage("quantize")
-        batches = list(tokens.calibration.to(self.device).split(config.calibration.batch_size))
         quantized = quantize_model(
             model,
-            batches,
+            list(tokens.calibration.to(self.device).split(config.calibration.batch_size)),
             config.recipe(),
             BlockStore(self.folder.work / "blocks", self.folder.hash),
             blocks_path=config.model.blocks,
-            on_layer=lambda row: self.events.event("layer", **row),
+            on_event=lambda name, data: self.events.event(name, **data),
             on_share=self.progress.advance,
         )
         write_layers(self.folder.path / "layers.csv", quantized.report)
         if not self.folder.checkpoint.is_dir():
             dtype = stored_dtype(load_config(self.fetched.model))
-            self._timed(
-                "export",
-                seconds,
-                lambda: write_checkpoint(
-                    self.folder.checkpoint, model, tokens.tokenizer, quantized.packed, dtype
-                ),
+            target, packed = self.folder.checkpoint, quantized.packed
+            self._stage(
+                "export", lambda: write_checkpoint(target, model, tokens.tokenizer, packed, dtype)
             )
-        return original, quantized
+        return original, quantized.report
+
+    def _load_original(self) -> Any:
+        model = self.config.model
+        return load_model(
+            self.fetched.model,
+            dtype=model.dtype,
+            device=self.device,
+            trust_remote_code=model.trust_remote_code,
+        )
 
     def _measure_original(self, model: Any, tokens: Tokens) -> Measurement:
         path = self.folder.work / ORIGINAL
         if path.is_file():
             return Measurement.from_dict(read_json(path))
-        measured = self._measure(model, tokens, "original")
+        measured = self._stage(
+            "evaluate original", lambda: self._measure(model, tokens, "original")
+        )
         write_json(path, measured.as_dict())
         return measured
 
@@ -214,12 +207,11 @@ class _Job:
             on_share=self.progress.advance,
         )
 
-    def _timed(self, stage: str, seconds: dict[str, float], work: Callable[[], Any]) -> Any:
-        self.progress.stage(stage)
+    def _stage(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do a stage's work under its name in the progress bar, and note what it took."""
+        self.progress.stage(name)
         started = time.perf_counter()
         result = work()
-        spent = time.perf_counter() - started
-        key = stage.partition(" ")[0]
-        seconds[key] = seconds.get(key, 0.0) + spent
-        self.events.event("stage", stage=stage, seconds=round(spent, 3))
+        spent = {name.partition(" ")[0]: round(time.perf_counter() - started, 3)}
+        self.events.event("stage", stage=name, peak_memory_bytes=peak_memory(), **spent)
         return result

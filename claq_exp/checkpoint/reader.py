@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -58,23 +57,17 @@ def read_weights(folder: Path) -> Iterator[tuple[str, QuantizedWeight]]:
                 raise CheckpointError(f"{folder}: {name}: {error}") from error
 
 
-def read_state(folder: Path) -> dict[str, Tensor]:
-    """Return the dense state of the model: dequantized float32 weights, and the other tensors as
-    stored.
-    """
+def read_state(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of the dense model: dequantized float32 weights, the rest as stored."""
     layouts = read_layouts(folder)
-    state = {f"{name}.weight": weight.dequantize() for name, weight in read_weights(folder)}
+    for name, weight in read_weights(folder):
+        yield f"{name}.weight", weight.dequantize()
+    packed = {
+        f"{name}.{suffix}" for name, layout in layouts.items() for suffix in layout.stored_tensors()
+    }
     with _open(folder) as file:
-        stored = list(file.keys())
-        packed = {
-            f"{name}.{suffix}"
-            for name, layout in layouts.items()
-            for suffix in layout.stored_tensors()
-        }
-        for key in stored:
-            if key not in packed:
-                state[key] = file.get_tensor(key)
-    return state
+        for key in set(file.keys()) - packed:
+            yield key, file.get_tensor(key)
 
 
 def load_model(
@@ -97,21 +90,19 @@ def load_model(
     check_manifest(folder)
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     del config.quantization_config
-    state = read_state(folder)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-    expected = model.state_dict()
-    names = set(expected) - tied_names(model)
-    if names != set(state):
-        missing, extra = sorted(names - set(state)), sorted(set(state) - names)
-        raise CheckpointError(f"{folder}: missing tensors {missing[:3]}, unexpected {extra[:3]}")
-    with torch.no_grad():
-        for name, tensor in state.items():
-            if expected[name].shape != tensor.shape:
-                raise CheckpointError(
-                    f"{folder}: {name} is {tuple(tensor.shape)}, the model needs "
-                    f"{tuple(expected[name].shape)}"
-                )
-            expected[name].copy_(tensor)
+    places = model.state_dict()
+    missing = set(places) - tied_names(model)
+    for name, tensor in read_state(folder):
+        if name not in missing:
+            raise CheckpointError(f"{folder}: the model has no tensor '{name}'")
+        if places[name].shape != tensor.shape:
+            wanted = tuple(places[name].shape)
+            raise CheckpointError(f"{folder}: {name} is {tuple(tensor.shape)}, not {wanted}")
+        places[name].copy_(tensor)
+        missing.remove(name)
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, e.g. {min(missing)}")
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)

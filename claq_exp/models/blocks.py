@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,24 +28,22 @@ class BlockInputs:
 
 @torch.inference_mode()
 def capture_inputs(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    batches: list[Tensor],
-    tick: Callable[[], None] = lambda: None,
+    model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor]
 ) -> list[BlockInputs]:
     """Record what enters each block.
 
-    batches: token ids [batch, seqlen], all of one shape.  The first batch runs through the whole
-    model, for every block's own arguments (masks and position tables differ between blocks in some
-    models); of
-    the other batches only the first block's hidden states are taken.  Returns one BlockInputs per
-    block; only the first has hidden states, see `propagate`.  tick: called after each batch.
+    batches: token ids [batch, seqlen], all of one shape.  The first batch runs up to the last
+    block, for every block's own arguments (masks and position tables differ between blocks in some
+    models); of the others only the first block's hidden states are taken.  Returns one BlockInputs
+    per block, of which only the first has hidden states.
     """
     inputs: list[BlockInputs] = []
 
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden, rest = _split(args, kwargs)
         inputs.append(BlockInputs([hidden] if not inputs else [], args[1:], rest))
+        if len(inputs) == len(blocks):
+            raise StopForward
 
     def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs[0].hidden.append(_split(args, kwargs)[0])
@@ -55,17 +52,18 @@ def capture_inputs(
     hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
         model(batches[0], use_cache=False)
+    except StopForward:
+        pass
     finally:
         for hook in hooks:
             hook.remove()
-    tick()
     hook = blocks[0].register_forward_pre_hook(take, with_kwargs=True)
     try:
         for batch in batches[1:]:
             try:
                 model(batch, use_cache=False)
             except StopForward:
-                tick()
+                continue
     finally:
         hook.remove()
     return inputs

@@ -21,9 +21,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     return _read(AutoConfig, folder, trust_remote_code=trust_remote_code)
 
 
-def load_model(
-    folder: Path, *, dtype: str, device: str, trust_remote_code: bool = False
-) -> tuple[Model, Tokenizer]:
+def load_model(folder: Path, *, dtype: str, device: str, trust_remote_code: bool = False) -> Model:
     """Load model and tokenizer of a Hugging Face folder; the model is in evaluation mode on
     `device`.
 
@@ -42,7 +40,7 @@ def load_model(
     )
     if missing := sorted(report["missing_keys"]):
         raise SourceError(f"{folder} lacks {len(missing)} tensors of its model, e.g. {missing[0]}")
-    return model.to(device).eval(), load_tokenizer(folder, trust_remote_code=trust_remote_code)
+    return model.to(device).eval()
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:

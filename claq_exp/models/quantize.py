@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,146 +20,141 @@ from claq_exp.models.discover import LinearGroup, find_blocks, find_groups, line
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, Solved, quantize_weight
 
+EventSink = Callable[[str, dict[str, Any]], None]
+ShareSink = Callable[[float, str], None]
+
 
 @dataclass
 class QuantizedModel:
-    """Every quantized linear by its name in the model, a report row for each, and seconds by kind
-    of work.
-    """
+    """Every quantized linear by its name in the model, and a report row for each."""
 
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     report: list[dict[str, Any]] = field(default_factory=list)
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
-    )
 
 
 def quantize_model(
     model: nn.Module,
-    windows: list[Tensor],
+    batches: list[Tensor],
     recipe: Recipe,
     store: BlockStore,
     *,
     blocks_path: str | None = None,
-    on_layer: Callable[[dict[str, Any]], None] = lambda _: None,
-    on_share: Callable[[float, str], None] = lambda _share, _detail: None,
+    on_event: EventSink = lambda _name, _data: None,
+    on_share: ShareSink = lambda _share, _detail: None,
 ) -> QuantizedModel:
-    """Quantize all linear layers of all decoder blocks; the model's weights become their
-    dequantized values.
+    """Quantize all linear layers of all decoder blocks; their weights become the dequantized ones.
 
-    windows: token batches [batch, seqlen] on the model's device, of one shape.
-    store: blocks that it holds are taken over; new ones are added as they finish.
-    on_layer: called with each new report row.  on_share: called with (share of all work done,
-    where).
+    batches: token ids [batch, seqlen] on the model's device, all of one shape.
+    store: blocks that it holds are taken over (their weights in `model` stay as they are); new ones
+        are added as they finish.
+    on_event: called with ("layer", report row) and ("block", seconds by kind of work).
+    on_share: called with (share of all work just done, where).
     """
     path, blocks = find_blocks(model, blocks_path)
-    result = QuantizedModel()
     finished = store.open()
-    started = time.perf_counter()
-    inputs = capture_inputs(model, blocks, windows)
+    inputs = capture_inputs(model, blocks, batches)
+    result = QuantizedModel(*store.load_blocks())
     if finished:
-        result.packed, result.report = store.load_blocks()
-        for row in result.report:
-            on_layer(row)
-        on_share(finished / len(blocks), f"{finished} blocks found")
+        on_share(finished / len(blocks), f"after block {finished - 1}")
     if 0 < finished < len(blocks):
         inputs[0].hidden = []
-        inputs[finished].hidden = [
-            hidden.to(windows[0].device) for hidden in store.load_activations()
-        ]
-    result.seconds["calibrate"] += time.perf_counter() - started
+        device = batches[0].device
+        inputs[finished].hidden = [hidden.to(device) for hidden in store.load_activations()]
     for index in range(finished, len(blocks)):
-        prefix = f"{path}.{index}"
-        worker = _BlockWorker(blocks[index], inputs[index], prefix, index, recipe, result)
-        packed, rows = worker.quantize(
-            on_layer, lambda share, name: on_share(share / len(blocks), name)
+        block = _Block(blocks[index], inputs[index], f"{path}.{index}", index, recipe)
+        packed, report = block.quantize(
+            on_event, lambda share, name: on_share(share / len(blocks), name)
         )
-        hidden = worker.outputs()
+        hidden = block.outputs()
         inputs[index].hidden = []
         if index + 1 < len(blocks):
             inputs[index + 1].hidden = hidden
-        store.save_block(packed, rows, hidden)
+        store.save_block(packed, report, hidden)
+        on_event("block", {"block": index, **block.seconds})
         result.packed.update(packed)
-        result.report.extend(rows)
+        result.report.extend(report)
     return result
 
 
 @dataclass
-class _BlockWorker:
+class _Block:
     """One block on its way: its groups are quantized in execution order (true-sequential)."""
 
-    block: nn.Module
+    module: nn.Module
     inputs: BlockInputs
-    prefix: str
+    path: str
     index: int
     recipe: Recipe
-    result: QuantizedModel
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
+    )
 
     def quantize(
-        self,
-        on_layer: Callable[[dict[str, Any]], None],
-        on_share: Callable[[float, str], None],
+        self, on_event: EventSink, on_share: ShareSink
     ) -> tuple[dict[str, PackedWeight], list[dict[str, Any]]]:
         packed: dict[str, PackedWeight] = {}
-        rows: list[dict[str, Any]] = []
-        groups = find_groups(self.block, self.inputs)
-        weights = sum(self._linear(name).numel() for group in groups for name in group.names)
+        report: list[dict[str, Any]] = []
+        groups = find_groups(self.module, self.inputs)
+        weights = sum(self._weight(name).numel() for group in groups for name in group.names)
         for group in groups:
             hessian = self._hessian(group)
-            started = time.perf_counter()
-            try:
-                system = self.recipe.solver.prepare(hessian)
-            except NumericalError as error:
-                raise NumericalError(f"{self.prefix}.{group.names[0]}: {error}") from error
-            self.result.seconds["solve"] += time.perf_counter() - started
-            for name in group.names:
-                started = time.perf_counter()
-                solved = self._solve(name, hessian, system)
-                seconds = time.perf_counter() - started
-                self.result.seconds["solve"] += seconds
-                full_name = f"{self.prefix}.{name}"
-                packed[full_name] = PackedWeight(solved.quantized.layout(), solved.quantized.pack())
-                rows.append(_report_row(self.index, full_name, solved, seconds))
-                on_layer(rows[-1])
-                on_share(self._linear(name).numel() / weights, full_name)
-        return packed, rows
+            for name, solved, seconds in self._solve(group, hessian):
+                full_name = f"{self.path}.{name}"
+                quantized = solved.quantized
+                packed[full_name] = PackedWeight(quantized.layout(), quantized.pack())
+                report.append(_report_row(self.index, full_name, solved, seconds))
+                on_event("layer", report[-1])
+                on_share(self._weight(name).numel() / weights, full_name)
+        return packed, report
 
-    @torch.inference_mode()
     def outputs(self) -> list[Tensor]:
         """Run every batch through the quantized block."""
         started = time.perf_counter()
-        hidden = [
-            run_block(self.block, self.inputs, batch) for batch in range(len(self.inputs.hidden))
-        ]
-        self.result.seconds["calibrate"] += time.perf_counter() - started
+        batches = range(len(self.inputs.hidden))
+        hidden = [run_block(self.module, self.inputs, batch) for batch in batches]
+        self.seconds["calibrate"] += time.perf_counter() - started
         return hidden
 
     @torch.inference_mode()
     def _hessian(self, group: LinearGroup) -> Tensor:
-        first = self.block.get_submodule(group.names[0])
-        accumulator = HessianAccumulator(self._linear(group.names[0]).shape[1])
+        first = self.module.get_submodule(group.names[0])
+        accumulator = HessianAccumulator(self._weight(group.names[0]).shape[1])
         for batch in range(len(self.inputs.hidden)):
             started = time.perf_counter()
-            entering = run_until(self.block, self.inputs, batch, first)
+            entering = run_until(self.module, self.inputs, batch, first)
             middle = time.perf_counter()
-            accumulator.add(entering, f"{self.prefix}.{group.names[0]} (calibration batch {batch})")
-            self.result.seconds["calibrate"] += middle - started
-            self.result.seconds["hessian"] += time.perf_counter() - middle
+            accumulator.add(entering, f"{self.path}.{group.names[0]} (calibration batch {batch})")
+            self.seconds["calibrate"] += middle - started
+            self.seconds["hessian"] += time.perf_counter() - middle
         return accumulator.hessian()
 
     @torch.no_grad()
-    def _solve(self, name: str, hessian: Tensor, system: Any) -> Solved:
-        weight = self._linear(name)
+    def _solve(self, group: LinearGroup, hessian: Tensor) -> list[tuple[str, Solved, float]]:
+        """Solve the linears of a group side by side; return (name, solution, seconds) of each."""
+        started = time.perf_counter()
         try:
-            problem = LinearProblem(weight.detach().to("cpu", torch.float32), hessian)
-            solved = quantize_weight(problem, system, self.recipe)
+            system = self.recipe.solver.prepare(hessian)
         except NumericalError as error:
-            raise NumericalError(f"{self.prefix}.{name}: {error}") from error
-        weight.copy_(solved.quantized.dequantize())
-        return solved
+            raise NumericalError(f"{self.path}.{group.names[0]}: {error}") from error
 
-    def _linear(self, name: str) -> Tensor:
-        return linear_weight(self.block.get_submodule(name))
+        def solve(name: str) -> tuple[str, Solved, float]:
+            begun = time.perf_counter()
+            try:
+                weight = self._weight(name).detach().to("cpu", torch.float32)
+                solved = quantize_weight(LinearProblem(weight, hessian), system, self.recipe)
+            except NumericalError as error:
+                raise NumericalError(f"{self.path}.{name}: {error}") from error
+            return name, solved, time.perf_counter() - begun
+
+        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+            solutions = list(pool.map(solve, group.names))
+        for name, solved, _ in solutions:
+            self._weight(name).copy_(solved.quantized.dequantize())
+        self.seconds["solve"] += time.perf_counter() - started
+        return solutions
+
+    def _weight(self, name: str) -> Tensor:
+        return linear_weight(self.module.get_submodule(name))
 
 
 def _report_row(index: int, name: str, solved: Solved, seconds: float) -> dict[str, Any]:

@@ -43,6 +43,6 @@ def relative_output_error(problem: LinearProblem, dequantized: Tensor) -> float:
     """
     hessian = problem.hessian.float()
     difference = problem.weight - dequantized
-    wrong = torch.einsum("oi,oi->", difference @ hessian, difference).item()
-    whole = torch.einsum("oi,oi->", problem.weight @ hessian, problem.weight).item()
+    wrong = (difference @ hessian).mul_(difference).sum().item()
+    whole = (problem.weight @ hessian).mul_(problem.weight).sum().item()
     return max(wrong, 0.0) / whole if whole > 0 else 0.0

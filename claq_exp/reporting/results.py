@@ -45,7 +45,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
     original_bytes: int,
     original: Measurement,
     quantized: Measurement,
-    seconds: dict[str, float],
+    spent: dict[str, float],
     report: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Return the content of results.json (schema 1); a perplexity beyond float64 is null."""
@@ -74,8 +74,8 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
         "size": {"checkpoint_bytes": sizes.bytes, "original_bytes": original_bytes},
         "perplexity": perplexity_rows(original, quantized),
         "zero_shot": zero_shot_rows(original, quantized),
-        "timings": {key: round(seconds.get(key, 0.0), 3) for key in TIMINGS},
-        "peak_memory_bytes": peak_memory(),
+        "timings": {key: round(spent.get(key, 0.0), 3) for key in TIMINGS},
+        "peak_memory_bytes": max(peak_memory(), int(spent.get("peak_memory_bytes", 0))),
         "fallbacks": {
             "more_damping": sum(_more_damping(config, row) for row in report),
             "layers_with_dead_columns": sum(row["dead_columns"] > 0 for row in report),

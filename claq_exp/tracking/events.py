@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+TIMED = ("stage", "block")  # events whose numbers are seconds, by kind of work
+
 
 class Tracker(Protocol):
     """Something that follows a run."""
@@ -24,6 +26,10 @@ class EventLog:
     """Appends to events.jsonl and passes every event on to the other trackers."""
 
     def __init__(self, path: Path, others: list[Tracker]) -> None:
+        self._path = path
+        if path.is_file() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n")  # ends the line that a killed process left unfinished
         self._file = path.open("a", encoding="utf-8")
         self._others = others
         self._results: dict[str, Any] | None = None
@@ -38,6 +44,26 @@ class EventLog:
         self._file.flush()
         for tracker in self._others:
             tracker.event(event, clean)
+
+    def spent(self) -> dict[str, float]:
+        """Return seconds by kind of work and the largest `peak_memory_bytes`.
+
+        Earlier tries at the run are included.  A last line that a killed process left unfinished is skipped.
+        """
+        totals: dict[str, float] = {}
+        for line in self._path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            if entry["event"] not in TIMED:
+                continue
+            for key, value in entry.items():
+                if key == "peak_memory_bytes":
+                    totals[key] = max(totals.get(key, 0), value)
+                elif key not in ("time", "event", "stage", "block"):
+                    totals[key] = totals.get(key, 0.0) + value
+        return totals
 
     def results(self, results: dict[str, Any]) -> None:
         """Hand over the final results, for the other trackers' summaries."""

@@ -44,13 +44,16 @@ class KMeansColumns:
         self._entries = [1 << int(bits) for bits in column_bits]
         self._centroids = np.zeros((columns, max(self._entries)), dtype=np.float16)
         self._max_iterations = max_iterations
+        self._fitted = np.ones(rows, dtype=bool)
 
     def quantize(
         self, column: int, values: NDArray[np.float32], reserved: NDArray[np.int64]
     ) -> NDArray[np.float32]:
         """Fit the column's codebook and code the column: [out] float32 -> [out] float32."""
         entries = self._entries[column]
-        fitted = np.sort(np.delete(values, reserved) if len(reserved) else values)
+        self._fitted[reserved] = False
+        fitted = np.sort(values[self._fitted])
+        self._fitted[reserved] = True
         centroids = fit_levels(fitted, entries, self._max_iterations).astype(np.float16)
         self._centroids[column, :entries] = centroids
         levels = centroids.astype(np.float32)

@@ -105,9 +105,11 @@ def largest_rows(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
         return _NO_ROWS
     magnitude = np.abs(values)
     smallest = np.partition(magnitude, len(values) - count)[len(values) - count]
-    above = np.flatnonzero(magnitude > smallest)
-    level = np.flatnonzero(magnitude == smallest)[: count - len(above)]
-    return np.sort(np.concatenate([above, level]))
+    rows = np.flatnonzero(magnitude >= smallest)
+    if len(rows) > count:
+        level = np.flatnonzero(magnitude[rows] == smallest)
+        rows = np.delete(rows, level[count - len(rows) :])
+    return rows
 
 
 def _to_half(values: NDArray[np.float32], column: int) -> NDArray[np.float16]:
