@@ -22,8 +22,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
 
 
 def load_model(folder: Path, *, dtype: str, device: str, trust_remote_code: bool = False) -> Model:
-    """Load model and tokenizer of a Hugging Face folder; the model is in evaluation mode on
-    `device`.
+    """Load the model of a Hugging Face folder, in evaluation mode, onto `device`.
 
     Raises ConfigError for a model that is already quantized, SourceError when a tensor is missing.
     """

@@ -48,7 +48,8 @@ class EventLog:
     def spent(self) -> dict[str, float]:
         """Return seconds by kind of work and the largest `peak_memory_bytes`.
 
-        Earlier tries at the run are included.  A last line that a killed process left unfinished is skipped.
+        Earlier tries at the run are included.  A last line that a killed process left unfinished is
+        skipped.
         """
         totals: dict[str, float] = {}
         for line in self._path.read_text(encoding="utf-8").splitlines():

@@ -70,7 +70,7 @@ class RunProgress:
         self._bar.stop()
 
     def _finish_stage(self) -> None:
-        self._bar.advance(self._task, self._estimates.get(self._stage, 0.0) - self._done)
+        self._bar.advance(self._task, self._estimates.pop(self._stage, 0.0) - self._done)
         self._stage, self._done = "", 0.0
 
     def _show(self, text: str, *, always: bool = False) -> None:

@@ -1,0 +1,81 @@
+"""A tiny random Llama, a byte-level tokenizer and a text, so that nothing is fetched."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WORDS = "the a cat dog runs sees small big red house tree and then or in on under with story day".split()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=alphabet[0], pad_token=alphabet[0]
+    )
+
+
+def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
+    """A random Llama whose shapes are no powers of two."""
+    torch.manual_seed(seed)
+    options = {
+        "hidden_size": 48,
+        "intermediate_size": 72,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 256,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+        "dtype": torch.float16,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**options, **changes})).half().eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random Llama in float16, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of about 30,000 characters."""
+    generator = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "words.txt"
+    path.write_text(" ".join(generator.choice(WORDS) for _ in range(7000)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_run(tiny_model: Path, text_file: Path, tmp_path: Path) -> list[str]:
+    """Overrides for a whole run on the tiny model: seconds, no network, no tracking."""
+    return [
+        "model=hf",
+        f"model.source={tiny_model}",
+        "calibration=text",
+        f"calibration.text.source={text_file}",
+        "calibration.windows=8",
+        "calibration.seqlen=64",
+        "calibration.batch_size=2",
+        "evaluation=perplexity",
+        f"evaluation.perplexity.wikipedia.text.source={text_file}",
+        "evaluation.perplexity.wikipedia.text.sha256=null",
+        "evaluation.perplexity.wikipedia.windows=6",
+        "evaluation.perplexity.wikipedia.seqlen=64",
+        "tracking=none",
+        f"outputs={tmp_path / 'outputs'}",
+    ]
