@@ -9,11 +9,15 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from claq_exp import __version__
 from claq_exp.errors import ClaqError, ConfigError
+
+if TYPE_CHECKING:
+    from claq_exp.config import ExperimentConfig
 
 USAGE = """\
 claq-exp [run] [OVERRIDES] [-m]        quantize a model and measure what it cost (default)
@@ -92,18 +96,16 @@ def _run(overrides: list[str]) -> int:
         Console(stderr=True).print(f"{jobs} runs", highlight=False)
         return _with_hydra([*words, "--multirun"])
     _run_one(compose_config(words), _command(overrides))
+    if not words:
+        Console().print("Next: claq-exp experiment=claq_2bit", highlight=False)
     return 0
 
 
-def _run_one(config: object, command: str) -> float:
-    """Run one experiment, print its table, and return the first perplexity as a sweeper's
-    objective.
-    """
-    from claq_exp.config import ExperimentConfig
+def _run_one(config: ExperimentConfig, command: str) -> float:
+    """Run one experiment, print its table, and return a sweeper's objective."""
     from claq_exp.reporting.tables import result_table
     from claq_exp.runner import run
 
-    assert isinstance(config, ExperimentConfig)
     note = Console(stderr=True)
     outcome = run(config, command, lambda line: note.print(line, highlight=False, soft_wrap=True))
     console = Console()
@@ -116,18 +118,11 @@ def _run_one(config: object, command: str) -> float:
         console.print(f"Note: {line}", highlight=False, soft_wrap=True)
     for name in ("results.json", "layers.csv", "layers.png", "checkpoint"):
         console.print(f"{outcome.folder / name}", highlight=False, soft_wrap=True)
-    if (
-        config.name == "default"
-        and config.recipe_name() == "kmeans-outlier_order3.5-reserve_outlier_order0.005-gptq"
-    ):
-        console.print("Next: claq-exp experiment=claq_2bit", highlight=False)
     return _objective(outcome.results)
 
 
-def _objective(results: dict) -> float:
-    """Return the first perplexity, 1e9 for one that is not finite (a sweeper stops at NaN), 0
-    without any.
-    """
+def _objective(results: dict[str, Any]) -> float:
+    """Return the first perplexity: 1e9 for an infinite one (a sweeper stops at NaN), 0 for none."""
     for row in results["perplexity"].values():
         return 1e9 if row["quantized"] is None else float(row["quantized"])
     return 0.0
@@ -149,16 +144,23 @@ def _with_hydra(arguments: list[str]) -> int:
         version_base=VERSION_BASE, config_path=str(packaged_folder("conf")), config_name=PRIMARY
     )
     def job(composed: DictConfig) -> float:
-        return _run_one(config_from_omegaconf(experiment_part(composed)), command)
+        try:
+            return _run_one(config_from_omegaconf(experiment_part(composed)), command)
+        except ClaqError as error:
+            _complain(f"job failed: {error}")
+            raise
 
-    kept = sys.argv
-    sys.argv = [kept[0], *arguments]
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hands exceptions to us, in place of a printed traceback
     try:
         job()
-    except SystemExit as stop:
-        return int(stop.code or 0) if isinstance(stop.code, int) or stop.code is None else 1
+    except ClaqError:
+        return 1  # each failed job has said why
     finally:
-        sys.argv = kept
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
     return 0
 
 
@@ -233,9 +235,7 @@ def _help() -> int:
 
 
 def _quiet_libraries() -> None:
-    """Keep third parties from writing between our lines; their warnings go nowhere, their errors
-    are raised.
-    """
+    """Keep the warnings and progress bars of third parties off the terminal."""
     warnings.filterwarnings("ignore")
     logging.captureWarnings(capture=True)
     for name in (

@@ -1,6 +1,4 @@
-"""From words on the command line to a checked config: the only place that knows Hydra's search path
-and messages.
-"""
+"""From words on the command line to a checked config, with Hydra's composition."""
 
 from __future__ import annotations
 
@@ -34,8 +32,9 @@ def register_sweeps() -> None:
 
 
 def compose_config(overrides: list[str]) -> ExperimentConfig:
-    """Compose and check one experiment.  Raises ConfigError with one line that names the
-    alternatives.
+    """Compose and check one experiment.
+
+    Raises ConfigError with one line that names the alternatives.
     """
     return config_from_omegaconf(experiment_part(_compose(overrides)))
 

@@ -1,6 +1,4 @@
-"""The schema of an experiment and every check that needs more than one field; the only place that
-knows OmegaConf.
-"""
+"""The schema of an experiment and every check that needs more than one field."""
 
 from __future__ import annotations
 
@@ -59,8 +57,9 @@ class ModelConfig(ModelSource):
 
 @dataclass
 class CalibrationConfig:
-    """The token windows that layers are quantized on: `windows` of `seqlen` tokens, `batch_size` at
-    a time.
+    """The token windows that layers are quantized on.
+
+    windows: how many, of `seqlen` tokens each; `batch_size` of them go through the model at a time.
     """
 
     text: TextSource = field(default_factory=lambda: TextSource("unset"))
@@ -114,8 +113,10 @@ class TaskConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What is measured, on the original and on the quantized model: corpus name -> text, lm-eval
-    task -> data.
+    """What is measured, on the original and on the quantized model.
+
+    perplexity: corpus name -> text.  zero_shot: lm-eval task -> its data.
+    batch_size: windows or requests at a time.
     """
 
     perplexity: dict[str, CorpusConfig] = field(default_factory=dict)
@@ -186,8 +187,9 @@ class ExperimentConfig:
             raise ConfigError(one_of("device", self.device, ("auto", "cpu", "cuda", "cuda:N")))
 
     def recipe(self) -> Recipe:
-        """Build the strategies.  Raises ConfigError for an unknown name, field or value, or a pair
-        that cannot go.
+        """Build the strategies.
+
+        Raises ConfigError for an unknown name, field or value, or for strategies that do not match.
         """
         return Recipe(**{family: _strategy(family, getattr(self, family)) for family in FAMILIES})
 

@@ -24,8 +24,7 @@ from claq_exp.tracking.progress import RunProgress, noise_to
 
 
 def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[str, Any], Path]:
-    """Measure `config.checkpoint` on `config.evaluation`; return the results and the file that they
-    are in.
+    """Measure `config.checkpoint` on `config.evaluation`; return the results and their file.
 
     Raises ConfigError without a checkpoint, CheckpointError for a damaged one.
     """

@@ -38,8 +38,9 @@ class Tokens:
 
 
 def fetch(config: ExperimentConfig) -> Fetched:
-    """Bring model, texts and task files here.  Raises ConfigError or SourceError for what is not to
-    be had.
+    """Bring model, texts and task files here.
+
+    Raises ConfigError or SourceError for what is not to be had.
     """
     for name in config.evaluation.zero_shot:
         stock_task(name)
@@ -74,8 +75,9 @@ def tokenize_inputs(config: ExperimentConfig, folder: Path) -> Tokens:
 def corpus_windows(
     config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
 ) -> dict[str, Tensor]:
-    """Return corpus name -> its windows [n, seqlen] int64.  Raises ConfigError as
-    `tokenize_inputs`.
+    """Return corpus name -> its windows, [n, seqlen] int64.
+
+    Raises ConfigError when a text is too short or a window too long.
     """
     windows = {}
     for name, corpus in config.evaluation.perplexity.items():

@@ -93,9 +93,7 @@ def device_name(device: str) -> str:
 
 
 def git_commit() -> str | None:
-    """Return the commit of the source tree this package runs from, marked when it has changes; None
-    outside git.
-    """
+    """Return the commit of the source tree, marked when it has changes; None outside git."""
     folder = Path(__file__).parent.parent
     if not (folder / ".git").exists():
         return None

@@ -8,9 +8,7 @@ from claq_exp.errors import ClaqError
 
 
 def packaged_folder(name: str) -> Path:
-    """Return the folder `conf` or `sweeps`: beside the package in a source tree, inside it when
-    installed.
-    """
+    """Return the folder `conf` or `sweeps`, beside the package in a source tree, else inside."""
     package = Path(__file__).resolve().parent
     for folder in (package / name, package.parent / name):
         if folder.is_dir():

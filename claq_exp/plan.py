@@ -96,9 +96,7 @@ def _sizes(layouts: dict[str, WeightLayout], kept: dict[str, int], parameters: i
 
 
 def _description_bytes(layouts: dict[str, WeightLayout], kept: dict[str, int]) -> int:
-    """Return the bytes of the weights file's header and of the layouts in config.json, within a few
-    per cent.
-    """
+    """Estimate the bytes of the weights file's header and of the layouts in config.json."""
     header = {
         f"{n}.{s}": t for n, layout in layouts.items() for s, t in layout.stored_tensors().items()
     }

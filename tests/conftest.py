@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "the a cat dog runs sees small big red house tree and then or in on under with story day".split()
+WORDS = ["the", "a", "cat", "dog", "runs", "sees", "small", "big", "red", "house", "tree", "and"]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

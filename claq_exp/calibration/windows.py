@@ -21,9 +21,7 @@ def sample_windows(tokens: Tensor, windows: int, seqlen: int, seed: int, where: 
 
 
 def first_windows(tokens: Tensor, windows: int | None, seqlen: int, where: str) -> Tensor:
-    """Return the first `windows` non-overlapping windows, all of them for None; the rest is
-    dropped.
-    """
+    """Return the first `windows` non-overlapping windows (None: all); the rest is dropped."""
     candidates = _cut(tokens, windows or 1, seqlen, where)
     return candidates[:windows]
 

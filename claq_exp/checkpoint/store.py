@@ -1,6 +1,4 @@
-"""Finished blocks of a run in progress, so that the same command continues where a stopped one
-ended.
-"""
+"""Finished blocks of a run in progress, for the same command to go on from."""
 
 from __future__ import annotations
 
@@ -39,8 +37,7 @@ class BlockStore:
         }
 
     def open(self) -> int:
-        """Read what is there and return the number of finished blocks; start empty where there is
-        nothing.
+        """Read what is there and return the number of finished blocks.
 
         Raises CheckpointError when the store belongs to another experiment or is damaged.
         """
@@ -68,8 +65,10 @@ class BlockStore:
         report: list[dict[str, Any]],
         activations: list[Tensor],
     ) -> None:
-        """Add a finished block: name of each linear -> packed weight, rows for layers.csv, inputs
-        of the next block.
+        """Add a finished block.
+
+        packed: name of each linear -> packed weight.  report: its rows of layers.csv.
+        activations: what enters the next block, batch by batch.
         """
         index = len(self._state["blocks"])
         tensors = {

@@ -33,11 +33,10 @@ def perplexity(
     device: str,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Perplexity:
-    """Measure a causal language model on windows [n, seqlen] int64 (the convention of GPTQ's
-    evaluation).
+    """Measure a causal language model on windows [n, seqlen] int64.
 
-    Every window is seen alone; its first token is context, the mean runs over all predicted tokens.
-    tick: called with the number of windows done.
+    The convention of GPTQ's evaluation: every window is seen alone, its first token is context, the
+    mean runs over all predicted tokens.  tick: called with the number of windows done.
     """
     total = 0.0
     for batch in windows.split(batch_size):

@@ -1,6 +1,4 @@
-"""Decoder blocks, and groups of linear layers that share an input: found by looking, not by a list
-of models.
-"""
+"""Decoder blocks and groups of linear layers that share an input, found by looking."""
 
 from __future__ import annotations
 
@@ -57,17 +55,14 @@ def linears_of(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def linear_weight(module: nn.Module) -> Tensor:
-    """Return the weight of a linear layer as [out, in]; a view, so that writing to it changes the
-    layer.
-    """
+    """Return a linear layer's weight as an [out, in] view: writing to it changes the layer."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
 def find_groups(block: nn.Module, inputs: BlockInputs) -> list[LinearGroup]:
-    """Run one block forward on its first batch and group its linear layers by the tensor that they
-    receive.
+    """Run a block on its first batch and group its linears by the tensor that they receive.
 
     Groups come in execution order (Llama: q,k,v - o - gate,up - down).  Raises SourceError for a
     layer that received nothing.

@@ -49,9 +49,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the stored form: safetensors dtype (F16 or U8), shape, and the account that
-    pays for it.
-    """
+    """One tensor of the stored form: dtype (F16 or U8), shape, and the account that pays for it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -151,11 +149,10 @@ class WeightLayout:
         return Ledger(**accounts)
 
     def nominal_bits(self) -> float:
-        """Return the bits per weight that papers print: codes, and 16 bits in place of a code for
-        each reserved entry.
+        """Return the bits per weight that papers print.
 
-        Codebooks, positions, column maps and padding are left out, as in CLAQ's own r * (16 - b)
-        accounting.
+        Codes, and 16 bits in place of a code for each reserved entry, as in CLAQ's own r * (16 - b)
+        accounting; codebooks, positions, column maps and padding are left out.
         """
         mean = (
             sum(width * columns for width, columns in self.columns_per_width.items()) / self.columns

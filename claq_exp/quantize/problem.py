@@ -38,9 +38,7 @@ class LinearProblem:
 
 
 def relative_output_error(problem: LinearProblem, dequantized: Tensor) -> float:
-    """Return tr(D H D^T) / tr(W H W^T) with D = W - dequantized; 0.0 where the layer's output is
-    zero.
-    """
+    """Return tr(D H D^T) / tr(W H W^T) with D = W - dequantized; 0.0 for a silent layer."""
     hessian = problem.hessian.float()
     difference = problem.weight - dequantized
     wrong = (difference @ hessian).mul_(difference).sum().item()

@@ -15,8 +15,9 @@ from claq_exp.quantize.packing import pack, unpack
 
 @dataclass(frozen=True)
 class ColumnCodebooks:
-    """One codebook per input column: values [in, 2**widest] float16, entries past 2**bits are zero
-    and unused.
+    """One codebook per input column.
+
+    values: [in, 2**widest] float16; entries past a column's 2**bits are zero and unused.
     """
 
     values: Tensor
@@ -87,18 +88,8 @@ class QuantizedWeight:
 
     def layout(self) -> WeightLayout:
         """Describe how this matrix is stored."""
-        rows, columns = self.codes.shape
-        widths, counts = torch.unique(self.column_bits, return_counts=True)
-        grid = isinstance(self.levels, RowGrid)
-        return WeightLayout(
-            kind=ROW_GRID if grid else COLUMN_CODEBOOKS,
-            rows=rows,
-            columns=columns,
-            columns_per_width=dict(zip(widths.tolist(), counts.tolist(), strict=True)),
-            group_size=self.levels.group_size if isinstance(self.levels, RowGrid) else 0,
-            reserved=len(self.reserved.rows),
-            most_reserved=int(self.reserved.counts.max()),
-        )
+        rows = self.codes.shape[0]
+        return layout_of(rows, self.column_bits, self.levels, self.reserved.counts)
 
     def ledger(self) -> Ledger:
         """Return the bits of everything that is stored of this matrix."""
@@ -129,9 +120,27 @@ class QuantizedWeight:
         return tensors
 
 
+def layout_of(
+    rows: int, column_bits: Tensor, levels: ColumnCodebooks | RowGrid, reserved_counts: Tensor
+) -> WeightLayout:
+    """Return the layout of a matrix with these column bits [in] and reserved counts [in]."""
+    widths, counts = torch.unique(column_bits, return_counts=True)
+    grid = levels if isinstance(levels, RowGrid) else None
+    return WeightLayout(
+        kind=ROW_GRID if grid else COLUMN_CODEBOOKS,
+        rows=rows,
+        columns=len(column_bits),
+        columns_per_width=dict(zip(widths.tolist(), counts.tolist(), strict=True)),
+        group_size=grid.group_size if grid else 0,
+        reserved=int(reserved_counts.sum()),
+        most_reserved=int(reserved_counts.max()),
+    )
+
+
 def unpack_weight(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
-    """Rebuild a matrix from its stored tensors.  Raises CheckpointError where they do not fit the
-    layout.
+    """Rebuild a matrix from its stored tensors.
+
+    Raises CheckpointError where they do not fit the layout.
     """
     _check_tensors(layout, tensors)
     column_bits = _unpack_column_bits(layout, tensors)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from claq_exp.errors import ConfigError
+from claq_exp.errors import ConfigError, NumericalError
 from claq_exp.quantize.codebook import Codebook
-from claq_exp.quantize.layout import COLUMN_CODEBOOKS, ROW_GRID, WeightLayout
+from claq_exp.quantize.layout import WeightLayout
 from claq_exp.quantize.precision import Precision
 from claq_exp.quantize.problem import LinearProblem, relative_output_error
-from claq_exp.quantize.quantized import QuantizedWeight
+from claq_exp.quantize.quantized import QuantizedWeight, layout_of
 from claq_exp.quantize.reservation import Reservation
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.solver.columns import ColumnSystem, quantize_columns
@@ -60,43 +60,38 @@ class Solved:
 
 
 def quantize_weight(problem: LinearProblem, system: ColumnSystem, recipe: Recipe) -> Solved:
-    """Quantize one matrix; `system` is what the recipe's solver prepared from the problem's
-    Hessian.
+    """Quantize one matrix.
+
+    system: what the recipe's solver prepared from the problem's Hessian.
+    Raises NumericalError when a level or reserved value does not fit float16.
     """
-    statistics = ColumnStatistics(problem.weight, system.distortion_weight)
-    column_bits, reserved_counts = recipe.plan(statistics)
-    quantizer = recipe.codebook.start(problem.weight, column_bits)
-    quantized = quantize_columns(problem.weight, system, quantizer, column_bits, reserved_counts)
+    weight = problem.weight
+    column_bits, reserved_counts = recipe.plan(ColumnStatistics(weight, system.distortion_weight))
+    quantizer = recipe.codebook.start(weight, column_bits)
+    quantized = quantize_columns(weight, system, quantizer, column_bits, reserved_counts)
     dequantized = quantized.dequantize()
-    norm = problem.weight.square().sum().item()
+    if not torch.isfinite(dequantized).all():
+        raise NumericalError(
+            f"weights up to {weight.abs().max().item():.3g} lead to values beyond float16 (65504); "
+            "rescale the model's weights"
+        )
+    norm = weight.square().sum().item()
+    error = (weight - dequantized).square().sum().item()
     return Solved(
         quantized=quantized,
         output_error=relative_output_error(problem, dequantized),
-        weight_error=(problem.weight - dequantized).square().sum().item() / norm
-        if norm > 0
-        else 0.0,
+        weight_error=error / norm if norm > 0 else 0.0,
         damping=system.damping,
         dead_columns=system.dead,
     )
 
 
 def planned_layout(recipe: Recipe, rows: int, columns: int) -> WeightLayout:
-    """Return the layout that a matrix of this shape will have; exact where plans depend on shapes
-    alone.
-    """
+    """Return the layout of a matrix of this shape; exact where plans depend on shapes alone."""
     statistics = constant_statistics(rows, columns)
-    bits, reserved = recipe.plan(statistics)
-    widths, counts = torch.unique(bits, return_counts=True)
-    group_size = getattr(recipe.codebook, "group_size", None)
-    return WeightLayout(
-        kind=COLUMN_CODEBOOKS if group_size is None else ROW_GRID,
-        rows=rows,
-        columns=columns,
-        columns_per_width=dict(zip(widths.tolist(), counts.tolist(), strict=True)),
-        group_size=0 if group_size is None else min(group_size or columns, columns),
-        reserved=int(reserved.sum()),
-        most_reserved=int(reserved.max()),
-    )
+    column_bits, reserved_counts = recipe.plan(statistics)
+    levels = recipe.codebook.start(statistics.weight, column_bits).levels()
+    return layout_of(rows, column_bits, levels, reserved_counts)
 
 
 def constant_statistics(rows: int, columns: int) -> ColumnStatistics:

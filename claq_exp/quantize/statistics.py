@@ -28,15 +28,11 @@ class ColumnStatistics:
         return self.weight.shape[0], self.weight.shape[1]
 
     def sensitivity(self) -> Tensor:
-        """Return mean_i(W_ij^2) * distortion_weight_j, the OBS saliency of each column: [in]
-        float32.
-        """
+        """Return the OBS saliency mean_i(W_ij^2) * distortion_weight_j: [in] float32."""
         return self.weight.square().mean(dim=0) * self.distortion_weight
 
     def outlier_counts(self, threshold: float) -> Tensor:
-        """Return how many entries of each column reach `threshold` times the matrix mean of |W|:
-        [in] int64.
-        """
+        """Return how many entries reach `threshold` times the matrix mean of |W|: [in] int64."""
         magnitude = self.weight.abs()
         return (magnitude >= threshold * magnitude.mean()).sum(dim=0)
 
@@ -45,13 +41,7 @@ class ColumnStatistics:
 
         Ties are broken by the saliency, then by the column's index: at the paper's threshold of 13
         most columns of a small model have no outlier at all, and the order would otherwise be the
-        sort's
-        accident.
+        sort's accident.
         """
-        order = np.lexsort(
-            (
-                -self.sensitivity().double().cpu().numpy(),
-                -self.outlier_counts(threshold).cpu().numpy(),
-            )
-        )
-        return torch.from_numpy(order)
+        counts, saliency = self.outlier_counts(threshold), self.sensitivity()
+        return torch.from_numpy(np.lexsort((-saliency.numpy(), -counts.numpy())))

@@ -1,6 +1,4 @@
-"""How a strategy is found: by its short name in the dict of its family, or by a dotted path to a
-class.
-"""
+"""How a strategy is found: by its short name in its family's dict, or by a dotted path."""
 
 from __future__ import annotations
 

@@ -52,9 +52,7 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return one row per run: recipe, bits, size, and both models' measures; what a run lacks is
-    NaN.
-    """
+    """Return one row per run: recipe, bits, size, measures; NaN where a run has none."""
     rows = []
     for results in runs:
         config = results["config"]

@@ -1,6 +1,4 @@
-"""A model folder in the Hugging Face layout, from the hub, a local path or a GGUF file in a
-package.
-"""
+"""A model folder in the Hugging Face layout: from the hub, a path, or a GGUF file."""
 
 from __future__ import annotations
 

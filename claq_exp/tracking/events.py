@@ -35,9 +35,7 @@ class EventLog:
         self._results: dict[str, Any] | None = None
 
     def event(self, event: str, /, **data: Any) -> None:
-        """Write one line: time (seconds since 1970), event, and the data; NaN and infinity become
-        null.
-        """
+        """Write one line: time in seconds since 1970, event, data; NaN and infinity become null."""
         clean = _finite(data)
         line = {"time": round(time.time(), 3), "event": event, **clean}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")

@@ -18,11 +18,10 @@ QUIET_SECONDS = 30.0  # between two lines where there is no terminal
 
 
 class RunProgress:
-    """Shows the stage and the time left; without a terminal, a line per stage and now and then one
-    between.
+    """The stage and the time left; without a terminal, a line per stage and some between.
 
-    estimates: stage -> expected seconds.  A stage that takes longer or shorter than expected
-    changes the speed at which the bar moves, and with it the time left.
+    estimates: stage -> expected seconds.  A stage that takes longer or shorter changes the speed at
+    which the bar moves, and with it the time left.
     """
 
     def __init__(self, estimates: dict[str, float], console: Console | None = None) -> None:

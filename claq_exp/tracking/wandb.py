@@ -22,10 +22,9 @@ def check_wandb() -> None:
 
 
 class WandbTracker:
-    """One W&B run per experiment: config, one step per layer, the results as summary and as a
-    table.
+    """One W&B run per experiment: config, a step per layer, the results as summary and table.
 
-    After the first failure of W&B the rest is skipped and `failure` says why.
+    After the first failure of W&B the rest is skipped, and `failure` says why.
     """
 
     def __init__(

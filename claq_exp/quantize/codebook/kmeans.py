@@ -16,13 +16,12 @@ from claq_exp.quantize.quantized import ColumnCodebooks
 
 @dataclass(frozen=True)
 class KMeans:
-    """Fit 2**bits centroids to the compensated column, without its reserved entries; round them to
-    float16.
+    """Fit 2**bits float16 centroids to the compensated column, without its reserved entries.
 
     The layer loss that a column causes under GPTQ is proportional to its squared error, so
     unweighted k-means of the compensated column minimises it.  Source: CLAQ (arXiv 2405.17233).
-    max_iterations bounds
-    Lloyd's passes.
+
+    max_iterations: bound of Lloyd's passes.
     """
 
     mixed_widths: ClassVar[bool] = True

@@ -1,5 +1,4 @@
-"""One-dimensional k-means on sorted values: prefix sums, Lloyd's iteration, and merge-and-split
-moves.
+"""One-dimensional k-means on sorted values: prefix sums, Lloyd's passes, joint border moves.
 
 Compiled by numba and cached on disk.  All sums are float64, so that the result does not depend on
 the scale of the values; every step is sequential, so the same input gives the same output
@@ -55,9 +54,7 @@ def _first_above(values, bound, low, high):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _lloyd(values, sums, centroids, borders, max_iterations):  # type: ignore[no-untyped-def]
-    """Alternate nearest-centroid cells and cell means until the cells stay; centroids and borders
-    change in place.
-    """
+    """Alternate nearest-centroid cells and cell means, in place, until the cells stay."""
     count, entries = len(values), len(centroids)
     for _ in range(max_iterations):
         moved = False
@@ -77,9 +74,7 @@ def _lloyd(values, sums, centroids, borders, max_iterations):  # type: ignore[no
 
 @njit(cache=True, nogil=True)
 def _explained(sums, start, stop):  # type: ignore[no-untyped-def]
-    """Return size * mean^2 of values[start:stop]: the squared error falls as its total over the
-    cells rises.
-    """
+    """Return size * mean^2 of values[start:stop]: the more is explained, the less error is left."""
     if stop <= start:
         return 0.0
     total = sums[stop] - sums[start]
@@ -88,17 +83,14 @@ def _explained(sums, start, stop):  # type: ignore[no-untyped-def]
 
 @njit(cache=True, nogil=True)
 def _move_borders(sums, borders, stride):  # type: ignore[no-untyped-def]
-    """Move all inner borders at once to the best of REACH steps of `stride` either way; return
-    whether one moved.
+    """Move all inner borders at once, each by up to REACH strides; return whether one moved.
 
     A dynamic program over borders x candidates: unlike Lloyd's passes, which stop where no single
     border wants to move, it sees chains of borders that pay only when they move together.
     """
     entries, count, width = len(borders) - 1, borders[-1], 2 * REACH + 1
     best = np.zeros(width)
-    at = np.zeros(
-        width, dtype=np.int64
-    )  # candidate places of the border before; the first border stays at 0
+    at = np.zeros(width, dtype=np.int64)  # where the border before may stand; the first stays at 0
     came_from = np.zeros((entries + 1, width), dtype=np.int64)
     previous = 1
     for border in range(1, entries + 1):
@@ -146,6 +138,9 @@ def _distinct(values, limit):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def fit_levels(values, entries, max_iterations):  # type: ignore[no-untyped-def]
     """Return `entries` ascending centroids of small squared error.
+
+    Lloyd's passes from a good first guess, then joint moves of the cell borders by strides that
+    halve down to one value: close to the global optimum, at a cost that hardly grows with n.
 
     values: [n] float32, sorted, finite, n may be 0.  Returns [entries] float64; where there are no
     more distinct values than entries, these values themselves, the last one repeated.

@@ -1,6 +1,4 @@
-"""The uniform grid of round-to-nearest and GPTQ: one scale and zero point per output row and group
-of columns.
-"""
+"""The uniform grid of round-to-nearest and GPTQ: a scale and zero point per row and group."""
 
 from __future__ import annotations
 
@@ -20,12 +18,12 @@ SMALLEST_SCALE = float(torch.finfo(torch.float16).tiny)
 
 @dataclass(frozen=True)
 class Uniform:
-    """Asymmetric min-max grid, fixed from the weights before compensation ("static groups"), scales
-    in float16.
+    """Asymmetric min-max grid with float16 scales, fixed before compensation ("static groups").
 
-    group_size: neighbouring columns that share a grid; 0 for the whole row.  Static groups cost no
-    column index under act-order.  Source: GPTQ (arXiv 2210.17323); q = clamp(round(w / s) + z), w =
-    s * (q - z).
+    q = clamp(round(w / s) + z), w = s * (q - z).  Static groups cost no column index under
+    act-order.  Source: GPTQ (arXiv 2210.17323).
+
+    group_size: neighbouring columns that share a grid; 0 for the whole row.
     """
 
     mixed_widths: ClassVar[bool] = False

@@ -15,16 +15,14 @@ from claq_exp.quantize.statistics import ColumnStatistics
 
 @dataclass(frozen=True)
 class OutlierOrder:
-    """Give `high_bits` to as many leading columns of the outlier order as the target allows,
-    `low_bits` to the rest.
+    """Give the higher of two widths to as many columns with most outliers as the target allows.
 
     target_bits: mean code bits per weight; the plan never exceeds it.
     threshold: an outlier reaches this multiple of the matrix mean of |W| (CLAQ: 13).
-    low_bits, high_bits: both or neither; without them the paper's pairs, 2/4 below 3 bits and 3/4
-    from 3 to 4.
+    low_bits, high_bits: both or neither; without them the reference code's pairs, 2/4 below 3 bits
+        and 3/4 from 3 to 4.
 
-    Source: CLAQ (arXiv 2405.17233), adaptive precision; the pairs and the threshold are the
-    reference code's.
+    Source: CLAQ (arXiv 2405.17233), adaptive precision.
     """
 
     target_bits: float = 3.5
@@ -50,9 +48,8 @@ class OutlierOrder:
         if not low <= self.target_bits <= high:
             raise ConfigError(
                 f"precision.target_bits={self.target_bits} cannot be reached with {low}- and "
-                f"{high}-bit columns; "
-                f"give a number from {low} to {high}, or set precision.low_bits and "
-                "precision.high_bits"
+                f"{high}-bit columns; give a number from {low} to {high}, or set "
+                "precision.low_bits and precision.high_bits"
             )
 
     def pair(self) -> tuple[int, int]:
@@ -61,9 +58,8 @@ class OutlierOrder:
             return self.low_bits, self.high_bits
         if not 2 <= self.target_bits <= 4:
             raise ConfigError(
-                f"precision.target_bits={self.target_bits} is outside 2 to 4, where the paper's "
-                "column pairs (2/4, 3/4) "
-                "reach; set precision.low_bits and precision.high_bits"
+                f"precision.target_bits={self.target_bits} is outside 2 to 4, the reach of the "
+                "paper's column pairs (2/4, 3/4); set precision.low_bits and precision.high_bits"
             )
         return (2, 4) if self.target_bits < 3 else (3, 4)
 

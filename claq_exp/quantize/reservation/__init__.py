@@ -13,9 +13,7 @@ from claq_exp.quantize.statistics import ColumnStatistics
 
 
 class Reservation(Protocol):
-    """A rule for reserved counts; its plan may depend on nothing but its arguments and its own
-    fields.
-    """
+    """A rule for reserved counts; its plan depends on its arguments and fields alone."""
 
     def plan(self, statistics: ColumnStatistics) -> Tensor:
         """Return the number of reserved entries of each column: [in] int64, at most `out` each."""

@@ -15,18 +15,15 @@ from claq_exp.quantize.statistics import ColumnStatistics
 
 @dataclass(frozen=True)
 class OutlierOrder:
-    """Keep `ratio` of the entries, with `boost` times the share in the leading columns of the
-    outlier order.
+    """Keep `ratio` of the entries, `boost` times the share in columns with most outliers.
 
     ratio: share of all entries of the matrix, both tails together; realised to the entry.
     top_columns: share of the columns that count as sensitive (CLAQ: 0.1).
     boost: their share over that of the others (CLAQ: 1.4 % over 0.4 % a side, i.e. 3.5).
     threshold: an outlier reaches this multiple of the matrix mean of |W| (CLAQ: 13).
 
-    Source: CLAQ (arXiv 2405.17233), outlier reservation; with ratio 0.01 the design of the
-    reference code (0.8 % of an ordinary and 2.8 % of a sensitive column), with 0.005 the 0.07 bit
-    that its README charges
-    for.
+    Source: CLAQ (arXiv 2405.17233), outlier reservation.  Ratio 0.01 is the design of the reference
+    code (0.8 % of an ordinary and 2.8 % of a sensitive column), 0.005 the 0.07 bit that it charges.
     """
 
     ratio: float = 0.005

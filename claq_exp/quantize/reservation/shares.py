@@ -18,11 +18,10 @@ def check_ratio(ratio: float) -> None:
 
 
 def counts_from_shares(shares: Tensor, total: int, limit: int) -> Tensor:
-    """Split `total` entries over columns in proportion to `shares` (largest remainder, ties to the
-    lower index).
+    """Split `total` entries over columns by largest remainder, ties to the lower index.
 
-    shares: [in] float64, non-negative.  Returns [in] int64 that adds up to `total`, no count above
-    `limit`.
+    shares: [in] float64, non-negative.  Returns [in] int64 in proportion to them that adds up to
+    `total`, no count above `limit`.
     """
     if not 0 <= total <= limit * len(shares):
         raise ValueError(f"{total} entries do not fit {len(shares)} columns of {limit}")

@@ -24,7 +24,7 @@ class ColumnSystem:
     inverse_factor: [in, in] float32 upper triangular U with U^T U = inverse of the damped Hessian,
         rows and columns in visiting order; None without compensation.
     distortion_weight: [in] float32, layer loss per squared error of a column, columns in the
-    matrix's own order.
+        matrix's own order.
     damping: share of the mean diagonal that was added to the diagonal; None without compensation.
     dead: number of inputs that were zero on every calibration token.
     block_size: columns between two updates of all later columns.
@@ -53,18 +53,12 @@ def quantize_columns(
     gathers the errors before it when its turn comes, so that no column is written twice.
     """
     order = system.order.numpy()
-    work = np.ascontiguousarray(
-        weight.t().numpy()[order]
-    )  # [in, out]: a column of the weight is one stretch of memory
+    work = weight.t().numpy()[order]  # [in, out]: a column is one stretch of memory
     counts = reserved_counts.numpy()
-    kept: list[tuple[NDArray[np.int64], NDArray[np.float16]]] = [(_NO_ROWS, _NO_VALUES)] * len(
-        order
-    )
-    factor = (
-        None
-        if system.inverse_factor is None
-        else np.ascontiguousarray(system.inverse_factor.t().numpy())
-    )
+    kept = [(_NO_ROWS, _NO_VALUES)] * len(order)
+    factor = None
+    if system.inverse_factor is not None:
+        factor = np.ascontiguousarray(system.inverse_factor.t().numpy())
     for start in range(0, len(order), system.block_size):
         stop = min(start + system.block_size, len(order))
         errors = np.zeros((stop - start, work.shape[1]), dtype=np.float32)
@@ -98,9 +92,7 @@ _NO_VALUES = np.zeros(0, dtype=np.float16)
 
 
 def largest_rows(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Return the ascending rows of the `count` largest magnitudes; equal magnitudes go to the lower
-    row.
-    """
+    """Return the rows of the `count` largest magnitudes, ascending; ties go to the lower row."""
     if count == 0:
         return _NO_ROWS
     magnitude = np.abs(values)

@@ -15,14 +15,15 @@ LADDER = (1.0, 10.0, 100.0)  # multiples of the damping that are tried in turn
 
 @dataclass(frozen=True)
 class Gptq:
-    """Spread each column's error over later columns through the inverse Hessian (GPTQ, arXiv
-    2210.17323).
+    """Spread each column's error over later columns through the inverse Hessian.
 
     act_order: visit columns by falling Hessian diagonal.
-    block_size: columns between two updates of all later columns; changes speed, not the result
-    beyond rounding.
+    block_size: columns between two updates of all later columns; changes speed, and the result only
+        by rounding.
     damping: share of the mean Hessian diagonal added to the diagonal; ten and a hundred times as
         much where the Cholesky factorization fails.
+
+    Source: GPTQ (arXiv 2210.17323).
     """
 
     act_order: bool = True
