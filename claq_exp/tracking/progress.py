@@ -44,7 +44,9 @@ class RunProgress:
         self._spoke = 0.0
 
     def stage(self, name: str) -> None:
-        """Begin a stage; the one before counts as finished."""
+        """Begin a stage, or go on with it; the one before counts as finished."""
+        if name == self._stage:
+            return
         self._finish_stage()
         self._stage = name
         self._show(name, always=True)

@@ -1,0 +1,54 @@
+"""Every command of the README, in its order, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from claq_exp.cli import main
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = re.findall(r"^    (claq-exp .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+SHRUNK = ("model", "calibration", "evaluation", "tracking")  # what the tiny run decides
+
+
+def shrunk(words: list[str], tiny: list[str]) -> list[str]:
+    """Let the tiny run's model, texts and sizes take the place of the command's."""
+    kept = [word for word in words if word.partition("=")[0].split(".")[0] not in SHRUNK]
+    return [*kept, *(word for word in tiny if not word.startswith("outputs="))]
+
+
+def test_readme_holds_the_commands_that_are_tested():
+    assert len(COMMANDS) > 10
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert sum(line.endswith("pip install -e . && claq-exp") for line in lines) == 1
+
+
+def test_every_readme_command_runs(tiny_run, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert main(shrunk([], tiny_run)) == 0
+    for line in COMMANDS:
+        words = shlex.split(line)[1:]
+        if words[0] == "report":
+            arguments = words
+        elif words[0] == "evaluate":
+            results = min((tmp_path / "outputs" / "default").glob("*3.5-reserve*/results.json"))
+            checkpoint = f"checkpoint={results.parent / 'checkpoint'}"
+            rest = [word for word in words[1:] if not word.startswith("checkpoint=")]
+            arguments = ["evaluate", *shrunk(rest, tiny_run), checkpoint]
+        else:
+            arguments = shrunk(words, tiny_run)
+        assert main(arguments) == 0, f"{line}\n{capfd.readouterr().err}"
+    assert (tmp_path / "outputs" / "budgets" / "report.md").is_file()
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_readme_overrides_compose_as_they_stand(line):
+    from claq_exp.compose import check_jobs
+
+    words = [word for word in shlex.split(line)[1:] if "=" in word]
+    if "report" not in line:
+        assert check_jobs(words) >= 1
