@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from claq_exp import __version__
 from claq_exp.checkpoint.files import read_json, write_json
 from claq_exp.checkpoint.reader import load_model as load_quantized
@@ -68,7 +70,8 @@ def run(
         if finished is not None and config.resume != "never":
             return Outcome(folder.path, finished, found=True)
         _prepare(folder, config.resume)
-        plan = make_plan(config, load_config(fetched.model), device)
+        model_config = load_config(fetched.model, trust_remote_code=config.model.trust_remote_code)
+        plan = make_plan(config, model_config, device)
         say(
             f"{plan.sizes.nominal:.2f} nominal / {plan.sizes.linear:.2f} linear bits planned; "
             f"{folder.path}"
@@ -81,7 +84,7 @@ def run(
             noise_to(folder.path / "third_party.log"),
             EventLog(folder.path / EVENTS_FILE, list(others)) as events,
         ):
-            job = _Job(config, folder, fetched, plan, device, progress, events)
+            job = _Job(config, folder, fetched, model_config, plan, device, progress, events)
             results = job.results(command)
             events.results(results)
             events.event("finished", seconds=results["run"]["seconds"])
@@ -117,6 +120,7 @@ class _Job:
     config: ExperimentConfig
     folder: RunFolder
     fetched: Fetched
+    model_config: PretrainedConfig
     plan: Plan
     device: str
     progress: RunProgress
@@ -163,7 +167,7 @@ class _Job:
         )
         write_layers(self.folder.path / "layers.csv", quantized.report)
         if not self.folder.checkpoint.is_dir():
-            dtype = stored_dtype(load_config(self.fetched.model))
+            dtype = stored_dtype(self.model_config)
             target, packed = self.folder.checkpoint, quantized.packed
             self._stage(
                 "export", lambda: write_checkpoint(target, model, tokens.tokenizer, packed, dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from claq_exp.calibration.hessian import HessianAccumulator
@@ -146,7 +147,8 @@ class _Block:
                 raise NumericalError(f"{self.path}.{name}: {error}") from error
             return name, solved, time.perf_counter() - begun
 
-        with ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
+        one_each = threadpool_limits(1, user_api="blas")  # the products of a column are small
+        with one_each, ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
             solutions = list(pool.map(solve, group.names))
         for name, solved, _ in solutions:
             self._weight(name).copy_(solved.quantized.dequantize())
