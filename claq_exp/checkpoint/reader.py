@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -44,29 +45,22 @@ def read_layouts(folder: Path) -> dict[str, WeightLayout]:
 
 def read_weights(folder: Path) -> Iterator[tuple[str, QuantizedWeight]]:
     """Yield (linear name, quantized weight), one at a time."""
-    layouts = read_layouts(folder)
     with _open(folder) as file:
-        stored = list(file.keys())
-        for name, layout in layouts.items():
-            suffixes = {key.rpartition(".")[2] for key in stored if key.rpartition(".")[0] == name}
-            suffixes -= {"bias"}
+        for name, layout in read_layouts(folder).items():
             try:
+                suffixes = layout.stored_tensors()
                 tensors = {suffix: file.get_tensor(f"{name}.{suffix}") for suffix in suffixes}
                 yield name, unpack_weight(layout, tensors)
             except (CheckpointError, SafetensorError) as error:
                 raise CheckpointError(f"{folder}: {name}: {error}") from error
 
 
-def read_state(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the dense model: dequantized float32 weights, the rest as stored."""
-    layouts = read_layouts(folder)
-    for name, weight in read_weights(folder):
-        yield f"{name}.weight", weight.dequantize()
-    packed = {
-        f"{name}.{suffix}" for name, layout in layouts.items() for suffix in layout.stored_tensors()
-    }
+def read_unquantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of everything that is no part of a quantized weight, as stored."""
+    layouts = read_layouts(folder).items()
+    packed = {f"{name}.{suffix}" for name, layout in layouts for suffix in layout.stored_tensors()}
     with _open(folder) as file:
-        for key in set(file.keys()) - packed:
+        for key in sorted(set(file.keys()) - packed):
             yield key, file.get_tensor(key)
 
 
@@ -77,13 +71,11 @@ def load_model(
 
     dtype: of weights and activations.  Raises ConfigError for a folder that is no checkpoint,
     CheckpointError for one that is damaged: a file that differs from the manifest, a tensor that is
-    missing, left over or
-    of another shape.
+    missing, left over or of another shape.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from claq_exp.models.load import DTYPES
-    from claq_exp.models.skeleton import tied_names
 
     folder = Path(folder)
     read_layouts(folder)
@@ -91,22 +83,40 @@ def load_model(
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     del config.quantization_config
     model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
-    places = model.state_dict()
-    missing = set(places) - tied_names(model)
-    for name, tensor in read_state(folder):
-        if name not in missing:
-            raise CheckpointError(f"{folder}: the model has no tensor '{name}'")
-        if places[name].shape != tensor.shape:
-            wanted = tuple(places[name].shape)
-            raise CheckpointError(f"{folder}: {name} is {tuple(tensor.shape)}, not {wanted}")
-        places[name].copy_(tensor)
-        missing.remove(name)
-    if missing:
-        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, e.g. {min(missing)}")
+    _fill(model, folder)
     model.tie_weights()
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.to(device).eval()
+
+
+@torch.no_grad()
+def _fill(model: PreTrainedModel, folder: Path) -> None:
+    """Copy every tensor of a checkpoint to its place; none may be missing or left over."""
+    from claq_exp.models.discover import LINEAR, linear_weight
+    from claq_exp.models.skeleton import tied_names
+
+    places = model.state_dict()
+    modules = dict(model.named_modules())
+    missing = set(places) - tied_names(model)
+
+    def copy(name: str, place: Tensor | None, tensor: Tensor) -> None:
+        if place is None or name not in missing:
+            raise CheckpointError(f"{folder}: the model has no tensor '{name}'")
+        if place.shape != tensor.shape:
+            shapes = f"{tuple(tensor.shape)}, the model's {tuple(place.shape)}"
+            raise CheckpointError(f"{folder}: the shape of {name} is {shapes}")
+        place.copy_(tensor)
+        missing.remove(name)
+
+    for name, weight in read_weights(folder):
+        module = modules.get(name)
+        place = linear_weight(module) if isinstance(module, LINEAR) else None
+        copy(f"{name}.weight", place, weight.dequantize())
+    for name, tensor in read_unquantized(folder):
+        copy(name, places.get(name), tensor)
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} tensors, e.g. {min(missing)}")
 
 
 def _open(folder: Path) -> Any:

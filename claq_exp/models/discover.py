@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -42,16 +41,29 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
     if not lists:
         raise ConfigError(
             f"no decoder blocks found in {type(model).__name__}: looked for an nn.ModuleList "
-            "with linear layers; "
-            "name it with model.blocks"
+            "with linear layers; name it with model.blocks"
         )
     name = max(lists, key=lambda key: _linear_weights(lists[key]))
     return name, lists[name]
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Module]:
-    """Return name -> linear layer of one block."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, LINEAR)}
+    """Return name -> linear layer of one block.
+
+    Raises ConfigError when the block holds matrices outside of linear layers, e.g. fused experts:
+    they would stay in 16 bits without a word.
+    """
+    linears: dict[str, nn.Module] = {
+        name: module for name, module in block.named_modules() if isinstance(module, LINEAR)
+    }
+    held = {f"{name}.weight" for name in linears}
+    matrices = [name for name, value in block.named_parameters() if value.ndim > 1]
+    if outside := [name for name in matrices if name not in held]:
+        raise ConfigError(
+            f"{type(block).__name__} holds weights outside of linear layers ({outside[0]}); "
+            "such models, e.g. mixtures with fused experts, cannot be quantized yet"
+        )
+    return linears
 
 
 def linear_weight(module: nn.Module) -> Tensor:
@@ -67,20 +79,18 @@ def find_groups(block: nn.Module, inputs: BlockInputs) -> list[LinearGroup]:
     Groups come in execution order (Llama: q,k,v - o - gate,up - down).  Raises SourceError for a
     layer that received nothing.
     """
-    seen: list[
-        tuple[str, Tensor]
-    ] = []  # keeps the tensors alive, so that an address is not given twice
+    linears = linears_of(block)
+    seen: list[tuple[str, Tensor]] = []  # holds the tensors, so that no address is given twice
     hooks = [
         module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
-        for name, module in linears_of(block).items()
+        for name, module in linears.items()
     ]
     try:
         run_block(block, inputs, 0)
     finally:
         for hook in hooks:
             hook.remove()
-    unfed = set(linears_of(block)) - {name for name, _ in seen}
-    if unfed:
+    if unfed := set(linears) - {name for name, _ in seen}:
         raise SourceError(
             f"linear layers {', '.join(sorted(unfed))} received no input from the first "
             "calibration batch"
@@ -95,7 +105,5 @@ def find_groups(block: nn.Module, inputs: BlockInputs) -> list[LinearGroup]:
 
 def _linear_weights(module: nn.Module) -> int:
     return sum(
-        int(torch.tensor(child.weight.shape).prod())
-        for child in module.modules()
-        if isinstance(child, LINEAR)
+        linear_weight(child).numel() for child in module.modules() if isinstance(child, LINEAR)
     )

@@ -8,7 +8,7 @@ import torch
 
 from claq_exp.errors import ConfigError, NumericalError
 from claq_exp.quantize.codebook import Codebook
-from claq_exp.quantize.layout import WeightLayout
+from claq_exp.quantize.layout import MAX_BITS, WeightLayout
 from claq_exp.quantize.precision import Precision
 from claq_exp.quantize.problem import LinearProblem, relative_output_error
 from claq_exp.quantize.quantized import QuantizedWeight, layout_of
@@ -29,7 +29,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse strategies that do not go together, by trying their plans on a small matrix."""
-        bits, reserved = self.plan(constant_statistics(8, 64))
+        bits, reserved = self.plan(constant_statistics(512, 512))
         if not self.codebook.mixed_widths and len(bits.unique()) > 1:
             raise ConfigError(
                 "this codebook needs one width for all columns; use precision=fixed, or "
@@ -41,8 +41,15 @@ class Recipe:
             )
 
     def plan(self, statistics: ColumnStatistics) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (column_bits [in] uint8, reserved_counts [in] int64)."""
-        return self.precision.plan(statistics), self.reservation.plan(statistics)
+        """Return (column_bits [in] uint8, reserved_counts [in] int64).
+
+        Raises ConfigError for a strategy whose plan is no plan: those of users come through here.
+        """
+        rows, columns = statistics.shape
+        bits, reserved = self.precision.plan(statistics), self.reservation.plan(statistics)
+        _check_plan(self.precision, bits, torch.uint8, columns, (1, MAX_BITS))
+        _check_plan(self.reservation, reserved, torch.int64, columns, (0, rows))
+        return bits, reserved
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,17 @@ def planned_layout(recipe: Recipe, rows: int, columns: int) -> WeightLayout:
     column_bits, reserved_counts = recipe.plan(statistics)
     levels = recipe.codebook.start(statistics.weight, column_bits).levels()
     return layout_of(rows, column_bits, levels, reserved_counts)
+
+
+def _check_plan(
+    strategy: object, plan: torch.Tensor, dtype: torch.dtype, columns: int, limits: tuple[int, int]
+) -> None:
+    low, high = limits
+    if plan.dtype != dtype or plan.shape != (columns,) or plan.min() < low or plan.max() > high:
+        raise ConfigError(
+            f"{type(strategy).__name__}.plan gave {plan.dtype} {tuple(plan.shape)} from "
+            f"{plan.min()} to {plan.max()}; it must give {dtype} ({columns},) from {low} to {high}"
+        )
 
 
 def constant_statistics(rows: int, columns: int) -> ColumnStatistics:
