@@ -73,6 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     except ClaqError as error:
         _complain(str(error))
         return error.exit_code
+    except OSError as error:
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+        return ClaqError.exit_code
     except KeyboardInterrupt:
         _complain(
             "interrupted; the same command goes on from the last finished block: "

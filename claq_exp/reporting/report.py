@@ -12,7 +12,7 @@ from claq_exp.checkpoint.files import read_json, write_bytes
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.reporting.plots import plot_tradeoff
 from claq_exp.reporting.results import SCHEMA
-from claq_exp.reporting.tables import markdown, runs_frame, with_keys
+from claq_exp.reporting.tables import codebook_label, markdown, runs_frame, with_keys
 from claq_exp.run_folder import RESULTS_FILE
 
 
@@ -105,7 +105,7 @@ def _originals(runs: list[dict[str, Any]]) -> str:
 
 
 def _method(config: dict[str, Any]) -> str:
-    codebook, solver = config["codebook"]["name"], config["solver"]["name"]
+    codebook, solver = codebook_label(config["codebook"]), config["solver"]["name"]
     parts = [codebook if solver != "nearest" else f"{codebook}, nearest"]
     if config["precision"]["name"] != "fixed":
         parts.append(f"AP {config['precision']['name']}")

@@ -58,7 +58,7 @@ def runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
         config = results["config"]
         row: dict[str, Any] = {
             "model": config["model"]["name"],
-            "codebook": config["codebook"]["name"],
+            "codebook": codebook_label(config["codebook"]),
             "precision": _described(config["precision"], "target_bits", "bits"),
             "reservation": _described(config["reservation"], "ratio"),
             "solver": config["solver"]["name"],
@@ -151,6 +151,12 @@ def _cell(value: Any) -> str:
 
 def _plain(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def codebook_label(codebook: dict[str, Any]) -> str:
+    """Return a codebook's name, with its group size where it has one."""
+    group_size = codebook.get("group_size")
+    return f"{codebook['name']} g{group_size}" if group_size else str(codebook["name"])
 
 
 def _described(strategy: dict[str, Any], *fields: str) -> str:
