@@ -49,27 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong request."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _quiet_libraries()
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "run": _run,
-        "plan": _plan,
-        "report": _report,
-        "evaluate": _evaluate,
-        "fetch": _fetch,
-    }
     try:
-        if any(flag in arguments for flag in ("-h", "--help")):
-            return _help()
-        if "--version" in arguments:
-            Console().print(__version__, highlight=False)
-            return 0
-        word = arguments[0] if arguments else "run"
-        if word in commands:
-            return commands[word](arguments[1:])
-        if not word.startswith("-") and "=" not in word and not word.startswith("~"):
-            raise ConfigError(
-                f"'{word}' is no command; choose one of: {', '.join(commands)}, or write KEY=VALUE"
-            )
-        return _run(arguments)
+        return _dispatch(arguments)
     except ClaqError as error:
         _complain(str(error))
         return error.exit_code
@@ -77,11 +58,31 @@ def main(argv: list[str] | None = None) -> int:
         _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
         return ClaqError.exit_code
     except KeyboardInterrupt:
-        _complain(
-            "interrupted; the same command goes on from the last finished block: "
-            f"{_command(arguments)}"
-        )
+        again = _command(arguments)
+        _complain(f"interrupted; the same command goes on from the last finished block: {again}")
         return INTERRUPTED
+
+
+def _dispatch(arguments: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "run": _run,
+        "plan": _plan,
+        "report": _report,
+        "evaluate": _evaluate,
+        "fetch": _fetch,
+    }
+    if any(flag in arguments for flag in ("-h", "--help")):
+        return _help()
+    if "--version" in arguments:
+        Console().print(__version__, highlight=False)
+        return 0
+    word = arguments[0] if arguments else "run"
+    if word in commands:
+        return commands[word](arguments[1:])
+    if word.isidentifier():
+        known = ", ".join(commands)
+        raise ConfigError(f"'{word}' is no command; choose one of: {known}, or write KEY=VALUE")
+    return _run(arguments)
 
 
 def _run(overrides: list[str]) -> int:
