@@ -230,7 +230,7 @@ def _help() -> int:
     from claq_exp.compose import groups
 
     console = Console()
-    console.print(USAGE, highlight=False, markup=False)
+    console.print(USAGE, highlight=False, markup=False, soft_wrap=True)
     for group, options in groups().items():
         console.print(
             f"{group:<12} {', '.join(options)}", highlight=False, markup=False, soft_wrap=True
