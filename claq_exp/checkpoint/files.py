@@ -38,12 +38,15 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.  Raises CheckpointError when it is missing or no JSON."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.  Raises CheckpointError when the file holds anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return data
 
 
 def write_manifest(folder: Path) -> None:
@@ -63,7 +66,7 @@ def check_manifest(folder: Path) -> None:
         raise CheckpointError(f"{folder / MANIFEST} lists no files")
     for name, facts in files.items():
         path = folder / name
-        if path.name != name or not path.is_file():
+        if path.name != name or not path.is_file() or not isinstance(facts, dict):
             raise CheckpointError(f"{folder} lacks the file '{name}' of its manifest")
         if path.stat().st_size != facts.get("bytes") or sha256_of(path) != facts.get("sha256"):
             raise CheckpointError(f"{path} is not the file that was written: size or sha256 differ")

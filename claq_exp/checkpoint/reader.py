@@ -40,7 +40,10 @@ def read_layouts(folder: Path) -> dict[str, WeightLayout]:
     modules = quantization.get("modules")
     if not isinstance(modules, dict) or not modules:
         raise CheckpointError(f"{folder} lists no quantized layers")
-    return {name: WeightLayout.from_json(layout) for name, layout in modules.items()}
+    try:
+        return {name: WeightLayout.from_json(layout) for name, layout in modules.items()}
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, QuantizedWeight]]:

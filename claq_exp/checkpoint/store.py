@@ -52,6 +52,8 @@ class BlockStore:
                     f"{path} has {key} {state.get(key)}, this run {self._state[key]}; set "
                     "resume=never to start over"
                 )
+        if not isinstance(state.get("blocks"), list) or "activations" not in state:
+            raise CheckpointError(f"{path} is incomplete; set resume=never to start over")
         self._state = state
         return len(state["blocks"])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,17 +14,19 @@ class StopForward(Exception):  # noqa: N818 - a signal, not an error
     """Raised by a hook to end a forward pass whose rest is not needed."""
 
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 @dataclass
 class BlockInputs:
     """What enters one decoder block.
 
     hidden: one [batch, seqlen, width] tensor per batch.
-    positional, keyword: the block's further arguments, equal for all batches of one length.
+    arguments: number of windows in a batch -> the block's further positional and keyword arguments.
     """
 
-    hidden: list[Tensor]
-    positional: tuple[Any, ...]
-    keyword: dict[str, Any]
+    hidden: list[Tensor] = field(default_factory=list)
+    arguments: dict[int, Arguments] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -32,47 +35,50 @@ def capture_inputs(
 ) -> list[BlockInputs]:
     """Record what enters each block.
 
-    batches: token ids [batch, seqlen], all of one shape.  The first batch runs up to the last
-    block, for every block's own arguments (masks and position tables differ between blocks in some
-    models); of the others only the first block's hidden states are taken.  Returns one BlockInputs
-    per block, of which only the first has hidden states.
+    batches: token ids [batch, seqlen] of one length.  The first batch of each size runs up to the
+    last block, for every block's own arguments (masks and position tables differ between blocks in
+    some models); of the others only the first block's hidden states are taken.  Returns one
+    BlockInputs per block, of which only the first has hidden states.
     """
-    inputs: list[BlockInputs] = []
+    inputs = [BlockInputs() for _ in blocks]
+    for batch in batches:
+        size = len(batch)
+        last = 0 if size in inputs[0].arguments else len(blocks) - 1
+        hooks = [
+            block.register_forward_pre_hook(
+                _recorder(inputs[index], size, index == 0, index == last), with_kwargs=True
+            )
+            for index, block in enumerate(blocks[: last + 1])
+        ]
+        try:
+            model(batch, use_cache=False)
+        except StopForward:
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return inputs
 
+
+def _recorder(inputs: BlockInputs, size: int, first: bool, last: bool) -> Callable[..., None]:
     def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden, rest = _split(args, kwargs)
-        inputs.append(BlockInputs([hidden] if not inputs else [], args[1:], rest))
-        if len(inputs) == len(blocks):
+        keyword = dict(kwargs)
+        hidden = args[0] if args else keyword.pop("hidden_states")
+        if first:
+            inputs.hidden.append(hidden)
+        inputs.arguments.setdefault(size, (args[1:], keyword))
+        if last:
             raise StopForward
 
-    def take(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs[0].hidden.append(_split(args, kwargs)[0])
-        raise StopForward
-
-    hooks = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
-    try:
-        model(batches[0], use_cache=False)
-    except StopForward:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    hook = blocks[0].register_forward_pre_hook(take, with_kwargs=True)
-    try:
-        for batch in batches[1:]:
-            try:
-                model(batch, use_cache=False)
-            except StopForward:
-                continue
-    finally:
-        hook.remove()
-    return inputs
+    return record
 
 
 @torch.inference_mode()
 def run_block(block: nn.Module, inputs: BlockInputs, batch: int) -> Tensor:
     """Run one batch through a block and return its hidden states [batch, seqlen, width]."""
-    output = block(inputs.hidden[batch], *inputs.positional, **inputs.keyword)
+    hidden = inputs.hidden[batch]
+    positional, keyword = inputs.arguments[len(hidden)]
+    output = block(hidden, *positional, **keyword)
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -92,9 +98,3 @@ def run_until(block: nn.Module, inputs: BlockInputs, batch: int, module: nn.Modu
     finally:
         hook.remove()
     return entered[0]
-
-
-def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    rest = dict(kwargs)
-    hidden = args[0] if args else rest.pop("hidden_states")
-    return hidden, rest

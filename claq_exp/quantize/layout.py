@@ -13,6 +13,7 @@ ROW_GRID = "row_grid"
 KINDS = (COLUMN_CODEBOOKS, ROW_GRID)
 MAX_BITS = 8
 HALF = 16  # bits of a float16
+HALF_MAX = 65504.0  # the largest float16
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ class WeightLayout:
     most_reserved: int = 0
 
     def __post_init__(self) -> None:
+        counts = (self.rows, self.columns, self.group_size, self.reserved, self.most_reserved)
+        if any(type(count) is not int or not 0 <= count < 2**48 for count in counts):
+            raise CheckpointError(f"the counts of a layout must be whole numbers, not {counts}")
+        if self.rows < 1 or self.most_reserved > self.rows or self.reserved > self.weights:
+            raise CheckpointError(f"{self.rows} rows cannot hold {self.reserved} reserved entries")
         if self.kind not in KINDS:
             raise CheckpointError(
                 f"unknown kind of quantized weight '{self.kind}'; known: {', '.join(KINDS)}"

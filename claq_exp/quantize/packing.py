@@ -1,4 +1,4 @@
-"""Integers of 1 to 32 bits packed without gaps, least significant bit first."""
+"""Integers of 1 to 31 bits packed without gaps, least significant bit first."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import NumericalError
+from claq_exp.quantize.layout import HALF_MAX
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,12 @@ class LinearProblem:
             raise ValueError(
                 f"hessian is {tuple(self.hessian.shape)}, weight has {columns} columns"
             )
-        if not torch.isfinite(self.weight).all():
-            row, column = torch.nonzero(~torch.isfinite(self.weight))[0].tolist()
+        fits = self.weight.abs() <= HALF_MAX
+        if not fits.all():
+            row, column = torch.nonzero(~fits)[0].tolist()
             raise NumericalError(
-                f"weight[{row}, {column}] is {self.weight[row, column].item()}; "
-                "repair the model's weights before quantizing them"
+                f"weight[{row}, {column}] is {self.weight[row, column].item():.6g}, beyond float16 "
+                "in which levels and outliers are stored; repair or rescale the model's weights"
             )
         if not torch.isfinite(self.hessian).all():
             raise NumericalError("the Hessian is not finite; check the calibration inputs")

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import CheckpointError
-from claq_exp.quantize.layout import COLUMN_CODEBOOKS, ROW_GRID, Ledger, WeightLayout, index_width
+from claq_exp.quantize.layout import (
+    COLUMN_CODEBOOKS,
+    HALF_MAX,
+    ROW_GRID,
+    Ledger,
+    WeightLayout,
+    index_width,
+)
 from claq_exp.quantize.packing import pack, unpack
 
 
@@ -22,6 +29,10 @@ class ColumnCodebooks:
 
     values: Tensor
 
+    def finite(self) -> bool:
+        """Tell whether every level fits float16."""
+        return bool(torch.isfinite(self.values).all())
+
 
 @dataclass(frozen=True)
 class RowGrid:
@@ -33,6 +44,10 @@ class RowGrid:
     scales: Tensor
     zeros: Tensor
     group_size: int
+
+    def finite(self) -> bool:
+        """Tell whether every scale fits float16."""
+        return bool(torch.isfinite(self.scales).all())
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,7 @@ class QuantizedWeight:
             group = torch.arange(columns) // self.levels.group_size
             scales = self.levels.scales.float()[:, group]
             weight = scales * (self.codes.float() - self.levels.zeros.float()[:, group])
+            weight.clamp_(-HALF_MAX, HALF_MAX)  # a float16 model must be able to hold it
         weight[self.reserved.rows, self.reserved.columns()] = self.reserved.values.float()
         return weight
 

@@ -76,12 +76,12 @@ def quantize_weight(problem: LinearProblem, system: ColumnSystem, recipe: Recipe
     column_bits, reserved_counts = recipe.plan(ColumnStatistics(weight, system.distortion_weight))
     quantizer = recipe.codebook.start(weight, column_bits)
     quantized = quantize_columns(weight, system, quantizer, column_bits, reserved_counts)
-    dequantized = quantized.dequantize()
-    if not torch.isfinite(dequantized).all():
+    if not quantized.levels.finite():
         raise NumericalError(
-            f"weights up to {weight.abs().max().item():.3g} lead to values beyond float16 (65504); "
+            f"weights up to {weight.abs().max().item():.3g} need levels beyond float16 (65504); "
             "rescale the model's weights"
         )
+    dequantized = quantized.dequantize()
     norm = weight.square().sum().item()
     error = (weight - dequantized).square().sum().item()
     return Solved(

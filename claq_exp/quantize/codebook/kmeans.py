@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from claq_exp.quantize.codebook.lloyd import assign_codes, fit_levels
+from claq_exp.quantize.codebook.clustering import assign_codes, fit_levels
 from claq_exp.quantize.quantized import ColumnCodebooks
 
 
@@ -20,29 +20,24 @@ class KMeans:
 
     The layer loss that a column causes under GPTQ is proportional to its squared error, so
     unweighted k-means of the compensated column minimises it.  Source: CLAQ (arXiv 2405.17233).
-
-    max_iterations: bound of Lloyd's passes.
     """
 
     mixed_widths: ClassVar[bool] = True
     reserves: ClassVar[bool] = True
 
-    max_iterations: int = 100
-
     def start(self, weight: Tensor, column_bits: Tensor) -> KMeansColumns:
         """Begin a matrix: weight [out, in], column_bits [in] uint8."""
-        return KMeansColumns(weight.shape[0], column_bits.numpy(), self.max_iterations)
+        return KMeansColumns(weight.shape[0], column_bits.numpy())
 
 
 class KMeansColumns:
     """The codebooks and codes found so far."""
 
-    def __init__(self, rows: int, column_bits: NDArray[np.uint8], max_iterations: int) -> None:
+    def __init__(self, rows: int, column_bits: NDArray[np.uint8]) -> None:
         columns = len(column_bits)
         self.codes = np.zeros((columns, rows), dtype=np.uint8)
         self._entries = [1 << int(bits) for bits in column_bits]
         self._centroids = np.zeros((columns, max(self._entries)), dtype=np.float16)
-        self._max_iterations = max_iterations
         self._fitted = np.ones(rows, dtype=bool)
 
     def quantize(
@@ -53,7 +48,8 @@ class KMeansColumns:
         self._fitted[reserved] = False
         fitted = np.sort(values[self._fitted])
         self._fitted[reserved] = True
-        centroids = fit_levels(fitted, entries, self._max_iterations).astype(np.float16)
+        with np.errstate(over="ignore"):  # an infinite level is refused with the whole matrix
+            centroids = fit_levels(fitted, entries).astype(np.float16)
         self._centroids[column, :entries] = centroids
         levels = centroids.astype(np.float32)
         codes = self.codes[column]

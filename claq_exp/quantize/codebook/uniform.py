@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from claq_exp.errors import ConfigError
+from claq_exp.quantize.layout import HALF_MAX
 from claq_exp.quantize.quantized import RowGrid
 
 SMALLEST_SCALE = float(torch.finfo(torch.float16).tiny)
@@ -71,7 +72,7 @@ class UniformColumns:
         scale, zero = self._scales[group], self._zeros[group]
         codes = np.clip(np.rint(values / scale) + zero, 0, self._top)
         self.codes[column] = codes
-        return scale * (codes - zero)
+        return np.clip(scale * (codes - zero), -HALF_MAX, HALF_MAX)
 
     def levels(self) -> RowGrid:
         """Return the grid."""

@@ -25,14 +25,18 @@ def counts_from_shares(shares: Tensor, total: int, limit: int) -> Tensor:
     """
     if not 0 <= total <= limit * len(shares):
         raise ValueError(f"{total} entries do not fit {len(shares)} columns of {limit}")
-    counts = torch.zeros(len(shares), dtype=torch.int64)
-    while (missing := total - int(counts.sum())) > 0:
-        open_shares = torch.where(counts < limit, shares.clamp(min=1e-300), 0.0)
-        quota = missing * (open_shares / open_shares.sum())
-        step = torch.minimum(quota.floor().long(), limit - counts)
-        if int(step.sum()) == 0:
-            take = torch.argsort(quota, descending=True, stable=True)[:missing]
-            step[take] = 1
-            step = torch.minimum(step, limit - counts)
-        counts += step
+    counts = torch.full((len(shares),), limit, dtype=torch.int64)
+    unfilled = torch.ones(len(shares), dtype=torch.bool)
+    while unfilled.any():
+        left_over = total - limit * int((~unfilled).sum())
+        open_shares = torch.where(unfilled, shares.clamp(min=1e-300), 0.0)
+        quota = left_over * (open_shares / open_shares.sum())
+        overfull = unfilled & (quota > limit)
+        if not overfull.any():
+            counts[unfilled] = quota[unfilled].floor().long()
+            remainder = torch.where(unfilled, quota - quota.floor(), -1.0)
+            missing = total - int(counts.sum())
+            counts[torch.argsort(remainder, descending=True, stable=True)[:missing]] += 1
+            break
+        unfilled &= ~overfull
     return counts

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from claq_exp.errors import NumericalError
 from claq_exp.quantize.codebook import ColumnQuantizer
+from claq_exp.quantize.layout import HALF_MAX
 from claq_exp.quantize.quantized import QuantizedWeight, Reserved
-
-HALF_MAX = float(torch.finfo(torch.float16).max)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""One-dimensional k-means on sorted values: prefix sums, Lloyd's passes, joint border moves.
+"""One-dimensional k-means on sorted values: the best borders of a coarse grid, then refined.
 
-Compiled by numba and cached on disk.  All sums are float64, so that the result does not depend on
-the scale of the values; every step is sequential, so the same input gives the same output
-everywhere.
+The optimal cells of one-dimensional k-means are intervals, so that a clustering is a list of
+borders in the sorted values, and a cell's squared error comes from prefix sums at its two borders.
+Compiled by numba and cached on disk.  Sums are float64; every step is sequential, so the same input
+gives the same output everywhere.
 """
 
 from __future__ import annotations
@@ -10,66 +11,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-REACH = 4  # strides that a border may move in either direction at once
-ROUNDS = 4  # tries per stride
-SPACINGS = 128  # at most so many gaps describe the density for the first guess
-
-
-@njit(cache=True, nogil=True)
-def _first_guess(values, entries):  # type: ignore[no-untyped-def]
-    """Place centroids with density ~ f^(1/3), optimal for many levels (Panter and Dite, 1951)."""
-    count = len(values)
-    steps = min(SPACINGS, count - 1)
-    reached = np.empty(steps + 1)
-    reached[0] = 0.0
-    for step in range(steps):
-        left = values[step * (count - 1) // steps]
-        right = values[(step + 1) * (count - 1) // steps]
-        reached[step + 1] = reached[step] + (right - left) ** (2.0 / 3.0)
-    centroids = np.empty(entries)
-    step = 0
-    for entry in range(entries):
-        target = reached[steps] * (entry + 0.5) / entries
-        while step < steps - 1 and reached[step + 1] < target:
-            step += 1
-        left = values[step * (count - 1) // steps]
-        right = values[(step + 1) * (count - 1) // steps]
-        width = reached[step + 1] - reached[step]
-        share = (target - reached[step]) / width if width > 0 else 0.5
-        centroids[entry] = left + share * (right - left)
-    return centroids
-
-
-@njit(cache=True, nogil=True)
-def _first_above(values, bound, low, high):  # type: ignore[no-untyped-def]
-    """Return the first index in [low, high] whose value is above `bound`."""
-    while low < high:
-        middle = (low + high) // 2
-        if values[middle] > bound:
-            high = middle
-        else:
-            low = middle + 1
-    return low
-
-
-@njit(cache=True, nogil=True)
-def _lloyd(values, sums, centroids, borders, max_iterations):  # type: ignore[no-untyped-def]
-    """Alternate nearest-centroid cells and cell means, in place, until the cells stay."""
-    count, entries = len(values), len(centroids)
-    for _ in range(max_iterations):
-        moved = False
-        for entry in range(1, entries):
-            middle = 0.5 * (centroids[entry - 1] + centroids[entry])
-            border = _first_above(values, middle, borders[entry - 1], count)
-            if border != borders[entry]:
-                borders[entry] = border
-                moved = True
-        if not moved:
-            return
-        for entry in range(entries):
-            size = borders[entry + 1] - borders[entry]
-            if size > 0:
-                centroids[entry] = (sums[borders[entry + 1]] - sums[borders[entry]]) / size
+GRID = 4  # coarse places for a border per entry
+REACH = 3  # strides that a border may move in either direction at once
+ROUNDS = 3  # tries per stride
 
 
 @njit(cache=True, nogil=True)
@@ -79,6 +23,60 @@ def _explained(sums, start, stop):  # type: ignore[no-untyped-def]
         return 0.0
     total = sums[stop] - sums[start]
     return total * total / (stop - start)
+
+
+@njit(cache=True, nogil=True)
+def _coarse_places(count, entries):  # type: ignore[no-untyped-def]
+    """Return ascending places for borders: evenly spaced, and ever closer towards both ends.
+
+    The ends must be fine, for a few outliers there may deserve cells of their own.
+    """
+    spacing = max(1, count // (GRID * entries))
+    marked = np.zeros(count + 1, dtype=np.bool_)
+    for place in range(0, count, spacing):
+        marked[place] = True
+    step = 1
+    while step < spacing:
+        marked[step] = marked[count - step] = True
+        marked[min(step + (step + 1) // 2, count)] = True
+        marked[max(count - step - (step + 1) // 2, 0)] = True
+        step *= 2
+    marked[count] = True
+    return np.flatnonzero(marked)
+
+
+@njit(cache=True, nogil=True)
+def _best_borders(sums, places, entries):  # type: ignore[no-untyped-def]
+    """Return the best borders among `places`, [entries + 1]: a dynamic program over cells.
+
+    The best place of a cell's left border never moves left when its right border moves right or a
+    cell is added, which bounds the search to O(places^2) in all.
+    """
+    last = len(places) - 1
+    best = np.empty(last + 1)
+    for right in range(last + 1):
+        best[right] = _explained(sums, 0, places[right])
+    came_from = np.zeros((entries + 1, last + 2), dtype=np.int64)
+    for cell in range(2, entries + 1):
+        reached = np.empty(last + 1)
+        came_from[cell, last + 1] = last
+        for right in range(last, -1, -1):
+            top, origin = -1.0, right
+            stop = min(came_from[cell, right + 1], right)
+            for left in range(min(came_from[cell - 1, right], stop), stop + 1):
+                value = best[left] + _explained(sums, places[left], places[right])
+                if value > top:
+                    top, origin = value, left
+            reached[right] = top
+            came_from[cell, right] = origin
+        best = reached
+    borders = np.zeros(entries + 1, dtype=np.int64)
+    right = last
+    borders[entries] = places[last]
+    for cell in range(entries, 1, -1):
+        right = came_from[cell, right]
+        borders[cell - 1] = places[right]
+    return borders
 
 
 @njit(cache=True, nogil=True)
@@ -136,11 +134,11 @@ def _distinct(values, limit):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True)
-def fit_levels(values, entries, max_iterations):  # type: ignore[no-untyped-def]
+def fit_levels(values, entries):  # type: ignore[no-untyped-def]
     """Return `entries` ascending centroids of small squared error.
 
-    Lloyd's passes from a good first guess, then joint moves of the cell borders by strides that
-    halve down to one value: close to the global optimum, at a cost that hardly grows with n.
+    The best clustering with borders on a coarse grid, then joint moves of all borders by strides
+    that halve down to one value: close to the global optimum, at a cost that hardly grows with n.
 
     values: [n] float32, sorted, finite, n may be 0.  Returns [entries] float64; where there are no
     more distinct values than entries, these values themselves, the last one repeated.
@@ -154,27 +152,25 @@ def fit_levels(values, entries, max_iterations):  # type: ignore[no-untyped-def]
         return centroids
     count = len(values)
     shift = np.float64(values[count // 2])  # centred sums keep their digits
-    centred = np.empty(count)
     sums = np.empty(count + 1)
     sums[0] = 0.0
     for index in range(count):
-        centred[index] = values[index] - shift
-        sums[index + 1] = sums[index] + centred[index]
-    centroids = _first_guess(centred, entries)
-    borders = np.zeros(entries + 1, dtype=np.int64)
-    borders[entries] = count
-    _lloyd(centred, sums, centroids, borders, max_iterations)
-    stride = max(1, count // (entries * REACH // 2))
+        sums[index + 1] = sums[index] + (values[index] - shift)
+    borders = _best_borders(sums, _coarse_places(count, entries), entries)
+    stride = max(1, count // (2 * GRID * entries))
     while stride > 0:
         for _ in range(ROUNDS):
             if not _move_borders(sums, borders, stride):
                 break
         stride //= 2
+    filled = 0
     for entry in range(entries):
         size = borders[entry + 1] - borders[entry]
         if size > 0:
-            centroids[entry] = (sums[borders[entry + 1]] - sums[borders[entry]]) / size
-    return np.sort(centroids) + shift
+            centroids[filled] = (sums[borders[entry + 1]] - sums[borders[entry]]) / size + shift
+            filled += 1
+    centroids[filled:] = centroids[filled - 1]
+    return centroids
 
 
 @njit(cache=True, nogil=True)

@@ -1,0 +1,110 @@
+"""The second moment of a layer's inputs against float64."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from claq_exp.calibration.hessian import HessianAccumulator
+from claq_exp.errors import CalibrationError
+
+
+def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.01, 30, columns)  # features of real models differ as much in size
+    return torch.randn(tokens, columns, generator=generator) * scale + 0.5
+
+
+def accumulated(*batches: torch.Tensor) -> torch.Tensor:
+    accumulator = HessianAccumulator(batches[0].shape[-1])
+    for batch in batches:
+        accumulator.add(batch, "here")
+    return accumulator.hessian()
+
+
+def exact(tokens: torch.Tensor) -> np.ndarray:
+    flat = tokens.double().reshape(-1, tokens.shape[-1]).numpy()
+    return 2 / len(flat) * sum(np.outer(token, token) for token in flat)
+
+
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 3), (5, 8), (300, 17)])
+def test_it_is_twice_the_mean_outer_product(tokens, columns):
+    batch = inputs(tokens, columns)
+    found = accumulated(batch)
+    expected = exact(batch)
+    assert found.dtype == torch.float64
+    largest = np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
+    assert (np.abs(found.numpy() - expected) <= 1e-5 * largest).all()
+
+
+def test_one_token_by_hand():
+    assert accumulated(torch.tensor([[1.0, 3.0]])).tolist() == [[2.0, 6.0], [6.0, 18.0]]
+
+
+@pytest.mark.parametrize("sizes", [[90], [1] * 90, [1, 89], [30, 30, 30], [64, 25, 1]])
+def test_how_tokens_are_split_into_batches_changes_nothing(sizes):
+    tokens = inputs(90, 6)
+    whole = accumulated(tokens)
+    assert torch.allclose(accumulated(*tokens.split(sizes)), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_leading_dimensions_are_tokens():
+    tokens = inputs(24, 5)
+    assert torch.equal(accumulated(tokens.reshape(2, 3, 4, 5)), accumulated(tokens))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_inputs_of_any_float_dtype_are_summed_in_float32_or_better(dtype):
+    tokens = inputs(200, 5).to(dtype)
+    expected = exact(tokens)
+    assert accumulated(tokens).numpy() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+def test_many_batches_lose_no_digits():
+    # in float32 the sum would stop growing at 2**24
+    accumulator = HessianAccumulator(1)
+    accumulator.add(torch.full((1, 1), 2.0**13), "here")
+    for _ in range(1000):
+        accumulator.add(torch.ones(1, 1), "here")
+    assert accumulator.hessian().item() == 2 / 1001 * (2.0**26 + 1000)
+
+
+def test_large_float16_inputs_do_not_overflow():
+    tokens = torch.full((64, 2), 60000.0, dtype=torch.float16)
+    assert accumulated(tokens)[0, 1].item() == pytest.approx(2 * tokens[0, 0].item() ** 2, rel=1e-5)
+
+
+def test_it_is_symmetric_and_has_no_negative_eigenvalue_beyond_rounding():
+    found = accumulated(*inputs(40, 12).split(7))
+    assert torch.equal(found, found.t())
+    eigenvalues = torch.linalg.eigvalsh(found)
+    assert eigenvalues[0] > -1e-6 * eigenvalues[-1]
+
+
+def test_a_dead_input_has_an_exactly_zero_row_and_column():
+    tokens = inputs(30, 4)
+    tokens[:, 2] = 0
+    found = accumulated(tokens)
+    assert not found[2].any()
+    assert not found[:, 2].any()
+    assert found.diagonal().count_nonzero() == 3
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_input_that_is_no_number_is_refused_by_its_place(bad, dtype):
+    tokens = inputs(20, 4).to(dtype)
+    accumulator = HessianAccumulator(4)
+    accumulator.add(tokens, "block 3, q_proj")
+    before = accumulator.hessian()
+    tokens[7, 1] = bad
+    with pytest.raises(CalibrationError, match=r"block 3, q_proj"):
+        accumulator.add(tokens, "block 3, q_proj")
+    assert torch.equal(accumulator.hessian(), before)
+
+
+def test_without_tokens_it_is_zero():
+    assert not HessianAccumulator(3).hessian().any()

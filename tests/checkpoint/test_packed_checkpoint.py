@@ -1,0 +1,364 @@
+"""A checkpoint on disk: whole, counted to the byte, and refused where it was tampered with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoTokenizer
+
+import claq_exp
+from claq_exp.checkpoint.files import check_manifest, read_json, write_json, write_manifest
+from claq_exp.checkpoint.reader import load_model, read_layouts, read_unquantized, read_weights
+from claq_exp.checkpoint.writer import PackedWeight, checkpoint_sizes, write_checkpoint
+from claq_exp.errors import CheckpointError, ClaqError, ConfigError
+from claq_exp.models.load import load_model as load_original
+from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.packing import pack, unpack
+from claq_exp.quantize.precision import OutlierOrder
+from claq_exp.quantize.problem import LinearProblem
+from claq_exp.quantize.recipe import Recipe, quantize_weight
+from claq_exp.quantize.reservation import OutlierOrder as ReservedOutliers
+from claq_exp.quantize.solver import Nearest
+
+RECIPE = Recipe(KMeans(), OutlierOrder(2.5), ReservedOutliers(0.02), Nearest())
+SOME_LINEAR = "model.layers.1.self_attn.q_proj"
+
+
+class Written:
+    """A model with quantized decoder blocks, and what its checkpoint was written from."""
+
+    def __init__(self, source: Path) -> None:
+        self.model = load_original(source, dtype="float32", device="cpu")
+        self.tokenizer = AutoTokenizer.from_pretrained(source)
+        self.quantized = {}
+        for name, module in self.model.model.layers.named_modules(prefix="model.layers"):
+            if isinstance(module, nn.Linear):
+                hessian = torch.eye(module.in_features, dtype=torch.float64)
+                problem = LinearProblem(module.weight.detach(), hessian)
+                system = RECIPE.solver.prepare(hessian)
+                self.quantized[name] = quantize_weight(problem, system, RECIPE).quantized
+                module.weight.data.copy_(self.quantized[name].dequantize())
+        self.packed = {
+            name: PackedWeight(weight.layout(), weight.pack())
+            for name, weight in self.quantized.items()
+        }
+
+    def write(self, target: Path) -> Path:
+        write_checkpoint(target, self.model, self.tokenizer, self.packed, torch.float16)
+        return target
+
+
+@pytest.fixture(scope="module")
+def written(tiny_model: Path) -> Written:
+    return Written(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def original(written: Written, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written.write(tmp_path_factory.mktemp("checkpoints") / "checkpoint")
+
+
+@pytest.fixture
+def checkpoint(original: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(original, tmp_path / "checkpoint"))
+
+
+def test_the_loaded_model_is_the_model_that_was_written(written, original):
+    loaded = load_model(original).state_dict()
+    for name, tensor in written.model.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_the_loaded_model_computes_what_the_written_one_computes(written, original):
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.inference_mode():
+        loaded = claq_exp.load(original)
+        assert torch.equal(loaded(tokens).logits, written.model(tokens).logits)
+    assert not loaded.training
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_load_in_the_wanted_dtype(written, original, dtype):
+    weight = load_model(original, dtype=dtype).get_submodule(SOME_LINEAR).weight
+    expected = written.quantized[SOME_LINEAR].dequantize().to(getattr(torch, dtype))
+    assert torch.equal(weight, expected)
+
+
+def test_weights_come_back_bit_by_bit(written, original):
+    read = dict(read_weights(original))
+    assert set(read) == set(written.quantized)
+    for name, weight in read.items():
+        expected = written.quantized[name].dequantize()
+        assert weight.dequantize().numpy().tobytes() == expected.numpy().tobytes()
+
+
+def test_tied_weights_are_stored_once_and_tied_again(original):
+    with safe_open(original / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - not a dict
+    model = load_model(original)
+    assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+def test_the_ledger_is_the_bytes_on_disk(written, original):
+    layouts = read_layouts(original)
+    parameters = sum(parameter.numel() for parameter in written.model.parameters())
+    sizes = checkpoint_sizes(original, layouts, parameters)
+    stored = load_file(original / "model.safetensors")
+    packed, kept = 0, 0
+    for name, tensor in stored.items():
+        module, _, suffix = name.rpartition(".")
+        if module in layouts and suffix != "bias":
+            assert 8 * tensor.nbytes == layouts[module].stored_tensors()[suffix].bits
+            packed += 8 * tensor.nbytes
+        else:
+            kept += 8 * tensor.nbytes
+    files = [original / "model.safetensors", original / "config.json"]
+    assert sizes.bytes == sum(path.stat().st_size for path in files)
+    assert sizes.ledger.total == 8 * sizes.bytes
+    assert sizes.ledger.unquantized == kept
+    assert sizes.ledger.total - sizes.ledger.unquantized - sizes.ledger.other == packed
+    by_account = sizes.ledger.as_dict()
+    for account in ("codes", "codebooks", "column_bits", "reserved_values", "reserved_positions"):
+        expected = sum(weight.ledger().as_dict()[account] for weight in written.quantized.values())
+        assert by_account[account] == expected > 0
+
+
+def test_bits_per_weight_are_sizes_over_weights(written, original):
+    parameters = sum(parameter.numel() for parameter in written.model.parameters())
+    sizes = checkpoint_sizes(original, read_layouts(original), parameters)
+    weights = sum(weight.codes.numel() for weight in written.quantized.values())
+    codes = sum(
+        int(weight.column_bits.sum()) * len(weight.codes) for weight in written.quantized.values()
+    )
+    reserved = sum(
+        (16 - weight.column_bits.double().mean()) * len(weight.reserved.rows)
+        for weight in written.quantized.values()
+    )
+    assert sizes.nominal == pytest.approx(float(codes + reserved) / weights)
+    assert sizes.linear == (sizes.ledger.total - sizes.ledger.unquantized) / weights
+    assert sizes.model == 8 * sizes.bytes / parameters
+    assert sizes.nominal < sizes.linear < sizes.model
+
+
+def test_every_tensor_of_the_dense_model_is_read_once_packed_or_as_stored(written, original):
+    kept = [name for name, _ in read_unquantized(original)]
+    packed = [f"{name}.weight" for name, _ in read_weights(original)]
+    assert sorted(kept + packed) == sorted(set(written.model.state_dict()) - {"lm_head.weight"})
+
+
+def test_an_existing_folder_is_refused_and_left_alone(written, tmp_path):
+    target = tmp_path / "checkpoint"
+    target.mkdir()
+    (target / "mine.txt").write_text("keep me")
+    with pytest.raises(CheckpointError, match="exists already"):
+        written.write(target)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+    assert [path.name for path in target.iterdir()] == ["mine.txt"]
+
+
+class FailingTokenizer:
+    def save_pretrained(self, folder: Path) -> None:
+        assert (Path(folder) / "model.safetensors").is_file()
+        raise OSError("no space left on device")
+
+
+def test_a_write_that_fails_leaves_nothing_behind(written, tmp_path):
+    target = tmp_path / "new" / "checkpoint"
+    with pytest.raises(OSError, match="no space left"):
+        write_checkpoint(target, written.model, FailingTokenizer(), written.packed, torch.float16)
+    assert list((tmp_path / "new").iterdir()) == []
+    written.write(target)
+    check_manifest(target)
+
+
+def test_the_config_of_the_model_in_memory_does_not_change(written, tmp_path):
+    before = written.model.config.to_dict()
+    written.write(tmp_path / "checkpoint")
+    assert written.model.config.to_dict() == before
+
+
+def change_json(path: Path, change: Callable[[dict], None]) -> None:
+    data = read_json(path)
+    change(data)
+    write_json(path, data)
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def edit_config(**changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        change_json(
+            folder / "config.json", lambda data: data["quantization_config"].update(changes)
+        )
+
+    return edit
+
+
+def edit_layout(**changes: object) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        change_json(
+            folder / "config.json",
+            lambda data: data["quantization_config"]["modules"][SOME_LINEAR].update(changes),
+        )
+
+    return edit
+
+
+def edit_tensor(suffix: str, change: Callable[[torch.Tensor], torch.Tensor | None]):
+    def edit(folder: Path) -> None:
+        def replace(tensors: dict[str, torch.Tensor]) -> None:
+            name = f"{SOME_LINEAR}.{suffix}"
+            changed = change(tensors.pop(name))
+            if changed is not None:
+                tensors[name] = changed.contiguous()
+
+        change_tensors(folder, replace)
+
+    return edit
+
+
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.view(-1)[0] = torch.nan
+    return tensor
+
+
+def with_row_outside(packed: torch.Tensor) -> torch.Tensor:
+    rows = unpack(packed, 6, len(packed) * 8 // 6)
+    rows[1] = 63  # the matrix has 48 rows
+    return pack(rows, 6)[: len(packed)]
+
+
+def forget_norm(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop("model.norm.weight"))
+
+
+def misshape_norm(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": torch.ones(47)}))
+
+
+def invent_tensor(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({"model.galaxy": torch.ones(2)}))
+
+
+def forget_layout(folder: Path) -> None:
+    change_json(
+        folder / "config.json",
+        lambda data: data["quantization_config"]["modules"].pop(SOME_LINEAR),
+    )
+
+
+def replace_text(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+CONTENT_TAMPERINGS = {
+    "codes of another shape": (edit_tensor("codes_2", lambda codes: codes[:-1]), "codes_2"),
+    "codes of another dtype": (edit_tensor("codes_2", lambda codes: codes.int()), "codes_2"),
+    "codebook missing": (edit_tensor("codebooks_4", lambda _: None), "codebooks_4"),
+    "codebook with NaN": (edit_tensor("codebooks_4", with_nan), "codebooks_4"),
+    "reserved value NaN": (edit_tensor("reserved_values", with_nan), "reserved_values"),
+    "reserved row outside": (edit_tensor("reserved_rows", with_row_outside), "reserved"),
+    "layout of unknown kind": (edit_layout(kind="galaxy"), "galaxy"),
+    "layout of other rows": (edit_layout(rows=47), SOME_LINEAR),
+    "layout of other widths": (edit_layout(columns_per_width={"2": 48}), SOME_LINEAR),
+    "layout with rows in words": (edit_layout(rows="many"), ""),
+    "layout without reserved entries": (edit_layout(reserved=0), SOME_LINEAR),
+    "layout forgotten": (forget_layout, SOME_LINEAR),
+    "no layouts": (edit_config(modules={}), "quantized layers"),
+    "layouts in a list": (edit_config(modules=[1]), "quantized layers"),
+    "future version": (edit_config(format_version=2), "format version 2"),
+    "no version": (edit_config(format_version=None), "format version None"),
+    "another method": (edit_config(quant_method="gptq"), "claq_exp"),
+    "norm missing": (forget_norm, "model.norm.weight"),
+    "norm of another shape": (misshape_norm, "model.norm.weight"),
+    "tensor too many": (invent_tensor, "model.galaxy"),
+    "config a list": (replace_text("config.json", "[]"), ""),
+    "config no JSON": (replace_text("config.json", "{"), "config.json"),
+    "quantization config a list": (replace_text("config.json", '{"quantization_config": []}'), ""),
+    "weights no safetensors": (replace_text("model.safetensors", "{}"), "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("tampering", CONTENT_TAMPERINGS)
+def test_content_that_contradicts_itself_is_refused_though_the_manifest_agrees(
+    tampering, checkpoint
+):
+    tamper, named = CONTENT_TAMPERINGS[tampering]
+    tamper(checkpoint)
+    write_manifest(checkpoint)
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        load_model(checkpoint)
+    assert named in str(caught.value)
+    assert str(checkpoint) in str(caught.value)
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+FILE_TAMPERINGS = {
+    "flipped bit": lambda folder: flip_bit(folder / "model.safetensors"),
+    "truncated": lambda folder: truncate(folder / "model.safetensors"),
+    "missing weights": lambda folder: (folder / "model.safetensors").unlink(),
+    "missing tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "changed config": edit_layout(most_reserved=47),
+    "missing manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "cut manifest": lambda folder: (
+        truncate(folder / "manifest.json") or truncate(folder / "manifest.json")
+    ),
+    "empty manifest": replace_text("manifest.json", "{}"),
+    "manifest a list": replace_text("manifest.json", "[]"),
+    "manifest of other folders": lambda folder: change_json(
+        folder / "manifest.json",
+        lambda data: data["files"].update({"../secret": {"bytes": 0, "sha256": ""}}),
+    ),
+    "missing config": lambda folder: (folder / "config.json").unlink(),
+    "missing folder": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("tampering", FILE_TAMPERINGS)
+def test_a_file_that_is_not_the_one_written_is_refused(tampering, checkpoint):
+    FILE_TAMPERINGS[tampering](checkpoint)
+    with pytest.raises((CheckpointError, ConfigError)) as caught:
+        load_model(checkpoint)
+    assert str(checkpoint) in str(caught.value)
+
+
+def test_an_ordinary_model_folder_is_no_checkpoint(tiny_model):
+    with pytest.raises(ConfigError, match="not quantized by claq_exp"):
+        load_model(tiny_model)
+
+
+def test_a_checkpoint_is_not_quantized_again(checkpoint):
+    with pytest.raises(ClaqError, match="quantized"):
+        load_original(checkpoint, dtype="float32", device="cpu")
+
+
+def test_json_that_cannot_hold_a_number_leaves_the_old_file(tmp_path):
+    path = tmp_path / "state.json"
+    write_json(path, {"value": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"value": float("nan")})
+    assert json.loads(path.read_text()) == {"value": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["state.json"]

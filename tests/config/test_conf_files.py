@@ -1,0 +1,219 @@
+"""Every file of conf/ and sweeps/ is a valid choice, and choices win in the documented order."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from claq_exp.compose import check_jobs, compose_config, groups, is_multirun
+from claq_exp.config import (
+    FAMILIES,
+    CalibrationConfig,
+    EvaluationConfig,
+    ModelConfig,
+    TrackingConfig,
+)
+from claq_exp.errors import ConfigError
+from claq_exp.places import packaged_folder
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF, SWEEPS = ROOT / "conf", ROOT / "sweeps"
+OPTIONS = sorted(path.relative_to(CONF).as_posix() for path in CONF.glob("*/*.yaml"))
+STRATEGIES = [name for name in OPTIONS if name.partition("/")[0] in FAMILIES]
+EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
+SWEEP_NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
+NEEDS = {
+    "model/hf.yaml": ["model.source=owner/name"],
+    "calibration/text.yaml": ["calibration.text.source=some.txt"],
+    "codebook/uniform.yaml": ["precision=fixed", "reservation=none"],
+}
+
+
+def content(path: Path) -> dict:
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values.pop("defaults", None)
+    return values
+
+
+def flat(values: dict, prefix: str = "") -> dict:
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + str(key)] = value
+    return found
+
+
+@pytest.mark.parametrize("file", [name for name in OPTIONS if not name.startswith("experiment/")])
+def test_every_option_of_every_group_composes_with_the_values_of_its_file(file):
+    group, option = file.removesuffix(".yaml").split("/")
+    config = compose_config([f"{group}={option}", *NEEDS.get(file, [])]).as_dict()
+    given = {text.partition("=")[0] for text in NEEDS.get(file, [])}
+    composed = flat(config[group])
+    for key, value in flat(content(CONF / file)).items():
+        if f"{group}.{key}" not in given and (group, key) != ("model", "name"):
+            assert composed[key] == value, key
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_beats_the_defaults(name):
+    text = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
+    config = compose_config([f"experiment={name}"]).as_dict()
+    for chosen in yaml.safe_load(text)["defaults"]:
+        ((group, option),) = chosen.items()
+        assert config[group.removeprefix("override /")]["name"] == option
+    composed = flat(config)
+    for key, value in flat(content(CONF / "experiment" / f"{name}.yaml")).items():
+        assert composed[key] == value, key
+
+
+@pytest.mark.parametrize("file", STRATEGIES)
+def test_the_file_of_a_strategy_shows_every_field_with_its_default(file):
+    family, option = file.removesuffix(".yaml").split("/")
+    strategy = FAMILIES[family][option]
+    fields = {field.name: field.default for field in dataclasses.fields(strategy)}
+    assert content(CONF / file) == {"name": option, **fields}
+
+
+@pytest.mark.parametrize(
+    ("group", "schema"),
+    [
+        ("model", ModelConfig),
+        ("calibration", CalibrationConfig),
+        ("evaluation", EvaluationConfig),
+        ("tracking", TrackingConfig),
+    ],
+)
+def test_the_files_of_a_group_name_no_field_that_the_schema_lacks(group, schema):
+    known = {field.name for field in dataclasses.fields(schema)}
+    named = set().union(*(content(path) for path in (CONF / group).glob("*.yaml")))
+    assert named
+    assert named <= known
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_strategy_is_an_option_and_every_option_a_strategy(family):
+    assert set(groups()[family]) == set(FAMILIES[family])
+
+
+def test_groups_lists_every_folder_and_the_sweeps():
+    folders = {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert set(groups()) == folders | {"sweep"}
+    assert groups()["sweep"] == SWEEP_NAMES
+
+
+@pytest.mark.parametrize("name", SWEEP_NAMES)
+def test_every_job_of_every_sweep_is_valid_and_its_comment_counts_them(name):
+    text = (SWEEPS / f"{name}.yaml").read_text(encoding="utf-8")
+    params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
+    expected = math.prod(len(values.split(",")) for values in params.values())
+    assert is_multirun([f"sweep={name}"])
+    assert check_jobs([f"sweep={name}"]) == expected
+    assert re.search(r"\((\d+) runs\)", text)[1] == str(expected)
+    assert f"claq-exp report outputs/{yaml.safe_load(text)['name']}" in text
+
+
+def test_a_single_run_is_no_multirun():
+    assert not is_multirun(["precision.target_bits=2.5"])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_value_on_the_command_line_beats_the_experiment_wherever_it_stands(order):
+    words = ["experiment=kmeans_3bit", "precision.bits=5"][::order]
+    config = compose_config(words)
+    assert config.precision == {"name": "fixed", "bits": 5}
+    assert config.reservation == {"name": "none"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["experiment=claq_2bit", "reservation=none"],
+        ["experiment=kmeans_3bit", "precision=outlier_order"],
+        ["experiment=gptq_4bit_g64", "codebook=kmeans"],
+    ],
+    ids=" ".join,
+)
+def test_an_option_on_the_command_line_beats_the_experiment(words):
+    group, _, option = words[1].partition("=")
+    assert getattr(compose_config(words), group)["name"] == option
+
+
+def test_an_unnamed_experiment_leaves_the_defaults():
+    defaults = {
+        "codebook": "kmeans",
+        "precision": "outlier_order",
+        "reservation": "outlier_order",
+        "solver": "gptq",
+    }
+    config = compose_config([])
+    assert {group: getattr(config, group)["name"] for group in defaults} == defaults
+    assert config.model.name == "smollm2_135m"
+
+
+def test_a_conf_folder_of_the_working_directory_is_not_taken(tmp_path, monkeypatch):
+    (tmp_path / "conf" / "precision").mkdir(parents=True)
+    (tmp_path / "conf" / "config.yaml").write_text("seed: 7\n", encoding="utf-8")
+    (tmp_path / "conf" / "precision" / "mine.yaml").write_text("name: fixed\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert compose_config([]).seed == 0
+    assert packaged_folder("conf") == CONF
+    with pytest.raises(ConfigError, match="precision=mine: no such option"):
+        compose_config(["precision=mine"])
+
+
+def test_a_strategy_of_ones_own_is_found_by_its_dotted_name(tmp_path, monkeypatch):
+    (tmp_path / "my_rules.py").write_text(
+        "import dataclasses, torch\n"
+        "@dataclasses.dataclass(frozen=True)\n"
+        "class Threes:\n"
+        "    offset: int = 0\n"
+        "    def plan(self, statistics):\n"
+        "        return torch.full((statistics.shape[1],), 3 + self.offset, dtype=torch.uint8)\n",
+        encoding="utf-8",
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["precision=fixed", "~precision.bits", "precision.name=my_rules:Threes"]
+    strategy = compose_config([*words, "+precision.offset=1"]).recipe().precision
+    assert type(strategy).__name__ == "Threes"
+    assert strategy.offset == 1
+
+
+def test_a_built_wheel_finds_its_own_conf_and_sweeps(tmp_path):
+    pytest.importorskip("hatchling", reason="the build backend, to build without a network")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
+    command += ["--quiet", "--disable-pip-version-check", "--wheel-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("claq_exp-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    shipped = {
+        f"claq_exp/{path.relative_to(ROOT).as_posix()}"
+        for folder in (CONF, SWEEPS)
+        for path in folder.rglob("*.yaml")
+    }
+    assert shipped <= names
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "claq_exp").rglob("*.py")}
+    assert modules <= names
+    assert not [name for name in names if name.startswith(("tests/", "conf/", "sweeps/"))]
+    code = "from claq_exp.places import packaged_folder as f; print(f('conf')); print(f('sweeps'))"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site")},
+    ).stdout.split()
+    package = tmp_path / "site" / "claq_exp"
+    assert found == [str(package / "conf"), str(package / "sweeps")]

@@ -1,0 +1,109 @@
+"""A grid is checked as a whole before it starts; once started, one failed job stops no other."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+
+from claq_exp.cli import main
+from claq_exp.compose import check_jobs
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
+
+
+@pytest.fixture
+def outputs(tmp_path):
+    return tmp_path / "outputs"
+
+
+@pytest.fixture
+def run(tiny_run):
+    words = ["experiment=rtn_4bit", "threads=1", "~evaluation.perplexity.wikipedia"]
+    return lambda *more: main([*tiny_run, *words, *more])
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        ["-m", "precision.bits=3,4,9"],
+        ["-m", "seed=1,2", "solver=nearest,nothing"],
+        ["-m", "precision.bits=choice(3,9)"],
+        ["-m", "precision.bits=range(7,10)"],
+        ["-m", "seed=1,2", "foo=1,2"],
+        ["sweep=bit_widths", "codebook=uniform"],
+    ],
+    ids=" ".join,
+)
+def test_a_bad_value_in_any_job_is_refused_before_the_first_one_starts(grid, run, outputs, capfd):
+    assert run(*grid) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("claq-exp: ")
+    assert not outputs.exists()
+
+
+def test_a_bad_value_that_replaces_a_sweeps_own_is_refused(tiny_run, outputs, capfd):
+    assert main([*tiny_run, "sweep=bit_widths", "precision.target_bits=9"]) == 2
+    assert "precision.target_bits=9" in capfd.readouterr().err
+    assert not outputs.exists()
+
+
+@pytest.mark.parametrize(
+    ("grid", "jobs"),
+    [
+        (["seed=1,2", "precision.target_bits=2.1,2.5,3"], 6),
+        (["seed=range(1,5)"], 4),
+        (["seed=choice(1,2,3)", "precision=fixed"], 3),
+        (["sweep=bit_widths", "precision.target_bits=2.5"], 2),
+        (["sweep=bit_widths", "reservation=none,fixed", "precision.target_bits=2.5,3"], 4),
+    ],
+    ids=lambda case: " ".join(case) if isinstance(case, list) else "",
+)
+def test_the_number_of_jobs_is_that_of_the_combinations(grid, jobs):
+    assert check_jobs(grid) == jobs
+
+
+def test_one_failing_job_of_three_stops_no_other_and_is_named(run, outputs, capfd):
+    assert run("-m", "calibration.windows=2,5000,3") == 1
+    finished = [json.loads(path.read_text()) for path in outputs.rglob("results.json")]
+    assert sorted(row["config"]["calibration"]["windows"] for row in finished) == [2, 3]
+    error = capfd.readouterr().err
+    assert "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if line.startswith("claq-exp: ")]
+    assert "calibration: the text has" in line
+    assert "5000" in line
+
+
+def test_every_failing_job_is_told_from_the_others(run, outputs, capfd):
+    assert run("-m", "seed=7,8", "calibration.windows=5000") == 1
+    lines = [
+        line for line in capfd.readouterr().err.splitlines() if line.startswith("claq-exp: job")
+    ]
+    assert len(lines) == 2
+    assert "seed=7" in lines[0]
+    assert "seed=8" in lines[1]
+
+
+def test_an_error_nobody_expected_stops_no_other_job_either(run, outputs, monkeypatch, capfd):
+    from claq_exp import runner
+
+    plot = runner.plot_layers
+    calls = []
+
+    def fail_first(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("the plotter is broken")
+        return plot(*args)
+
+    monkeypatch.setattr(runner, "plot_layers", fail_first)
+    with contextlib.suppress(RuntimeError):  # an error in the program may end in a traceback
+        assert run("-m", "seed=7,8") == 1
+    finished = [json.loads(path.read_text()) for path in outputs.rglob("results.json")]
+    assert [row["config"]["seed"] for row in finished] == [8]
+    assert "seed=7" in capfd.readouterr().err

@@ -1,0 +1,206 @@
+"""A stage that fails leaves what is done; the next try takes it over or starts over as asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from claq_exp import runner
+from claq_exp.cli import main
+from claq_exp.errors import SourceError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
+    monkeypatch.setattr(runner, "plot_layers", lambda report, path: path.write_bytes(b""))
+
+
+@pytest.fixture
+def outputs(tmp_path) -> Path:
+    return tmp_path / "outputs"
+
+
+@pytest.fixture
+def run(tiny_run):
+    words = ["experiment=rtn_4bit", "threads=1", "calibration.windows=2"]
+    words.append("evaluation.perplexity.wikipedia.windows=2")
+    return lambda *more: main([*tiny_run, *words, *more])
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Make a name of the runner fail; the returned function repairs it."""
+
+    def break_(name: str, error: BaseException):
+        whole = getattr(runner, name)
+
+        def fail(*args, **options):
+            raise error
+
+        monkeypatch.setattr(runner, name, fail)
+        return lambda: monkeypatch.setattr(runner, name, whole)
+
+    return break_
+
+
+def only_folder(outputs: Path) -> Path:
+    (folder,) = (outputs / "default").iterdir()
+    return folder
+
+
+def stages(folder: Path) -> list[str]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [event["stage"] for event in map(json.loads, lines) if event["event"] == "stage"]
+
+
+def identity_of(file: Path) -> tuple[int, int]:
+    return file.stat().st_ino, file.stat().st_mtime_ns
+
+
+def test_a_failed_evaluation_keeps_the_checkpoint(run, outputs, failing, capfd):
+    repair = failing("load_quantized", SourceError("no luck"))
+    assert run() == 1
+    assert capfd.readouterr().err.splitlines()[-1] == "claq-exp: no luck"
+    weights = only_folder(outputs) / "checkpoint" / "model.safetensors"
+    before = identity_of(weights)
+    assert not (only_folder(outputs) / "results.json").exists()
+    repair()
+    assert run() == 0
+    assert identity_of(weights) == before
+    done = stages(only_folder(outputs))
+    assert done.count("export") == 1
+    assert done.count("evaluate original") == 1
+    assert json.loads((only_folder(outputs) / "results.json").read_text())["status"] == "finished"
+
+
+def test_a_failed_export_keeps_the_blocks(run, outputs, failing):
+    repair = failing("write_checkpoint", SourceError("no luck"))
+    assert run() == 1
+    state = only_folder(outputs) / "work" / "blocks" / "state.json"
+    assert len(json.loads(state.read_text())["blocks"]) == 3
+    repair()
+    assert run() == 0
+    events = (only_folder(outputs) / "events.jsonl").read_text()
+    assert events.count('"event": "block"') == 3
+
+
+def test_what_a_kill_left_of_an_unpublished_checkpoint_is_removed(run, outputs, failing):
+    repair = failing("write_checkpoint", SourceError("no luck"))
+    assert run() == 1
+    left = only_folder(outputs) / ".checkpoint.k1ll3d"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    repair()
+    assert run() == 0
+    assert not left.exists()
+
+
+def test_resume_required_needs_an_unfinished_run(run, outputs, failing, capfd):
+    assert run("resume=required") == 1
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("claq-exp: ")]
+    assert len(lines) == 1
+    assert "resume=required" in lines[0]
+    assert "holds no unfinished run" in lines[0]
+    repair = failing("write_checkpoint", SourceError("no luck"))
+    assert run() == 1
+    repair()
+    assert run("resume=required") == 0
+    assert stages(only_folder(outputs)).count("evaluate original") == 1
+
+
+def test_a_finished_run_is_found_and_resume_never_starts_it_over(run, outputs, capfd):
+    assert run() == 0
+    assert run("resume=required") == 0
+    assert "finished before" in capfd.readouterr().out
+    folder = only_folder(outputs)
+    before = {
+        path.name: path.read_bytes() for path in (folder / "checkpoint").iterdir() if path.is_file()
+    }
+    inode = identity_of(folder / "checkpoint" / "model.safetensors")
+    first = json.loads((folder / "events.jsonl").read_text().splitlines()[0])["time"]
+    assert run("resume=never") == 0
+    after = {path.name: path.read_bytes() for path in (folder / "checkpoint").iterdir()}
+    assert after == before
+    assert identity_of(folder / "checkpoint" / "model.safetensors") != inode
+    assert json.loads((folder / "events.jsonl").read_text().splitlines()[0])["time"] > first
+    assert stages(folder).count("evaluate original") == 1
+
+
+def test_resume_never_that_is_interrupted_is_not_found_finished(run, outputs, failing, capfd):
+    assert run() == 0
+    repair = failing("quantize_model", KeyboardInterrupt())
+    assert run("resume=never") == 130
+    repair()
+    capfd.readouterr()
+    assert run() == 0
+    assert "finished before" not in capfd.readouterr().out
+    assert (only_folder(outputs) / "checkpoint" / "model.safetensors").is_file()
+
+
+def test_a_damaged_store_names_the_way_out(run, outputs, failing, capfd):
+    repair = failing("write_checkpoint", SourceError("no luck"))
+    assert run() == 1
+    block = only_folder(outputs) / "work" / "blocks" / "block_0001.safetensors"
+    content = bytearray(block.read_bytes())
+    content[-1] ^= 1
+    block.write_bytes(content)
+    repair()
+    capfd.readouterr()
+    assert run() == 1
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert str(block) in line
+    assert "resume=never" in line
+    assert run("resume=never") == 0
+
+
+def test_a_results_file_that_is_no_json_is_one_line(run, outputs, capfd):
+    assert run() == 0
+    results = only_folder(outputs) / "results.json"
+    results.write_text('{"status": "fin', encoding="utf-8")
+    capfd.readouterr()
+    assert run() == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"{results} cannot be read" in line
+
+
+def test_a_path_in_brackets_is_printed_as_it_is(run, tmp_path, capfd):
+    outputs = tmp_path / "[runs]"
+    assert run(f"outputs='{outputs}'") == 0
+    captured = capfd.readouterr()
+    assert f"{only_folder(outputs)}/results.json" in captured.out
+    assert str(only_folder(outputs)) in captured.err
+
+
+def test_a_run_needs_no_git_no_home_no_wide_terminal_and_no_special_folder(tiny_run, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    words = [word for word in tiny_run if not word.startswith("outputs=")]
+    environment = {
+        "PATH": str(tmp_path),
+        "COLUMNS": "40",
+        "CLAQ_EXP_CACHE": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+    }
+    result = subprocess.run(
+        [sys.executable, "-m", "claq_exp", *words, "experiment=rtn_4bit", "outputs=here"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path / "elsewhere",
+        env=environment,
+    )
+    assert result.returncode == 0, result.stderr
+    folder = only_folder(tmp_path / "elsewhere" / "here")
+    results = json.loads((folder / "results.json").read_text())
+    assert results["run"]["git"] is None
+    table = [line for line in result.stdout.splitlines() if line[:1] in "│┃"]
+    assert all(len(line) <= 40 for line in table)
+    assert any("4.00" in line for line in table)
+    assert "here/default/" in result.stdout
+    assert "\x1b" not in result.stdout + result.stderr
+    assert (tmp_path / "cache" / "fetch.log").is_file()

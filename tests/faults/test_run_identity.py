@@ -1,0 +1,131 @@
+"""The folder of a run is found by everything that changes its results, and by nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from claq_exp.compose import compose_config
+from claq_exp.errors import ClaqError
+from claq_exp.inputs import fetch
+from claq_exp.run_folder import RunFolder, run_identity
+
+
+def folder_of(words: list[str], version: str = "1.0") -> RunFolder:
+    config = compose_config(words)
+    return RunFolder.of(config, run_identity(config, fetch(config).contents, version))
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def words(tiny_run, model, text_file, tmp_path) -> list[str]:
+    text = shutil.copy(text_file, tmp_path / "text.txt")
+    return [
+        *tiny_run,
+        f"model.source={model}",
+        f"calibration.text.source={text}",
+        f"evaluation.perplexity.wikipedia.text.source={text}",
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "precision.target_bits=3.25",
+        "reservation.ratio=0.01",
+        "solver.damping=0.02",
+        "precision.threshold=12",
+        "seed=1",
+        "calibration.windows=7",
+        "calibration.seqlen=32",
+        "evaluation.perplexity.wikipedia.windows=5",
+        "~evaluation.perplexity.wikipedia",
+        "model.dtype=bfloat16",
+        "device=cpu",
+    ],
+)
+def test_what_changes_results_leads_to_another_folder(change, words):
+    before, after = folder_of(words), folder_of([*words, change])
+    assert after.hash != before.hash
+    assert after.path != before.path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "tracking=wandb",
+        "resume=never",
+        "threads=1",
+        "checkpoint=/some/where",
+        "outputs=/another/place",
+        "name=another",
+    ],
+)
+def test_what_changes_no_result_leads_to_the_same_run(change, words):
+    before, after = folder_of(words), folder_of([*words, change])
+    assert after.hash == before.hash
+    assert after.path.name == before.path.name
+
+
+def test_outputs_and_name_say_where_the_folder_is(words):
+    folder = folder_of([*words, "outputs=/another/place", "name=mine"])
+    assert folder.path.parent == Path("/another/place/mine")
+    assert folder.path.name.endswith(folder.hash[:8])
+    home = folder_of([*words, "outputs='~/runs'"]).path
+    assert home.is_relative_to(Path.home() / "runs")
+
+
+@pytest.mark.parametrize(
+    "file", ["model/model.safetensors", "model/config.json", "model/tokenizer.json", "text.txt"]
+)
+def test_a_changed_byte_of_an_input_leads_to_another_folder(file, words, tmp_path):
+    before = folder_of(words)
+    path = tmp_path / file
+    content = bytearray(path.read_bytes())
+    place = content.rfind(b"1") if path.suffix == ".json" else len(content) - 1
+    content[place] = ord("2")
+    path.write_bytes(content)
+    assert folder_of(words).hash != before.hash
+
+
+def test_another_version_leads_to_another_folder(words):
+    assert folder_of(words, "1.1").hash != folder_of(words, "1.0").hash
+
+
+def test_a_held_folder_names_its_holder_and_is_free_afterwards(tmp_path):
+    folder = RunFolder(tmp_path / "run", "0" * 64)
+    with folder.locked():
+        with (
+            pytest.raises(ClaqError, match=r"is in use by process \d+ on .*; wait for it"),
+            folder.locked(),
+        ):
+            pass
+        with pytest.raises(ClaqError), folder.locked():
+            pass
+    with folder.locked():
+        pass
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_lock_that_a_killed_process_left_is_no_obstacle(tmp_path):
+    folder = RunFolder(tmp_path / "run", "0" * 64)
+    folder.path.mkdir()
+    (folder.path / ".lock").touch()
+    (folder.path / ".lock-holder").write_text("process 1 on elsewhere")
+    with folder.locked():
+        assert "elsewhere" not in (folder.path / ".lock-holder").read_text()
+
+
+def test_only_a_finished_run_has_results(tmp_path):
+    folder = RunFolder(tmp_path, "0" * 64)
+    assert folder.results() is None
+    folder.write_results({"status": "failed"})
+    assert folder.results() is None
+    folder.write_results({"status": "finished", "schema": 1})
+    assert folder.results() == {"status": "finished", "schema": 1}

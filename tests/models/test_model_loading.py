@@ -1,0 +1,95 @@
+"""Models and tokenizers from a folder, and the words when the folder is not what it should be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from claq_exp.errors import ConfigError, SourceError
+from claq_exp.models.load import load_config, load_model, load_tokenizer, stored_dtype, tokenize
+
+
+@pytest.fixture
+def folder(tiny_model: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may damage."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_model_loads_in_the_wanted_dtype_ready_to_evaluate(tiny_model, dtype):
+    model = load_model(tiny_model, dtype=dtype, device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+    assert not model.training
+    stored = load_file(tiny_model / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(model.model.embed_tokens.weight, stored.to(getattr(torch, dtype)))
+
+
+def test_a_missing_tensor_is_refused_by_name(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match=r"lacks 1 tensors.*layers\.1\.mlp\.up_proj"):
+        load_model(folder, dtype="float32", device="cpu")
+
+
+def test_weights_of_another_shape_are_refused(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = torch.ones(7)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="cannot be loaded"):
+        load_model(folder, dtype="float32", device="cpu")
+
+
+def test_a_model_that_is_already_quantized_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="already quantized"):
+        load_model(folder, dtype="float32", device="cpu")
+
+
+@pytest.mark.parametrize("read", [load_config, load_tokenizer])
+def test_a_folder_that_is_no_model_is_refused_by_its_path(read, tmp_path):
+    with pytest.raises(SourceError, match=str(tmp_path)):
+        read(tmp_path)
+
+
+def test_an_unknown_architecture_is_refused_by_its_path(folder):
+    (folder / "config.json").write_text(json.dumps({"model_type": "galaxy"}))
+    with pytest.raises(SourceError, match=str(folder)):
+        load_config(folder)
+
+
+def test_code_of_a_model_does_not_run_unasked(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "galaxy", "auto_map": {"AutoConfig": "galaxy.GalaxyConfig"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "galaxy.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ConfigError, match=r"model\.trust_remote_code"):
+        load_config(folder)
+
+
+def test_a_text_becomes_the_ids_of_its_tokenizer(tiny_model):
+    tokenizer = load_tokenizer(tiny_model)
+    ids = tokenize(tokenizer, "the cat")
+    assert ids.dtype == torch.int64
+    assert ids.shape == (7,)
+    assert tokenizer.decode(ids) == "the cat"
+
+
+def test_a_text_longer_than_the_model_is_not_cut(tiny_model):
+    assert len(tokenize(load_tokenizer(tiny_model), "x" * 5000)) == 5000
+
+
+def test_the_stored_dtype_is_the_configs_or_float16(tiny_model):
+    assert stored_dtype(load_config(tiny_model)) == torch.float16
+    assert stored_dtype(LlamaConfig(dtype=torch.bfloat16)) == torch.bfloat16
+    assert stored_dtype(LlamaConfig()) == torch.float16

@@ -1,0 +1,310 @@
+"""Quantizing whole models: order of work, resuming, reloading, and faults that name their place."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_architectures import ARCHITECTURES, Architecture, token_batches
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+from claq_exp.calibration.hessian import HessianAccumulator
+from claq_exp.checkpoint.reader import load_model
+from claq_exp.checkpoint.store import BlockStore
+from claq_exp.checkpoint.writer import write_checkpoint
+from claq_exp.errors import CalibrationError, CheckpointError, NumericalError
+from claq_exp.models.discover import linear_weight
+from claq_exp.models.quantize import QuantizedModel, quantize_model
+from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.precision import Fixed, OutlierOrder
+from claq_exp.quantize.problem import LinearProblem
+from claq_exp.quantize.quantized import unpack_weight
+from claq_exp.quantize.recipe import Recipe, quantize_weight
+from claq_exp.quantize.reservation import Fixed as FixedReservation
+from claq_exp.quantize.reservation import NoReservation
+from claq_exp.quantize.solver import Gptq
+
+RECIPE = Recipe(KMeans(), OutlierOrder(2.5), FixedReservation(0.02), Gptq())
+PLAIN = Recipe(KMeans(), Fixed(2), NoReservation(), Gptq())
+BATCHES = token_batches(batches=3, size=4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads cost more than they give on matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def quantized(model: nn.Module, folder: Path, recipe: Recipe = RECIPE, **options) -> QuantizedModel:
+    return quantize_model(model, BATCHES, recipe, BlockStore(folder, "run"), **options)
+
+
+def entering(model: nn.Module, linear: nn.Module, batches: list[Tensor]) -> list[Tensor]:
+    """What enters a linear in ordinary forward passes."""
+    seen: list[Tensor] = []
+    hook = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.inference_mode():
+        for batch in batches:
+            model(batch, use_cache=False)
+    hook.remove()
+    return seen
+
+
+def assert_same_packed(first: QuantizedModel, second: QuantizedModel) -> None:
+    assert list(first.packed) == list(second.packed)
+    for name, weight in first.packed.items():
+        assert weight.layout == second.packed[name].layout
+        assert set(weight.tensors) == set(second.packed[name].tensors)
+        for suffix, tensor in weight.tensors.items():
+            assert torch.equal(tensor, second.packed[name].tensors[suffix]), f"{name}.{suffix}"
+
+
+def without_seconds(result: QuantizedModel) -> list[dict[str, object]]:
+    return [{key: row[key] for key in row if key != "seconds"} for row in result.report]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model before and after quantizing, and what was packed."""
+
+    architecture: Architecture
+    original: PreTrainedModel
+    model: PreTrainedModel
+    result: QuantizedModel
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def case(request, tmp_path_factory) -> Case:
+    architecture = ARCHITECTURES[request.param]
+    model = architecture.build()
+    result = quantized(model, tmp_path_factory.mktemp("blocks"))
+    return Case(architecture, architecture.build(), model, result)
+
+
+def test_every_linear_of_every_block_is_packed_and_written_back(case):
+    expected = case.architecture.linears()
+    assert list(case.result.packed) == expected
+    assert [row["name"] for row in case.result.report] == expected
+    for linear, packed in case.result.packed.items():
+        dense = unpack_weight(packed.layout, packed.tensors).dequantize()
+        assert torch.equal(linear_weight(case.model.get_submodule(linear)), dense)
+    original = case.original.state_dict()
+    for key, tensor in case.model.state_dict().items():
+        if key.removesuffix(".weight") not in case.result.packed:
+            assert torch.equal(tensor, original[key]), key
+
+
+def test_a_written_checkpoint_loads_as_the_model_in_memory(case, tmp_path, tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    write_checkpoint(tmp_path / "out", case.model, tokenizer, case.result.packed, torch.float32)
+    loaded = load_model(tmp_path / "out")
+    for key, tensor in case.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+    with torch.inference_mode():
+        logits = loaded(BATCHES[0]).logits
+        torch.testing.assert_close(logits, case.model(BATCHES[0]).logits, rtol=1e-6, atol=1e-6)
+
+
+def test_quantized_blocks_still_do_most_of_what_the_original_ones_did(case):
+    emptied = copy.deepcopy(case.original)
+    for name in case.architecture.linears():
+        emptied.get_submodule(name).weight.data.zero_()
+    with torch.inference_mode():
+        before = case.original(BATCHES[0]).logits
+        nothing, after = emptied(BATCHES[0]).logits, case.model(BATCHES[0]).logits
+    assert 0 < (after - before).norm() < 0.75 * (nothing - before).norm()
+
+
+@pytest.mark.parametrize(
+    ("linear", "earlier"),
+    [
+        ("self_attn.k_proj", []),
+        ("self_attn.o_proj", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]),
+        ("mlp.up_proj", ["self_attn.o_proj"]),
+        ("mlp.down_proj", ["mlp.gate_proj", "mlp.up_proj"]),
+    ],
+)
+@pytest.mark.parametrize("block", [0, 1])
+def test_later_groups_are_calibrated_on_the_quantized_earlier_ones(
+    block, linear, earlier, tmp_path
+):
+    original = ARCHITECTURES["llama"].build()
+    model = copy.deepcopy(original)
+    result = quantized(model, tmp_path, PLAIN)
+    name = f"model.layers.{block}.{linear}"
+
+    def solved_on(reference: nn.Module) -> Tensor:
+        """Quantize the original weight on inputs from ordinary passes of another model."""
+        module = original.get_submodule(name)
+        accumulator = HessianAccumulator(module.in_features)
+        for batch in entering(reference, reference.get_submodule(name), BATCHES):
+            accumulator.add(batch, name)
+        hessian = accumulator.hessian()
+        problem = LinearProblem(module.weight.detach(), hessian)
+        solved = quantize_weight(problem, PLAIN.solver.prepare(hessian), PLAIN)
+        return solved.quantized.dequantize()
+
+    packed = result.packed[name]
+    dense = unpack_weight(packed.layout, packed.tensors).dequantize()
+    # in the finished model everything that runs before this linear is quantized
+    assert torch.equal(dense, solved_on(model))
+    if earlier or block:
+        assert not torch.equal(dense, solved_on(original))
+    for other in earlier:
+        changed = copy.deepcopy(model)
+        changed.model.layers[block].get_submodule(other).weight.data.copy_(
+            original.model.layers[block].get_submodule(other).weight
+        )
+        assert not torch.equal(dense, solved_on(changed)), other
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("event", "count"), [("layer", 3), ("block", 1), ("layer", 10), ("block", 2), ("block", 3)]
+)
+def test_a_stopped_run_goes_on_to_the_same_tensors(event, count, tmp_path):
+    whole = quantized(ARCHITECTURES["llama"].build(), tmp_path / "whole")
+    seen = []
+
+    def stop(name: str, data: dict[str, object]) -> None:
+        seen.append(name)
+        if seen.count(event) == count:
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantized(ARCHITECTURES["llama"].build(), tmp_path / "parts", on_event=stop)
+    blocks = []
+    model = ARCHITECTURES["llama"].build()
+    again = quantized(
+        model,
+        tmp_path / "parts",
+        on_event=lambda name, data: blocks.append(data["block"]) if name == "block" else None,
+    )
+    assert_same_packed(again, whole)
+    assert without_seconds(again) == without_seconds(whole)
+    assert blocks == list(range(seen.count("block"), 3))
+
+
+def test_a_run_that_is_stopped_after_every_block_ends_the_same(tmp_path):
+    whole = quantized(ARCHITECTURES["mistral"].build(), tmp_path / "whole")
+
+    def stop(name: str, _: object) -> None:
+        if name == "block":
+            raise Stop
+
+    for _ in range(3):
+        with pytest.raises(Stop):
+            quantized(ARCHITECTURES["mistral"].build(), tmp_path / "parts", on_event=stop)
+    again = quantized(ARCHITECTURES["mistral"].build(), tmp_path / "parts", on_event=stop)
+    assert_same_packed(again, whole)
+
+
+def test_the_same_command_twice_gives_the_same_tensors(tmp_path):
+    results = [quantized(ARCHITECTURES["gemma2"].build(), tmp_path / str(run)) for run in (1, 2)]
+    assert_same_packed(*results)
+    assert without_seconds(results[0]) == without_seconds(results[1])
+
+
+def test_threads_change_nothing(tmp_path):
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        model = ARCHITECTURES["llama"].build()
+        results.append(quantized(model, tmp_path / str(threads)))
+    torch.set_num_threads(1)
+    assert_same_packed(*results)
+
+
+def test_the_store_of_another_run_is_not_touched(tmp_path):
+    quantized(ARCHITECTURES["llama"].build(), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="identity"):
+        quantize_model(ARCHITECTURES["llama"].build(), BATCHES, PLAIN, BlockStore(tmp_path, "b"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_shares_add_up_to_the_whole_work(tmp_path):
+    shares: list[tuple[float, str]] = []
+    model = ARCHITECTURES["llama"].build()
+    result = quantized(model, tmp_path, on_share=lambda share, where: shares.append((share, where)))
+    assert sum(share for share, _ in shares) == pytest.approx(1)
+    assert [where for _, where in shares] == list(result.packed)
+    shares.clear()
+    quantized(model, tmp_path, on_share=lambda share, where: shares.append((share, where)))
+    assert shares == [(1.0, "after block 2")]
+
+
+def test_report_rows_hold_what_the_layers_cost(tmp_path):
+    rows = []
+    result = quantized(
+        ARCHITECTURES["llama"].build(),
+        tmp_path,
+        on_event=lambda name, data: rows.append(data) if name == "layer" else None,
+    )
+    assert rows == result.report
+    for row in rows:
+        layout = result.packed[row["name"]].layout
+        assert (row["rows"], row["cols"]) == (layout.rows, layout.columns)
+        assert row["bits"] == layout.ledger().total / (layout.rows * layout.columns)
+        assert row["reserved"] == round(0.02 * layout.rows * layout.columns)
+        assert 0 < row["output_error"] < 1
+        assert 0 < row["weight_error"] < 1
+        assert row["damping"] == 0.01
+        assert row["dead_columns"] == 0
+        assert row["seconds"] > 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_weight_is_reported_by_layer_and_entry(bad, tmp_path):
+    model = ARCHITECTURES["llama"].build()
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = bad
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.down_proj: weight\[3, 5\]"):
+        quantized(model, tmp_path)
+    assert BlockStore(tmp_path, "run").open() == 1
+
+
+def test_a_bad_activation_is_reported_by_layer_and_batch(tmp_path):
+    model = ARCHITECTURES["llama"].build()
+    token = int(BATCHES[2][1, 4])
+    model.model.embed_tokens.weight.data[token, 0] = math.nan
+    first = next(index for index, batch in enumerate(BATCHES) if (batch == token).any())
+    where = rf"model\.layers\.0\.self_attn\.q_proj \(calibration batch {first}\)"
+    with pytest.raises(CalibrationError, match=where):
+        quantized(model, tmp_path)
+
+
+def test_an_input_that_is_always_zero_is_counted_as_dead(tmp_path):
+    model = ARCHITECTURES["llama"].build()
+    model.model.layers[0].input_layernorm.weight.data[7] = 0
+    result = quantized(model, tmp_path)
+    dead = {row["name"]: row["dead_columns"] for row in result.report}
+    for linear, count in dead.items():
+        expected = linear.startswith("model.layers.0.self_attn.") and "o_proj" not in linear
+        assert count == int(expected), linear
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "opt", "gpt_neox"])
+def test_a_smaller_last_batch_is_taken_as_it_comes(name, tmp_path):
+    batches = [*token_batches(2, size=4), token_batches(1, size=2, seed=1)[0]]
+    model = ARCHITECTURES[name].build()
+    result = quantize_model(model, batches, PLAIN, BlockStore(tmp_path, "run"))
+    assert all(math.isfinite(row["output_error"]) for row in result.report)
+
+
+def test_a_float16_model_keeps_its_dtype(tmp_path):
+    model = ARCHITECTURES["llama"].build().half()
+    result = quantized(model, tmp_path)
+    for name, packed in result.packed.items():
+        dense = unpack_weight(packed.layout, packed.tensors).dequantize()
+        assert torch.equal(model.get_submodule(name).weight, dense.half())

@@ -1,0 +1,109 @@
+"""Random models of several architectures, a few thousand weights each, from their configs alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LLAMA_GROUPS = [
+    ATTENTION,
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+]
+LLAMA_SIZES = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A kind of model, its sizes, where its blocks stand, and the groups of each."""
+
+    kind: str
+    options: dict[str, object]
+    blocks: str
+    groups: list[tuple[str, ...]] = field(default_factory=lambda: LLAMA_GROUPS)
+    depth: int = 2
+
+    def linears(self) -> list[str]:
+        """Full names of all linears of the blocks, in execution order."""
+        names = [name for group in self.groups for name in group]
+        return [f"{self.blocks}.{index}.{name}" for index in range(self.depth) for name in names]
+
+    def build(self, seed: int = 0) -> PreTrainedModel:
+        torch.manual_seed(seed)
+        shared = {"vocab_size": 64, "max_position_embeddings": 64, "bos_token_id": 0}
+        shared |= {"eos_token_id": 0, "pad_token_id": 0, "num_hidden_layers": self.depth}
+        config = CONFIG_MAPPING[self.kind](**{**shared, **self.options})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for name, parameter in model.named_parameters():
+            if "norm" in name or "ln_" in name:
+                nn.init.normal_(parameter, mean=1.0, std=0.2)
+            elif parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.3)
+        return model
+
+
+ARCHITECTURES = {
+    "llama": Architecture("llama", LLAMA_SIZES, "model.layers", depth=3),
+    "llama_tied_biased": Architecture(
+        "llama",
+        {**LLAMA_SIZES, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+        "model.layers",
+    ),
+    "qwen2": Architecture("qwen2", LLAMA_SIZES, "model.layers"),
+    "mistral": Architecture(
+        "mistral", {**LLAMA_SIZES, "sliding_window": 5}, "model.layers", depth=3
+    ),
+    "gemma2": Architecture(
+        "gemma2", {**LLAMA_SIZES, "sliding_window": 5, "query_pre_attn_scalar": 6}, "model.layers"
+    ),
+    "gpt2": Architecture(
+        "gpt2",
+        {"n_embd": 24, "n_head": 4, "n_positions": 64},
+        "transformer.h",
+        [("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)],
+    ),
+    "opt": Architecture(
+        "opt",
+        {
+            "hidden_size": 24,
+            "ffn_dim": 40,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": 24,
+        },
+        "model.decoder.layers",
+        [ATTENTION, ("self_attn.out_proj",), ("fc1",), ("fc2",)],
+    ),
+    "gpt_neox": Architecture(
+        "gpt_neox",
+        {
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_attention_heads": 4,
+        },
+        "gpt_neox.layers",
+        [
+            ("attention.query_key_value",),
+            ("attention.dense",),
+            ("mlp.dense_h_to_4h",),
+            ("mlp.dense_4h_to_h",),
+        ],
+    ),
+}
+
+
+def token_batches(batches: int = 2, size: int = 2, seqlen: int = 12, seed: int = 0) -> list[Tensor]:
+    """Random token ids, [size, seqlen] each."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, 64, (size, seqlen), generator=generator) for _ in range(batches)]

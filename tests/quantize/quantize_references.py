@@ -1,0 +1,94 @@
+"""Slow float64 references, written from the papers' formulas and not from the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import combinations, pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.precision import Fixed
+from claq_exp.quantize.problem import LinearProblem
+from claq_exp.quantize.recipe import Recipe, Solved, quantize_weight
+from claq_exp.quantize.reservation import NoReservation
+from claq_exp.quantize.solver import Gptq
+
+ColumnRule = Callable[[int, np.ndarray], np.ndarray]
+
+
+def random_problem(
+    rows: int, columns: int, seed: int, tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """A weight matrix and a Hessian of correlated inputs: ([out, in] float32, [in, in] float64)."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64)
+    shape = (tokens or 8 * columns, columns)
+    inputs = torch.randn(shape, generator=generator, dtype=torch.float64) @ mixing
+    return weight, 2 / len(inputs) * inputs.t() @ inputs
+
+
+def recipe(**changes: object) -> Recipe:
+    """3-bit k-means under GPTQ, with the given strategies in place of these."""
+    plain = {
+        "codebook": KMeans(),
+        "precision": Fixed(bits=3),
+        "reservation": NoReservation(),
+        "solver": Gptq(),
+    }
+    return Recipe(**{**plain, **changes})
+
+
+def solve(weight: Tensor, hessian: Tensor, chosen: Recipe) -> Solved:
+    """Quantize one matrix as the package does it for a layer."""
+    problem = LinearProblem(weight, hessian)
+    return quantize_weight(problem, chosen.solver.prepare(hessian), chosen)
+
+
+def damped(hessian: Tensor, damping: float) -> np.ndarray:
+    """H + damping * mean(diag H) * I."""
+    matrix = hessian.double().numpy()
+    return matrix + damping * np.diag(matrix).mean() * np.eye(len(matrix))
+
+
+def explicit_obs(
+    weight: Tensor, hessian: np.ndarray, order: Iterable[int], quantize: ColumnRule
+) -> tuple[np.ndarray, np.ndarray]:
+    """Optimal brain surgeon, one column at a time, inverting what is left of H at every step.
+
+    With F the columns left and q the first of them, every column k of F becomes
+    w_k - (w_q - quant(w_q)) / [H_F^-1]_qq * [H_F^-1]_qk (GPTQ, arXiv 2210.17323, eq. 2).
+    Returns (quantized, compensated), both [out, in]: a compensated column is what was quantized.
+    """
+    work = weight.double().numpy().copy()
+    quantized, compensated = np.zeros_like(work), np.zeros_like(work)
+    left = list(order)
+    while left:
+        inverse = np.linalg.inv(hessian[np.ix_(left, left)])
+        column = left[0]
+        compensated[:, column] = work[:, column]
+        quantized[:, column] = quantize(column, work[:, column])
+        error = (work[:, column] - quantized[:, column]) / inverse[0, 0]
+        work[:, left] -= np.outer(error, inverse[0])
+        left.pop(0)
+    return quantized, compensated
+
+
+def squared_error(values: np.ndarray, levels: np.ndarray) -> float:
+    """Squared distance of every value to its nearest level, summed in float64."""
+    distance = values.astype(np.float64)[:, None] - np.asarray(levels, np.float64)[None, :]
+    return float((distance**2).min(axis=1).sum())
+
+
+def best_error(values: np.ndarray, entries: int) -> float:
+    """The least error of any partition of sorted values into `entries` contiguous cells."""
+    values = values.astype(np.float64)
+    best = np.inf
+    for cuts in combinations(range(1, len(values)), min(entries, len(values)) - 1):
+        borders = (0, *cuts, len(values))
+        cells = (values[a:b] for a, b in pairwise(borders))
+        best = min(best, sum(((cell - cell.mean()) ** 2).sum() for cell in cells))
+    return float(best)

@@ -1,0 +1,263 @@
+"""GPTQ against a float64 reference that inverts the Hessian anew for every column."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from quantize_references import damped, explicit_obs, random_problem, recipe, solve
+
+from claq_exp.errors import ConfigError, NumericalError
+from claq_exp.quantize.codebook.clustering import fit_levels
+from claq_exp.quantize.precision import Fixed
+from claq_exp.quantize.problem import LinearProblem, relative_output_error
+from claq_exp.quantize.reservation import Fixed as FixedReservation
+from claq_exp.quantize.solver import Gptq, Nearest
+
+
+def kmeans_rule(bits: int, reserved: int = 0):
+    """The reference's column rule: largest magnitudes in float16, the others on fitted levels."""
+    codes: dict[int, np.ndarray] = {}
+
+    def quantize(column: int, values: np.ndarray) -> np.ndarray:
+        single = values.astype(np.float32)
+        by_size = np.argsort(-np.abs(single), kind="stable")
+        kept, others = by_size[:reserved], np.sort(by_size[reserved:])
+        levels = fit_levels(np.sort(single[others]), 2**bits)
+        levels = levels.astype(np.float16).astype(np.float64)
+        codes[column] = np.abs(values[:, None] - levels[None, :]).argmin(axis=1)
+        codes[column][kept] = 0
+        quantized = levels[codes[column]]
+        quantized[kept] = single[kept].astype(np.float16)
+        return quantized
+
+    return quantize, codes
+
+
+def falling_diagonal(hessian: torch.Tensor) -> list[int]:
+    return np.argsort(-hessian.diagonal().numpy(), kind="stable").tolist()
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 17, 128])
+@pytest.mark.parametrize(
+    ("bits", "act_order", "damping"), [(2, True, 0.01), (3, False, 1e-4), (4, True, 1e-3)]
+)
+def test_codes_and_weights_are_those_of_optimal_brain_surgery(bits, act_order, damping, block_size):
+    weight, hessian = random_problem(rows=40, columns=17, seed=bits)
+    solver = Gptq(act_order=act_order, block_size=block_size, damping=damping)
+    result = solve(weight, hessian, recipe(precision=Fixed(bits), solver=solver)).quantized
+    order = falling_diagonal(hessian) if act_order else range(17)
+    rule, codes = kmeans_rule(bits)
+    expected, _ = explicit_obs(weight, damped(hessian, damping), order, rule)
+    assert result.codes.tolist() == np.stack([codes[j] for j in range(17)], axis=1).tolist()
+    assert result.dequantize().numpy() == pytest.approx(expected, abs=2e-3)
+
+
+@pytest.mark.parametrize("block_size", [4, 128])
+def test_errors_of_reserved_entries_do_not_spread(block_size):
+    weight, hessian = random_problem(rows=30, columns=12, seed=7)
+    chosen = recipe(
+        reservation=FixedReservation(ratio=3 / 30), solver=Gptq(block_size=block_size, damping=1e-3)
+    )
+    result = solve(weight, hessian, chosen).quantized
+    rule, codes = kmeans_rule(bits=3, reserved=3)
+    order = falling_diagonal(hessian)
+    expected, compensated = explicit_obs(weight, damped(hessian, 1e-3), order, rule)
+    assert result.codes.tolist() == np.stack([codes[j] for j in range(12)], axis=1).tolist()
+    assert result.dequantize().numpy() == pytest.approx(expected, abs=2e-3)
+    for column in range(12):
+        largest = np.sort(np.argsort(-np.abs(compensated[:, column]))[:3])
+        mine = result.reserved.columns() == column
+        assert result.reserved.rows[mine].tolist() == largest.tolist()
+        kept = result.reserved.values[mine].double().numpy()
+        assert kept == pytest.approx(compensated[largest, column], rel=2**-10)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_inverse_factor_is_upper_and_squares_to_the_inverse_of_the_damped_hessian(act_order):
+    _, hessian = random_problem(rows=1, columns=23, seed=1)
+    system = Gptq(act_order=act_order, damping=0.01).prepare(hessian)
+    order = falling_diagonal(hessian) if act_order else list(range(23))
+    assert system.order.tolist() == order
+    factor = system.inverse_factor.double().numpy()
+    assert np.array_equal(factor, np.triu(factor))
+    inverse = np.linalg.inv(damped(hessian, 0.01)[np.ix_(order, order)])
+    assert factor.T @ factor == pytest.approx(inverse, rel=1e-4, abs=1e-6 * np.abs(inverse).max())
+    assert system.damping == 0.01
+
+
+def test_distortion_weight_is_what_an_error_costs_while_later_columns_still_help():
+    _, hessian = random_problem(rows=1, columns=9, seed=2)
+    system = Gptq(damping=0.05).prepare(hessian)
+    order = falling_diagonal(hessian)
+    for position, column in enumerate(order):
+        left = order[position:]
+        inverse = np.linalg.inv(damped(hessian, 0.05)[np.ix_(left, left)])
+        assert system.distortion_weight[column].item() == pytest.approx(1 / inverse[0, 0], rel=1e-5)
+
+
+def test_nearest_weighs_an_error_by_the_hessian_diagonal_and_keeps_the_order():
+    _, hessian = random_problem(rows=1, columns=5, seed=3)
+    system = Nearest().prepare(hessian)
+    assert system.order.tolist() == [0, 1, 2, 3, 4]
+    assert system.distortion_weight.tolist() == hessian.diagonal().float().tolist()
+    assert system.inverse_factor is None
+    assert system.damping is None
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_an_identity_hessian_leaves_nothing_to_compensate(act_order):
+    weight, _ = random_problem(rows=31, columns=13, seed=4)
+    hessian = torch.eye(13, dtype=torch.float64)
+    gptq = solve(weight, hessian, recipe(solver=Gptq(act_order=act_order, block_size=4)))
+    nearest = solve(weight, hessian, recipe(solver=Nearest()))
+    assert torch.equal(gptq.quantized.codes, nearest.quantized.codes)
+    assert torch.equal(gptq.quantized.dequantize(), nearest.quantized.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_compensation_lowers_the_output_error_on_average(bits):
+    errors = {"gptq": [], "nearest": []}
+    for seed in range(12):
+        problem = random_problem(rows=32, columns=24, seed=seed)
+        for name, solver in {"gptq": Gptq(), "nearest": Nearest()}.items():
+            chosen = recipe(precision=Fixed(bits), solver=solver)
+            errors[name].append(solve(*problem, chosen).output_error)
+    assert np.mean(errors["gptq"]) < 0.8 * np.mean(errors["nearest"])
+
+
+@pytest.mark.parametrize("solver", [Gptq(), Nearest()])
+def test_reported_errors_are_those_recomputed_in_float64(solver):
+    weight, hessian = random_problem(rows=21, columns=14, seed=5)
+    solved = solve(weight, hessian, recipe(solver=solver))
+    exact = weight.double()
+    difference = exact - solved.quantized.dequantize().double()
+    wrong = torch.trace(difference @ hessian @ difference.t())
+    whole = torch.trace(exact @ hessian @ exact.t())
+    assert solved.output_error == pytest.approx((wrong / whole).item(), rel=1e-4)
+    share = (difference.square().sum() / exact.square().sum()).item()
+    assert solved.weight_error == pytest.approx(share, rel=1e-5)
+
+
+def test_output_error_is_relative_and_zero_for_a_layer_that_puts_out_nothing():
+    hessian = torch.diag(torch.tensor([2.0, 0.0], dtype=torch.float64))
+    problem = LinearProblem(torch.tensor([[2.0, 5.0]]), hessian)
+    assert relative_output_error(problem, torch.tensor([[1.0, 0.0]])) == pytest.approx(0.25)
+    silent = LinearProblem(torch.tensor([[0.0, 5.0]]), hessian)
+    assert relative_output_error(silent, torch.tensor([[0.0, 0.0]])) == 0.0
+
+
+def with_dead_inputs(hessian: torch.Tensor, dead: list[int]) -> torch.Tensor:
+    hessian = hessian.clone()
+    hessian[dead] = 0
+    hessian[:, dead] = 0
+    return hessian
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_dead_column_neither_takes_nor_gives_error(act_order):
+    weight, hessian = random_problem(rows=25, columns=10, seed=6)
+    dead, alive = [2, 7], [0, 1, 3, 4, 5, 6, 8, 9]
+    hessian = with_dead_inputs(hessian, dead)
+    chosen = recipe(solver=Gptq(act_order=act_order))
+    whole = solve(weight, hessian, chosen)
+    without = solve(weight[:, alive], hessian[alive][:, alive], chosen)
+    rounded = solve(weight, hessian, recipe(solver=Nearest()))
+    assert whole.dead_columns == 2
+    assert torch.equal(whole.quantized.codes[:, alive], without.quantized.codes)
+    assert torch.equal(whole.quantized.codes[:, dead], rounded.quantized.codes[:, dead])
+    dequantized = whole.quantized.dequantize()
+    assert torch.equal(dequantized[:, dead], rounded.quantized.dequantize()[:, dead])
+    assert dequantized[:, alive].numpy() == pytest.approx(
+        without.quantized.dequantize().numpy(), rel=2e-3
+    )
+
+
+def test_an_all_zero_hessian_rounds_every_column_to_nearest():
+    weight, _ = random_problem(rows=25, columns=6, seed=8)
+    hessian = torch.zeros(6, 6, dtype=torch.float64)
+    solved = solve(weight, hessian, recipe())
+    rounded = solve(weight, hessian, recipe(solver=Nearest()))
+    assert torch.equal(solved.quantized.dequantize(), rounded.quantized.dequantize())
+    assert solved.dead_columns == rounded.dead_columns == 6
+    assert solved.output_error == 0.0
+    assert 0 < solved.weight_error < 0.1
+
+
+def test_duplicated_inputs_are_compensated_by_one_another():
+    weight, hessian = random_problem(rows=40, columns=8, seed=9)
+    twice = torch.arange(16) % 8
+    weight = torch.cat([weight, weight.flip(1)], dim=1)
+    hessian = hessian[twice][:, twice]
+    solved = solve(weight, hessian, recipe())
+    rounded = solve(weight, hessian, recipe(solver=Nearest()))
+    assert torch.linalg.matrix_rank(hessian) == 8
+    assert solved.damping == 0.01
+    assert solved.output_error < 0.5 * rounded.output_error
+
+
+def test_fewer_tokens_than_inputs_still_give_a_finite_result():
+    weight, hessian = random_problem(rows=20, columns=16, seed=10, tokens=3)
+    solved = solve(weight, hessian, recipe())
+    assert torch.isfinite(solved.quantized.dequantize()).all()
+    assert math.isfinite(solved.output_error)
+
+
+@pytest.mark.parametrize(
+    ("smallest", "damping", "used"),
+    [(0.1, 0.01, 0.01), (-0.03, 0.01, 0.1), (-0.3, 0.01, 1.0), (-0.7, 0.5, 1.0)],
+)
+def test_damping_rises_until_the_hessian_is_positive_definite_and_is_recorded(
+    smallest, damping, used
+):
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.manual_seed(0)).double()).Q
+    spectrum = torch.tensor([smallest, 0.5, 1.0, 1.0, 1.5, 0.0], dtype=torch.float64)
+    spectrum[5] = 6 - spectrum.sum()  # a mean diagonal of one
+    hessian = rotation @ torch.diag(spectrum) @ rotation.t()
+    weight, _ = random_problem(rows=10, columns=6, seed=11)
+    solved = solve(weight, hessian, recipe(solver=Gptq(damping=damping)))
+    assert solved.damping == pytest.approx(used)
+    assert torch.isfinite(solved.quantized.dequantize()).all()
+
+
+@pytest.mark.parametrize(
+    "diagonal", [[1.0, 1.0, -5.0], [-1.0, -1.0, -1.0], [1.0, -1.0, 0.0]], ids=str
+)
+def test_an_indefinite_hessian_is_refused_with_its_smallest_eigenvalue(diagonal):
+    hessian = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    with pytest.raises(NumericalError, match="positive definite") as caught:
+        Gptq().prepare(hessian)
+    assert "eigenvalue -" in str(caught.value)
+    assert "solver.damping" in str(caught.value)
+
+
+def test_a_hessian_with_nan_is_refused():
+    hessian = torch.eye(3, dtype=torch.float64)
+    hessian[1, 2] = hessian[2, 1] = math.nan
+    with pytest.raises(NumericalError, match="Hessian"):
+        LinearProblem(torch.ones(2, 3), hessian)
+
+
+def test_preparing_leaves_the_hessian_as_it_was():
+    _, hessian = random_problem(rows=1, columns=6, seed=12)
+    hessian = with_dead_inputs(hessian, [1])
+    before = hessian.clone()
+    Gptq().prepare(hessian)
+    Nearest().prepare(hessian)
+    assert torch.equal(hessian, before)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"block_size": 0}, "solver.block_size"),
+        ({"damping": 0.0}, "solver.damping"),
+        ({"damping": 1.5}, "solver.damping"),
+        ({"damping": math.nan}, "solver.damping"),
+    ],
+)
+def test_impossible_options_are_refused_by_name(options, name):
+    with pytest.raises(ConfigError, match=name):
+        Gptq(**options)

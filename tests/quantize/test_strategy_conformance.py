@@ -1,0 +1,327 @@
+"""What every strategy of every family must do, and how a person adds one of their own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from quantize_references import random_problem, recipe, solve
+
+from claq_exp.errors import ConfigError, NumericalError
+from claq_exp.quantize.codebook import CODEBOOK
+from claq_exp.quantize.precision import PRECISION, Fixed
+from claq_exp.quantize.problem import LinearProblem
+from claq_exp.quantize.quantized import ColumnCodebooks, QuantizedWeight, unpack_weight
+from claq_exp.quantize.recipe import constant_statistics, planned_layout
+from claq_exp.quantize.reservation import RESERVATION
+from claq_exp.quantize.solver import SOLVER
+from claq_exp.quantize.solver.columns import ColumnSystem
+from claq_exp.quantize.strategy import find_strategy
+
+FAMILIES = {
+    "codebook": CODEBOOK,
+    "precision": PRECISION,
+    "reservation": RESERVATION,
+    "solver": SOLVER,
+}
+MEMBERS = [(family, name) for family, members in FAMILIES.items() for name in members]
+every_strategy = pytest.mark.parametrize(
+    ("family", "name"), MEMBERS, ids=[f"{family}={name}" for family, name in MEMBERS]
+)
+SHAPES = [(1, 1), (1, 9), (9, 1), (2, 3), (49, 10), (70, 33)]
+
+
+def recipe_with(family: str, name: str):
+    """The plain recipe, with one strategy as its own defaults make it."""
+    return recipe(**{family: FAMILIES[family][name]()})
+
+
+def quantize(family: str, name: str, weight: torch.Tensor, hessian: torch.Tensor):
+    return solve(weight, hessian, recipe_with(family, name))
+
+
+def assert_well_formed(result: QuantizedWeight, rows: int, columns: int) -> None:
+    assert result.codes.dtype == torch.uint8
+    assert result.codes.shape == (rows, columns)
+    assert result.column_bits.dtype == torch.uint8
+    assert result.column_bits.shape == (columns,)
+    assert (result.codes.int() < 2 ** result.column_bits.int()).all()
+    assert result.reserved.counts.shape == (columns,)
+    dequantized = result.dequantize()
+    assert dequantized.dtype == torch.float32
+    assert dequantized.shape == (rows, columns)
+    assert torch.isfinite(dequantized).all()
+    again = unpack_weight(result.layout(), result.pack())
+    assert torch.equal(again.dequantize(), dequantized)
+
+
+@every_strategy
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_any_shape_gives_a_well_formed_matrix_that_packs_and_unpacks(family, name, rows, columns):
+    solved = quantize(family, name, *random_problem(rows, columns, seed=1))
+    assert_well_formed(solved.quantized, rows, columns)
+    assert math.isfinite(solved.output_error)
+    assert math.isfinite(solved.weight_error)
+
+
+@every_strategy
+def test_the_same_problem_gives_the_same_answer(family, name):
+    first = quantize(family, name, *random_problem(40, 21, seed=2))
+    second = quantize(family, name, *random_problem(40, 21, seed=2))
+    for suffix, tensor in first.quantized.pack().items():
+        assert torch.equal(tensor, second.quantized.pack()[suffix]), suffix
+    assert first.output_error == second.output_error
+
+
+@every_strategy
+def test_weights_and_hessian_are_left_as_they_were(family, name):
+    weight, hessian = random_problem(20, 9, seed=3)
+    before = weight.clone(), hessian.clone()
+    quantize(family, name, weight, hessian)
+    assert torch.equal(weight, before[0])
+    assert torch.equal(hessian, before[1])
+
+
+@every_strategy
+@pytest.mark.parametrize("value", [0.0, 0.7, -1.3])
+def test_equal_weights_come_back_to_float16_precision(family, name, value):
+    _, hessian = random_problem(30, 8, seed=4)
+    solved = quantize(family, name, torch.full((30, 8), value), hessian)
+    assert_well_formed(solved.quantized, 30, 8)
+    assert solved.weight_error < 1e-5
+    assert solved.output_error < 1e-5
+
+
+@every_strategy
+@pytest.mark.parametrize("value", [0.0, 0.25])
+def test_a_constant_column_among_others_is_no_obstacle(family, name, value):
+    weight, hessian = random_problem(30, 8, seed=5)
+    weight[:, 3] = value
+    solved = quantize(family, name, weight, hessian)
+    assert_well_formed(solved.quantized, 30, 8)
+    assert solved.output_error < 0.2
+
+
+@every_strategy
+def test_dead_inputs_are_no_obstacle(family, name):
+    weight, hessian = random_problem(30, 8, seed=6)
+    hessian[5] = 0
+    hessian[:, 5] = 0
+    solved = quantize(family, name, weight, hessian)
+    assert_well_formed(solved.quantized, 30, 8)
+    assert solved.dead_columns == 1
+
+
+@every_strategy
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_no_number_is_refused_by_its_place(family, name, bad):
+    weight, hessian = random_problem(30, 8, seed=7)
+    weight[4, 6] = bad
+    with pytest.raises(NumericalError, match=r"weight\[4, 6\]"):
+        quantize(family, name, weight, hessian)
+
+
+@every_strategy
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+def test_the_bits_that_were_planned_are_the_bits_that_are_used(family, name, rows, columns):
+    chosen = recipe_with(family, name)
+    solved = solve(*random_problem(rows, columns, seed=8), chosen)
+    planned = planned_layout(chosen, rows, columns)
+    assert solved.quantized.ledger() == planned.ledger()
+    assert solved.quantized.layout().nominal_bits() == planned.nominal_bits()
+
+
+@every_strategy
+def test_the_result_does_not_depend_on_threads(family, name):
+    threads = torch.get_num_threads()
+    problem = random_problem(40, 21, seed=9)
+    try:
+        packed = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            packed.append(quantize(family, name, *problem).quantized.pack())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(packed[0][suffix], packed[1][suffix]) for suffix in packed[0])
+
+
+@pytest.mark.parametrize("name", PRECISION)
+def test_widths_are_one_to_eight_bits_for_every_column(name):
+    bits = PRECISION[name]().plan(constant_statistics(8, 64))
+    assert bits.dtype == torch.uint8
+    assert bits.shape == (64,)
+    assert 1 <= int(bits.min()) <= int(bits.max()) <= 8
+
+
+@pytest.mark.parametrize("name", RESERVATION)
+def test_reserved_counts_fit_their_columns(name):
+    for rows, columns in SHAPES:
+        counts = RESERVATION[name]().plan(constant_statistics(rows, columns))
+        assert counts.dtype == torch.int64
+        assert counts.shape == (columns,)
+        assert 0 <= int(counts.min()) <= int(counts.max()) <= rows
+
+
+@pytest.mark.parametrize("name", SOLVER)
+def test_a_solver_visits_every_column_once(name):
+    _, hessian = random_problem(1, 12, seed=10)
+    system = SOLVER[name]().prepare(hessian)
+    assert sorted(system.order.tolist()) == list(range(12))
+    assert system.distortion_weight.dtype == torch.float32
+    assert (system.distortion_weight > 0).all()
+    assert system.block_size >= 1
+
+
+@pytest.mark.parametrize("name", CODEBOOK)
+@pytest.mark.parametrize("bits", [1, 2, 3, 8])
+def test_a_codebook_uses_no_more_values_than_its_codes_name(name, bits):
+    chosen = recipe(codebook=CODEBOOK[name](), precision=Fixed(bits), solver=SOLVER["nearest"]())
+    weight, hessian = random_problem(300, 2, seed=11)
+    result = solve(weight, hessian, chosen).quantized
+    assert int(result.codes.max()) <= 2**bits - 1
+    if isinstance(result.levels, ColumnCodebooks):
+        assert result.levels.values.shape == (2, 2**bits)
+        assert all(len(column.unique()) <= 2**bits for column in result.dequantize().t())
+
+
+@dataclass(frozen=True)
+class EveryThird:
+    """A person's own precision."""
+
+    bits: int = 2
+
+    def plan(self, statistics):
+        bits = torch.full((statistics.shape[1],), self.bits, dtype=torch.uint8)
+        bits[::3] = self.bits + 1
+        return bits
+
+
+@dataclass(frozen=True)
+class FirstColumn:
+    """A person's own reservation."""
+
+    def plan(self, statistics):
+        counts = torch.zeros(statistics.shape[1], dtype=torch.int64)
+        counts[0] = statistics.shape[0]
+        return counts
+
+
+@dataclass(frozen=True)
+class Powers:
+    """A person's own codebook: signed powers of two, the same for every column."""
+
+    mixed_widths: ClassVar[bool] = True
+    reserves: ClassVar[bool] = True
+
+    def start(self, weight, column_bits):
+        return PowerColumns(weight.shape[0], column_bits.numpy())
+
+
+class PowerColumns:
+    def __init__(self, rows, column_bits):
+        self.codes = np.zeros((len(column_bits), rows), dtype=np.uint8)
+        widest = 2 ** int(column_bits.max())
+        self.values = np.zeros((len(column_bits), widest), dtype=np.float16)
+        for column, bits in enumerate(column_bits):
+            half = 2.0 ** -np.arange(2 ** int(bits) // 2)
+            self.values[column, : 2 ** int(bits)] = np.concatenate([-half, half[::-1]])
+        self.entries = 2 ** column_bits.astype(int)
+
+    def quantize(self, column, values, reserved):
+        levels = self.values[column, : self.entries[column]].astype(np.float32)
+        self.codes[column] = np.abs(values[:, None] - levels[None, :]).argmin(axis=1)
+        self.codes[column][reserved] = 0
+        return levels[self.codes[column]]
+
+    def levels(self):
+        return ColumnCodebooks(torch.from_numpy(self.values))
+
+
+@dataclass(frozen=True)
+class Backwards:
+    """A person's own solver: from the last column to the first, uncompensated."""
+
+    def prepare(self, hessian):
+        count = len(hessian)
+        return ColumnSystem(
+            order=torch.arange(count - 1, -1, -1),
+            inverse_factor=None,
+            distortion_weight=torch.ones(count),
+            damping=None,
+            dead=0,
+            block_size=4,
+        )
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A plan that answers the same whatever it is asked."""
+
+    answer: torch.Tensor
+
+    def plan(self, statistics):
+        return self.answer.expand(statistics.shape[1])
+
+
+BAD_WIDTHS = [torch.tensor([9], dtype=torch.uint8), torch.tensor([0], dtype=torch.uint8)]
+BAD_COUNTS = [torch.tensor([-1]), torch.tensor([1000]), torch.tensor([1], dtype=torch.int32)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"precision": Constant(answer)} for answer in [*BAD_WIDTHS, torch.tensor([4])]]
+    + [{"reservation": Constant(answer)} for answer in BAD_COUNTS],
+)
+def test_a_plan_of_ones_own_that_is_no_plan_is_refused_by_its_class(changes):
+    with pytest.raises(ConfigError, match=r"Constant\.plan gave"):
+        recipe(**changes)
+
+
+def test_strategies_of_ones_own_work_together_by_dotted_path():
+    own = {
+        family: find_strategy(family, FAMILIES[family], f"{__name__}:{class_name}")()
+        for family, class_name in {
+            "codebook": "Powers",
+            "precision": "EveryThird",
+            "reservation": "FirstColumn",
+            "solver": "Backwards",
+        }.items()
+    }
+    weight, hessian = random_problem(20, 10, seed=12)
+    result = solve(weight, hessian, recipe(**own)).quantized
+    assert_well_formed(result, 20, 10)
+    assert result.column_bits.tolist() == [3, 2, 2, 3, 2, 2, 3, 2, 2, 3]
+    assert torch.equal(result.dequantize()[:, 0], weight[:, 0].half().float())
+    assert set(result.dequantize()[:, 1].tolist()) <= {-1.0, -0.5, 0.5, 1.0}
+    assert planned_layout(recipe(**own), 20, 10).ledger() == result.ledger()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_unknown_name_is_refused_with_the_known_ones(family):
+    with pytest.raises(ConfigError) as caught:
+        find_strategy(family, FAMILIES[family], "galaxy")
+    assert f"{family}.name 'galaxy'" in str(caught.value)
+    assert all(name in str(caught.value) for name in FAMILIES[family])
+    assert "package.module:Class" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["no_such_module_at_all:Thing", f"{__name__}:Missing", f"{__name__}:FAMILIES", ":X", "math:"],
+)
+def test_a_path_that_leads_nowhere_is_refused(path):
+    with pytest.raises(ConfigError, match=r"precision\.name"):
+        find_strategy("precision", PRECISION, path)
+
+
+def test_a_short_name_is_a_member_of_its_family():
+    assert find_strategy("precision", PRECISION, "fixed") is Fixed
+
+
+def test_a_hessian_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match="3 columns"):
+        LinearProblem(torch.ones(2, 3), torch.eye(4, dtype=torch.float64))

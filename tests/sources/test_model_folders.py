@@ -1,0 +1,157 @@
+"""Which model is meant, and a fingerprint that changes with it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from claq_exp.errors import ConfigError, SourceError
+from claq_exp.sources.cache import published, sha256_of
+from claq_exp.sources.model import ModelSource, fingerprint, model_folder, weight_bytes
+
+
+@pytest.fixture
+def model(tiny_model, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+def flip(path: Path, place: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def test_the_fingerprint_is_that_of_the_content_not_of_the_place(model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "elsewhere")
+    assert fingerprint(copy) == fingerprint(model)
+
+
+def test_the_fingerprint_changes_with_one_byte_of_a_weight(model):
+    before = fingerprint(model)
+    flip(model / "model.safetensors")
+    assert fingerprint(model) != before
+
+
+def test_the_fingerprint_changes_with_the_config(model):
+    before = fingerprint(model)
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(
+        text.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05')
+    )
+    assert fingerprint(model) != before
+
+
+def test_the_fingerprint_changes_with_the_tokenizer(model):
+    before = fingerprint(model)
+    text = (model / "tokenizer.json").read_text()
+    (model / "tokenizer.json").write_text(text.replace('"!": 0', '"!": 1'))
+    assert (model / "tokenizer.json").read_text() != text
+    assert fingerprint(model) != before
+
+
+def test_the_fingerprint_changes_with_a_shard_more(model):
+    before = fingerprint(model)
+    shutil.copy(model / "model.safetensors", model / "model-2.safetensors")
+    assert fingerprint(model) != before
+
+
+def test_files_of_the_hubs_cache_are_known_by_their_blob(model, tmp_path):
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "main"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        blob = blobs / sha256_of(model / name)
+        shutil.copy(model / name, blob)
+        (snapshot / name).symlink_to(blob)
+    first = fingerprint(snapshot)
+    assert fingerprint(snapshot) == first
+    other = blobs / ("0" * 64)
+    (blobs / sha256_of(model / "model.safetensors")).rename(other)
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to(other)
+    assert fingerprint(snapshot) != first
+
+
+def test_a_symlink_into_another_folder_is_read_for_its_content(model, tmp_path):
+    target = tmp_path / "weights.safetensors"
+    (model / "model.safetensors").rename(target)
+    (model / "model.safetensors").symlink_to(target)
+    before = fingerprint(model)
+    flip(target)
+    assert fingerprint(model) != before
+
+
+def test_weight_bytes_are_those_of_all_shards(model):
+    size = (model / "model.safetensors").stat().st_size
+    shutil.copy(model / "model.safetensors", model / "model-2.safetensors")
+    assert weight_bytes(model) == 2 * size
+
+
+def test_a_plan_needs_no_weights_but_a_run_does(model):
+    (model / "model.safetensors").unlink()
+    assert model_folder(ModelSource(str(model)), weights=False) == model
+    with pytest.raises(ConfigError, match=r"no \.safetensors weights"):
+        model_folder(ModelSource(str(model)))
+
+
+@pytest.mark.parametrize("source", ["./nothing", "/nothing/at/all", "~/nothing", "a/b/c"])
+def test_a_path_that_is_missing_is_not_asked_of_the_hub(source, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    with pytest.raises(ConfigError, match="does not exist"):
+        model_folder(ModelSource(source))
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_line(monkeypatch):
+    def fail(*args, **options):
+        raise OSError("404 Client Error\nRepository Not Found")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(
+        SourceError, match="'owner/nothing' is no local folder and the hub"
+    ) as caught:
+        model_folder(ModelSource("owner/nothing"))
+    assert "\n" not in str(caught.value)
+
+
+def test_only_what_is_needed_is_asked_of_the_hub(model, monkeypatch):
+    asked = {}
+
+    def download(name, revision, allow_patterns):
+        asked.update(name=name, revision=revision, patterns=allow_patterns)
+        return str(model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert model_folder(ModelSource("owner/name", revision="v1"), weights=False) == model
+    assert (asked["name"], asked["revision"]) == ("owner/name", "v1")
+    assert "*.safetensors" not in asked["patterns"]
+    model_folder(ModelSource("owner/name"))
+    assert "*.safetensors" in asked["patterns"]
+
+
+def test_a_gguf_file_that_is_none_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLAQ_EXP_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"no model")
+    with pytest.raises(SourceError, match=r"model\.gguf cannot be read as a GGUF model") as caught:
+        model_folder(ModelSource(str(path)))
+    assert "\n" not in str(caught.value)
+    assert not [found for found in (tmp_path / "cache").rglob("*") if found.is_file()]
+    with pytest.raises(SourceError, match="the config asks for 0000"):
+        model_folder(ModelSource(str(path), sha256="0" * 64))
+
+
+def test_a_published_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "cache" / "thing"
+    with pytest.raises(RuntimeError), published(target) as folder:
+        (folder / "half").write_text("half")
+        assert not target.exists()
+        raise RuntimeError
+    assert list(target.parent.iterdir()) == []
+    with published(target) as folder:
+        (folder / "whole").write_text("first")
+    with published(target) as folder:
+        (folder / "whole").write_text("second")
+    assert (target / "whole").read_text() == "first"
+    assert list(target.parent.iterdir()) == [target]
