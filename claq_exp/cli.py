@@ -86,12 +86,13 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(overrides: list[str]) -> int:
-    from claq_exp.compose import check_jobs, compose_config, is_multirun
+    from claq_exp.compose import check_jobs, check_words, compose_config, is_multirun
 
     flags = [word for word in overrides if word.startswith("-")]
     multirun = any(flag in ("-m", "--multirun") for flag in flags)
     words = [word for word in overrides if word not in ("-m", "--multirun")]
     if any(flag in HYDRA_FLAGS for flag in flags):
+        check_words([word for word in words if "=" in word])
         return _with_hydra(overrides)
     if flags and not multirun:
         raise ConfigError(f"'{flags[0]}' is no option; see claq-exp --help")
@@ -135,6 +136,7 @@ def _objective(results: dict[str, Any]) -> float:
 def _with_hydra(arguments: list[str]) -> int:
     """Hand over to Hydra: grids, launchers, and printing of configs."""
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import DictConfig
 
     from claq_exp.compose import PRIMARY, VERSION_BASE, experiment_part, register_sweeps
@@ -151,7 +153,8 @@ def _with_hydra(arguments: list[str]) -> int:
         try:
             return _run_one(config_from_omegaconf(experiment_part(composed)), command)
         except ClaqError as error:
-            _complain(f"job failed: {error}")
+            chosen = " ".join(HydraConfig.get().overrides.task)
+            _complain(f"job failed ({chosen}): {error}")
             raise
 
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")

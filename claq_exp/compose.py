@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -36,7 +36,14 @@ def compose_config(overrides: list[str]) -> ExperimentConfig:
 
     Raises ConfigError with one line that names the alternatives.
     """
+    if several := [text for text in overrides if _is_sweep(text)]:
+        raise ConfigError(f"'{several[0]}' lists several values; add -m to run each of them")
     return config_from_omegaconf(experiment_part(_compose(overrides)))
+
+
+def check_words(overrides: list[str]) -> None:
+    """Raise ConfigError unless the overrides compose; their values are not looked at."""
+    _compose([text for text in overrides if not _is_sweep(text)])
 
 
 def is_multirun(overrides: list[str]) -> bool:
@@ -48,12 +55,12 @@ def is_multirun(overrides: list[str]) -> bool:
 def check_jobs(overrides: list[str]) -> int:
     """Compose and check every job of a grid before the first one starts; return their number.
 
-    Ranges and distributions, which only a sweeper can expand, are taken as they stand.
+    Distributions, which only a sweeper can draw from, are left out.
     """
     plain = [text for text in overrides if not _is_sweep(text)]
     params = _compose(plain).hydra.sweeper.get("params") or {}
     grid = [f"{key}={value}" for key, value in params.items()]
-    jobs = list(_combinations([*overrides, *grid]))
+    jobs = list(_combinations([*grid, *overrides]))
     for job in jobs:
         compose_config(job)
     return len(jobs)
@@ -78,7 +85,7 @@ def _compose(overrides: list[str]) -> DictConfig:
     try:
         with initialize_config_dir(version_base=VERSION_BASE, config_dir=conf):
             return compose(PRIMARY, overrides=overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_explain(error, overrides)) from error
 
 
@@ -93,16 +100,17 @@ def experiment_part(composed: DictConfig) -> DictConfig:
 
 
 def _combinations(overrides: list[str]) -> Iterator[list[str]]:
+    """Yield the overrides of every job; as in Hydra, a later override of a key replaces it."""
     parser = OverridesParser.create()
-    choices: list[list[str]] = []
+    choices: dict[str, list[str]] = {}
     for text in overrides:
         override = parser.parse_override(text)
-        if override.is_choice_sweep():
-            key = override.get_key_element()
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        key = override.get_key_element()
+        if override.is_discrete_sweep():
+            choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         elif not override.is_sweep_override():
-            choices.append([text])
-    return (list(job) for job in itertools.product(*choices))
+            choices[key] = [text]
+    return (list(job) for job in itertools.product(*choices.values()))
 
 
 def _is_sweep(text: str) -> bool:
@@ -110,7 +118,8 @@ def _is_sweep(text: str) -> bool:
         return bool(OverridesParser.create().parse_override(text).is_sweep_override())
     except HydraException as error:
         raise ConfigError(
-            f"'{text}' is no override; write KEY=VALUE ({_first_line(error)})"
+            f"'{text}' cannot be read as an override; write KEY=VALUE, with quotes around a value "
+            "that holds odd characters"
         ) from error
 
 
@@ -118,16 +127,13 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     """Turn Hydra's several lines into one that says what is wrong and what there is instead."""
     text = str(error)
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+        if match[1].startswith("hydra/"):
+            return f"{match[1]}={match[2]} is not installed; pip install 'claq-exp[{match[2]}]'"
         options = groups().get(match[1], [])
         there = f"there are: {', '.join(options)}"
         return f"{match[1]}={match[2]}: no such option{_near(match[2], options)}; {there}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return _explain_key(match[1], overrides)
-    if isinstance(error, OverrideParseException):
-        return (
-            f"'{error.override}' cannot be read as an override; write KEY=VALUE, with quotes "
-            "around a value that holds odd characters"
-        )
     return one_line(error)
 
 
@@ -140,15 +146,10 @@ def _explain_key(key: str, overrides: list[str]) -> str:
             break
         node = child
     known = sorted(map(str, node))
-    return (
-        f"{key}: no such key{_near(key.rpartition('.')[2], known)}; there are: {', '.join(known)}"
-    )
+    there = f"there are: {', '.join(known)}" if known else "there is nothing at its place"
+    return f"{key}: no such key{_near(key.rpartition('.')[2], known)}; {there}"
 
 
 def _near(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean '{close[0]}'?)" if close else ""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -241,10 +241,14 @@ def _strategy(family: str, values: dict[str, Any]) -> Any:
     if not isinstance(name, str):
         raise ConfigError(f"{family}.name is missing; choose one of: {', '.join(FAMILIES[family])}")
     strategy = find_strategy(family, FAMILIES[family], name)
+    own = {field.name for field in fields(strategy)}
+    siblings = {field.name for member in FAMILIES[family].values() for field in fields(member)}
+    for left_over in siblings - own:  # an experiment's field, whose option was replaced
+        options.pop(left_over, None)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(strategy), options))
     except OmegaConfBaseException as error:
-        known = ", ".join(getattr(strategy, "__dataclass_fields__", {})) or "none"
+        known = ", ".join(sorted(own)) or "none"
         raise ConfigError(f"{family}={name}: {one_line(error)} (its fields: {known})") from error
 
 

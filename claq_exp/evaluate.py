@@ -20,6 +20,7 @@ from claq_exp.machine import choose_device, device_name, git_commit, settle, ver
 from claq_exp.models.load import load_config, load_tokenizer
 from claq_exp.models.skeleton import dense_parameter_count
 from claq_exp.reporting.results import perplexity_rows, zero_shot_rows
+from claq_exp.sources.cache import fetch_log
 from claq_exp.tracking.progress import RunProgress, noise_to
 
 
@@ -41,12 +42,13 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
         task_data(name, task)
     settings = {"checkpoint": str(folder.resolve()), "evaluation": asdict(config.evaluation)}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    target = Path(config.outputs) / config.name / f"evaluation-{digest}"
+    target = Path(config.outputs).expanduser() / config.name / f"evaluation-{digest}"
+    with noise_to(fetch_log()):
+        tokenizer = load_tokenizer(folder)
+        corpora = corpus_windows(config, tokenizer, load_config(folder))
     target.mkdir(parents=True, exist_ok=True)
     with RunProgress({"load": 5, "evaluate": 60}) as progress, noise_to(target / "third_party.log"):
         progress.stage("load")
-        tokenizer = load_tokenizer(folder)
-        corpora = corpus_windows(config, tokenizer, load_config(folder))
         model = load_model(folder, dtype=config.model.dtype, device=device)
         parameters = dense_parameter_count(model.config)
         progress.stage("evaluate")

@@ -65,13 +65,15 @@ def run(
         fetched = fetch(config)
     identity = run_identity(config, fetched.contents, __version__)
     folder = RunFolder.of(config, identity)
+    finished = folder.results()
+    if finished is not None and config.resume != "never":
+        return Outcome(folder.path, finished, found=True)
+    model_config = load_config(fetched.model, trust_remote_code=config.model.trust_remote_code)
+    plan = make_plan(config, model_config, device)
+    with noise_to(fetch_log()):
+        tokens = tokenize_inputs(config, fetched.model)
     with folder.locked():
-        finished = folder.results()
-        if finished is not None and config.resume != "never":
-            return Outcome(folder.path, finished, found=True)
         _prepare(folder, config.resume)
-        model_config = load_config(fetched.model, trust_remote_code=config.model.trust_remote_code)
-        plan = make_plan(config, model_config, device)
         say(
             f"{plan.sizes.nominal:.2f} nominal / {plan.sizes.linear:.2f} linear bits planned; "
             f"{folder.path}"
@@ -84,7 +86,9 @@ def run(
             noise_to(folder.path / "third_party.log"),
             EventLog(folder.path / EVENTS_FILE, list(others)) as events,
         ):
-            job = _Job(config, folder, fetched, model_config, plan, device, progress, events)
+            job = _Job(
+                config, folder, fetched, model_config, tokens, plan, device, progress, events
+            )
             results = job.results(command)
             events.results(results)
             events.event("finished", seconds=results["run"]["seconds"])
@@ -121,6 +125,7 @@ class _Job:
     folder: RunFolder
     fetched: Fetched
     model_config: PretrainedConfig
+    tokens: Tokens
     plan: Plan
     device: str
     progress: RunProgress
@@ -130,10 +135,9 @@ class _Job:
         """Go through all stages and return the content of results.json."""
         started = datetime.now(UTC)
         self.events.event("started", run=self.folder.path.name, versions=versions())
-        tokens = self._stage("load", lambda: tokenize_inputs(self.config, self.fetched.model))
-        original, report = self._quantize(tokens)
+        original, report = self._quantize()
         gc.collect()  # the original model must be gone before the checkpoint is loaded
-        quantized = self._stage("evaluate quantized", lambda: self._measure_checkpoint(tokens))
+        quantized = self._stage("evaluate quantized", self._measure_checkpoint)
         layouts = read_layouts(self.folder.checkpoint)
         plot_layers(report, self.folder.path / "layers.png")
         return build_results(
@@ -150,15 +154,15 @@ class _Job:
             report=report,
         )
 
-    def _quantize(self, tokens: Tokens) -> tuple[Measurement, list[dict[str, Any]]]:
+    def _quantize(self) -> tuple[Measurement, list[dict[str, Any]]]:
         """Measure the original, quantize it and write the checkpoint; return its report rows."""
         config = self.config
         model = self._stage("load", self._load_original)
-        original = self._measure_original(model, tokens)
+        original = self._measure_original(model)
         self.progress.stage("quantize")
         quantized = quantize_model(
             model,
-            list(tokens.calibration.to(self.device).split(config.calibration.batch_size)),
+            list(self.tokens.calibration.to(self.device).split(config.calibration.batch_size)),
             config.recipe(),
             BlockStore(self.folder.work / "blocks", self.folder.hash),
             blocks_path=config.model.blocks,
@@ -169,9 +173,8 @@ class _Job:
         if not self.folder.checkpoint.is_dir():
             dtype = stored_dtype(self.model_config)
             target, packed = self.folder.checkpoint, quantized.packed
-            self._stage(
-                "export", lambda: write_checkpoint(target, model, tokens.tokenizer, packed, dtype)
-            )
+            tokenizer = self.tokens.tokenizer
+            self._stage("export", lambda: write_checkpoint(target, model, tokenizer, packed, dtype))
         return original, quantized.report
 
     def _load_original(self) -> Any:
@@ -183,26 +186,24 @@ class _Job:
             trust_remote_code=model.trust_remote_code,
         )
 
-    def _measure_original(self, model: Any, tokens: Tokens) -> Measurement:
+    def _measure_original(self, model: Any) -> Measurement:
         path = self.folder.work / ORIGINAL
         if path.is_file():
-            return Measurement.from_dict(read_json(path))
-        measured = self._stage(
-            "evaluate original", lambda: self._measure(model, tokens, "original")
-        )
-        write_json(path, measured.as_dict())
+            return Measurement.from_json(read_json(path))
+        measured = self._stage("evaluate original", lambda: self._measure(model, "original"))
+        write_json(path, measured.to_json())
         return measured
 
-    def _measure_checkpoint(self, tokens: Tokens) -> Measurement:
+    def _measure_checkpoint(self) -> Measurement:
         dtype = self.config.model.dtype
         model = load_quantized(self.folder.checkpoint, dtype=dtype, device=self.device)
-        return self._measure(model, tokens, "quantized")
+        return self._measure(model, "quantized")
 
-    def _measure(self, model: Any, tokens: Tokens, which: str) -> Measurement:
+    def _measure(self, model: Any, which: str) -> Measurement:
         return measure(
             model,
-            tokens.tokenizer,
-            tokens.corpora,
+            self.tokens.tokenizer,
+            self.tokens.corpora,
             self.config.evaluation,
             self.device,
             on_value=lambda kind, name, value: self.events.event(

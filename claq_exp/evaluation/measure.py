@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,15 +25,23 @@ class Measurement:
     perplexity: dict[str, Perplexity] = field(default_factory=dict)
     zero_shot: dict[str, TaskScore] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON data; a perplexity that is not finite becomes null."""
+        data = asdict(self)
+        for row in data["perplexity"].values():
+            row["value"] = row["value"] if math.isfinite(row["value"]) else None
+        return data
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Measurement:
-        """Read `as_dict` back."""
+    def from_json(data: dict[str, Any]) -> Measurement:
+        """Read `to_json` back; null becomes infinity."""
         return Measurement(
-            {name: Perplexity(**row) for name, row in data["perplexity"].items()},
+            {
+                name: Perplexity(
+                    **{**row, "value": math.inf if row["value"] is None else row["value"]}
+                )
+                for name, row in data["perplexity"].items()
+            },
             {name: TaskScore(**row) for name, row in data["zero_shot"].items()},
         )
 

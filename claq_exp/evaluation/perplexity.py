@@ -51,7 +51,7 @@ def perplexity(
     predicted = windows.numel() - len(windows)
     mean = total / predicted
     return Perplexity(
-        value=math.exp(mean) if mean < 700 else math.inf,
+        value=math.inf if mean > 700 else math.exp(mean),  # NaN stays NaN
         seqlen=windows.shape[1],
         tokens=predicted,
         tokens_sha256=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),

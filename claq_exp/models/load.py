@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from claq_exp.errors import ConfigError, SourceError
+from claq_exp.errors import ConfigError, NumericalError, SourceError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -36,10 +37,25 @@ def load_model(folder: Path, *, dtype: str, device: str, trust_remote_code: bool
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # so that the message can name the tensor
     )
+    if mismatched := sorted(str(key) for key in report["mismatched_keys"]):
+        raise SourceError(
+            f"{folder} holds tensors of another shape than its config: {mismatched[0]}"
+        )
     if missing := sorted(report["missing_keys"]):
         raise SourceError(f"{folder} lacks {len(missing)} tensors of its model, e.g. {missing[0]}")
+    _check_finite(model)
     return model.to(device).eval()
+
+
+def _check_finite(model: Model) -> None:
+    for name, weight in model.named_parameters():
+        finite = torch.isfinite(weight)
+        if not finite.all():
+            place = torch.nonzero(~finite)[0].tolist()
+            value = weight[tuple(place)].item()
+            raise NumericalError(f"{name}{place} is {value}; repair the model's weights")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
@@ -64,7 +80,7 @@ def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
 def _read(factory: Any, folder: Path, **options: Any) -> Any:
     try:
         return factory.from_pretrained(folder, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"{folder} asks to run code of its own; set model.trust_remote_code=true to "

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from claq_exp.errors import ConfigError
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
@@ -15,8 +17,12 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
     """Build the causal language model of a config on the meta device: shapes, no memory."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    remote = type(config).__module__.startswith("transformers_modules")  # allowed when it was read
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+    except ValueError as error:
+        raise ConfigError(f"{type(config).__name__} is no causal language model") from error
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from rich.markup import escape
 from rich.table import Table
+
+from claq_exp.errors import ConfigError
 
 if TYPE_CHECKING:
     from claq_exp.plan import Plan
@@ -76,11 +79,15 @@ def runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
 
 
 def with_keys(frame: pd.DataFrame, runs: list[dict[str, Any]], keys: list[str]) -> pd.DataFrame:
-    """Put config values, named by dotted keys, in front of a table of runs."""
-    frame = frame.copy()
-    for place, key in enumerate(keys):
-        frame.insert(place, key, [_lookup(results["config"], key) for results in runs])
-    return frame
+    """Put config values, named by dotted keys, in front of a table of runs.
+
+    Raises ConfigError for a key that no run has.
+    """
+    chosen = [key for key in dict.fromkeys(keys) if key not in frame.columns]
+    values = {key: [_lookup(results["config"], key) for results in runs] for key in chosen}
+    if absent := [key for key in chosen if all(value is None for value in values[key])]:
+        raise ConfigError(f"report: no run has a config key '{absent[0]}'")
+    return pd.concat([pd.DataFrame(values, dtype=object), frame], axis=1)
 
 
 def markdown(frame: pd.DataFrame) -> str:
@@ -96,9 +103,9 @@ def frame_table(frame: pd.DataFrame) -> Table:
     table = Table(header_style="bold")
     for column in frame.columns:
         number = pd.api.types.is_numeric_dtype(frame[column])
-        table.add_column(str(column), justify="right" if number else "left")
+        table.add_column(escape(str(column)), justify="right" if number else "left")
     for row in frame.itertuples(index=False):
-        table.add_row(*[_cell(value) for value in row])
+        table.add_row(*[escape(_cell(value)) for value in row])
     return table
 
 

@@ -59,12 +59,12 @@ def model_folder(model: ModelSource, *, weights: bool = True) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a hash that changes when the model does: config.json and every weight file's content.
+    """Return a hash of the content of config.json, the tokenizer and every weight file.
 
     Files of the hub's cache are named by their content already, so their links are hashed instead.
     """
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob(WEIGHTS)]):
+    for path in sorted({folder / "config.json", *folder.glob(WEIGHTS), *folder.glob("tokenizer*")}):
         digest.update(path.name.encode())
         stored_by_hash = path.is_symlink() and path.resolve().parent.name == "blobs"
         digest.update((path.resolve().name if stored_by_hash else sha256_of(path)).encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,20 +59,26 @@ def read_text(text: TextSource) -> str:
     path = text_file(text)
     if path is None:
         return text.join.join(_hub_documents(text))
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SourceError(f"{path} is no whole gzip file: {error}") from error
     content = raw.decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
     if ".jsonl" not in path.suffixes:
         return content
     documents = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            documents.append(str(json.loads(line)[text.field]))
+            document = json.loads(line)[text.field]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise SourceError(
                 f"{path} line {number}: no JSON object with field '{text.field}' ({error!r})"
             ) from error
+        if not isinstance(document, str):
+            raise SourceError(f"{path} line {number}: field '{text.field}' is no text")
+        documents.append(document)
     return text.join.join(documents)
 
 

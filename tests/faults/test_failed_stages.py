@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -175,32 +172,3 @@ def test_a_path_in_brackets_is_printed_as_it_is(run, tmp_path, capfd):
     captured = capfd.readouterr()
     assert f"{only_folder(outputs)}/results.json" in captured.out
     assert str(only_folder(outputs)) in captured.err
-
-
-def test_a_run_needs_no_git_no_home_no_wide_terminal_and_no_special_folder(tiny_run, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    words = [word for word in tiny_run if not word.startswith("outputs=")]
-    environment = {
-        "PATH": str(tmp_path),
-        "COLUMNS": "40",
-        "CLAQ_EXP_CACHE": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-    }
-    result = subprocess.run(
-        [sys.executable, "-m", "claq_exp", *words, "experiment=rtn_4bit", "outputs=here"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path / "elsewhere",
-        env=environment,
-    )
-    assert result.returncode == 0, result.stderr
-    folder = only_folder(tmp_path / "elsewhere" / "here")
-    results = json.loads((folder / "results.json").read_text())
-    assert results["run"]["git"] is None
-    table = [line for line in result.stdout.splitlines() if line[:1] in "│┃"]
-    assert all(len(line) <= 40 for line in table)
-    assert any("4.00" in line for line in table)
-    assert "here/default/" in result.stdout
-    assert "\x1b" not in result.stdout + result.stderr
-    assert (tmp_path / "cache" / "fetch.log").is_file()

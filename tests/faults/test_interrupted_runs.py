@@ -25,9 +25,8 @@ DRIVER = """
 import json, os, resource, signal, sys, traceback
 import claq_exp.cli, claq_exp.plan
 claq_exp.plan.matmul_speed = lambda device: 1e11
-noise = os.open(os.devnull, os.O_WRONLY)
 replies = os.fdopen(os.dup(1), "w")
-os.dup2(noise, 1)
+os.dup2(2, 1)
 print(claq_exp.cli.main(json.loads(sys.stdin.readline())), file=replies, flush=True)
 for line in sys.stdin:
     job = json.loads(line)
@@ -103,22 +102,29 @@ def command(four_layers, text_file) -> Callable[[Path], list[str]]:
 
 @pytest.fixture(scope="module")
 def first_outputs(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("undisturbed")
+    return tmp_path_factory.mktemp("undisturbed") / "outputs"
 
 
 @pytest.fixture(scope="module")
 def driver(command, first_outputs) -> Iterator[subprocess.Popen]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-    )
-    send(process, command(first_outputs))
+    """Runs in a folder of its own, without git and a home folder, in a narrow terminal."""
+    folder = first_outputs.parent
+    environment = {"PATH": "", "COLUMNS": "40", "OMP_NUM_THREADS": "1"}
+    environment["CLAQ_EXP_CACHE"] = str(folder / "cache")
+    environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
+    with (folder / "output.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            cwd=folder,
+            text=True,
+        )
+    send(process, command(Path(first_outputs.name)))
     assert process.stdout is not None
-    assert process.stdout.readline() == "0\n"
+    assert process.stdout.readline() == "0\n", (folder / "output.log").read_text()
     yield process
     process.communicate()
 
@@ -184,6 +190,20 @@ def assert_same_outcome(folder: Path, undisturbed: Path) -> None:
     for key in ("bits", "size", "perplexity", "fallbacks"):
         assert ours[key] == theirs[key]
     assert not (folder / "work").exists()
+
+
+def test_a_run_needs_no_git_no_home_no_wide_terminal_and_no_special_folder(undisturbed):
+    results = json.loads((undisturbed / "results.json").read_text())
+    assert results["status"] == "finished"
+    assert results["run"]["git"] is None
+    folder = undisturbed.parents[2]
+    output = (folder / "output.log").read_text()
+    table = [line for line in output.splitlines() if line[:1] in "│┃"]
+    assert any("250" in line or "249" in line for line in table)
+    assert all(len(line) <= 40 for line in table)
+    assert f"outputs/default/{undisturbed.name}/results.json" in output.splitlines()
+    assert "\x1b" not in output
+    assert sorted(path.name for path in folder.iterdir()) == ["cache", "output.log", "outputs"]
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
