@@ -126,6 +126,8 @@ def _is_sweep(text: str) -> bool:
 def _explain(error: Exception, overrides: list[str]) -> str:
     """Turn Hydra's several lines into one that says what is wrong and what there is instead."""
     text = str(error)
+    if isinstance(error, ValueError):  # Hydra's own, for a group whose option is no word
+        return _explain_option(overrides)
     if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
         if match[1].startswith("hydra/"):
             return f"{match[1]}={match[2]} is not installed; pip install 'claq-exp[{match[2]}]'"
@@ -135,6 +137,15 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         return _explain_key(match[1], overrides)
     return one_line(error)
+
+
+def _explain_option(overrides: list[str]) -> str:
+    known = groups()
+    for override in overrides:
+        group, _, option = override.partition("=")
+        if group in known and option not in known[group]:
+            return f"{override}: no such option; there are: {', '.join(known[group])}"
+    return f"these overrides do not go together: {' '.join(overrides)}"
 
 
 def _explain_key(key: str, overrides: list[str]) -> str:

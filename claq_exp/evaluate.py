@@ -49,7 +49,12 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
     target.mkdir(parents=True, exist_ok=True)
     with RunProgress({"load": 5, "evaluate": 60}) as progress, noise_to(target / "third_party.log"):
         progress.stage("load")
-        model = load_model(folder, dtype=config.model.dtype, device=device)
+        model = load_model(
+            folder,
+            dtype=config.model.dtype,
+            device=device,
+            trust_remote_code=config.model.trust_remote_code,
+        )
         parameters = dense_parameter_count(model.config)
         progress.stage("evaluate")
         measured = measure(

@@ -195,8 +195,12 @@ class _Job:
         return measured
 
     def _measure_checkpoint(self) -> Measurement:
-        dtype = self.config.model.dtype
-        model = load_quantized(self.folder.checkpoint, dtype=dtype, device=self.device)
+        model = load_quantized(
+            self.folder.checkpoint,
+            dtype=self.config.model.dtype,
+            device=self.device,
+            trust_remote_code=self.config.model.trust_remote_code,
+        )
         return self._measure(model, "quantized")
 
     def _measure(self, model: Any, which: str) -> Measurement:

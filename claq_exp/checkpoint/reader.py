@@ -68,11 +68,16 @@ def read_unquantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def load_model(
-    folder: str | Path, *, dtype: str = "float32", device: str = "cpu"
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a checkpoint as a model with dense dequantized weights.
 
-    dtype: of weights and activations.  Raises ConfigError for a folder that is no checkpoint,
+    dtype: of weights and activations.  trust_remote_code: run code that came with the original
+    model; packed weights hold none.  Raises ConfigError for a folder that is no checkpoint,
     CheckpointError for one that is damaged: a file that differs from the manifest, a tensor that is
     missing, left over or of another shape.
     """
@@ -83,9 +88,10 @@ def load_model(
     folder = Path(folder)
     read_layouts(folder)
     check_manifest(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    remote = {"trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, **remote)
     del config.quantization_config
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype])
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], **remote)
     _fill(model, folder)
     model.tie_weights()
     if (folder / "generation_config.json").is_file():

@@ -110,7 +110,8 @@ def _score(adapter: Any, name: str, task: TaskConfig) -> TaskScore:
         raise
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise SourceError(f"lm-eval could not run the task '{name}': {reason}") from error
+        where = f"task '{name}' on {task.data or 'the rows of the hub'}"
+        raise SourceError(f"lm-eval could not run the {where}: {reason}") from error
     assert results is not None
     values = results["results"][name]
     if f"{task.metric},none" not in values:

@@ -22,7 +22,8 @@ def skeleton(config: PretrainedConfig) -> PreTrainedModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
     except ValueError as error:
-        raise ConfigError(f"{type(config).__name__} is no causal language model") from error
+        name = config.name_or_path or "the model"
+        raise ConfigError(f"{name} ({config.model_type}) is no causal language model") from error
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
