@@ -112,7 +112,11 @@ def _run_one(config: ExperimentConfig, command: str) -> float:
     from claq_exp.runner import run
 
     note = Console(stderr=True)
-    outcome = run(config, command, lambda line: note.print(line, highlight=False, soft_wrap=True))
+    outcome = run(
+        config,
+        command,
+        lambda line: note.print(line, highlight=False, markup=False, soft_wrap=True),
+    )
     console = Console()
     if outcome.found:
         console.print("This run was finished before; resume=never runs it again.", highlight=False)
@@ -120,9 +124,9 @@ def _run_one(config: ExperimentConfig, command: str) -> float:
     if config.model.remark:
         console.print(f"Note: {config.model.remark}.", highlight=False)
     for line in outcome.notes:
-        console.print(f"Note: {line}", highlight=False, soft_wrap=True)
+        console.print(f"Note: {line}", highlight=False, markup=False, soft_wrap=True)
     for name in ("results.json", "layers.csv", "layers.png", "checkpoint"):
-        console.print(f"{outcome.folder / name}", highlight=False, soft_wrap=True)
+        console.print(f"{outcome.folder / name}", highlight=False, markup=False, soft_wrap=True)
     return _objective(outcome.results)
 
 
@@ -197,7 +201,7 @@ def _report(arguments: list[str]) -> int:
     console = Console()
     console.print(frame_table(report.frame))
     for path in report.files:
-        console.print(str(path), highlight=False, soft_wrap=True)
+        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -211,7 +215,7 @@ def _evaluate(overrides: list[str]) -> int:
     )
     console = Console()
     console.print(result_table(results))
-    console.print(str(path), highlight=False, soft_wrap=True)
+    console.print(str(path), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -222,10 +226,10 @@ def _fetch(overrides: list[str]) -> int:
 
     console = Console()
     fetched = fetch(compose_config(overrides))
-    console.print(f"model: {fetched.model}", highlight=False, soft_wrap=True)
+    console.print(f"model: {fetched.model}", highlight=False, markup=False, soft_wrap=True)
     for name, content in fetched.contents.items():
-        console.print(f"{name}: {content}", highlight=False, soft_wrap=True)
-    console.print(f"cache: {cache_folder()}", highlight=False, soft_wrap=True)
+        console.print(f"{name}: {content}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"cache: {cache_folder()}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

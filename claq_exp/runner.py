@@ -29,7 +29,7 @@ from claq_exp.models.quantize import quantize_model
 from claq_exp.plan import Plan, make_plan
 from claq_exp.reporting.plots import plot_layers
 from claq_exp.reporting.results import build_results, write_layers
-from claq_exp.run_folder import RunFolder, run_identity
+from claq_exp.run_folder import RESULTS_FILE, RunFolder, run_identity
 from claq_exp.sources.cache import fetch_log
 from claq_exp.sources.model import weight_bytes
 from claq_exp.tracking.events import EventLog
@@ -103,9 +103,12 @@ def _prepare(folder: RunFolder, resume: str) -> None:
     if resume == "required" and not started:
         raise CheckpointError(f"resume=required, and {folder.path} holds no unfinished run")
     if resume == "never":
+        (folder.path / RESULTS_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder.checkpoint, ignore_errors=True)
         shutil.rmtree(folder.work, ignore_errors=True)
         started = False
+    for unpublished in folder.path.glob(f".{folder.checkpoint.name}.*"):
+        shutil.rmtree(unpublished, ignore_errors=True)  # a kill left it
     if not started:
         (folder.path / EVENTS_FILE).unlink(missing_ok=True)
     folder.work.mkdir(parents=True, exist_ok=True)

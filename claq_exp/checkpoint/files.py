@@ -7,6 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
 from claq_exp.errors import CheckpointError
 from claq_exp.sources.cache import sha256_of
 
@@ -27,6 +31,14 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_folder(path.parent)
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file.  Raises CheckpointError when the disk does not take it."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
 
 
 def sync_folder(folder: Path) -> None:

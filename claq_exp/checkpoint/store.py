@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from claq_exp.checkpoint.files import read_json, write_json
+from claq_exp.checkpoint.files import read_json, save_tensors, write_json
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import CheckpointError
 from claq_exp.quantize.layout import WeightLayout
@@ -116,7 +116,7 @@ class BlockStore:
     def _write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
         path = self._folder / name
         temporary = path.with_name(f".{name}")
-        save_file(tensors, temporary)
+        save_tensors(tensors, temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from claq_exp.checkpoint.files import check_manifest, sync_folder, write_manifest
+from claq_exp.checkpoint.files import check_manifest, save_tensors, sync_folder, write_manifest
 from claq_exp.errors import CheckpointError
 from claq_exp.models.skeleton import tied_names
 from claq_exp.quantize.layout import Ledger, WeightLayout
@@ -74,7 +73,7 @@ def write_checkpoint(
                 "cpu", dtype if tensor.is_floating_point() else tensor.dtype
             )
             tensors[name] = stored.contiguous()
-        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_tensors(tensors, folder / WEIGHTS_FILE)
         config = type(model.config).from_dict(model.config.to_dict())
         config.dtype = dtype
         config.quantization_config = {

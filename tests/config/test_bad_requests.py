@@ -391,15 +391,24 @@ def test_a_weight_that_is_nan_is_named_where_nothing_is_measured(
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_are_named_with_their_layer(
+def test_a_weight_outside_linear_layers_that_is_not_finite_is_named(
     value, run, failure, tiny_model, tmp_path
 ):
     change = set_entry("model.layers.1.input_layernorm.weight", (3,), value)
+    assert run(changed(tiny_model, tmp_path / "model", change)) == RUN
+    assert f"model.layers.1.input_layernorm.weight[3] is {value}" in failure()
+
+
+def test_activations_beyond_the_dtype_are_named_with_their_layer(
+    run, failure, tiny_model, tmp_path
+):
+    change = set_entry("model.layers.1.input_layernorm.weight", (3,), 6e4)
     source = changed(tiny_model, tmp_path / "model", change)
-    assert run(source, "~evaluation.perplexity.wikipedia") == RUN
+    assert run(source, "model.dtype=float16", "~evaluation.perplexity.wikipedia") == RUN
     line = failure()
     assert "model.layers.1.self_attn.q_proj" in line
     assert "NaN or infinite" in line
+    assert "model.dtype" in line
 
 
 @pytest.fixture

@@ -120,10 +120,11 @@ def test_an_infinite_perplexity_is_null_in_the_results():
     assert perplexity_rows(None, finite)["words"]["original"] is None
 
 
-def test_a_measurement_comes_back_from_plain_data():
-    measured = Measurement({"words": Perplexity(2.5, 8, 7, "abc")})
-    plain = json.loads(json.dumps(measured.as_dict()))
-    assert Measurement.from_dict(plain) == measured
+@pytest.mark.parametrize("value", [2.5, math.inf])
+def test_a_measurement_comes_back_from_json(value):
+    measured = Measurement({"words": Perplexity(value, 8, 7, "abc")})
+    text = json.dumps(measured.to_json(), allow_nan=False)
+    assert Measurement.from_json(json.loads(text)) == measured
 
 
 def test_measure_reports_each_value_and_the_whole_share():
