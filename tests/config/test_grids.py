@@ -107,3 +107,11 @@ def test_an_error_nobody_expected_stops_no_other_job_either(run, outputs, monkey
     finished = [json.loads(path.read_text()) for path in outputs.rglob("results.json")]
     assert [row["config"]["seed"] for row in finished] == [8]
     assert "seed=7" in capfd.readouterr().err
+
+
+def test_a_grid_makes_no_folder_called_tilde(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run("-m", "seed=7", "outputs='~/runs'") == 0
+    assert list((tmp_path / "home" / "runs").rglob("results.json"))
+    assert not (tmp_path / "~").exists()

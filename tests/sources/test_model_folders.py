@@ -43,11 +43,15 @@ def test_the_fingerprint_changes_with_the_config(model):
     assert fingerprint(model) != before
 
 
-def test_the_fingerprint_changes_with_the_tokenizer(model):
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model"],
+)
+def test_the_fingerprint_changes_with_every_file_of_a_tokenizer(name, model):
+    path = model / name
+    path.write_bytes(path.read_bytes() if path.is_file() else b"{}")
     before = fingerprint(model)
-    text = (model / "tokenizer.json").read_text()
-    (model / "tokenizer.json").write_text(text.replace('"!": 0', '"!": 1'))
-    assert (model / "tokenizer.json").read_text() != text
+    path.write_bytes(path.read_bytes() + b"\n")
     assert fingerprint(model) != before
 
 

@@ -151,6 +151,19 @@ def test_fetch_brings_texts_and_says_where_they_are(tiny_run, capfd):
     assert "words.utf8" in cached()
 
 
+def test_fetch_does_not_pass_over_a_data_set_that_the_hub_does_not_give(
+    tiny_run, monkeypatch, capfd
+):
+    import datasets
+
+    def fail(*args, **options):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert main(["fetch", *tiny_run, "calibration.text.source=owner/data_set"]) == 1
+    assert "owner/data_set" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "fragment"),
     [
