@@ -6,6 +6,7 @@ import difflib
 import itertools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -24,7 +25,10 @@ PRIMARY = "config"
 
 
 def register_sweeps() -> None:
-    """Make every file of `sweeps/` an option of the config group `sweep`."""
+    """Make every file of `sweeps/` an option of the group `sweep`, and `~` known to Hydra."""
+    OmegaConf.register_new_resolver(
+        "expanduser", lambda path: str(Path(path).expanduser()), replace=True
+    )
     store = ConfigStore.instance()
     for path in sorted(packaged_folder("sweeps").glob("*.yaml")):
         node = OmegaConf.load(path)
