@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -98,4 +97,4 @@ def _text_content(text: TextSource) -> str:
     path = text_file(text)
     if path is not None:
         return sha256_of(path)
-    return hashlib.sha256(json.dumps(asdict(text), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(read_text(text).encode()).hexdigest()  # brings a data set of the hub here

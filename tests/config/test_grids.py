@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 
 import pytest
@@ -14,6 +15,7 @@ from claq_exp.compose import check_jobs
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
+    gc.freeze()  # or each run goes through all objects of all imported libraries
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from claq_exp.errors import SourceError
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
+    gc.freeze()  # or each run goes through all objects of all imported libraries
     monkeypatch.setattr(runner, "plot_layers", lambda report, path: path.write_bytes(b""))
 
 

@@ -59,6 +59,7 @@ class Child:
         assert driver.stdout is not None
         self._stdout = driver.stdout
         self._log = log
+        self._ended = False
         self.pid = int(self._stdout.readline())
 
     def signal(self, which: signal.Signals) -> None:
@@ -66,7 +67,14 @@ class Child:
             os.kill(self.pid, which)
 
     def exit_code(self) -> int:
+        self._ended = True
         return int(self._stdout.readline())
+
+    def end(self) -> None:
+        """Leave nothing behind for the next test, whatever happened in this one."""
+        if not self._ended:
+            self.signal(signal.SIGKILL)
+            self.exit_code()
 
     def output(self) -> str:
         return self._log.read_text(encoding="utf-8", errors="replace")
@@ -136,15 +144,18 @@ def undisturbed(driver, first_outputs) -> Path:
 
 
 @pytest.fixture
-def start(driver, tmp_path) -> Callable[..., Child]:
-    count = iter(range(100))
+def start(driver, tmp_path) -> Iterator[Callable[..., Child]]:
+    children: list[Child] = []
 
     def begin(arguments: list[str], file_limit: int = 0) -> Child:
-        log = tmp_path / f"output-{next(count)}.log"
+        log = tmp_path / f"output-{len(children)}.log"
         send(driver, {"arguments": arguments, "log": str(log), "file_limit": file_limit})
-        return Child(driver, log)
+        children.append(Child(driver, log))
+        return children[-1]
 
-    return begin
+    yield begin
+    for child in children:
+        child.end()
 
 
 def send(driver: subprocess.Popen, message: object) -> None:
@@ -259,12 +270,13 @@ def test_a_second_process_on_the_same_run_stops_and_names_the_first(
 ):
     outputs = tmp_path / "outputs"
     child = start(command(outputs))
-    wait_for(outputs, "block", 1)
+    wait_for(outputs, "started", 1)
     child.signal(signal.SIGSTOP)
     try:
         assert main(command(outputs)) == 1
         error = capfd.readouterr().err
-        (line,) = error.splitlines()
+        assert "Traceback" not in error
+        line = error.splitlines()[-1]
         assert f"{run_folder(outputs)} is in use by process {child.pid} on " in line
     finally:
         child.signal(signal.SIGCONT)
