@@ -35,6 +35,7 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
         )
     folder = Path(config.checkpoint).expanduser()
     layouts = read_layouts(folder)
+    remote = config.model.trust_remote_code
     device = choose_device(config.device)
     settle(config.seed, config.threads)
     for name, task in config.evaluation.zero_shot.items():
@@ -44,8 +45,9 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     target = Path(config.outputs).expanduser() / config.name / f"evaluation-{digest}"
     with noise_to(fetch_log()):
-        tokenizer = load_tokenizer(folder)
-        corpora = corpus_windows(config, tokenizer, load_config(folder))
+        tokenizer = load_tokenizer(folder, trust_remote_code=remote)
+        model_config = load_config(folder, trust_remote_code=remote)
+        corpora = corpus_windows(config, tokenizer, model_config)
     target.mkdir(parents=True, exist_ok=True)
     with RunProgress({"load": 5, "evaluate": 60}) as progress, noise_to(target / "third_party.log"):
         progress.stage("load")
@@ -53,7 +55,7 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
             folder,
             dtype=config.model.dtype,
             device=device,
-            trust_remote_code=config.model.trust_remote_code,
+            trust_remote_code=remote,
         )
         parameters = dense_parameter_count(model.config)
         progress.stage("evaluate")

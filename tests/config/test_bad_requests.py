@@ -441,11 +441,14 @@ def test_code_that_comes_with_a_model_is_not_run(command, planted, run, refusal)
     assert "evil" not in sys.modules
 
 
-def test_code_that_comes_with_a_model_is_run_when_it_is_allowed(planted, run, monkeypatch):
+def test_code_that_comes_with_a_model_is_run_when_it_is_allowed(planted, run, outputs, monkeypatch):
     folder, mark = planted
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(folder.parent))
-    assert run(f"model.source={folder}", "model.trust_remote_code=true") == 0
+    words = [f"model.source={folder}", "model.trust_remote_code=true", "experiment=rtn_4bit"]
+    assert run(*words) == 0
     assert mark.exists()
+    (checkpoint,) = outputs.rglob("checkpoint")
+    assert run(*words, f"checkpoint={checkpoint}", command="evaluate") == 0
 
 
 # Evaluating and reporting

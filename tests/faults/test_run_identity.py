@@ -12,10 +12,29 @@ from claq_exp.errors import ClaqError
 from claq_exp.inputs import fetch
 from claq_exp.run_folder import RunFolder, run_identity
 
+WORDS = [
+    "model=hf",
+    "model.source=/some/model",
+    "calibration=text",
+    "calibration.text.source=/some/text.txt",
+    "evaluation=perplexity",
+    "tracking=none",
+    "outputs=/some/outputs",
+]
 
-def folder_of(words: list[str], version: str = "1.0") -> RunFolder:
+
+def folder_of(words: list[str], contents: dict[str, str] | None = None, version: str = "1.0"):
     config = compose_config(words)
-    return RunFolder.of(config, run_identity(config, fetch(config).contents, version))
+    return RunFolder.of(config, run_identity(config, contents or {}, version))
+
+
+def folder_with_inputs(words: list[str]) -> RunFolder:
+    return folder_of(words, fetch(compose_config(words)).contents)
+
+
+@pytest.fixture(scope="module")
+def base() -> RunFolder:
+    return folder_of(WORDS)
 
 
 @pytest.fixture
@@ -50,10 +69,10 @@ def words(tiny_run, model, text_file, tmp_path) -> list[str]:
         "device=cpu",
     ],
 )
-def test_what_changes_results_leads_to_another_folder(change, words):
-    before, after = folder_of(words), folder_of([*words, change])
-    assert after.hash != before.hash
-    assert after.path != before.path
+def test_what_changes_results_leads_to_another_folder(change, base):
+    after = folder_of([*WORDS, change])
+    assert after.hash != base.hash
+    assert after.path != base.path
 
 
 @pytest.mark.parametrize(
@@ -67,17 +86,17 @@ def test_what_changes_results_leads_to_another_folder(change, words):
         "name=another",
     ],
 )
-def test_what_changes_no_result_leads_to_the_same_run(change, words):
-    before, after = folder_of(words), folder_of([*words, change])
-    assert after.hash == before.hash
-    assert after.path.name == before.path.name
+def test_what_changes_no_result_leads_to_the_same_run(change, base):
+    after = folder_of([*WORDS, change])
+    assert after.hash == base.hash
+    assert after.path.name == base.path.name
 
 
-def test_outputs_and_name_say_where_the_folder_is(words):
-    folder = folder_of([*words, "outputs=/another/place", "name=mine"])
+def test_outputs_and_name_say_where_the_folder_is():
+    folder = folder_of([*WORDS, "outputs=/another/place", "name=mine"])
     assert folder.path.parent == Path("/another/place/mine")
     assert folder.path.name.endswith(folder.hash[:8])
-    home = folder_of([*words, "outputs='~/runs'"]).path
+    home = folder_of([*WORDS, "outputs='~/runs'"]).path
     assert home.is_relative_to(Path.home() / "runs")
 
 
@@ -85,17 +104,18 @@ def test_outputs_and_name_say_where_the_folder_is(words):
     "file", ["model/model.safetensors", "model/config.json", "model/tokenizer.json", "text.txt"]
 )
 def test_a_changed_byte_of_an_input_leads_to_another_folder(file, words, tmp_path):
-    before = folder_of(words)
+    before = folder_with_inputs(words)
     path = tmp_path / file
     content = bytearray(path.read_bytes())
     place = content.rfind(b"1") if path.suffix == ".json" else len(content) - 1
     content[place] = ord("2")
     path.write_bytes(content)
-    assert folder_of(words).hash != before.hash
+    assert folder_with_inputs(words).hash != before.hash
 
 
-def test_another_version_leads_to_another_folder(words):
-    assert folder_of(words, "1.1").hash != folder_of(words, "1.0").hash
+def test_another_version_or_another_content_leads_to_another_folder(base):
+    assert folder_of(WORDS, version="1.1").hash != base.hash
+    assert folder_of(WORDS, {"calibration": "abc"}).hash != base.hash
 
 
 def test_a_held_folder_names_its_holder_and_is_free_afterwards(tmp_path):
