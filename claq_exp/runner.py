@@ -73,6 +73,9 @@ def run(
     with noise_to(fetch_log()):
         tokens = tokenize_inputs(config, fetched.model)
     with folder.locked():
+        finished = folder.results()  # another process may have been first
+        if finished is not None and config.resume != "never":
+            return Outcome(folder.path, finished, found=True)
         _prepare(folder, config.resume)
         say(
             f"{plan.sizes.nominal:.2f} nominal / {plan.sizes.linear:.2f} linear bits planned; "

@@ -65,7 +65,7 @@ def fingerprint(folder: Path) -> str:
     Files of the hub's cache are named by their content already, so their links are hashed instead.
     """
     digest = hashlib.sha256()
-    patterns = (*DESCRIPTIONS, WEIGHTS)
+    patterns = (*DESCRIPTIONS, WEIGHTS, "*.py")
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(path.name.encode())
         stored_by_hash = path.is_symlink() and path.resolve().parent.name == "blobs"
