@@ -57,17 +57,6 @@ def matmul_speed(device: str) -> float:
     return repeats * 2 * 1024 * 768 * 1536 / (time.perf_counter() - started)
 
 
-def free_memory() -> int | None:
-    """Return bytes of memory that a process may still take, where the system tells."""
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        return None
-    return None
-
-
 def peak_memory() -> int:
     """Return the largest resident size of this process so far, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-BLOCK = 1 << 22
-
 
 def cache_folder() -> Path:
     """Return the cache: $CLAQ_EXP_CACHE, else claq_exp in $XDG_CACHE_HOME, else in ~/.cache."""
