@@ -73,14 +73,24 @@ class CalibrationConfig:
 
 @dataclass
 class CorpusConfig:
-    """A text for perplexity: the first `windows` windows of `seqlen` tokens, or all (null)."""
+    """A text for perplexity: the first `windows` windows of `seqlen` tokens, or all (null).
+
+    kl_windows: on how many of them, from the first, the quantized model's predictions are compared
+    with the original's (0: none, null: all).
+    """
 
     text: TextSource = field(default_factory=lambda: TextSource("unset"))
     windows: int | None = None
     seqlen: int = 512
+    kl_windows: int | None = 0
 
     def __post_init__(self) -> None:
         _check_positive("evaluation.perplexity.*", self, "windows", "seqlen")
+        if self.kl_windows is not None and self.kl_windows < 0:
+            raise ConfigError(
+                f"evaluation.perplexity.*.kl_windows is {self.kl_windows}; give a number of "
+                "windows, 0 for no KL divergence, null for all windows"
+            )
         if self.seqlen < 2:
             raise ConfigError(
                 "evaluation.perplexity.*.seqlen must be at least 2: a window predicts seqlen - "

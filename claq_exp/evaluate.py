@@ -81,6 +81,7 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
         },
         "size": {"checkpoint_bytes": sizes.bytes, "original_bytes": 2 * parameters},
         "perplexity": perplexity_rows(None, measured),
+        "kl": {},  # there is no original to compare with
         "zero_shot": zero_shot_rows(None, measured),
     }
     write_json(target / "results.json", results)

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from claq_exp import __version__
@@ -21,6 +22,7 @@ from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import CheckpointError
+from claq_exp.evaluation.divergence import Comparison, LogitStore
 from claq_exp.evaluation.measure import Measurement, measure
 from claq_exp.inputs import Fetched, Tokens, fetch, tokenize_inputs
 from claq_exp.machine import choose_device, peak_memory, settle, versions
@@ -143,7 +145,18 @@ class _Job:
         self.events.event("started", run=self.folder.path.name, versions=versions())
         original, report = self._quantize()
         gc.collect()  # the original model must be gone before the checkpoint is loaded
-        quantized = self._stage("evaluate quantized", self._measure_checkpoint)
+        comparison = Comparison(self._original_logits())
+        quantized = self._stage("evaluate quantized", lambda: self._measure_checkpoint(comparison))
+        kl = comparison.results()
+        for name, row in kl.items():
+            self.events.event(
+                "kl",
+                dataset=name,
+                model="quantized",
+                value=row.mean,
+                top1_agreement=row.top1_agreement,
+                tokens=row.tokens,
+            )
         layouts = read_layouts(self.folder.checkpoint)
         plot_layers(report, self.folder.path / "layers.png")
         return build_results(
@@ -156,6 +169,7 @@ class _Job:
             original_bytes=weight_bytes(self.fetched.model),
             original=original,
             quantized=quantized,
+            kl=kl,
             spent=self.events.spent(),
             report=report,
         )
@@ -194,22 +208,36 @@ class _Job:
 
     def _measure_original(self, model: Any) -> Measurement:
         path = self.folder.work / ORIGINAL
-        if path.is_file():
+        logits = self._original_logits()
+        if path.is_file() and logits.complete():
             return Measurement.from_json(read_json(path))
-        measured = self._stage("evaluate original", lambda: self._measure(model, "original"))
+        measured = self._stage(
+            "evaluate original", lambda: self._measure(model, "original", logits.record)
+        )
         write_json(path, measured.to_json())
         return measured
 
-    def _measure_checkpoint(self) -> Measurement:
+    def _original_logits(self) -> LogitStore:
+        """Return where the original's logits are kept for the comparison with the checkpoint's."""
+        corpora = self.config.evaluation.perplexity
+        windows = {}
+        for name, tokens in self.tokens.corpora.items():
+            wanted = corpora[name].kl_windows
+            windows[name] = len(tokens) if wanted is None else min(wanted, len(tokens))
+        return LogitStore(self.folder.work, windows)
+
+    def _measure_checkpoint(self, comparison: Comparison) -> Measurement:
         model = load_quantized(
             self.folder.checkpoint,
             dtype=self.config.model.dtype,
             device=self.device,
             trust_remote_code=self.config.model.trust_remote_code,
         )
-        return self._measure(model, "quantized")
+        return self._measure(model, "quantized", comparison.add)
 
-    def _measure(self, model: Any, which: str) -> Measurement:
+    def _measure(
+        self, model: Any, which: str, on_logits: Callable[[str, int, Tensor], None]
+    ) -> Measurement:
         return measure(
             model,
             self.tokens.tokenizer,
@@ -220,6 +248,7 @@ class _Job:
                 kind, dataset=name, model=which, value=value
             ),
             on_share=self.progress.advance,
+            on_logits=on_logits,
         )
 
     def _stage(self, name: str, work: Callable[[], Any]) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from claq_exp.config import EvaluationConfig
@@ -55,11 +56,13 @@ def measure(
     *,
     on_value: Callable[[str, str, float], None] = lambda _kind, _name, _value: None,
     on_share: Callable[[float, str], None] = lambda _share, _detail: None,
+    on_logits: Callable[[str, int, Tensor], None] = lambda _corpus, _window, _logits: None,
 ) -> Measurement:
     """Measure perplexity on each corpus (name -> windows [n, seqlen] int64) and the tasks.
 
     on_value: called with (perplexity or zero_shot, name, value).  on_share: called with (share of
-    the work, what).
+    the work, what).  on_logits: called with (corpus, number of the window, logits [seqlen - 1,
+    vocabulary]).
     """
     result = Measurement()
     windows = sum(len(corpus) for corpus in corpora.values())
@@ -71,6 +74,7 @@ def measure(
             evaluation.batch_size,
             device,
             lambda done, name=name: on_share(share * done / windows, name),  # type: ignore[misc]
+            partial(on_logits, name),
         )
         on_value("perplexity", name, result.perplexity[name].value)
     for name, task in evaluation.zero_shot.items():

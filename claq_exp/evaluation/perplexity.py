@@ -32,13 +32,16 @@ def perplexity(
     batch_size: int,
     device: str,
     tick: Callable[[int], None] = lambda _: None,
+    on_logits: Callable[[int, Tensor], None] = lambda _window, _logits: None,
 ) -> Perplexity:
     """Measure a causal language model on windows [n, seqlen] int64.
 
     The convention of GPTQ's evaluation: every window is seen alone, its first token is context, the
     mean runs over all predicted tokens.  tick: called with the number of windows done.
+    on_logits: called with each window's number and its logits [seqlen - 1, vocabulary].
     """
     total = 0.0
+    window = 0
     for batch in windows.split(batch_size):
         tokens = batch.to(device)
         logits = model(tokens, use_cache=False).logits
@@ -47,6 +50,8 @@ def perplexity(
         ):  # one window's float32 logits at a time
             loss = nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="sum")
             total += loss.item()
+            on_logits(window, row[:-1])
+            window += 1
         tick(len(batch))
     predicted = windows.numel() - len(windows)
     mean = total / predicted

@@ -75,13 +75,16 @@ def make_report(folder: Path, keys: list[str]) -> Report:
 
 
 def _check_same_tokens(runs: list[dict[str, Any]]) -> None:
-    seen: dict[tuple[str, str], str] = {}
+    seen: dict[tuple[str, str], Any] = {}
     for results in runs:
-        for corpus, row in results["perplexity"].items():
-            key = (results["config"]["model"]["name"], corpus)
-            if seen.setdefault(key, row["tokens_sha256"]) != row["tokens_sha256"]:
+        model = results["config"]["model"]["name"]
+        tokens = {f"'{name}'": row["tokens_sha256"] for name, row in results["perplexity"].items()}
+        compared = results.get("kl", {})  # of the same corpus' first tokens: their number tells
+        tokens |= {f"the KL on '{name}'": row["tokens"] for name, row in compared.items()}
+        for measure, content in tokens.items():
+            if seen.setdefault((model, measure), content) != content:
                 raise ConfigError(
-                    f"report: runs of {key[0]} measured '{corpus}' on different tokens; put "
+                    f"report: runs of {model} measured {measure} on different tokens; put "
                     "them in separate folders"
                 )
 

@@ -13,6 +13,7 @@ from typing import Any
 from claq_exp.checkpoint.files import write_bytes
 from claq_exp.checkpoint.writer import Sizes
 from claq_exp.config import ExperimentConfig
+from claq_exp.evaluation.divergence import Divergence
 from claq_exp.evaluation.measure import Measurement
 from claq_exp.machine import device_name, git_commit, peak_memory, versions
 
@@ -45,10 +46,11 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
     original_bytes: int,
     original: Measurement,
     quantized: Measurement,
+    kl: dict[str, Divergence],
     spent: dict[str, float],
     report: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Return the content of results.json (schema 1); a perplexity beyond float64 is null."""
+    """Return the content of results.json (schema 1); a value that is not finite is null."""
     finished = datetime.now(UTC)
     return {
         "schema": SCHEMA,
@@ -73,6 +75,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
         },
         "size": {"checkpoint_bytes": sizes.bytes, "original_bytes": original_bytes},
         "perplexity": perplexity_rows(original, quantized),
+        "kl": kl_rows(kl),
         "zero_shot": zero_shot_rows(original, quantized),
         "timings": {key: round(spent.get(key, 0.0), 3) for key in TIMINGS},
         "peak_memory_bytes": max(peak_memory(), int(spent.get("peak_memory_bytes", 0))),
@@ -96,6 +99,11 @@ def perplexity_rows(original: Measurement | None, quantized: Measurement) -> dic
             "tokens_sha256": measured.tokens_sha256,
         }
     return rows
+
+
+def kl_rows(kl: dict[str, Divergence]) -> dict[str, Any]:
+    """Return corpus -> divergence from the original, for the corpora where it was measured."""
+    return {name: {**asdict(row), "mean": finite(row.mean)} for name, row in kl.items()}
 
 
 def zero_shot_rows(original: Measurement | None, quantized: Measurement) -> dict[str, Any]:

@@ -46,6 +46,9 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     for name, row in results["perplexity"].items():
         label = f"perplexity, {name} ({row['tokens']:,} tokens)"
         rows.append((label, _number(row["original"], ".2f"), _number(row["quantized"], ".2f")))
+    for name, row in results.get("kl", {}).items():
+        label = f"KL from original, {name} ({row['tokens']:,} tokens)"
+        rows.append((label, "", _number(row["mean"], ".4f")))
     for name, row in results["zero_shot"].items():
         label = f"{name} {row['metric']} ({row['rows']:,} rows)"
         error = f" ± {100 * row['stderr']:.1f}" if row["stderr"] else ""
@@ -72,6 +75,8 @@ def runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
         }
         for name, measured in results["perplexity"].items():
             row[f"{name} perplexity"] = measured["quantized"]
+        for name, measured in results.get("kl", {}).items():
+            row[f"{name} KL"] = measured["mean"]
         for name, measured in results["zero_shot"].items():
             row[f"{name} {measured['metric']}"] = measured["quantized"]
         rows.append({**row, "run": results["run"]["id"]})

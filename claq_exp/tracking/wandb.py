@@ -39,7 +39,7 @@ class WandbTracker:
         if name == "layer":
             metrics = {f"layer/{key}": data[key] for key in ("bits", "output_error", "seconds")}
             self._guard(lambda: self._run.log({**metrics, "layer/name": data["name"]}))
-        elif name in ("perplexity", "zero_shot"):
+        elif name in ("perplexity", "zero_shot", "kl"):
             key = f"{name}/{data['dataset']}/{data['model']}"
             self._guard(lambda: self._run.log({key: data["value"]}))
 
@@ -78,9 +78,7 @@ class WandbTracker:
         rows: list[Any] = [[*row.values()] for row in comparison_rows(results)]
         table = wandb.Table(columns=["measure", "original", "quantized"], data=rows)
         self._run.log({"comparison": table})
-        self._run.summary.update(
-            {"bits": results["bits"], "size": results["size"], "timings": results["timings"]}
-        )
+        self._run.summary.update({key: results[key] for key in ("bits", "size", "kl", "timings")})
 
     def _guard(self, call: Any, *args: Any) -> None:
         if self.failure is not None:
