@@ -79,8 +79,10 @@ def runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
             row[f"{name} KL"] = measured["mean"]
         for name, measured in results["zero_shot"].items():
             row[f"{name} {measured['metric']}"] = measured["quantized"]
-        rows.append({**row, "run": results["run"]["id"]})
-    return pd.DataFrame(rows)
+        rows.append(row)
+    frame = pd.DataFrame(rows)
+    frame["run"] = [results["run"]["id"] for results in runs]  # last, whatever the first run lacks
+    return frame
 
 
 def with_keys(frame: pd.DataFrame, runs: list[dict[str, Any]], keys: list[str]) -> pd.DataFrame:

@@ -116,6 +116,8 @@ VALUES = [
     (["calibration.windows=0"], ["calibration.windows is 0"]),
     (["evaluation.batch_size=0"], ["evaluation.batch_size is 0"]),
     (["evaluation.perplexity.wikipedia.seqlen=1"], ["seqlen must be at least 2"]),
+    (["evaluation.perplexity.wikipedia.kl_windows=-1"], ["kl_windows is -1", "null"]),
+    (["evaluation.perplexity.wikipedia.kl_windows=1.5"], ["kl_windows", "1.5", "Integer"]),
     (["model.source="], ["model.source is empty"]),
     (["calibration.text.source="], ["a text needs a source"]),
 ]

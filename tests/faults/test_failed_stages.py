@@ -6,11 +6,14 @@ import gc
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from claq_exp import runner
 from claq_exp.cli import main
 from claq_exp.errors import SourceError
+from claq_exp.evaluation.divergence import LogitStore
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +79,57 @@ def test_a_failed_evaluation_keeps_the_checkpoint(run, outputs, failing, capfd):
     assert done.count("export") == 1
     assert done.count("evaluate original") == 1
     assert json.loads((only_folder(outputs) / "results.json").read_text())["status"] == "finished"
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damage", [None, Path.unlink, cut])
+def test_between_original_and_quantized_the_original_is_measured_again_only_without_its_logits(
+    damage, run, outputs, failing
+):
+    assert run() == 0
+    folder = only_folder(outputs)
+    whole = json.loads((folder / "results.json").read_text())
+    repair = failing("load_quantized", SourceError("no luck"))
+    assert run("resume=never") == 1
+    logits = folder / "work" / "original_logits_0.npy"
+    assert len(np.load(logits)) == 2
+    assert (folder / "work" / "original.json").is_file()
+    if damage is not None:
+        damage(logits)
+    repair()
+    assert run() == 0
+    again = json.loads((folder / "results.json").read_text())
+    assert again["kl"] == whole["kl"]
+    assert again["kl"]["wikipedia"]["mean"] > 0
+    assert again["perplexity"] == whole["perplexity"]
+    assert stages(folder).count("evaluate original") == (1 if damage is None else 2)
+    assert not (folder / "work").exists()
+
+
+def test_a_kill_before_the_original_is_measured_leaves_no_logits_that_count(
+    run, outputs, monkeypatch
+):
+    assert run() == 0
+    folder = only_folder(outputs)
+    whole = json.loads((folder / "results.json").read_text())
+    record, seen = LogitStore.record, []
+
+    def stop(store: LogitStore, corpus: str, window: int, logits: torch.Tensor) -> None:
+        seen.append(window)
+        if window == 1:
+            raise KeyboardInterrupt
+        record(store, corpus, window, logits)
+
+    monkeypatch.setattr(LogitStore, "record", stop)
+    assert run("resume=never") == 130
+    assert seen == [0, 1]
+    assert [path.name for path in (folder / "work").iterdir()] == [".original_logits_0.npy"]
+    monkeypatch.setattr(LogitStore, "record", record)
+    assert run() == 0
+    assert json.loads((folder / "results.json").read_text())["kl"] == whole["kl"]
 
 
 def test_a_failed_export_keeps_the_blocks(run, outputs, failing):

@@ -198,7 +198,7 @@ def assert_same_outcome(folder: Path, undisturbed: Path) -> None:
     ours, theirs = (
         json.loads((path / "results.json").read_text()) for path in (folder, undisturbed)
     )
-    for key in ("bits", "size", "perplexity", "fallbacks"):
+    for key in ("bits", "size", "perplexity", "kl", "fallbacks"):
         assert ours[key] == theirs[key]
     assert not (folder / "work").exists()
 
@@ -284,15 +284,21 @@ def test_a_second_process_on_the_same_run_stops_and_names_the_first(
     assert_same_outcome(run_folder(outputs), undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("file_limit", "file"),
+    [(20_000, "original_logits_0.npy"), (150_000, "activations_0001.safetensors")],
+)
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
-    start, command, undisturbed, tmp_path
+    file_limit, file, start, command, undisturbed, tmp_path
 ):
     outputs = tmp_path / "outputs"
-    child = start(command(outputs), file_limit=20_000)
+    child = start(command(outputs), file_limit=file_limit)
     assert child.exit_code() == 1, child.output()
     output = child.output()
     assert "Traceback" not in output
-    assert output.splitlines()[-1].startswith("claq-exp: ")
+    last = output.splitlines()[-1]
+    assert last.startswith("claq-exp: ")
+    assert file in last
 
     child = start(command(outputs))
     assert child.exit_code() == 0, child.output()

@@ -64,6 +64,8 @@ def words(tiny_run, model, text_file, tmp_path) -> list[str]:
         "calibration.windows=7",
         "calibration.seqlen=32",
         "evaluation.perplexity.wikipedia.windows=5",
+        "evaluation.perplexity.wikipedia.kl_windows=5",
+        "evaluation.perplexity.wikipedia.kl_windows=null",
         "~evaluation.perplexity.wikipedia",
         "model.dtype=bfloat16",
         "device=cpu",

@@ -98,6 +98,41 @@ def test_what_was_not_measured_is_blank_in_the_table_of_a_run():
     assert rows[5] == ("piqa acc (200 rows)", "71.0", "65.5")
 
 
+KL = {"words": {"mean": 0.12345, "top1_agreement": 0.9, "tokens": 4_088}}
+
+
+def test_the_divergence_from_the_original_is_a_row_of_one_run():
+    rows = result_rows(result({"kl": KL}))
+    assert rows[4][0] == "perplexity, words (12,345 tokens)"
+    assert rows[5] == ("KL from original, words (4,088 tokens)", "", "0.1235")
+    infinite = {"words": {**KL["words"], "mean": None}}
+    assert result_rows(result({"kl": infinite}))[5][2] == ""
+    assert result_rows(result({"kl": {}})) == result_rows(result())
+
+
+def test_the_divergence_is_a_column_when_any_run_has_it(folder):
+    runs = folder(
+        result({"bits.linear": 3.5}),  # from before it was measured
+        result({"kl": KL, "bits.linear": 3.6}),
+        result({"kl": {}, "bits.linear": 3.7}),
+    )
+    make_report(runs, [])
+    with (runs / "report.csv").open() as file:
+        assert [row["words KL"] for row in csv.DictReader(file)] == ["", "0.12345", ""]
+    table = [line for line in (runs / "report.md").read_text().splitlines() if line[:1] == "|"]
+    assert table[0].endswith("| words KL | run |")
+    assert [line.split(" | ")[-2] for line in table[2:]] == ["", "0.123", ""]
+    assert "words KL" not in runs_frame([result(), result({"kl": {}})]).columns
+
+
+def test_divergences_over_different_tokens_are_refused(folder):
+    more = {"words": {**KL["words"], "tokens": 8_176}}
+    runs = folder(result({"kl": KL}), result({"kl": more}))
+    with pytest.raises(ConfigError, match="small measured the KL on 'words' on different tokens"):
+        make_report(runs, [])
+    assert not (runs / "report.md").exists()
+
+
 def test_the_table_of_runs_has_recipe_bits_size_and_measures():
     frame = runs_frame([result()])
     assert frame.iloc[0].to_dict() == {

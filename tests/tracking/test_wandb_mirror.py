@@ -92,6 +92,9 @@ def test_an_offline_run_holds_config_layers_summary_and_exit_code(overrides, tmp
             summary |= named(record.summary.update)
     assert summary["bits"]["linear"] == pytest.approx(results["bits"]["linear"])
     assert summary["size"] == results["size"]
+    divergence = results["kl"]["wikipedia"]
+    assert values["kl/wikipedia/quantized"] == pytest.approx(divergence["mean"])
+    assert summary["kl"]["wikipedia"] == pytest.approx(divergence)
     assert summary["comparison/nrows"] == 1
     assert [
         record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"
