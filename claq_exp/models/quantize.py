@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import NumericalError
 from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, run_until
 from claq_exp.models.discover import LinearGroup, find_blocks, find_groups, linear_weight
+from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, Solved, quantize_weight
 
@@ -39,6 +40,7 @@ def quantize_model(
     recipe: Recipe,
     store: BlockStore,
     *,
+    plans: Mapping[str, MatrixPlan] | None = None,
     blocks_path: str | None = None,
     on_event: EventSink = lambda _name, _data: None,
     on_share: ShareSink = lambda _share, _detail: None,
@@ -48,6 +50,7 @@ def quantize_model(
     batches: token ids [batch, seqlen] on the model's device, all of one shape.
     store: blocks that it holds are taken over (their weights in `model` stay as they are); new ones
         are added as they finish.
+    plans: name of a linear -> what an allocation over the whole model decided of it.
     on_event: called with ("layer", report row) and ("block", seconds by kind of work).
     on_share: called with (share of all work just done, where).
     """
@@ -62,7 +65,7 @@ def quantize_model(
         device = batches[0].device
         inputs[finished].hidden = [hidden.to(device) for hidden in store.load_activations()]
     for index in range(finished, len(blocks)):
-        block = _Block(blocks[index], inputs[index], f"{path}.{index}", index, recipe)
+        block = _Block(blocks[index], inputs[index], f"{path}.{index}", index, recipe, plans or {})
         packed, report = block.quantize(
             on_event, lambda share, name: on_share(share / len(blocks), name)
         )
@@ -86,6 +89,7 @@ class _Block:
     path: str
     index: int
     recipe: Recipe
+    plans: Mapping[str, MatrixPlan]
     seconds: dict[str, float] = field(
         default_factory=lambda: {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
     )
@@ -142,7 +146,8 @@ class _Block:
             begun = time.perf_counter()
             try:
                 weight = self._weight(name).detach().to("cpu", torch.float32)
-                solved = quantize_weight(LinearProblem(weight, hessian), system, self.recipe)
+                plan = self.plans.get(f"{self.path}.{name}")
+                solved = quantize_weight(LinearProblem(weight, hessian), system, self.recipe, plan)
             except NumericalError as error:
                 raise NumericalError(f"{self.path}.{name}: {error}") from error
             return name, solved, time.perf_counter() - begun

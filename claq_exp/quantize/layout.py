@@ -76,11 +76,23 @@ def index_width(count: int) -> int:
 
 
 @dataclass(frozen=True)
+class Form:
+    """What a codebook decides of a stored form: the fields of WeightLayout of these names."""
+
+    kind: str = COLUMN_CODEBOOKS
+    group_size: int = 0
+    shared_codebooks: bool = False
+    row_scaled: bool = False
+
+
+@dataclass(frozen=True)
 class WeightLayout:
     """Everything about a stored matrix but its numbers; kept as JSON beside the tensors.
 
     columns_per_width: code width in bits -> how many columns have it.
     group_size: columns that share one row grid (`row_grid` only).
+    shared_codebooks: one codebook per width, and a scale and shift per column.
+    row_scaled: every row has a scale.
     reserved: float16 entries in the whole matrix; most_reserved: in its fullest column.
     """
 
@@ -89,6 +101,8 @@ class WeightLayout:
     columns: int
     columns_per_width: dict[int, int] = field(default_factory=dict)
     group_size: int = 0
+    shared_codebooks: bool = False
+    row_scaled: bool = False
     reserved: int = 0
     most_reserved: int = 0
 
@@ -107,8 +121,15 @@ class WeightLayout:
             raise CheckpointError(
                 f"columns per width {self.columns_per_width} do not make {self.columns} columns"
             )
-        if self.kind == ROW_GRID and (len(self.columns_per_width) != 1 or self.group_size < 1):
-            raise CheckpointError("a row grid has one code width and a positive group size")
+        flags = (self.shared_codebooks, self.row_scaled)
+        if any(type(flag) is not bool for flag in flags):
+            raise CheckpointError(f"the flags of a layout must be true or false, not {flags}")
+        if self.kind == ROW_GRID and (
+            len(self.columns_per_width) != 1 or self.group_size < 1 or any(flags)
+        ):
+            raise CheckpointError(
+                "a row grid has one code width, a positive group size and no codebooks"
+            )
 
     @property
     def weights(self) -> int:
@@ -127,13 +148,16 @@ class WeightLayout:
             shape = (columns, packed_bytes(self.rows, width))
             tensors[f"codes_{width}"] = StoredTensor("U8", shape, "codes")
             if self.kind == COLUMN_CODEBOOKS:
-                tensors[f"codebooks_{width}"] = StoredTensor(
-                    "F16", (columns, 2**width), "codebooks"
-                )
+                entries = (2**width,) if self.shared_codebooks else (columns, 2**width)
+                tensors[f"codebooks_{width}"] = StoredTensor("F16", entries, "codebooks")
             else:
                 zeros = packed_bytes(self.rows * self.groups, width)
                 tensors["scales"] = StoredTensor("F16", (self.rows, self.groups), "scales")
                 tensors["zeros"] = StoredTensor("U8", (zeros,), "scales")
+        if self.shared_codebooks:
+            tensors["column_scales"] = StoredTensor("F16", (self.columns, 2), "scales")
+        if self.row_scaled:
+            tensors["row_scales"] = StoredTensor("F16", (self.rows,), "scales")
         if len(self.columns_per_width) > 1:
             width = index_width(len(self.columns_per_width))
             tensors["column_bits"] = StoredTensor(

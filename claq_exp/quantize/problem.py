@@ -37,12 +37,3 @@ class LinearProblem:
             )
         if not torch.isfinite(self.hessian).all():
             raise NumericalError("the Hessian is not finite; check the calibration inputs")
-
-
-def relative_output_error(problem: LinearProblem, dequantized: Tensor) -> float:
-    """Return tr(D H D^T) / tr(W H W^T) with D = W - dequantized; 0.0 for a silent layer."""
-    hessian = problem.hessian.float()
-    difference = problem.weight - dequantized
-    wrong = (difference @ hessian).mul_(difference).sum().item()
-    whole = (problem.weight @ hessian).mul_(problem.weight).sum().item()
-    return max(wrong, 0.0) / whole if whole > 0 else 0.0

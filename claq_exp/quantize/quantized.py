@@ -10,9 +10,9 @@ from torch import Tensor
 
 from claq_exp.errors import CheckpointError
 from claq_exp.quantize.layout import (
-    COLUMN_CODEBOOKS,
     HALF_MAX,
     ROW_GRID,
+    Form,
     Ledger,
     WeightLayout,
     index_width,
@@ -25,13 +25,55 @@ class ColumnCodebooks:
     """One codebook per input column.
 
     values: [in, 2**widest] float16; entries past a column's 2**bits are zero and unused.
+    row_scales: [out] float16 that multiply what the codebooks give, or None.
     """
 
     values: Tensor
+    row_scales: Tensor | None = None
+
+    def form(self) -> Form:
+        """Return how this is stored."""
+        return Form(row_scaled=self.row_scales is not None)
+
+    def levels(self, _: Tensor) -> Tensor:
+        """Return the levels of every column: [in, 2**widest] float32."""
+        return self.values.float()
 
     def finite(self) -> bool:
         """Tell whether every level fits float16."""
-        return bool(torch.isfinite(self.values).all())
+        return bool(torch.isfinite(self.values).all()) and _finite(self.row_scales)
+
+
+@dataclass(frozen=True)
+class SharedCodebooks:
+    """One codebook per width for the whole matrix, moved and stretched for every column.
+
+    books: width -> [2**width] float16, ascending.  column_scales: [in, 2] float16, scale and shift.
+    row_scales: as in ColumnCodebooks.
+    """
+
+    books: dict[int, Tensor]
+    column_scales: Tensor
+    row_scales: Tensor | None = None
+
+    def form(self) -> Form:
+        """Return how this is stored."""
+        return Form(shared_codebooks=True, row_scaled=self.row_scales is not None)
+
+    def levels(self, column_bits: Tensor) -> Tensor:
+        """Return the levels of every column: [in, 2**widest] float32."""
+        levels = torch.zeros(len(column_bits), 2 ** max(self.books))
+        scales = self.column_scales.float()
+        for width, book in self.books.items():
+            columns = column_bits == width
+            scale, shift = scales[columns].split(1, dim=1)
+            levels[columns, : 2**width] = scale * book.float() + shift
+        return levels
+
+    def finite(self) -> bool:
+        """Tell whether every scale and level fits float16."""
+        books = all(bool(torch.isfinite(book).all()) for book in self.books.values())
+        return books and _finite(self.column_scales) and _finite(self.row_scales)
 
 
 @dataclass(frozen=True)
@@ -45,9 +87,20 @@ class RowGrid:
     zeros: Tensor
     group_size: int
 
+    def form(self) -> Form:
+        """Return how this is stored."""
+        return Form(ROW_GRID, self.group_size)
+
     def finite(self) -> bool:
         """Tell whether every scale fits float16."""
         return bool(torch.isfinite(self.scales).all())
+
+
+Levels = ColumnCodebooks | SharedCodebooks | RowGrid
+
+
+def _finite(tensor: Tensor | None) -> bool:
+    return tensor is None or bool(torch.isfinite(tensor).all())
 
 
 @dataclass(frozen=True)
@@ -84,28 +137,28 @@ class QuantizedWeight:
 
     codes: Tensor
     column_bits: Tensor
-    levels: ColumnCodebooks | RowGrid
+    levels: Levels
     reserved: Reserved
 
     def dequantize(self) -> Tensor:
         """Return the matrix that the codes stand for: [out, in] float32."""
-        if isinstance(self.levels, ColumnCodebooks):
-            weight = (
-                torch.gather(self.levels.values.float(), 1, self.codes.t().long()).t().contiguous()
-            )
-        else:
-            columns = self.codes.shape[1]
-            group = torch.arange(columns) // self.levels.group_size
+        if isinstance(self.levels, RowGrid):
+            group = torch.arange(self.codes.shape[1]) // self.levels.group_size
             scales = self.levels.scales.float()[:, group]
             weight = scales * (self.codes.float() - self.levels.zeros.float()[:, group])
-            weight.clamp_(-HALF_MAX, HALF_MAX)  # a float16 model must be able to hold it
+        else:
+            levels = self.levels.levels(self.column_bits)
+            weight = torch.gather(levels, 1, self.codes.t().long()).t().contiguous()
+            if self.levels.row_scales is not None:
+                weight *= self.levels.row_scales.float()[:, None]
+        weight.clamp_(-HALF_MAX, HALF_MAX)  # a float16 model must be able to hold it
         weight[self.reserved.rows, self.reserved.columns()] = self.reserved.values.float()
         return weight
 
     def layout(self) -> WeightLayout:
         """Describe how this matrix is stored."""
         rows = self.codes.shape[0]
-        return layout_of(rows, self.column_bits, self.levels, self.reserved.counts)
+        return layout_of(rows, self.column_bits, self.levels.form(), self.reserved.counts)
 
     def ledger(self) -> Ledger:
         """Return the bits of everything that is stored of this matrix."""
@@ -120,9 +173,15 @@ class QuantizedWeight:
             tensors[f"codes_{width}"] = pack(self.codes.t()[columns], width)
             if isinstance(self.levels, ColumnCodebooks):
                 tensors[f"codebooks_{width}"] = self.levels.values[columns, : 2**width].contiguous()
+            elif isinstance(self.levels, SharedCodebooks):
+                tensors[f"codebooks_{width}"] = self.levels.books[width]
             else:
                 tensors["scales"] = self.levels.scales.contiguous()
                 tensors["zeros"] = pack(self.levels.zeros.reshape(-1), width)
+        if isinstance(self.levels, SharedCodebooks):
+            tensors["column_scales"] = self.levels.column_scales
+        if not isinstance(self.levels, RowGrid) and self.levels.row_scales is not None:
+            tensors["row_scales"] = self.levels.row_scales
         if len(layout.columns_per_width) > 1:
             widths = torch.tensor(sorted(layout.columns_per_width), dtype=torch.uint8)
             position = torch.searchsorted(widths, self.column_bits)
@@ -136,18 +195,17 @@ class QuantizedWeight:
         return tensors
 
 
-def layout_of(
-    rows: int, column_bits: Tensor, levels: ColumnCodebooks | RowGrid, reserved_counts: Tensor
-) -> WeightLayout:
+def layout_of(rows: int, column_bits: Tensor, form: Form, reserved_counts: Tensor) -> WeightLayout:
     """Return the layout of a matrix with these column bits [in] and reserved counts [in]."""
     widths, counts = torch.unique(column_bits, return_counts=True)
-    grid = levels if isinstance(levels, RowGrid) else None
     return WeightLayout(
-        kind=ROW_GRID if grid else COLUMN_CODEBOOKS,
+        kind=form.kind,
         rows=rows,
         columns=len(column_bits),
         columns_per_width=dict(zip(widths.tolist(), counts.tolist(), strict=True)),
-        group_size=grid.group_size if grid else 0,
+        group_size=form.group_size,
+        shared_codebooks=form.shared_codebooks,
+        row_scaled=form.row_scaled,
         reserved=int(reserved_counts.sum()),
         most_reserved=int(reserved_counts.max()),
     )
@@ -161,19 +219,29 @@ def unpack_weight(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Quanti
     _check_tensors(layout, tensors)
     column_bits = _unpack_column_bits(layout, tensors)
     codes = torch.zeros(layout.columns, layout.rows, dtype=torch.uint8)
-    values = torch.zeros(layout.columns, 2 ** max(layout.columns_per_width), dtype=torch.float16)
     for width in layout.columns_per_width:
-        columns = column_bits == width
-        codes[columns] = unpack(tensors[f"codes_{width}"], width, layout.rows).to(torch.uint8)
-        if layout.kind == COLUMN_CODEBOOKS:
-            values[columns, : 2**width] = tensors[f"codebooks_{width}"]
-    levels: ColumnCodebooks | RowGrid = ColumnCodebooks(values)
+        unpacked = unpack(tensors[f"codes_{width}"], width, layout.rows)
+        codes[column_bits == width] = unpacked.to(torch.uint8)
+    levels = _unpack_levels(layout, tensors, column_bits)
+    return QuantizedWeight(codes.t(), column_bits, levels, _unpack_reserved(layout, tensors))
+
+
+def _unpack_levels(
+    layout: WeightLayout, tensors: Mapping[str, Tensor], column_bits: Tensor
+) -> Levels:
     if layout.kind == ROW_GRID:
         (width,) = layout.columns_per_width
         zeros = unpack(tensors["zeros"], width, layout.rows * layout.groups)
         zeros = zeros.to(torch.uint8).reshape(layout.rows, layout.groups)
-        levels = RowGrid(tensors["scales"], zeros, layout.group_size)
-    return QuantizedWeight(codes.t(), column_bits, levels, _unpack_reserved(layout, tensors))
+        return RowGrid(tensors["scales"], zeros, layout.group_size)
+    row_scales = tensors.get("row_scales")
+    books = {width: tensors[f"codebooks_{width}"] for width in layout.columns_per_width}
+    if layout.shared_codebooks:
+        return SharedCodebooks(books, tensors["column_scales"], row_scales)
+    values = torch.zeros(layout.columns, 2 ** max(books), dtype=torch.float16)
+    for width, book in books.items():
+        values[column_bits == width, : 2**width] = book
+    return ColumnCodebooks(values, row_scales)
 
 
 def _check_tensors(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> None:

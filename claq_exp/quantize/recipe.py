@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from claq_exp.errors import ConfigError, NumericalError
+from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook import Codebook
 from claq_exp.quantize.layout import MAX_BITS, WeightLayout
 from claq_exp.quantize.precision import Precision
-from claq_exp.quantize.problem import LinearProblem, relative_output_error
+from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.quantized import QuantizedWeight, layout_of
 from claq_exp.quantize.reservation import Reservation
 from claq_exp.quantize.solver import Solver
@@ -29,19 +31,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse strategies that do not go together, by trying their plans on a small matrix."""
-        bits, reserved = self.plan(constant_statistics(512, 512))
-        if not self.codebook.mixed_widths and len(bits.unique()) > 1:
+        plan = self.plan(constant_statistics(512, 512))
+        if not self.codebook.mixed_widths and len(plan.column_bits.unique()) > 1:
             raise ConfigError(
                 "this codebook needs one width for all columns; use precision=fixed, or "
                 "codebook=kmeans"
             )
-        if not self.codebook.reserves and int(reserved.sum()):
+        if not self.codebook.reserves and int(plan.reserved_counts.sum()):
             raise ConfigError(
                 "this codebook cannot leave entries out; use reservation=none, or codebook=kmeans"
             )
 
-    def plan(self, statistics: ColumnStatistics) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (column_bits [in] uint8, reserved_counts [in] int64).
+    def plan(self, statistics: ColumnStatistics) -> ColumnPlan:
+        """Decide the widths and reservations of a matrix.
 
         Raises ConfigError for a strategy whose plan is no plan: those of users come through here.
         """
@@ -49,7 +51,7 @@ class Recipe:
         bits, reserved = self.precision.plan(statistics), self.reservation.plan(statistics)
         _check_plan(self.precision, bits, torch.uint8, columns, (1, MAX_BITS))
         _check_plan(self.reservation, reserved, torch.int64, columns, (0, rows))
-        return bits, reserved
+        return ColumnPlan(bits, reserved, getattr(self.reservation, "select", "magnitude"))
 
 
 @dataclass(frozen=True)
@@ -66,39 +68,65 @@ class Solved:
     dead_columns: int
 
 
-def quantize_weight(problem: LinearProblem, system: ColumnSystem, recipe: Recipe) -> Solved:
+def quantize_weight(
+    problem: LinearProblem, system: ColumnSystem, recipe: Recipe, plan: MatrixPlan | None = None
+) -> Solved:
     """Quantize one matrix.
 
     system: what the recipe's solver prepared from the problem's Hessian.
+    plan: what was decided of the matrix before; None to decide it here, from the recipe.
     Raises NumericalError when a level or reserved value does not fit float16.
     """
     weight = problem.weight
-    column_bits, reserved_counts = recipe.plan(ColumnStatistics(weight, system.distortion_weight))
-    quantizer = recipe.codebook.start(weight, column_bits)
-    quantized = quantize_columns(weight, system, quantizer, column_bits, reserved_counts)
+    statistics = ColumnStatistics(
+        weight, system.distortion_weight, plan.row_weights if plan else None
+    )
+    if plan is None:
+        plan = MatrixPlan(recipe.codebook, recipe.plan(statistics))
+    quantizer = plan.codebook.start(statistics, plan.columns)
+    loss = quantize_columns(weight, system, quantizer)
+    quantized = QuantizedWeight(
+        quantizer.codes(), plan.columns.column_bits, quantizer.levels(), quantizer.reserved()
+    )
     if not quantized.levels.finite():
         raise NumericalError(
             f"weights up to {weight.abs().max().item():.3g} need levels beyond float16 (65504); "
             "rescale the model's weights"
         )
-    dequantized = quantized.dequantize()
+    difference = weight - quantized.dequantize()
     norm = weight.square().sum().item()
-    error = (weight - dequantized).square().sum().item()
     return Solved(
         quantized=quantized,
-        output_error=relative_output_error(problem, dequantized),
-        weight_error=error / norm if norm > 0 else 0.0,
+        output_error=_relative_output_error(problem, system, loss, difference),
+        weight_error=difference.square().sum().item() / norm if norm > 0 else 0.0,
         damping=system.damping,
-        dead_columns=system.dead,
+        dead_columns=int(system.dead.sum()),
     )
+
+
+def _relative_output_error(
+    problem: LinearProblem, system: ColumnSystem, loss: float, difference: Tensor
+) -> float:
+    """Return tr(D H D^T) / tr(W H W^T) with D = `difference`, [out, in]; 0.0 for a silent layer.
+
+    loss: what `quantize_columns` returned, the same with the damped Hessian under compensation:
+    what was added to the diagonal is taken off.
+    """
+    hessian = problem.hessian.float()
+    whole = (problem.weight @ hessian).mul_(problem.weight).sum().item()
+    if system.inverse_factor is None:
+        wrong = (difference @ hessian).mul_(difference).sum().item()
+    else:
+        squares = difference.square().sum(dim=0, dtype=torch.float64)
+        wrong = loss - float(squares @ system.added)
+    return max(wrong, 0.0) / whole if whole > 0 else 0.0
 
 
 def planned_layout(recipe: Recipe, rows: int, columns: int) -> WeightLayout:
     """Return the layout of a matrix of this shape; exact where plans depend on shapes alone."""
-    statistics = constant_statistics(rows, columns)
-    column_bits, reserved_counts = recipe.plan(statistics)
-    levels = recipe.codebook.start(statistics.weight, column_bits).levels()
-    return layout_of(rows, column_bits, levels, reserved_counts)
+    plan = recipe.plan(constant_statistics(rows, columns))
+    form = recipe.codebook.form(columns)
+    return layout_of(rows, plan.column_bits, form, plan.reserved_counts)
 
 
 def _check_plan(

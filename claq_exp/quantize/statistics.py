@@ -17,15 +17,23 @@ class ColumnStatistics:
     distortion_weight: [in] float32, the layer loss per unit of squared error in the column:
         1 / U_jj^2 under GPTQ (U = upper Cholesky factor of the inverse Hessian), H_jj without
         compensation.
+    row_weights: [out] float32, importance of an error in each row; None for all alike.
     """
 
     weight: Tensor
     distortion_weight: Tensor
+    row_weights: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.weight.shape[0], self.weight.shape[1]
+
+    def importance(self) -> Tensor:
+        """Return the importance of each row: [out] float32."""
+        if self.row_weights is None:
+            return torch.ones(self.weight.shape[0])
+        return self.row_weights
 
     def sensitivity(self) -> Tensor:
         """Return the OBS saliency mean_i(W_ij^2) * distortion_weight_j: [in] float32."""

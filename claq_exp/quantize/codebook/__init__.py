@@ -8,27 +8,34 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from claq_exp.quantize.codebook.kmeans import KMeans
+from claq_exp.quantize.allocation import ColumnPlan
+from claq_exp.quantize.codebook.kmeans import KMeans, KMeansExact
+from claq_exp.quantize.codebook.simple import NormalFloat, Quantile, UniformColumn
 from claq_exp.quantize.codebook.uniform import Uniform
-from claq_exp.quantize.quantized import ColumnCodebooks, RowGrid
+from claq_exp.quantize.layout import Form
+from claq_exp.quantize.quantized import Levels, Reserved
+from claq_exp.quantize.statistics import ColumnStatistics
 
 
 class ColumnQuantizer(Protocol):
     """The state of one matrix while its columns are quantized, each once, in any order."""
 
-    codes: NDArray[np.uint8]
-    """[in, out], filled column by column."""
+    def quantize_block(
+        self,
+        columns: NDArray[np.int64],
+        values: NDArray[np.float32],
+        lower: NDArray[np.float32],
+    ) -> None:
+        """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
 
-    def quantize(
-        self, column: int, values: NDArray[np.float32], reserved: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """Code one compensated column and return the values of its codes: [out] -> [out].
+    def codes(self) -> Tensor:
+        """Return the codes once every column is done: [out, in] uint8."""
 
-        `reserved` lists rows that are stored in float16 whatever is returned for them.
-        """
-
-    def levels(self) -> ColumnCodebooks | RowGrid:
+    def levels(self) -> Levels:
         """Return what the codes stand for, once every column is done."""
+
+    def reserved(self) -> Reserved:
+        """Return the entries that stay in float16, once every column is done."""
 
 
 class Codebook(Protocol):
@@ -41,8 +48,18 @@ class Codebook(Protocol):
     mixed_widths: ClassVar[bool]
     reserves: ClassVar[bool]
 
-    def start(self, weight: Tensor, column_bits: Tensor) -> ColumnQuantizer:
-        """Begin a matrix: weight [out, in] float32 before compensation, column_bits [in] uint8."""
+    def form(self, columns: int) -> Form:
+        """Return how the values of a matrix with so many columns are stored."""
+
+    def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> ColumnQuantizer:
+        """Begin a matrix; statistics.weight is before compensation."""
 
 
-CODEBOOK: dict[str, type] = {"kmeans": KMeans, "uniform": Uniform}
+CODEBOOK: dict[str, type] = {
+    "kmeans": KMeans,
+    "kmeans_exact": KMeansExact,
+    "normal_float": NormalFloat,
+    "quantile": Quantile,
+    "uniform": Uniform,
+    "uniform_column": UniformColumn,
+}

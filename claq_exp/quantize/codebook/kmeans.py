@@ -1,4 +1,4 @@
-"""A codebook of its own for every input column, found by one-dimensional k-means."""
+"""Codebooks found by one-dimensional k-means, one per input column or shared and stretched."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from claq_exp.quantize.codebook.clustering import assign_codes, fit_levels
-from claq_exp.quantize.quantized import ColumnCodebooks
+from claq_exp.quantize.allocation import ColumnPlan
+from claq_exp.quantize.codebook.block import EXACT, FITTED, KMEANS
+from claq_exp.quantize.codebook.clustering import fit_levels
+from claq_exp.quantize.codebook.columns import CompiledColumns
+from claq_exp.quantize.layout import Form
+from claq_exp.quantize.statistics import ColumnStatistics
+
+SAMPLE = 64  # columns that a shared codebook is learned from
 
 
 @dataclass(frozen=True)
@@ -20,43 +25,80 @@ class KMeans:
 
     The layer loss that a column causes under GPTQ is proportional to its squared error, so
     unweighted k-means of the compensated column minimises it.  Source: CLAQ (arXiv 2405.17233).
+
+    fit_reserved: let reserved entries take part in the fit, as the reference code does.
+    shared: one codebook per matrix and width, with a scale and shift per column (32 bits) in place
+        of a codebook per column (16 * 2**bits): cheaper for few rows.
+    row_scales: divide rows by their root mean square first, and weight them with its square (16
+        bits a row).
     """
 
     mixed_widths: ClassVar[bool] = True
     reserves: ClassVar[bool] = True
+    rule: ClassVar[int] = KMEANS
 
-    def start(self, weight: Tensor, column_bits: Tensor) -> KMeansColumns:
-        """Begin a matrix: weight [out, in], column_bits [in] uint8."""
-        return KMeansColumns(weight.shape[0], column_bits.numpy())
+    fit_reserved: bool = False
+    shared: bool = False
+    row_scales: bool = False
+
+    def form(self, _: int) -> Form:
+        """Return how the codebooks of a matrix are stored."""
+        return Form(shared_codebooks=self.shared, row_scaled=self.row_scales)
+
+    def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> CompiledColumns:
+        """Begin a matrix."""
+        scales = root_mean_squares(statistics.weight) if self.row_scales else None
+        return CompiledColumns(
+            statistics,
+            plan,
+            FITTED if self.shared else self.rule,
+            books=shared_codebooks(statistics, plan.column_bits, scales) if self.shared else None,
+            row_scales=scales,
+            fit_reserved=self.fit_reserved,
+        )
 
 
-class KMeansColumns:
-    """The codebooks and codes found so far."""
+@dataclass(frozen=True)
+class KMeansExact(KMeans):
+    """k-means with the least squared error there is, by dynamic programming: slow, for comparison.
 
-    def __init__(self, rows: int, column_bits: NDArray[np.uint8]) -> None:
-        columns = len(column_bits)
-        self.codes = np.zeros((columns, rows), dtype=np.uint8)
-        self._entries = [1 << int(bits) for bits in column_bits]
-        self._centroids = np.zeros((columns, max(self._entries)), dtype=np.float16)
-        self._fitted = np.ones(rows, dtype=bool)
+    Its fields are those of KMeans; shared codebooks are not found exactly.
+    """
 
-    def quantize(
-        self, column: int, values: NDArray[np.float32], reserved: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """Fit the column's codebook and code the column: [out] float32 -> [out] float32."""
-        entries = self._entries[column]
-        self._fitted[reserved] = False
-        fitted = np.sort(values[self._fitted])
-        self._fitted[reserved] = True
-        with np.errstate(over="ignore"):  # an infinite level is refused with the whole matrix
-            centroids = fit_levels(fitted, entries).astype(np.float16)
-        self._centroids[column, :entries] = centroids
-        levels = centroids.astype(np.float32)
-        codes = self.codes[column]
-        assign_codes(values, levels, codes)
-        codes[reserved] = 0
-        return levels[codes]
+    rule: ClassVar[int] = EXACT
 
-    def levels(self) -> ColumnCodebooks:
-        """Return the codebooks of all columns."""
-        return ColumnCodebooks(torch.from_numpy(self._centroids))
+
+def root_mean_squares(weight: Tensor) -> Tensor:
+    """Return the scale of each row, 1 for rows of zeros: [out, in] float32 -> [out] float16."""
+    scales = weight.square().mean(dim=1).sqrt()
+    tiny = torch.finfo(torch.float16).tiny
+    return torch.where(scales > tiny, scales, torch.ones_like(scales)).half()
+
+
+def shared_codebooks(
+    statistics: ColumnStatistics, widths: Tensor, row_scales: Tensor | None
+) -> dict[int, Tensor]:
+    """Learn a codebook per width from columns spread over the matrix: width -> [2**width] float32.
+
+    widths: uint8, in any shape.  The columns are brought to mean 0 and deviation 1, and weigh what
+    an error in them costs.
+    """
+    columns = torch.linspace(0, statistics.shape[1] - 1, SAMPLE).round().long().unique()
+    sample = statistics.weight[:, columns]
+    importance = statistics.importance()
+    if row_scales is not None:
+        sample = sample / row_scales.float()[:, None]
+        importance = importance * row_scales.float().square()
+    deviation = sample.std(dim=0, correction=0)
+    cost = statistics.distortion_weight[columns] * deviation.square()
+    if not cost.sum() > 0:
+        cost = torch.ones_like(cost)
+    sample = (sample - sample.mean(dim=0)) / deviation.clamp(min=1e-12)
+    weights = importance[:, None] * (cost / cost.mean())
+    values = sample.t().reshape(-1).contiguous().numpy()
+    books = {}
+    for width in widths.unique().tolist():
+        centroids = np.empty(2**width)
+        fit_levels(values, weights.t().reshape(-1).contiguous().numpy(), centroids)
+        books[width] = torch.from_numpy(centroids).float()
+    return books

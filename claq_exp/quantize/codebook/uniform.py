@@ -11,8 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from claq_exp.errors import ConfigError
-from claq_exp.quantize.layout import HALF_MAX
-from claq_exp.quantize.quantized import RowGrid
+from claq_exp.quantize.allocation import ColumnPlan
+from claq_exp.quantize.codebook.block import quantize_block_on_grid
+from claq_exp.quantize.layout import ROW_GRID, Form
+from claq_exp.quantize.quantized import Reserved, RowGrid
+from claq_exp.quantize.statistics import ColumnStatistics
 
 SMALLEST_SCALE = float(torch.finfo(torch.float16).tiny)
 
@@ -39,10 +42,15 @@ class Uniform:
                 "number"
             )
 
-    def start(self, weight: Tensor, column_bits: Tensor) -> UniformColumns:
-        """Begin a matrix: weight [out, in], column_bits [in] uint8, all equal."""
-        group_size = min(self.group_size or weight.shape[1], weight.shape[1])
-        top = 2 ** int(column_bits[0]) - 1
+    def form(self, columns: int) -> Form:
+        """Return how the grids of a matrix are stored."""
+        return Form(ROW_GRID, min(self.group_size or columns, columns))
+
+    def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> UniformColumns:
+        """Begin a matrix; all columns have one width."""
+        weight = statistics.weight
+        group_size = self.form(weight.shape[1]).group_size
+        top = 2 ** int(plan.column_bits[0]) - 1
         scales, zeros = [], []
         for group in weight.split(group_size, dim=1):
             low = group.amin(dim=1).clamp(max=0)
@@ -58,22 +66,32 @@ class UniformColumns:
     """The codes found so far on a fixed grid."""
 
     def __init__(self, columns: int, top: int, grid: RowGrid) -> None:
-        self.codes = np.zeros((columns, grid.scales.shape[0]), dtype=np.uint8)
+        self._codes = np.zeros((columns, grid.scales.shape[0]), dtype=np.uint8)
         self._grid = grid
-        self._top = top
         self._scales = np.ascontiguousarray(grid.scales.float().numpy().T)
-        self._zeros = np.ascontiguousarray(grid.zeros.float().numpy().T)
+        zeros = grid.zeros.float().numpy().T
+        self._zeros = np.ascontiguousarray(zeros)
+        self._top = np.float32(top)
 
-    def quantize(
-        self, column: int, values: NDArray[np.float32], reserved: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """Round one column to the grid: [out] float32 -> [out] float32."""
-        group = column // self._grid.group_size
-        scale, zero = self._scales[group], self._zeros[group]
-        codes = np.clip(np.rint(values / scale) + zero, 0, self._top)
-        self.codes[column] = codes
-        return np.clip(scale * (codes - zero), -HALF_MAX, HALF_MAX)
+    def quantize_block(
+        self,
+        columns: NDArray[np.int64],
+        values: NDArray[np.float32],
+        lower: NDArray[np.float32],
+    ) -> None:
+        """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
+        groups = columns // self._grid.group_size
+        task = (columns, groups, self._scales, self._zeros, self._top)
+        quantize_block_on_grid(values, lower, task, self._codes)
+
+    def codes(self) -> Tensor:
+        """Return the codes: [out, in] uint8."""
+        return torch.from_numpy(self._codes).t()
 
     def levels(self) -> RowGrid:
         """Return the grid."""
         return self._grid
+
+    def reserved(self) -> Reserved:
+        """Return no entries."""
+        return Reserved.none(len(self._codes))

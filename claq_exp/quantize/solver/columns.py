@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from claq_exp.errors import NumericalError
 from claq_exp.quantize.codebook import ColumnQuantizer
-from claq_exp.quantize.layout import HALF_MAX
-from claq_exp.quantize.quantized import QuantizedWeight, Reserved
+
+_STRIP = 512  # columns that are updated at a time, to keep the product in the cache
+_NO_FACTOR = np.zeros((0, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class ColumnSystem:
     distortion_weight: [in] float32, layer loss per squared error of a column, columns in the
         matrix's own order.
     damping: share of the mean diagonal that was added to the diagonal; None without compensation.
-    dead: number of inputs that were zero on every calibration token.
+    added: [in] float64, what was added to the diagonal in all, columns in the matrix's own order.
+    dead: [in] bool, inputs that were zero on every calibration token.
     block_size: columns between two updates of all later columns.
     """
 
@@ -33,80 +35,58 @@ class ColumnSystem:
     inverse_factor: Tensor | None
     distortion_weight: Tensor
     damping: float | None
-    dead: int
+    added: Tensor
+    dead: Tensor
     block_size: int
 
+    @cached_property
+    def lower(self) -> NDArray[np.float32]:
+        """The transposed inverse factor, row by row in memory; 0 x 0 without compensation."""
+        if self.inverse_factor is None:
+            return _NO_FACTOR
+        return np.ascontiguousarray(self.inverse_factor.t().numpy())
 
-def quantize_columns(
-    weight: Tensor,
-    system: ColumnSystem,
-    quantizer: ColumnQuantizer,
-    column_bits: Tensor,
-    reserved_counts: Tensor,
-) -> QuantizedWeight:
+
+def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuantizer) -> float:
     """Quantize column after column, spreading each column's error over the columns that follow.
 
-    weight: [out, in] float32.  column_bits: [in] uint8.  reserved_counts: [in] int64.
-    With e_j = (w_j - q_j) / U_jj, every later column k becomes
-    w_k - U_jk e_j (GPTQ, arXiv 2210.17323, eq. 3 and Algorithm 1).  Inside a block a column
-    gathers the errors before it when its turn comes, so that no column is written twice.
+    weight: [out, in] float32.  quantizer: keeps what is found.
+    With e_j = (w_j - q_j) / U_jj, every later column k becomes w_k - U_jk e_j (GPTQ, arXiv
+    2210.17323, eq. 3 and Algorithm 1).  A column gathers the errors inside its block when its turn
+    comes; a finished block's errors reach the next block at once and those behind it while the next
+    is being quantized.  Returns the sum of e_j^2 over all columns and rows, which is
+    tr(D H D^T) of the damped Hessian under GPTQ.
     """
     order = system.order.numpy()
     work = weight.t().numpy()[order]  # [in, out]: a column is one stretch of memory
-    counts = reserved_counts.numpy()
-    kept = [(_NO_ROWS, _NO_VALUES)] * len(order)
-    factor = None
-    if system.inverse_factor is not None:
-        factor = np.ascontiguousarray(system.inverse_factor.t().numpy())
-    for start in range(0, len(order), system.block_size):
-        stop = min(start + system.block_size, len(order))
-        errors = np.zeros((stop - start, work.shape[1]), dtype=np.float32)
-        for position in range(start, stop):
-            column, values = int(order[position]), work[position]
-            if factor is not None and position > start:
-                values = values - factor[position, start:position] @ errors[: position - start]
-            rows = largest_rows(values, int(counts[column]))
-            quantized = quantizer.quantize(column, values, rows)
-            if len(rows):
-                kept[column] = rows, _to_half(values[rows], column)
-                quantized[rows] = kept[column][1]
-            if factor is not None:
-                errors[position - start] = (values - quantized) / factor[position, position]
-        if factor is not None and stop < len(order):
-            work[stop:] -= factor[stop:, start:stop] @ errors
-    return QuantizedWeight(
-        codes=torch.from_numpy(quantizer.codes).t(),
-        column_bits=column_bits,
-        levels=quantizer.levels(),
-        reserved=Reserved(
-            counts=reserved_counts,
-            rows=torch.from_numpy(np.concatenate([rows for rows, _ in kept])),
-            values=torch.from_numpy(np.concatenate([values for _, values in kept])),
-        ),
-    )
+    lower, step = system.lower, system.block_size
+    behind: Future[None] | None = None
+    loss = 0.0
+    with ThreadPoolExecutor(max_workers=1) as helper:
+        for start in range(0, len(order), step):
+            stop = min(start + step, len(order))
+            inside = np.ascontiguousarray(lower[start:stop, start:stop])
+            errors = work[start:stop]
+            quantizer.quantize_block(order[start:stop], errors, inside)
+            loss += float(np.dot(errors.ravel(), errors.ravel()))
+            if behind is not None:
+                behind.result()
+            if len(lower) and stop < len(order):
+                following = min(stop + step, len(order))
+                _subtract(work, lower, errors, start, stop, following)
+                behind = helper.submit(_subtract, work, lower, errors, start, following, len(order))
+    return loss
 
 
-_NO_ROWS = np.zeros(0, dtype=np.int64)
-_NO_VALUES = np.zeros(0, dtype=np.float16)
-
-
-def largest_rows(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """Return the rows of the `count` largest magnitudes, ascending; ties go to the lower row."""
-    if count == 0:
-        return _NO_ROWS
-    magnitude = np.abs(values)
-    smallest = np.partition(magnitude, len(values) - count)[len(values) - count]
-    rows = np.flatnonzero(magnitude >= smallest)
-    if len(rows) > count:
-        level = np.flatnonzero(magnitude[rows] == smallest)
-        rows = np.delete(rows, level[count - len(rows) :])
-    return rows
-
-
-def _to_half(values: NDArray[np.float32], column: int) -> NDArray[np.float16]:
-    if np.abs(values).max() > HALF_MAX:
-        raise NumericalError(
-            f"column {column} has a weight of {np.abs(values).max():.3g}, beyond float16; "
-            "reservation cannot keep it"
-        )
-    return values.astype(np.float16)
+def _subtract(
+    work: NDArray[np.float32],
+    lower: NDArray[np.float32],
+    errors: NDArray[np.float32],
+    start: int,
+    first: int,
+    last: int,
+) -> None:
+    """Take the errors of the block that begins at `start` from the columns first ... last - 1."""
+    for begin in range(first, last, _STRIP):
+        end = min(begin + _STRIP, last)
+        work[begin:end] -= lower[begin:end, start : start + len(errors)] @ errors

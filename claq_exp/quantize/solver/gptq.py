@@ -63,7 +63,13 @@ class Gptq:
         weight = torch.empty(len(order), dtype=torch.float32)
         weight[order] = factor.diagonal().square().reciprocal().float()
         return ColumnSystem(
-            order, factor.float(), weight, damping, int(dead.sum()), self.block_size
+            order=order,
+            inverse_factor=factor.float(),
+            distortion_weight=weight,
+            damping=damping,
+            added=damping * filled.mean() + torch.where(dead, fill, 0.0),
+            dead=dead,
+            block_size=self.block_size,
         )
 
 

@@ -22,6 +22,7 @@ class Nearest:
             inverse_factor=None,
             distortion_weight=diagonal.float(),
             damping=None,
-            dead=int((diagonal == 0).sum()),
+            added=torch.zeros_like(diagonal),
+            dead=diagonal == 0,
             block_size=len(diagonal),
         )

@@ -1,0 +1,289 @@
+"""The column loop inside a block of columns, compiled: compensate, reserve, fit, code, pass on.
+
+All of it runs without Python and without its lock, so that linears of a group are solved side by
+side.  Compiled by numba and cached on disk.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from claq_exp.quantize.codebook.affine import fit_scale_and_shift
+from claq_exp.quantize.codebook.clustering import fit_levels, fit_levels_exact, fit_quantiles
+
+KMEANS, EXACT, QUANTILES, FITTED, RANGE, ABSMAX = range(6)
+SHARED = FITTED  # this rule and those after it stretch a shared codebook
+HALF_MAX = np.float32(65504.0)
+
+
+class ColumnTask(NamedTuple):
+    """What the loop reads.
+
+    bits: [in] uint8.  offsets: [in + 1] int64, where a column's reserved entries go.
+    tails: reserve from both ends of a column in equal number instead of by magnitude.
+    fit_reserved: reserved entries take part in the fit.
+    rule: KMEANS ... ABSMAX.  books: [9, 256] float32, shared codebooks by width.
+    weights: [out] float32, importance of the rows.
+    row_scales: [out] float32; what a row's values are divided by before the fit.
+    """
+
+    bits: NDArray[np.uint8]
+    offsets: NDArray[np.int64]
+    tails: bool
+    fit_reserved: bool
+    rule: int
+    books: NDArray[np.float32]
+    weights: NDArray[np.float32]
+    row_scales: NDArray[np.float32]
+
+
+class ColumnResult(NamedTuple):
+    """What the loop writes, each column once.
+
+    codes: [in, out] uint8.  levels: [in, 2**widest] float32 of float16 values, of columns with a
+    codebook of their own.  scales: [in, 2] float32 of float16 values, of shared codebooks.
+    rows: [reserved] int64.  kept: [reserved] float32 of float16 values; infinite beyond them.
+    """
+
+    codes: NDArray[np.uint8]
+    levels: NDArray[np.float32]
+    scales: NDArray[np.float32]
+    rows: NDArray[np.int64]
+    kept: NDArray[np.float32]
+
+
+@njit(cache=True, nogil=True)
+def round_half(value):  # type: ignore[no-untyped-def]
+    """Return a float32 rounded to the nearest float16 (ties to even), infinite beyond its range."""
+    magnitude = abs(value)
+    if magnitude < np.float32(2.0**-14):  # subnormal: steps of 2**-24, the ulp of 0.5 to 1
+        rounded = (magnitude + np.float32(0.75)) - np.float32(0.75)
+    else:
+        stretched = magnitude * np.float32(8193.0)  # 2**13 + 1 leaves 11 significant bits
+        rounded = stretched - (stretched - magnitude)
+    if rounded > HALF_MAX:
+        rounded = np.float32(np.inf)
+    return -rounded if value < 0 else rounded
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"})
+def compensate(values, lower, position):  # type: ignore[no-untyped-def]
+    """Subtract from row `position` the errors in the rows before it, lower[position, k] each."""
+    column = values[position]
+    done = 0
+    while done + 4 <= position:
+        first, second = lower[position, done], lower[position, done + 1]
+        third, fourth = lower[position, done + 2], lower[position, done + 3]
+        for row in range(len(column)):
+            column[row] -= (
+                first * values[done, row]
+                + second * values[done + 1, row]
+                + third * values[done + 2, row]
+                + fourth * values[done + 3, row]
+            )
+        done += 4
+    for earlier in range(done, position):
+        factor = lower[position, earlier]
+        for row in range(len(column)):
+            column[row] -= factor * values[earlier, row]
+
+
+@njit(cache=True, nogil=True)
+def _mark_largest(words, count, chosen):  # type: ignore[no-untyped-def]
+    """Mark the rows of the `count` largest words, ties from the lowest row: bisection on counts."""
+    low, high = np.int64(-(1 << 31)), np.int64(1 << 31)  # at least `count` words reach low
+    while high - low > 1:
+        middle = (low + high) // 2
+        bound = np.int32(middle)
+        reached = np.int32(0)
+        for word in words:
+            reached += word >= bound
+        if reached >= count:
+            low = middle
+        else:
+            high = middle
+    bound = np.int32(low)
+    left = count
+    for row in range(len(words)):
+        if words[row] > bound:
+            chosen[row] = True
+            left -= 1
+    for row in range(len(words)):
+        if left > 0 and words[row] == bound and not chosen[row]:
+            chosen[row] = True
+            left -= 1
+
+
+@njit(cache=True, nogil=True)
+def choose_reserved(values, count, tails, chosen):  # type: ignore[no-untyped-def]
+    """Mark the rows to keep: [out] float32 -> [out] bool, overwritten.
+
+    The `count` largest magnitudes; with `tails` the count/2 largest values, rounded up, and the
+    count/2 smallest.  Ties go to the lower row.
+    """
+    chosen[:] = False
+    if count == 0:
+        return
+    words = np.empty(len(values), dtype=np.int32)
+    bits = values.view(np.int32)
+    for row in range(len(values)):  # the words of floats without sign are in their order
+        words[row] = bits[row] & np.int32(0x7FFFFFFF)
+    if not tails:
+        _mark_largest(words, count, chosen)
+        return
+    for row in range(len(values)):
+        words[row] = -words[row] if bits[row] < 0 else words[row]
+    _mark_largest(words, (count + 1) // 2, chosen)
+    if count // 2:
+        for row in range(len(values)):
+            words[row] = np.int32(-(1 << 31)) if chosen[row] else -words[row]
+        _mark_largest(words, count // 2, chosen)
+
+
+@njit(cache=True, nogil=True)
+def assign_codes(values, levels, codes):  # type: ignore[no-untyped-def]
+    """Write the index of the nearest level (the lower one on a tie) of each value.
+
+    values: [n] float32.  levels: [k] float32, ascending.  codes: [n] uint8, overwritten.
+    """
+    codes[:] = 0
+    for level in range(len(levels) - 1):
+        middle = np.float32(0.5) * (levels[level] + levels[level + 1])
+        for index in range(len(values)):
+            codes[index] += values[index] > middle
+
+
+@njit(cache=True, nogil=True)
+def find_levels(values, weights, rule, book, levels):  # type: ignore[no-untyped-def]
+    """Write the levels of one column, float16 values, ascending; return its (scale, shift).
+
+    values, weights: [out] float32; what has no weight does not count.  rule: KMEANS ... ABSMAX.
+    book, levels: [entries] float32; the book is read, and scale and shift mean something, where the
+    rule stretches a shared codebook.
+    """
+    if rule >= SHARED:
+        scale, shift = fit_scale_and_shift(values, weights, book, rule - SHARED)
+        scale, shift = round_half(np.float32(scale)), round_half(np.float32(shift))
+        for entry in range(len(levels)):
+            levels[entry] = scale * book[entry]
+            levels[entry] += shift
+        return scale, shift
+    centroids = np.empty(len(levels))
+    if rule == EXACT:
+        fit_levels_exact(values, weights, centroids)
+    elif rule == QUANTILES:
+        fit_quantiles(values, weights, centroids)
+    else:
+        fit_levels(values, weights, centroids)
+    for entry in range(len(levels)):
+        levels[entry] = round_half(np.float32(centroids[entry]))
+    return np.float32(1.0), np.float32(0.0)
+
+
+@njit(cache=True, nogil=True)
+def quantize_block(values, lower, columns, task, result):  # type: ignore[no-untyped-def]
+    """Quantize the columns of a block one after the other.
+
+    values: [block, out] float32, a column of the weight per row; overwritten by the errors
+        (w - q) / U_jj, which the caller spreads over later columns.
+    lower: [block, block] float32, the inverse factor's block, transposed; a 0 x 0 array where
+        errors are not compensated (they are then w - q).
+    columns: [block] int64, each row's column of the matrix.
+    """
+    rows = values.shape[1]
+    chosen = np.empty(rows, dtype=np.bool_)
+    weights, scaled = task.weights.copy(), np.empty(rows, dtype=np.float32)
+    for position in range(len(columns)):
+        if len(lower):
+            compensate(values, lower, position)
+        column, current = columns[position], values[position]
+        for row in range(rows):
+            scaled[row] = current[row] / task.row_scales[row]
+        start, stop = task.offsets[column], task.offsets[column + 1]
+        choose_reserved(scaled, stop - start, task.tails, chosen)
+        if stop > start and not task.fit_reserved:
+            for row in range(rows):
+                weights[row] = np.float32(0.0) if chosen[row] else task.weights[row]
+        else:
+            weights[:] = task.weights
+        width = np.int64(task.bits[column])
+        entries = 1 << width
+        levels = np.empty(entries, dtype=np.float32)
+        scale, shift = find_levels(scaled, weights, task.rule, task.books[width, :entries], levels)
+        if task.rule >= SHARED:
+            result.scales[column, 0], result.scales[column, 1] = scale, shift
+        else:
+            result.levels[column, :entries] = levels
+        codes = result.codes[column]
+        assign_codes(scaled, levels, codes)
+        divisor = lower[position, position] if len(lower) else np.float32(1.0)
+        place = start
+        for row in range(rows):
+            kept = levels[codes[row]] * task.row_scales[row]
+            if chosen[row]:
+                codes[row] = 0
+                kept = round_half(current[row])
+                result.rows[place], result.kept[place] = row, kept
+                place += 1
+            current[row] = (current[row] - kept) / divisor
+
+
+@njit(cache=True, nogil=True)
+def quantize_block_on_grid(values, lower, task, codes):  # type: ignore[no-untyped-def]
+    """Quantize the columns of a block to given grids: values and lower as in `quantize_block`.
+
+    task: columns [block] int64, their groups [block] int64, scales and zeros [groups, out] float32,
+        the highest code.
+    codes: [in, out] uint8, overwritten where the columns are.
+    """
+    columns, groups, scales, zeros, top = task
+    for position in range(len(columns)):
+        if len(lower):
+            compensate(values, lower, position)
+        divisor = lower[position, position] if len(lower) else np.float32(1.0)
+        current, written = values[position], codes[columns[position]]
+        scale, zero = scales[groups[position]], zeros[groups[position]]
+        for row in range(len(current)):
+            code = np.rint(current[row] / scale[row]) + zero[row]
+            code = min(max(code, np.float32(0.0)), top)
+            kept = min(max(scale[row] * (code - zero[row]), -HALF_MAX), HALF_MAX)
+            written[row] = np.uint8(code)
+            current[row] = (current[row] - kept) / divisor
+
+
+@njit(cache=True, nogil=True)
+def column_distortions(values, importance, options, rule, books):  # type: ignore[no-untyped-def]
+    """Return the weighted squared error of columns at given widths and reserved counts.
+
+    values: [columns, out] float32.  importance: [out] float32.  books: [9, 256] float32, by width.
+    options: [options, 2] int64, width and reserved count, the largest magnitudes; those of one
+        count next to each other.
+    Returns [columns, options] float64.
+    """
+    rows = values.shape[1]
+    chosen, codes = np.empty(rows, dtype=np.bool_), np.empty(rows, dtype=np.uint8)
+    weights, levels = np.empty(rows, dtype=np.float32), np.empty(256, dtype=np.float32)
+    found = np.empty((len(values), len(options)))
+    for column in range(len(values)):
+        count = np.int64(-1)
+        for option in range(len(options)):
+            if options[option, 1] != count:
+                count = options[option, 1]
+                choose_reserved(values[column], count, False, chosen)
+                for row in range(rows):
+                    weights[row] = np.float32(0.0) if chosen[row] else importance[row]
+            width = options[option, 0]
+            entries = 1 << width
+            book = books[width, :entries]
+            find_levels(values[column], weights, rule, book, levels[:entries])
+            assign_codes(values[column], levels[:entries], codes)
+            error = 0.0
+            for row in range(rows):
+                miss = values[column, row] - levels[codes[row]]
+                error += weights[row] * miss * miss
+            found[column, option] = error
+    return found

@@ -1,0 +1,175 @@
+"""The quantizers that a codebook starts for a matrix: compiled ones, and ones written in Python."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from claq_exp.errors import NumericalError
+from claq_exp.quantize.allocation import ColumnPlan
+from claq_exp.quantize.codebook.block import (
+    KMEANS,
+    ColumnResult,
+    ColumnTask,
+    choose_reserved,
+    compensate,
+    quantize_block,
+)
+from claq_exp.quantize.layout import HALF_MAX
+from claq_exp.quantize.quantized import ColumnCodebooks, Levels, Reserved, SharedCodebooks
+from claq_exp.quantize.statistics import ColumnStatistics
+
+
+class CompiledColumns:
+    """Codebooks that the compiled loop fits: one per column, or shared ones that it stretches.
+
+    books: width -> [2**width] float32, ascending, for the rules that share codebooks.
+    row_scales: [out] float16 or None.
+    """
+
+    def __init__(
+        self,
+        statistics: ColumnStatistics,
+        plan: ColumnPlan,
+        rule: int = KMEANS,
+        *,
+        books: Mapping[int, Tensor] | None = None,
+        row_scales: Tensor | None = None,
+        fit_reserved: bool = False,
+    ) -> None:
+        rows, columns = statistics.shape
+        self._books = {width: book.half() for width, book in (books or {}).items()}
+        self._row_scales = row_scales
+        self._counts = plan.reserved_counts
+        offsets = np.zeros(columns + 1, dtype=np.int64)
+        np.cumsum(plan.reserved_counts.numpy(), out=offsets[1:])
+        padded = np.zeros((9, 256), dtype=np.float32)
+        for width, book in self._books.items():
+            padded[width, : len(book)] = book.float().numpy()
+        scales = np.ones(rows, dtype=np.float32)
+        if row_scales is not None:
+            scales = row_scales.float().numpy()
+        self._task = ColumnTask(
+            bits=plan.column_bits.numpy(),
+            offsets=offsets,
+            tails=plan.select == "tails",
+            fit_reserved=fit_reserved,
+            rule=rule,
+            books=padded,
+            weights=np.ascontiguousarray(statistics.importance().numpy() * scales**2),
+            row_scales=scales,
+        )
+        entries = 0 if books is not None else 2 ** int(plan.column_bits.max())
+        self._result = ColumnResult(
+            codes=np.zeros((columns, rows), dtype=np.uint8),
+            levels=np.zeros((columns, entries), dtype=np.float32),
+            scales=np.zeros((columns if books is not None else 0, 2), dtype=np.float32),
+            rows=np.zeros(offsets[-1], dtype=np.int64),
+            kept=np.zeros(offsets[-1], dtype=np.float32),
+        )
+
+    def quantize_block(
+        self,
+        columns: NDArray[np.int64],
+        values: NDArray[np.float32],
+        lower: NDArray[np.float32],
+    ) -> None:
+        """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
+        quantize_block(values, lower, columns, self._task, self._result)
+
+    def codes(self) -> Tensor:
+        """Return the codes: [out, in] uint8."""
+        return torch.from_numpy(self._result.codes).t()
+
+    def levels(self) -> Levels:
+        """Return what the codes stand for."""
+        if self._books:
+            scales = torch.from_numpy(self._result.scales).half()
+            return SharedCodebooks(self._books, scales, self._row_scales)
+        values = torch.from_numpy(self._result.levels).half()
+        return ColumnCodebooks(values, self._row_scales)
+
+    def reserved(self) -> Reserved:
+        """Return the entries that stay in float16."""
+        kept = torch.from_numpy(self._result.kept).half()
+        return reserved_entries(self._counts, torch.from_numpy(self._result.rows), kept)
+
+
+def reserved_entries(counts: Tensor, rows: Tensor, values: Tensor) -> Reserved:
+    """Return reserved entries.  Raises NumericalError where one does not fit float16."""
+    reserved = Reserved(counts, rows, values)
+    if not torch.isfinite(values).all():
+        column = int(reserved.columns()[~torch.isfinite(values)][0])
+        raise NumericalError(
+            f"column {column} has a weight beyond float16 ({HALF_MAX:.0f}); reservation cannot "
+            "keep it"
+        )
+    return reserved
+
+
+class PythonColumns(ABC):
+    """A quantizer in Python, column by column: the base for codebooks of your own.
+
+    Much slower than the compiled rules, and open to any library.
+    """
+
+    def __init__(self, statistics: ColumnStatistics, plan: ColumnPlan) -> None:
+        self.rows, columns = statistics.shape
+        self._codes = np.zeros((columns, self.rows), dtype=np.uint8)
+        self._plan = plan
+        self._kept: list[tuple[NDArray[np.int64], NDArray[np.float16]]] = [
+            (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float16))
+        ] * columns
+
+    @abstractmethod
+    def quantize(
+        self, column: int, values: NDArray[np.float32], reserved: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        """Return (codes, the values that they stand for) of a compensated column: [out] each.
+
+        `reserved` lists rows that are stored in float16 whatever is returned for them.
+        """
+
+    @abstractmethod
+    def levels(self) -> Levels:
+        """Return what the codes stand for, once every column is done."""
+
+    def quantize_block(
+        self,
+        columns: NDArray[np.int64],
+        values: NDArray[np.float32],
+        lower: NDArray[np.float32],
+    ) -> None:
+        """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
+        chosen = np.empty(self.rows, dtype=bool)
+        for position, column in enumerate(columns.tolist()):
+            if len(lower):
+                compensate(values, lower, position)
+            current = values[position]
+            count = int(self._plan.reserved_counts[column])
+            choose_reserved(current, count, self._plan.select == "tails", chosen)
+            rows = np.flatnonzero(chosen)
+            codes, quantized = self.quantize(column, current, rows)
+            with np.errstate(over="ignore"):  # `reserved` refuses an infinite one
+                kept = current[rows].astype(np.float16)
+            self._kept[column] = rows, kept
+            self._codes[column] = np.where(chosen, 0, codes)
+            quantized = quantized.astype(np.float32)
+            quantized[rows] = kept
+            current -= quantized
+            current /= lower[position, position] if len(lower) else 1.0
+
+    def codes(self) -> Tensor:
+        """Return the codes: [out, in] uint8."""
+        return torch.from_numpy(self._codes).t()
+
+    def reserved(self) -> Reserved:
+        """Return the entries that stay in float16."""
+        rows, kept = (np.concatenate(part) for part in zip(*self._kept, strict=True))
+        counts = self._plan.reserved_counts
+        return reserved_entries(counts, torch.from_numpy(rows), torch.from_numpy(kept))

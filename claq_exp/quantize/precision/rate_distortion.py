@@ -1,0 +1,151 @@
+"""Bits, codebook form and reservation of all columns of a model, chosen under one budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from claq_exp.errors import ConfigError, one_of
+from claq_exp.quantize.allocation import MatrixPlan
+from claq_exp.quantize.codebook.kmeans import KMeans
+from claq_exp.quantize.layout import MAX_BITS, Form
+from claq_exp.quantize.rate_distortion import (
+    Choices,
+    allocate,
+    choose_variants,
+    column_options,
+    measure_choices,
+)
+from claq_exp.quantize.statistics import ColumnStatistics
+
+COUNTS = ("linear", "nominal")
+IMPORTANCE = ("fisher", "output")
+CODEBOOKS = ("auto", "own", "shared")
+ROW_SCALES = ("auto", "always", "never")
+SAMPLED = 8  # every so many columns decide on the form of a matrix
+
+
+@dataclass(frozen=True)
+class RateDistortion:
+    """Spend the budget where it lowers the loss of the whole model most.
+
+    A survey of the original model gives the price of an error in every column (the GPTQ distortion
+    weight 1 / U_jj^2) and, with `importance=fisher`, in every row; trial fits give the error at
+    each width and reserved count; `claq_exp.quantize.rate_distortion` spends the bits.
+
+    target_bits: bits per weight over all quantized matrices; never exceeded.
+    count: what they count: linear, everything that is stored, or nominal, as papers print.
+    importance: fisher, squared gradients of the loss, one backward pass; output, the relative
+        output error of every matrix alike.
+    codebooks: own, a codebook per column; shared, one per matrix and width, stretched for every
+        column; auto, what is better for each matrix.
+    row_scales: divide rows by their root mean square: always, never, or auto, where it is better.
+    row_weights: let the importance of rows weight the k-means too (fisher only).
+    windows: calibration windows for the survey.
+    """
+
+    target_bits: float = 2.6
+    count: str = "linear"
+    importance: str = "fisher"
+    codebooks: str = "auto"
+    row_scales: str = "auto"
+    row_weights: bool = True
+    min_bits: int = 1
+    max_bits: int = MAX_BITS
+    windows: int = 8
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("count", COUNTS),
+            ("importance", IMPORTANCE),
+            ("codebooks", CODEBOOKS),
+            ("row_scales", ROW_SCALES),
+        ):
+            if getattr(self, name) not in known:
+                raise ConfigError(one_of(f"precision.{name}", getattr(self, name), known))
+        if not 1 <= self.min_bits <= self.max_bits <= MAX_BITS:
+            raise ConfigError(
+                f"precision.min_bits={self.min_bits} and max_bits={self.max_bits}; need 1 <= "
+                f"min_bits <= max_bits <= {MAX_BITS}"
+            )
+        if self.windows < 1:
+            raise ConfigError(f"precision.windows is {self.windows}; give a positive number")
+
+    def plan(self, statistics: ColumnStatistics) -> Tensor:
+        """Return the width of each column when this matrix is all there is: [in] uint8."""
+        plans = self.plan_model({"": statistics}, KMeans(), ())
+        return plans[""].columns.column_bits
+
+    def plan_model(
+        self,
+        statistics: Mapping[str, ColumnStatistics],
+        codebook: KMeans,
+        reserved_shares: tuple[float, ...],
+        *,
+        overhead: float = 0.0,
+        on_share: Callable[[float, str], None] = lambda _share, _name: None,
+    ) -> dict[str, MatrixPlan]:
+        """Return a plan for every matrix of a model.
+
+        reserved_shares: shares of a column's entries that may be reserved.  overhead: bits that
+        the checkpoint takes beside the matrices' own, paid from the budget too.
+        on_share: called with (share of the work just done, name).
+        Raises ConfigError when the budget cannot be met.
+        """
+        budget = self.target_bits * sum(s.weight.numel() for s in statistics.values())
+        budget -= overhead if self.count == "linear" else 0.0
+        variants = self._variants(codebook)
+        names = list(statistics)
+        chosen = dict.fromkeys(names, variants[0])
+        if len(variants) > 1:
+            samples = []
+            for name in names:
+                sample = torch.arange(0, statistics[name].shape[1], SAMPLED)
+                samples.append(
+                    [self._measure(statistics[name], v, reserved_shares, sample) for v in variants]
+                )
+                on_share(0.4 / len(names), name)
+            picked = choose_variants(
+                samples, [len(s.weight[0]) for s in statistics.values()], budget
+            )
+            chosen = {name: variants[at] for name, at in zip(names, picked, strict=True)}
+        choices = []
+        for name in names:
+            choices.append(self._measure(statistics[name], chosen[name], reserved_shares, None))
+            on_share((0.6 if len(variants) > 1 else 1.0) / len(names), name)
+        plans = allocate(choices, budget)
+        return {
+            name: MatrixPlan(
+                chosen[name], plan, statistics[name].row_weights if self.row_weights else None
+            )
+            for name, plan in zip(names, plans, strict=True)
+        }
+
+    def expected(self, rows: int, columns: int, form: Form) -> Tensor:
+        """Return widths that meet the budget where all columns are alike: [in] uint8."""
+        options = column_options(rows, range(self.min_bits, self.max_bits + 1), ())
+        distortion = np.tile(4.0 ** -options[:, 0], (columns, 1))
+        choices = Choices(rows, options, distortion, form, self.count == "nominal")
+        (plan,) = allocate([choices], self.target_bits * rows * columns)
+        return plan.column_bits
+
+    def _variants(self, codebook: KMeans) -> list[KMeans]:
+        shared = {"auto": (True, False), "own": (False,), "shared": (True,)}[self.codebooks]
+        scaled = {"auto": (True, False), "always": (True,), "never": (False,)}[self.row_scales]
+        return [replace(codebook, shared=s, row_scales=r) for s in shared for r in scaled]
+
+    def _measure(
+        self,
+        statistics: ColumnStatistics,
+        codebook: KMeans,
+        reserved_shares: tuple[float, ...],
+        columns: Tensor | None,
+    ) -> Choices:
+        widths = range(self.min_bits, self.max_bits + 1)
+        options = column_options(statistics.shape[0], widths, reserved_shares)
+        nominal = self.count == "nominal"
+        return measure_choices(statistics, codebook, options, nominal=nominal, columns=columns)

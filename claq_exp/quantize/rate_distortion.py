@@ -1,0 +1,262 @@
+"""Spends a budget of bits where they lower the loss most: over all columns of all matrices at once.
+
+Every column may take one of several options, a code width and a number of reserved entries; each
+has a rate (all the bits it stores) and a distortion (its squared error times what an error in the
+column costs).  With a price per bit every column chooses for itself, and the price is sought at
+which the choices just fit the budget (Shoham and Gersho, 1988); what is left is spent on single
+columns.
+Optimal for this separable model of the loss up to the last column's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from claq_exp.errors import ConfigError
+from claq_exp.quantize.allocation import ColumnPlan
+from claq_exp.quantize.codebook.block import FITTED, column_distortions
+from claq_exp.quantize.codebook.kmeans import KMeans, root_mean_squares, shared_codebooks
+from claq_exp.quantize.layout import HALF, MAX_BITS, Form, index_width, packed_bytes
+from claq_exp.quantize.quantized import layout_of
+from claq_exp.quantize.statistics import ColumnStatistics
+
+MEASURED_BITS = 5  # wider codes are taken to quarter the distortion with every bit
+RESERVED_BITS = 4  # widest code beside which reservation is considered
+ROUNDS = 50  # halvings of the range of the price of a bit
+HIGHEST_PRICE = 1e60
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the columns of one matrix may choose.
+
+    options: [options, 2] int64, width and reserved count.
+    distortion: [columns, options] float64, in the same unit for all matrices of an allocation.
+    form: how the matrix is stored.
+    nominal: rates are what papers print, not everything that is stored.
+    """
+
+    rows: int
+    options: NDArray[np.int64]
+    distortion: NDArray[np.float64]
+    form: Form
+    nominal: bool
+
+    @property
+    def columns(self) -> int:
+        """Number of columns."""
+        return len(self.distortion)
+
+    def rates(self) -> NDArray[np.float64]:
+        """Return the bits that a column with each option stores: [options] float64."""
+        widths, counts = self.options[:, 0], self.options[:, 1]
+        if self.nominal:
+            return np.asarray(widths * (self.rows - counts) + counts * HALF, dtype=np.float64)
+        codes = np.array([8 * packed_bytes(self.rows, int(width)) for width in widths])
+        books = 2 * HALF if self.form.shared_codebooks else HALF * 2**widths
+        return np.asarray(codes + books + counts * (HALF + index_width(self.rows)), np.float64)
+
+    def fixed_bits(self) -> int:
+        """Return about what the form stores beside its columns."""
+        books = HALF * sum(2 ** int(width) for width in range(2, 5))
+        return HALF * self.rows * self.form.row_scaled + books * self.form.shared_codebooks
+
+    def bits(self, chosen: NDArray[np.int64]) -> float:
+        """Return the bits of the whole matrix when its columns choose so: [columns] int64."""
+        plan = self.plan(chosen)
+        layout = layout_of(self.rows, plan.column_bits, self.form, plan.reserved_counts)
+        return layout.nominal_bits() * layout.weights if self.nominal else layout.ledger().total
+
+    def plan(self, chosen: NDArray[np.int64]) -> ColumnPlan:
+        """Return widths and reserved counts of the columns that choose so: [columns] int64."""
+        picked = torch.from_numpy(self.options[chosen])
+        return ColumnPlan(picked[:, 0].to(torch.uint8), picked[:, 1].contiguous())
+
+
+def column_options(
+    rows: int, widths: Sequence[int], reserved_shares: Sequence[float]
+) -> NDArray[np.int64]:
+    """Return the options of a column: [options, 2] int64, those of one reserved count together."""
+    counts = sorted({0, *(max(1, round(share * rows)) for share in reserved_shares)})
+    return np.array(
+        [
+            (width, count)
+            for count in counts
+            for width in widths
+            if count == 0 or (width <= RESERVED_BITS and count <= rows)
+        ],
+        dtype=np.int64,
+    )
+
+
+def measure_choices(
+    statistics: ColumnStatistics,
+    codebook: KMeans,
+    options: NDArray[np.int64],
+    *,
+    nominal: bool,
+    columns: torch.Tensor | None = None,
+) -> Choices:
+    """Fit codebooks to the columns as they stand, at every option.
+
+    columns: [n] int64, measure only these.  The distortion is sum_i g_i (w_ij - q_ij)^2 times the
+    column's distortion weight, with the importance g of the rows.
+    """
+    rows = statistics.shape[0]
+    weight, importance, scales = statistics.weight, statistics.importance(), None
+    if codebook.row_scales:
+        scales = root_mean_squares(weight)
+        weight = weight / scales.float()[:, None]
+        importance = importance * scales.float().square()
+    measured = options[options[:, 0] <= MEASURED_BITS]
+    widths = torch.from_numpy(np.unique(measured[:, 0])).to(torch.uint8)
+    books = np.zeros((MAX_BITS + 1, 2**MAX_BITS), dtype=np.float32)
+    if codebook.shared:
+        for width, book in shared_codebooks(statistics, widths, scales).items():
+            books[width, : len(book)] = book.half().float().numpy()
+    chosen = torch.arange(weight.shape[1]) if columns is None else columns
+    values = weight.t()[chosen].contiguous().numpy()
+    rule = FITTED if codebook.shared else codebook.rule
+    workers = torch.get_num_threads()
+    with ThreadPoolExecutor(workers) as pool:
+        parts = pool.map(
+            lambda part: column_distortions(part, importance.numpy(), measured, rule, books),
+            np.array_split(values, 4 * workers),
+        )
+        found = np.concatenate(list(parts))
+    found *= statistics.distortion_weight[chosen].double().numpy()[:, None]
+    place = {(int(width), int(count)): at for at, (width, count) in enumerate(measured)}
+    distortion = np.empty((len(found), len(options)))
+    for at, (width, count) in enumerate(options.tolist()):
+        known = min(width, MEASURED_BITS)
+        distortion[:, at] = found[:, place[known, count]] / 4.0 ** (width - known)
+    return Choices(rows, options, distortion, codebook.form(len(chosen)), nominal)
+
+
+def allocate(matrices: Sequence[Choices], budget: float) -> list[ColumnPlan]:
+    """Choose an option for every column so that all matrices together store at most `budget` bits.
+
+    Raises ConfigError, with the range that can be reached, when even the cheapest options do not
+    fit.
+    """
+    rates = [matrix.rates() for matrix in matrices]
+    cheapest = _choose(matrices, rates, np.inf)
+    least = _total(matrices, cheapest)
+    if least > budget:
+        dearest = _total(matrices, _choose(matrices, rates, 0.0))
+        weights = sum(matrix.rows * matrix.columns for matrix in matrices)
+        raise ConfigError(
+            f"a budget of {budget / weights:.4g} bits per weight cannot be met; these strategies "
+            f"reach from {least / weights:.4g} to {dearest / weights:.4g}"
+        )
+    low, high = _price_range(
+        lambda price: _total(matrices, _choose(matrices, rates, price)), budget
+    )
+    chosen = _choose(matrices, rates, high)
+    _spend_rest(matrices, rates, chosen, _choose(matrices, rates, low), budget)
+    return [matrix.plan(choice) for matrix, choice in zip(matrices, chosen, strict=True)]
+
+
+def choose_variants(
+    samples: Sequence[Sequence[Choices]], columns: Sequence[int], budget: float
+) -> list[int]:
+    """Return which of its variants suits each matrix best at the price that fits the budget.
+
+    samples: per matrix and variant, the choices of some of its columns.  columns: how many there
+    are in all.
+    """
+
+    def at_price(price: float) -> tuple[float, list[int]]:
+        bits, picked = 0.0, []
+        for variants, count in zip(samples, columns, strict=True):
+            costs = []
+            for sample in variants:
+                rates = sample.rates()
+                option = np.argmin(sample.distortion + price * rates, axis=1)
+                share = count / sample.columns
+                distortion = sample.distortion[np.arange(sample.columns), option].sum() * share
+                stored = rates[option].sum() * share + sample.fixed_bits()
+                costs.append((distortion + price * stored, stored))
+            best = min(range(len(costs)), key=lambda at: costs[at][0])
+            picked.append(best)
+            bits += costs[best][1]
+        return bits, picked
+
+    return at_price(_price_range(lambda price: at_price(price)[0], budget)[1])[1]
+
+
+def _price_range(total: Callable[[float], float], budget: float) -> tuple[float, float]:
+    """Return two prices close together, the lower of which breaks the budget; (0, 0) if none does.
+
+    total: bits stored at a price per bit, falling with it.
+    """
+    if total(0.0) <= budget:
+        return 0.0, 0.0
+    low, high = 1.0, 1.0
+    while total(high) > budget and high < HIGHEST_PRICE:
+        low, high = high, high * 16
+    while total(low) <= budget and low > 1 / HIGHEST_PRICE:
+        low, high = low / 16, low
+    for _ in range(ROUNDS):
+        middle = (low * high) ** 0.5
+        if total(middle) > budget:
+            low = middle
+        else:
+            high = middle
+    return low, high
+
+
+def _choose(
+    matrices: Sequence[Choices], rates: list[NDArray[np.float64]], price: float
+) -> list[NDArray[np.int64]]:
+    """Return what each column chooses at a price per bit; at an infinite price the cheapest."""
+    if np.isinf(price):
+        return [
+            np.full(matrix.columns, int(np.argmin(rate)))
+            for matrix, rate in zip(matrices, rates, strict=True)
+        ]
+    return [
+        np.argmin(matrix.distortion + price * rate, axis=1)
+        for matrix, rate in zip(matrices, rates, strict=True)
+    ]
+
+
+def _total(matrices: Sequence[Choices], chosen: list[NDArray[np.int64]]) -> float:
+    return sum(matrix.bits(choice) for matrix, choice in zip(matrices, chosen, strict=True))
+
+
+def _spend_rest(
+    matrices: Sequence[Choices],
+    rates: list[NDArray[np.float64]],
+    chosen: list[NDArray[np.int64]],
+    dearer: list[NDArray[np.int64]],
+    budget: float,
+) -> None:
+    """Move single columns to their dearer choice, in place, while the budget holds.
+
+    The best exchange of distortion for bits comes first; a matrix's own overhead (the map of
+    widths, the counts) is looked up again after each.
+    """
+    moves = []
+    for index, (matrix, rate) in enumerate(zip(matrices, rates, strict=True)):
+        columns = np.flatnonzero(chosen[index] != dearer[index])
+        before, after = chosen[index][columns], dearer[index][columns]
+        gain = matrix.distortion[columns, before] - matrix.distortion[columns, after]
+        cost = np.maximum(rate[after] - rate[before], 1e-9)
+        moves += [(g / c, index, j) for g, c, j in zip(gain, cost, columns.tolist(), strict=True)]
+    bits = [matrix.bits(choice) for matrix, choice in zip(matrices, chosen, strict=True)]
+    total = sum(bits)
+    for _, index, column in sorted(moves, reverse=True):
+        before = chosen[index][column]
+        chosen[index][column] = dearer[index][column]
+        now = matrices[index].bits(chosen[index])
+        if total - bits[index] + now > budget:
+            chosen[index][column] = before
+        else:
+            total, bits[index] = total - bits[index] + now, now
