@@ -22,7 +22,7 @@ from claq_exp.errors import ConfigError
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.block import FITTED, column_distortions
 from claq_exp.quantize.codebook.kmeans import KMeans, root_mean_squares, shared_codebooks
-from claq_exp.quantize.layout import HALF, MAX_BITS, Form, index_width, packed_bytes
+from claq_exp.quantize.layout import HALF, MAX_BITS, Form, WeightLayout, index_width, packed_bytes
 from claq_exp.quantize.quantized import layout_of
 from claq_exp.quantize.statistics import ColumnStatistics
 
@@ -69,9 +69,16 @@ class Choices:
 
     def bits(self, chosen: NDArray[np.int64]) -> float:
         """Return the bits of the whole matrix when its columns choose so: [columns] int64."""
-        plan = self.plan(chosen)
-        layout = layout_of(self.rows, plan.column_bits, self.form, plan.reserved_counts)
+        layout = self.layout(self.plan(chosen))
         return layout.nominal_bits() * layout.weights if self.nominal else layout.ledger().total
+
+    def least(self) -> float:
+        """Return the fewest bits that the matrix can take."""
+        return self.bits(np.full(self.columns, int(np.argmin(self.rates()))))
+
+    def layout(self, plan: ColumnPlan) -> WeightLayout:
+        """Return how the matrix is stored with these widths and reserved counts."""
+        return layout_of(self.rows, plan.column_bits, self.form, plan.reserved_counts)
 
     def plan(self, chosen: NDArray[np.int64]) -> ColumnPlan:
         """Return widths and reserved counts of the columns that choose so: [columns] int64."""

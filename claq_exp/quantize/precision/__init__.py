@@ -8,6 +8,7 @@ from torch import Tensor
 
 from claq_exp.quantize.precision.fixed import Fixed
 from claq_exp.quantize.precision.outlier_order import OutlierOrder
+from claq_exp.quantize.precision.rate_distortion import RateDistortion
 from claq_exp.quantize.statistics import ColumnStatistics
 
 
@@ -18,4 +19,4 @@ class Precision(Protocol):
         """Return the code width of each column: [in] uint8, each from 1 to 8."""
 
 
-PRECISION: dict[str, type] = {"fixed": Fixed, "outlier_order": OutlierOrder}
+PRECISION: dict[str, type] = {"fixed": Fixed, "outlier_order": OutlierOrder, "rate_distortion": RateDistortion}

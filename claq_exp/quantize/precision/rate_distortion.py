@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import ConfigError, one_of
-from claq_exp.quantize.allocation import MatrixPlan
+from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook.kmeans import KMeans
-from claq_exp.quantize.layout import MAX_BITS, Form
+from claq_exp.quantize.layout import MAX_BITS, Form, WeightLayout
 from claq_exp.quantize.rate_distortion import (
     Choices,
     allocate,
@@ -26,6 +26,7 @@ COUNTS = ("linear", "nominal")
 IMPORTANCE = ("fisher", "output")
 CODEBOOKS = ("auto", "own", "shared")
 ROW_SCALES = ("auto", "always", "never")
+ATTEMPTS = 8  # to fit matrices and what comes with them into a budget
 SAMPLED = 8  # every so many columns decide on the form of a matrix
 
 
@@ -86,18 +87,17 @@ class RateDistortion:
         codebook: KMeans,
         reserved_shares: tuple[float, ...],
         *,
-        overhead: float = 0.0,
+        overhead: Callable[[Mapping[str, WeightLayout]], float] = lambda _: 0.0,
         on_share: Callable[[float, str], None] = lambda _share, _name: None,
     ) -> dict[str, MatrixPlan]:
         """Return a plan for every matrix of a model.
 
         reserved_shares: shares of a column's entries that may be reserved.  overhead: bits that
-        the checkpoint takes beside the matrices' own, paid from the budget too.
+        a checkpoint with these layouts takes beside them, paid from a linear budget too.
         on_share: called with (share of the work just done, name).
         Raises ConfigError when the budget cannot be met.
         """
         budget = self.target_bits * sum(s.weight.numel() for s in statistics.values())
-        budget -= overhead if self.count == "linear" else 0.0
         variants = self._variants(codebook)
         names = list(statistics)
         chosen = dict.fromkeys(names, variants[0])
@@ -117,21 +117,45 @@ class RateDistortion:
         for name in names:
             choices.append(self._measure(statistics[name], chosen[name], reserved_shares, None))
             on_share((0.6 if len(variants) > 1 else 1.0) / len(names), name)
-        plans = allocate(choices, budget)
+        plans = self._fit(dict(zip(names, choices, strict=True)), budget, overhead)
         return {
             name: MatrixPlan(
                 chosen[name], plan, statistics[name].row_weights if self.row_weights else None
             )
-            for name, plan in zip(names, plans, strict=True)
+            for name, plan in plans.items()
         }
 
-    def expected(self, rows: int, columns: int, form: Form) -> Tensor:
-        """Return widths that meet the budget where all columns are alike: [in] uint8."""
+    def _fit(
+        self,
+        choices: Mapping[str, Choices],
+        budget: float,
+        overhead: Callable[[Mapping[str, WeightLayout]], float],
+    ) -> dict[str, ColumnPlan]:
+        """Allocate until matrices and what comes with them fit the budget together."""
+        beside = 0.0
+        for _ in range(ATTEMPTS):
+            found = allocate(list(choices.values()), budget - beside)
+            plans = dict(zip(choices, found, strict=True))
+            if self.count == "nominal":
+                return plans
+            layouts = {name: choices[name].layout(plan) for name, plan in plans.items()}
+            needed = overhead(layouts)
+            if sum(layout.ledger().total for layout in layouts.values()) + needed <= budget:
+                return plans
+            beside = max(needed, beside * (1 + 1e-3))
+        raise ConfigError(
+            f"precision.target_bits={self.target_bits} leaves no room for what a checkpoint stores "
+            "beside its matrices; raise it"
+        )
+
+    def expected_layout(self, rows: int, columns: int) -> WeightLayout:
+        """Return about what a matrix will take, as if all its columns were alike."""
         options = column_options(rows, range(self.min_bits, self.max_bits + 1), ())
         distortion = np.tile(4.0 ** -options[:, 0], (columns, 1))
+        form = Form(shared_codebooks=self.codebooks != "own", row_scaled=self.row_scales != "never")
         choices = Choices(rows, options, distortion, form, self.count == "nominal")
-        (plan,) = allocate([choices], self.target_bits * rows * columns)
-        return plan.column_bits
+        (plan,) = allocate([choices], max(self.target_bits * rows * columns, choices.least()))
+        return choices.layout(plan)
 
     def _variants(self, codebook: KMeans) -> list[KMeans]:
         shared = {"auto": (True, False), "own": (False,), "shared": (True,)}[self.codebooks]

@@ -1,0 +1,49 @@
+"""Keeps what was decided of a whole model, for the same command to go on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from claq_exp.checkpoint.files import write_bytes
+from claq_exp.errors import CheckpointError
+from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
+from claq_exp.quantize.codebook.kmeans import KMeans
+
+
+def save_allocation(path: Path, plans: Mapping[str, MatrixPlan]) -> None:
+    """Write the plans of a model's matrices to one file, replacing it whole."""
+    tensors, codebooks = {}, {}
+    for name, plan in plans.items():
+        codebooks[name] = asdict(plan.codebook)  # type: ignore[call-overload]
+        tensors[f"{name}.column_bits"] = plan.columns.column_bits
+        tensors[f"{name}.reserved_counts"] = plan.columns.reserved_counts
+        if plan.row_weights is not None:
+            tensors[f"{name}.row_weights"] = plan.row_weights
+    write_bytes(path, save(tensors, {"codebooks": json.dumps(codebooks)}))
+
+
+def load_allocation(path: Path) -> dict[str, MatrixPlan]:
+    """Read `save_allocation` back.  Raises CheckpointError when the file is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            codebooks = json.loads(file.metadata()["codebooks"])
+            tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return {
+            name: MatrixPlan(
+                KMeans(**fields),
+                ColumnPlan(tensors[f"{name}.column_bits"], tensors[f"{name}.reserved_counts"]),
+                tensors.get(f"{name}.row_weights"),
+            )
+            for name, fields in codebooks.items()
+        }
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the file is no allocation
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; set resume=never to start over"
+        ) from error

@@ -1,0 +1,128 @@
+"""Fits a recipe to a budget of bits per weight that must not be exceeded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from claq_exp.errors import ConfigError, one_of
+from claq_exp.quantize.layout import MAX_BITS, WeightLayout
+from claq_exp.quantize.precision import Fixed, RateDistortion
+from claq_exp.quantize.quantized import layout_of
+from claq_exp.quantize.recipe import Recipe, constant_statistics, planned_layout
+
+KINDS = ("linear", "nominal")
+STEPS = 40  # halvings of a range of target bits
+
+Overhead = Callable[[Mapping[str, WeightLayout]], float]
+
+
+@dataclass
+class BudgetConfig:
+    """What a whole model may take, in place of the precision's own bits.
+
+    bits: bits per weight over all quantized matrices, never exceeded; null: the precision decides.
+    kind: what they count: linear, everything that is stored (codebooks, maps, reserved values and
+        positions, header), or nominal, as papers print.
+    """
+
+    bits: float | None = None
+    kind: str = "linear"
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ConfigError(one_of("budget.kind", self.kind, KINDS))
+        if self.bits is not None and not 0 < self.bits < 16:
+            raise ConfigError(f"budget.bits is {self.bits}; give bits per weight between 0 and 16")
+
+
+def fit_budget(
+    recipe: Recipe, budget: BudgetConfig, shapes: Mapping[str, tuple[int, int]], overhead: Overhead
+) -> Recipe:
+    """Return the recipe with the largest precision that the budget allows.
+
+    The reservation keeps its own ratio; the precision gets the rest.
+    shapes: name -> (out, in) of every matrix.  overhead: bits that a checkpoint with these layouts
+    takes beside them; counted in linear budgets.
+    Raises ConfigError with the range that can be reached.
+    """
+    if budget.bits is None:
+        return recipe
+    if isinstance(recipe.precision, RateDistortion):
+        precision = replace(recipe.precision, target_bits=budget.bits, count=budget.kind)
+        return replace(recipe, precision=precision)
+    model = _Model(recipe, budget.kind == "nominal", shapes, overhead)
+    best: Recipe | None = None
+    reached = []
+    for low, high, at in _ranges(recipe):
+        ends = model.bits(at(low)), model.bits(at(high))
+        reached += ends
+        if ends[0] <= budget.bits:
+            found = at(_largest(low, high, lambda bits, at=at: model.bits(at(bits)), budget.bits))  # type: ignore[misc]
+            if best is None or _mean(found) > _mean(best):
+                best = found
+    if best is None:
+        raise ConfigError(
+            f"budget.bits={budget.bits} {budget.kind} bits cannot be met; this recipe reaches "
+            f"from {min(reached):.3f} to {max(reached):.3f} on this model"
+        )
+    return best
+
+
+@dataclass(frozen=True)
+class _Model:
+    """Counts the bits per weight that recipes take on the matrices of a model."""
+
+    recipe: Recipe
+    nominal: bool
+    shapes: Mapping[str, tuple[int, int]]
+    overhead: Overhead
+
+    def bits(self, recipe: Recipe) -> float:
+        known = {shape: self._layout(recipe, shape) for shape in set(self.shapes.values())}
+        layouts = {name: known[shape] for name, shape in self.shapes.items()}
+        weights = sum(layout.weights for layout in layouts.values())
+        if self.nominal:
+            stored = sum(layout.nominal_bits() * layout.weights for layout in layouts.values())
+        else:
+            stored = sum(layout.ledger().total for layout in layouts.values())
+            stored += self.overhead(layouts)
+        return stored / weights
+
+    def _layout(self, recipe: Recipe, shape: tuple[int, int]) -> WeightLayout:
+        return planned_layout(recipe, *shape)
+
+
+def _ranges(recipe: Recipe) -> Iterator[tuple[float, float, Callable[[float], Recipe]]]:
+    """Yield (lowest, highest, recipe at so many bits) for each range without a jump."""
+    precision = recipe.precision
+    if isinstance(precision, Fixed):
+        for bits in range(1, MAX_BITS + 1):
+            whole = replace(recipe, precision=replace(precision, bits=bits))
+            yield bits, bits, lambda _, whole=whole: whole  # type: ignore[misc]
+        return
+    ranges = getattr(precision, "ranges", None)
+    if ranges is None:
+        raise ConfigError(
+            f"{type(precision).__name__} cannot follow budget.bits; set its own bits, or choose "
+            "another precision"
+        )
+    for low, high, at in ranges():
+        yield low, high, lambda bits, at=at: replace(recipe, precision=at(bits))  # type: ignore[misc]
+
+
+def _largest(low: float, high: float, bits: Callable[[float], float], limit: float) -> float:
+    """Return the largest target in [low, high] whose bits stay within the limit; low's do."""
+    if bits(high) <= limit:
+        return high
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        if bits(middle) <= limit:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def _mean(recipe: Recipe) -> float:
+    return float(recipe.precision.plan(constant_statistics(1, 1024)).float().mean())
