@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from claq_exp.models.discover import find_blocks, linear_weight, linears_of
 from claq_exp.models.load import DTYPES
 from claq_exp.models.skeleton import skeleton, tied_names
 from claq_exp.quantize.layout import HALF, Ledger, WeightLayout
-from claq_exp.quantize.recipe import planned_layout
+from claq_exp.quantize.recipe import Recipe, planned_layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,12 +55,11 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     path, blocks = find_blocks(model, config.model.blocks)
     recipe = config.recipe()
     shapes = {
-        f"{path}.{index}.{name}": tuple(linear_weight(module).shape)
+        f"{path}.{index}.{name}": linear_weight(module).shape
         for index, block in enumerate(blocks)
         for name, module in linears_of(block).items()
     }
-    known = {shape: planned_layout(recipe, *shape) for shape in set(shapes.values())}
-    layouts = {name: known[shape] for name, shape in shapes.items()}
+    layouts = _layouts(recipe, shapes)
     tied = tied_names(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     parameters = sum(tensor.numel() for tensor in state.values())
@@ -78,6 +78,18 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         blocks=len(blocks),
         parameters=parameters,
     )
+
+
+def _layouts(recipe: Recipe, shapes: Mapping[str, Sequence[int]]) -> dict[str, WeightLayout]:
+    """Plan one layer of each kind, and let it stand for all of its kind."""
+    planned: dict[Hashable, WeightLayout] = {}
+    layouts = {}
+    for name, (rows, columns) in shapes.items():
+        kind = (rows, columns, recipe.plan_key(name))
+        if kind not in planned:
+            planned[kind] = planned_layout(recipe, rows, columns, name)
+        layouts[name] = planned[kind]
+    return layouts
 
 
 def _sizes(layouts: dict[str, WeightLayout], kept: dict[str, int], parameters: int) -> Sizes:
@@ -137,7 +149,7 @@ def _seconds(
         sum(layout.columns**2 for layout in layouts.values()) / 2
     )  # about half share their input
     calibrate = 2 * tokens * (CALIBRATION_PASSES * weights + squares) / speed
-    solve = sum(
+    solve = getattr(config.recipe().codebook, "relative_cost", 1.0) * sum(
         layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
         for layout in layouts.values()
     )

@@ -142,7 +142,8 @@ class _Block:
             begun = time.perf_counter()
             try:
                 weight = self._weight(name).detach().to("cpu", torch.float32)
-                solved = quantize_weight(LinearProblem(weight, hessian), system, self.recipe)
+                problem = LinearProblem(weight, hessian, f"{self.path}.{name}")
+                solved = quantize_weight(problem, system, self.recipe)
             except NumericalError as error:
                 raise NumericalError(f"{self.path}.{name}: {error}") from error
             return name, solved, time.perf_counter() - begun

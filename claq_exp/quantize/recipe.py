@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 
-from claq_exp.errors import ConfigError, NumericalError
+from claq_exp.errors import ConfigError, NumericalError, one_of
 from claq_exp.quantize.codebook import Codebook
 from claq_exp.quantize.layout import MAX_BITS, WeightLayout
 from claq_exp.quantize.precision import Precision
 from claq_exp.quantize.problem import LinearProblem, relative_output_error
 from claq_exp.quantize.quantized import QuantizedWeight, layout_of
 from claq_exp.quantize.reservation import Reservation
+from claq_exp.quantize.reservation.shares import MAGNITUDE, SELECTIONS
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.solver.columns import ColumnSystem, quantize_columns
 from claq_exp.quantize.statistics import ColumnStatistics
@@ -29,6 +31,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse strategies that do not go together, by trying their plans on a small matrix."""
+        if self.select not in SELECTIONS:
+            raise ConfigError(one_of("reservation's select", self.select, SELECTIONS))
         bits, reserved = self.plan(constant_statistics(512, 512))
         if not self.codebook.mixed_widths and len(bits.unique()) > 1:
             raise ConfigError(
@@ -39,6 +43,16 @@ class Recipe:
             raise ConfigError(
                 "this codebook cannot leave entries out; use reservation=none, or codebook=kmeans"
             )
+
+    @property
+    def select(self) -> str:
+        """Return the rule by which the entries of a column are picked that stay in 16 bits."""
+        return getattr(self.reservation, "select", MAGNITUDE)
+
+    def plan_key(self, name: str) -> tuple[Hashable, ...]:
+        """Return what the layout of a layer depends on besides its shape."""
+        families = (self.precision, self.reservation)
+        return tuple(getattr(rule, "plan_key", lambda _name: None)(name) for rule in families)
 
     def plan(self, statistics: ColumnStatistics) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (column_bits [in] uint8, reserved_counts [in] int64).
@@ -73,9 +87,12 @@ def quantize_weight(problem: LinearProblem, system: ColumnSystem, recipe: Recipe
     Raises NumericalError when a level or reserved value does not fit float16.
     """
     weight = problem.weight
-    column_bits, reserved_counts = recipe.plan(ColumnStatistics(weight, system.distortion_weight))
+    statistics = ColumnStatistics(weight, system.distortion_weight, system.order, problem.name)
+    column_bits, reserved_counts = recipe.plan(statistics)
     quantizer = recipe.codebook.start(weight, column_bits)
-    quantized = quantize_columns(weight, system, quantizer, column_bits, reserved_counts)
+    quantized = quantize_columns(
+        weight, system, quantizer, column_bits, reserved_counts, select=recipe.select
+    )
     if not quantized.levels.finite():
         raise NumericalError(
             f"weights up to {weight.abs().max().item():.3g} need levels beyond float16 (65504); "
@@ -93,9 +110,9 @@ def quantize_weight(problem: LinearProblem, system: ColumnSystem, recipe: Recipe
     )
 
 
-def planned_layout(recipe: Recipe, rows: int, columns: int) -> WeightLayout:
-    """Return the layout of a matrix of this shape; exact where plans depend on shapes alone."""
-    statistics = constant_statistics(rows, columns)
+def planned_layout(recipe: Recipe, rows: int, columns: int, name: str = "") -> WeightLayout:
+    """Return the layout of a layer; exact where plans depend on shapes and names alone."""
+    statistics = constant_statistics(rows, columns, name)
     column_bits, reserved_counts = recipe.plan(statistics)
     levels = recipe.codebook.start(statistics.weight, column_bits).levels()
     return layout_of(rows, column_bits, levels, reserved_counts)
@@ -112,6 +129,7 @@ def _check_plan(
         )
 
 
-def constant_statistics(rows: int, columns: int) -> ColumnStatistics:
+def constant_statistics(rows: int, columns: int, name: str = "") -> ColumnStatistics:
     """Return the statistics of a matrix of ones, for plans before any weight is read."""
-    return ColumnStatistics(torch.ones(1, 1).expand(rows, columns), torch.ones(columns))
+    ones = torch.ones(1, 1).expand(rows, columns)
+    return ColumnStatistics(ones, torch.ones(columns), torch.arange(columns), name)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from claq_exp.quantize.codebook.kmeans import KMeans
+from claq_exp.quantize.codebook.sklearn_kmeans import SklearnKMeans
 from claq_exp.quantize.codebook.uniform import Uniform
 from claq_exp.quantize.quantized import ColumnCodebooks, RowGrid
 
@@ -36,6 +37,8 @@ class Codebook(Protocol):
 
     mixed_widths: columns of one matrix may have different widths.
     reserves: works with reserved entries.
+
+    A slow one also has `relative_cost`, its time for a column over that of kmeans, for estimates.
     """
 
     mixed_widths: ClassVar[bool]
@@ -45,4 +48,8 @@ class Codebook(Protocol):
         """Begin a matrix: weight [out, in] float32 before compensation, column_bits [in] uint8."""
 
 
-CODEBOOK: dict[str, type] = {"kmeans": KMeans, "uniform": Uniform}
+CODEBOOK: dict[str, type] = {
+    "kmeans": KMeans,
+    "sklearn_kmeans": SklearnKMeans,
+    "uniform": Uniform,
+}

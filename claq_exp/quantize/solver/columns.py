@@ -43,10 +43,13 @@ def quantize_columns(
     quantizer: ColumnQuantizer,
     column_bits: Tensor,
     reserved_counts: Tensor,
+    *,
+    select: str = "magnitude",
 ) -> QuantizedWeight:
     """Quantize column after column, spreading each column's error over the columns that follow.
 
     weight: [out, in] float32.  column_bits: [in] uint8.  reserved_counts: [in] int64.
+    select: which entries are reserved: magnitude (`largest_rows`) or tails (`tail_rows`).
     With e_j = (w_j - q_j) / U_jj, every later column k becomes
     w_k - U_jk e_j (GPTQ, arXiv 2210.17323, eq. 3 and Algorithm 1).  Inside a block a column
     gathers the errors before it when its turn comes, so that no column is written twice.
@@ -54,6 +57,7 @@ def quantize_columns(
     order = system.order.numpy()
     work = weight.t().numpy()[order]  # [in, out]: a column is one stretch of memory
     counts = reserved_counts.numpy()
+    select_rows = tail_rows if select == "tails" else largest_rows
     kept = [(_NO_ROWS, _NO_VALUES)] * len(order)
     factor = None
     if system.inverse_factor is not None:
@@ -65,7 +69,7 @@ def quantize_columns(
             column, values = int(order[position]), work[position]
             if factor is not None and position > start:
                 values = values - factor[position, start:position] @ errors[: position - start]
-            rows = largest_rows(values, int(counts[column]))
+            rows = select_rows(values, int(counts[column]))
             quantized = quantizer.quantize(column, values, rows)
             if len(rows):
                 kept[column] = rows, _to_half(values[rows], column)
@@ -92,13 +96,27 @@ _NO_VALUES = np.zeros(0, dtype=np.float16)
 
 def largest_rows(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """Return the rows of the `count` largest magnitudes, ascending; ties go to the lower row."""
+    return _top_rows(np.abs(values), count)
+
+
+def tail_rows(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Return the rows of the ceil(count / 2) largest and floor(count / 2) smallest values.
+
+    Ascending and all different, exactly `count`; ties go to the lower row.
+    """
+    top = _top_rows(values, (count + 1) // 2)
+    left = np.delete(np.arange(len(values)), top)
+    bottom = left[_top_rows(-values[left], count // 2)]
+    return np.sort(np.concatenate([top, bottom]))
+
+
+def _top_rows(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     if count == 0:
         return _NO_ROWS
-    magnitude = np.abs(values)
-    smallest = np.partition(magnitude, len(values) - count)[len(values) - count]
-    rows = np.flatnonzero(magnitude >= smallest)
+    smallest = np.partition(values, len(values) - count)[len(values) - count]
+    rows = np.flatnonzero(values >= smallest)
     if len(rows) > count:
-        level = np.flatnonzero(magnitude[rows] == smallest)
+        level = np.flatnonzero(values[rows] == smallest)
         rows = np.delete(rows, level[count - len(rows) :])
     return rows
 
