@@ -102,7 +102,7 @@ def _run(overrides: list[str]) -> int:
         return _with_hydra([*words, "--multirun"])
     _run_one(compose_config(words), _command(overrides))
     if not words:
-        Console().print("Next: claq-exp experiment=claq_2bit", highlight=False)
+        Console().print("Next: claq-exp experiment=claq_2.12", highlight=False)
     return 0
 
 

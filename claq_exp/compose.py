@@ -74,7 +74,9 @@ def groups() -> dict[str, list[str]]:
     """Return config group -> its options."""
     conf = packaged_folder("conf")
     found = {
-        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+        folder.name: sorted(
+            path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")
+        )
         for folder in sorted(conf.iterdir())
         if folder.is_dir()
     }
@@ -132,9 +134,9 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     text = str(error)
     if isinstance(error, ValueError):  # Hydra's own, for a group whose option is no word
         return _explain_option(overrides)
-    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
-        if match[1].startswith("hydra/"):
-            return f"{match[1]}={match[2]} is not installed; pip install 'claq-exp[{match[2]}]'"
+    if match := re.search(r"Could not find '(hydra/[^']+)/([^'/]+)'", text):
+        return f"{match[1]}={match[2]} is not installed; pip install 'claq-exp[{match[2]}]'"
+    if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
         options = groups().get(match[1], [])
         there = f"there are: {', '.join(options)}"
         return f"{match[1]}={match[2]}: no such option{_near(match[2], options)}; {there}"

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from claq_exp.errors import ConfigError, one_of
+from claq_exp.quantize.budget import BudgetConfig
 from claq_exp.quantize.codebook import CODEBOOK
 from claq_exp.quantize.precision import PRECISION
 from claq_exp.quantize.recipe import Recipe
@@ -177,6 +178,7 @@ class ExperimentConfig:
     precision: dict[str, Any] = field(default_factory=dict)
     reservation: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     name: str = "default"

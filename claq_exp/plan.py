@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from claq_exp.checkpoint.writer import Sizes
 from claq_exp.config import ExperimentConfig
@@ -14,8 +17,10 @@ from claq_exp.machine import matmul_speed
 from claq_exp.models.discover import find_blocks, linear_weight, linears_of
 from claq_exp.models.load import DTYPES
 from claq_exp.models.skeleton import skeleton, tied_names
+from claq_exp.quantize.budget import Overhead, fit_budget
 from claq_exp.quantize.layout import HALF, Ledger, WeightLayout
-from claq_exp.quantize.recipe import planned_layout
+from claq_exp.quantize.precision import RateDistortion
+from claq_exp.quantize.recipe import Recipe, planned_layouts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,6 +30,7 @@ FORWARD_EFFICIENCY = 0.7  # of a large matrix product's speed, for a whole forwa
 CALIBRATION_PASSES = 2.5  # forward passes of a block: up to each group, and once through
 COLUMN_SECONDS = 100e-6  # to fit and code one column
 ENTRY_SECONDS = 100e-9  # and for each of its entries
+ALLOCATION = 3.0  # trial fits of a rate-distortion allocation, in column loops
 TASK_TOKENS = 90  # of a row of a multiple-choice task, all choices together
 TASK_START = 8.0  # seconds until lm-eval is ready
 LIBRARIES = 0.9e9  # bytes of Python, PyTorch and the rest before any model is there
@@ -34,11 +40,15 @@ LIBRARIES = 0.9e9  # bytes of Python, PyTorch and the rest before any model is t
 class Plan:
     """What to expect.
 
+    recipe: the experiment's strategies, fitted to its budget.
+    description: bits that a checkpoint with given layouts takes beside its matrices, at most.
     layouts: linear name -> stored form.  sizes: bytes and bits of the checkpoint.  seconds: stage
     -> estimate.
     memory: bytes of the largest stage.  original_bytes: of the model's weights in 16 bits.
     """
 
+    recipe: Recipe
+    description: Overhead
     layouts: dict[str, WeightLayout]
     sizes: Sizes
     original_bytes: int
@@ -52,32 +62,41 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     """Plan a run.  Raises ConfigError for a model without decoder blocks."""
     model = skeleton(model_config)
     path, blocks = find_blocks(model, config.model.blocks)
-    recipe = config.recipe()
     shapes = {
-        f"{path}.{index}.{name}": tuple(linear_weight(module).shape)
+        f"{path}.{index}.{name}": _shape(linear_weight(module))
         for index, block in enumerate(blocks)
         for name, module in linears_of(block).items()
     }
-    known = {shape: planned_layout(recipe, *shape) for shape in set(shapes.values())}
-    layouts = {name: known[shape] for name, shape in shapes.items()}
     tied = tied_names(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     parameters = sum(tensor.numel() for tensor in state.values())
-    if not layouts:
+    if not shapes:
         raise ConfigError(f"the blocks of {path} hold no linear layers to quantize")
     kept = {
-        name: t.numel() for name, t in state.items() if name.removesuffix(".weight") not in layouts
+        name: t.numel() for name, t in state.items() if name.removesuffix(".weight") not in shapes
     }
+
+    def description(layouts: Mapping[str, WeightLayout]) -> float:
+        return 8.0 * _description_bytes(layouts, kept)
+
+    recipe = fit_budget(config.recipe(), config.budget, shapes, description)
+    layouts = planned_layouts(recipe, shapes)
     width = next(tensor.shape[1] for tensor in state.values() if tensor.ndim == 2)
     return Plan(
+        recipe=recipe,
+        description=description,
         layouts=layouts,
         sizes=_sizes(layouts, kept, parameters),
         original_bytes=2 * parameters,
         memory=_memory(config, parameters, layouts, len(blocks), width),
-        seconds=_seconds(config, parameters, layouts, device),
+        seconds=_seconds(config, recipe, parameters, layouts, device),
         blocks=len(blocks),
         parameters=parameters,
     )
+
+
+def _shape(weight: torch.Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]
 
 
 def _sizes(layouts: dict[str, WeightLayout], kept: dict[str, int], parameters: int) -> Sizes:
@@ -95,7 +114,7 @@ def _sizes(layouts: dict[str, WeightLayout], kept: dict[str, int], parameters: i
     )
 
 
-def _description_bytes(layouts: dict[str, WeightLayout], kept: dict[str, int]) -> int:
+def _description_bytes(layouts: Mapping[str, WeightLayout], kept: dict[str, int]) -> int:
     """Estimate the bytes of the weights file's header and of the layouts in config.json."""
     header = {
         f"{n}.{s}": t for n, layout in layouts.items() for s, t in layout.stored_tensors().items()
@@ -128,7 +147,11 @@ def _memory(
 
 
 def _seconds(
-    config: ExperimentConfig, parameters: int, layouts: dict[str, WeightLayout], device: str
+    config: ExperimentConfig,
+    recipe: Recipe,
+    parameters: int,
+    layouts: dict[str, WeightLayout],
+    device: str,
 ) -> dict[str, float]:
     speed = FORWARD_EFFICIENCY * matmul_speed(device)
     tokens = config.calibration.windows * config.calibration.seqlen
@@ -137,7 +160,7 @@ def _seconds(
         sum(layout.columns**2 for layout in layouts.values()) / 2
     )  # about half share their input
     calibrate = 2 * tokens * (CALIBRATION_PASSES * weights + squares) / speed
-    solve = sum(
+    solve = getattr(recipe.codebook, "relative_cost", 1.0) * sum(
         layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
         for layout in layouts.values()
     )
@@ -147,9 +170,15 @@ def _seconds(
     evaluate = 2 * (scored + rows) * parameters / speed
     evaluate += TASK_START * bool(config.evaluation.zero_shot)
     disk = 2 * parameters / 5e8
+    allocate = {}
+    if isinstance(recipe.precision, RateDistortion):
+        surveyed = recipe.precision.windows * config.calibration.seqlen
+        passes = 2 * surveyed * (4 * parameters + squares) / speed
+        allocate = {"allocate": passes + ALLOCATION * solve}
     return {
         "load": 2 + disk,
         "evaluate original": evaluate,
+        **allocate,
         "quantize": calibrate + solve,
         "export": 1 + disk,
         "evaluate quantized": 2 + disk + evaluate,

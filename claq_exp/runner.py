@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from claq_exp import __version__
+from claq_exp.checkpoint.allocation import load_allocation, save_allocation
 from claq_exp.checkpoint.files import read_json, write_json
 from claq_exp.checkpoint.reader import load_model as load_quantized
 from claq_exp.checkpoint.reader import read_layouts
@@ -26,9 +27,12 @@ from claq_exp.evaluation.divergence import Comparison, LogitStore
 from claq_exp.evaluation.measure import Measurement, measure
 from claq_exp.inputs import Fetched, Tokens, fetch, tokenize_inputs
 from claq_exp.machine import choose_device, peak_memory, settle, versions
+from claq_exp.models.allocate import allocate_model
 from claq_exp.models.load import load_config, load_model, stored_dtype
 from claq_exp.models.quantize import quantize_model
 from claq_exp.plan import Plan, make_plan
+from claq_exp.quantize.allocation import MatrixPlan
+from claq_exp.quantize.precision import RateDistortion
 from claq_exp.reporting.plots import plot_layers
 from claq_exp.reporting.results import build_results, write_layers
 from claq_exp.run_folder import RESULTS_FILE, RunFolder, run_identity
@@ -40,6 +44,7 @@ from claq_exp.tracking.wandb import WandbTracker, check_wandb
 
 EVENTS_FILE = "events.jsonl"
 ORIGINAL = "original.json"
+ALLOCATION = "allocation.safetensors"
 
 
 @dataclass(frozen=True)
@@ -179,12 +184,15 @@ class _Job:
         config = self.config
         model = self._stage("load", self._load_original)
         original = self._measure_original(model)
+        batches = list(self.tokens.calibration.to(self.device).split(config.calibration.batch_size))
+        plans = self._allocate(model, batches)
         self.progress.stage("quantize")
         quantized = quantize_model(
             model,
-            list(self.tokens.calibration.to(self.device).split(config.calibration.batch_size)),
-            config.recipe(),
+            batches,
+            self.plan.recipe,
             BlockStore(self.folder.work / "blocks", self.folder.hash),
+            plans=plans,
             blocks_path=config.model.blocks,
             on_event=lambda name, data: self.events.event(name, **data),
             on_share=self.progress.advance,
@@ -196,6 +204,28 @@ class _Job:
             tokenizer = self.tokens.tokenizer
             self._stage("export", lambda: write_checkpoint(target, model, tokenizer, packed, dtype))
         return original, quantized.report
+
+    def _allocate(self, model: Any, batches: list[Tensor]) -> dict[str, MatrixPlan]:
+        """Decide on every matrix at once, where the recipe asks for it."""
+        recipe, path = self.plan.recipe, self.folder.work / ALLOCATION
+        if not isinstance(recipe.precision, RateDistortion):
+            return {}
+        if path.is_file():
+            return load_allocation(path)
+        self.progress.stage("allocate")
+        plans = self._stage(
+            "allocate",
+            lambda: allocate_model(
+                model,
+                batches,
+                recipe,
+                blocks_path=self.config.model.blocks,
+                overhead=self.plan.description,
+                on_share=self.progress.advance,
+            ),
+        )
+        save_allocation(path, plans)
+        return plans
 
     def _load_original(self) -> Any:
         model = self.config.model

@@ -43,7 +43,7 @@ def load_allocation(path: Path) -> dict[str, MatrixPlan]:
             )
             for name, fields in codebooks.items()
         }
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with it, the file is no allocation
+    except Exception as error:
         raise CheckpointError(
             f"{path} cannot be read: {error}; set resume=never to start over"
         ) from error

@@ -146,8 +146,9 @@ class _Block:
             begun = time.perf_counter()
             try:
                 weight = self._weight(name).detach().to("cpu", torch.float32)
-                plan = self.plans.get(f"{self.path}.{name}")
-                solved = quantize_weight(LinearProblem(weight, hessian), system, self.recipe, plan)
+                full_name = f"{self.path}.{name}"
+                problem = LinearProblem(weight, hessian, full_name)
+                solved = quantize_weight(problem, system, self.recipe, self.plans.get(full_name))
             except NumericalError as error:
                 raise NumericalError(f"{self.path}.{name}: {error}") from error
             return name, solved, time.perf_counter() - begun

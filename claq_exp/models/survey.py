@@ -79,7 +79,7 @@ def survey_model(
                     whole = (weight @ hessian.float()).mul_(weight).sum()
                     distortion = distortion / whole.clamp(min=torch.finfo(torch.float32).tiny)
                 statistics[full_name] = ColumnStatistics(
-                    weight, distortion, importance.get(full_name)
+                    weight, distortion, system.order, full_name, importance.get(full_name)
                 )
         on_share(share, f"{path}.{index}")
     return statistics

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from claq_exp.errors import ConfigError, one_of
 from claq_exp.quantize.layout import MAX_BITS, WeightLayout
 from claq_exp.quantize.precision import Fixed, RateDistortion
-from claq_exp.quantize.quantized import layout_of
 from claq_exp.quantize.recipe import Recipe, constant_statistics, planned_layout
 
 KINDS = ("linear", "nominal")
@@ -53,7 +52,7 @@ def fit_budget(
         return replace(recipe, precision=precision)
     model = _Model(recipe, budget.kind == "nominal", shapes, overhead)
     best: Recipe | None = None
-    reached = []
+    reached: list[float] = []
     for low, high, at in _ranges(recipe):
         ends = model.bits(at(low)), model.bits(at(high))
         reached += ends

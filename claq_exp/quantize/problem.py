@@ -17,10 +17,12 @@ class LinearProblem:
 
     weight: [out, in] float32.
     hessian: [in, in] float64, 2/n * sum over n tokens of x x^T (GPTQ, arXiv 2210.17323, eq. 1-2).
+    name: full name of the layer in its model; empty when unknown.
     """
 
     weight: Tensor
     hessian: Tensor
+    name: str = ""
 
     def __post_init__(self) -> None:
         columns = self.weight.shape[1]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from claq_exp.errors import ConfigError, NumericalError
+from claq_exp.errors import ConfigError, NumericalError, one_of
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
-from claq_exp.quantize.codebook import Codebook
+from claq_exp.quantize.codebook import Codebook, KMeans
 from claq_exp.quantize.layout import MAX_BITS, WeightLayout
-from claq_exp.quantize.precision import Precision
+from claq_exp.quantize.precision import Precision, RateDistortion
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.quantized import QuantizedWeight, layout_of
-from claq_exp.quantize.reservation import Reservation
+from claq_exp.quantize.reservation import JointReservation, NoReservation, Reservation
+from claq_exp.quantize.reservation.shares import MAGNITUDE, SELECTIONS
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.solver.columns import ColumnSystem, quantize_columns
 from claq_exp.quantize.statistics import ColumnStatistics
@@ -31,6 +33,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse strategies that do not go together, by trying their plans on a small matrix."""
+        if self.select not in SELECTIONS:
+            raise ConfigError(one_of("reservation's select", self.select, SELECTIONS))
+        self._check_joint()
+        if self.allocates:
+            return
         plan = self.plan(constant_statistics(512, 512))
         if not self.codebook.mixed_widths and len(plan.column_bits.unique()) > 1:
             raise ConfigError(
@@ -42,6 +49,38 @@ class Recipe:
                 "this codebook cannot leave entries out; use reservation=none, or codebook=kmeans"
             )
 
+    @property
+    def select(self) -> str:
+        """Return the rule by which the entries of a column are picked that stay in 16 bits."""
+        return getattr(self.reservation, "select", MAGNITUDE)
+
+    @property
+    def allocates(self) -> bool:
+        """Whether widths are decided for the whole model before its first layer."""
+        return isinstance(self.precision, RateDistortion)
+
+    def plan_key(self, name: str) -> tuple[Hashable, ...]:
+        """Return what the layout of a layer depends on besides its shape."""
+        families = (self.precision, self.reservation)
+        return tuple(getattr(rule, "plan_key", lambda _name: None)(name) for rule in families)
+
+    def _check_joint(self) -> None:
+        joint = isinstance(self.reservation, JointReservation)
+        if not self.allocates:
+            if joint:
+                raise ConfigError(
+                    "reservation=rate_distortion is decided by precision=rate_distortion; choose "
+                    "it too, or another reservation"
+                )
+            return
+        if not isinstance(self.codebook, KMeans):
+            raise ConfigError("precision=rate_distortion needs codebook=kmeans or kmeans_exact")
+        if not joint and not isinstance(self.reservation, NoReservation):
+            raise ConfigError(
+                "precision=rate_distortion decides what is reserved too: use "
+                "reservation=rate_distortion or reservation=none"
+            )
+
     def plan(self, statistics: ColumnStatistics) -> ColumnPlan:
         """Decide the widths and reservations of a matrix.
 
@@ -51,7 +90,7 @@ class Recipe:
         bits, reserved = self.precision.plan(statistics), self.reservation.plan(statistics)
         _check_plan(self.precision, bits, torch.uint8, columns, (1, MAX_BITS))
         _check_plan(self.reservation, reserved, torch.int64, columns, (0, rows))
-        return ColumnPlan(bits, reserved, getattr(self.reservation, "select", "magnitude"))
+        return ColumnPlan(bits, reserved, self.select)
 
 
 @dataclass(frozen=True)
@@ -79,7 +118,11 @@ def quantize_weight(
     """
     weight = problem.weight
     statistics = ColumnStatistics(
-        weight, system.distortion_weight, plan.row_weights if plan else None
+        weight,
+        system.distortion_weight,
+        system.order,
+        problem.name,
+        plan.row_weights if plan else None,
     )
     if plan is None:
         plan = MatrixPlan(recipe.codebook, recipe.plan(statistics))
@@ -122,11 +165,27 @@ def _relative_output_error(
     return max(wrong, 0.0) / whole if whole > 0 else 0.0
 
 
-def planned_layout(recipe: Recipe, rows: int, columns: int) -> WeightLayout:
-    """Return the layout of a matrix of this shape; exact where plans depend on shapes alone."""
-    plan = recipe.plan(constant_statistics(rows, columns))
+def planned_layout(recipe: Recipe, rows: int, columns: int, name: str = "") -> WeightLayout:
+    """Return the layout of a layer; exact where plans depend on shapes and names alone."""
+    if isinstance(recipe.precision, RateDistortion):
+        return recipe.precision.expected_layout(rows, columns)
+    plan = recipe.plan(constant_statistics(rows, columns, name))
     form = recipe.codebook.form(columns)
     return layout_of(rows, plan.column_bits, form, plan.reserved_counts)
+
+
+def planned_layouts(
+    recipe: Recipe, shapes: Mapping[str, tuple[int, int]]
+) -> dict[str, WeightLayout]:
+    """Return the layout of each layer, name -> (out, in): one of each kind stands for all."""
+    planned: dict[Hashable, WeightLayout] = {}
+    layouts = {}
+    for name, (rows, columns) in shapes.items():
+        kind = (rows, columns, recipe.plan_key(name))
+        if kind not in planned:
+            planned[kind] = planned_layout(recipe, rows, columns, name)
+        layouts[name] = planned[kind]
+    return layouts
 
 
 def _check_plan(
@@ -140,6 +199,7 @@ def _check_plan(
         )
 
 
-def constant_statistics(rows: int, columns: int) -> ColumnStatistics:
+def constant_statistics(rows: int, columns: int, name: str = "") -> ColumnStatistics:
     """Return the statistics of a matrix of ones, for plans before any weight is read."""
-    return ColumnStatistics(torch.ones(1, 1).expand(rows, columns), torch.ones(columns))
+    ones = torch.ones(1, 1).expand(rows, columns)
+    return ColumnStatistics(ones, torch.ones(columns), torch.arange(columns), name)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+SALIENCY, VISITING = "saliency", "visiting"
+TIES = (SALIENCY, VISITING)
 
 
 @dataclass(frozen=True)
@@ -17,11 +21,16 @@ class ColumnStatistics:
     distortion_weight: [in] float32, the layer loss per unit of squared error in the column:
         1 / U_jj^2 under GPTQ (U = upper Cholesky factor of the inverse Hessian), H_jj without
         compensation.
+    order: [in] int64, the columns as the solver visits them (GPTQ: its act-order permutation).
+    name: full name of the linear layer in its model, e.g. model.layers.0.self_attn.k_proj; empty
+        when unknown.
     row_weights: [out] float32, importance of an error in each row; None for all alike.
     """
 
     weight: Tensor
     distortion_weight: Tensor
+    order: Tensor
+    name: str = ""
     row_weights: Tensor | None = None
 
     @property
@@ -44,12 +53,30 @@ class ColumnStatistics:
         magnitude = self.weight.abs()
         return (magnitude >= threshold * magnitude.mean()).sum(dim=0)
 
-    def outlier_order(self, threshold: float) -> Tensor:
+    def outlier_order(self, threshold: float, ties: str = SALIENCY) -> Tensor:
         """Return the columns from most to least outliers (CLAQ's Outlier Order): [in] int64.
 
-        Ties are broken by the saliency, then by the column's index: at the paper's threshold of 13
-        most columns of a small model have no outlier at all, and the order would otherwise be the
-        sort's accident.
+        At the paper's threshold of 13 most columns of a small model have no outlier at all, so that
+        ties decide.  `saliency` breaks them by the saliency, then by the column's index; `visiting`
+        puts the column first that is visited first, as a stable sort of the permuted matrix does.
         """
-        counts, saliency = self.outlier_counts(threshold), self.sensitivity()
-        return torch.from_numpy(np.lexsort((-saliency.numpy(), -counts.numpy())))
+        counts = self.outlier_counts(threshold)
+        if ties == VISITING:
+            return self.order[torch.argsort(counts[self.order], descending=True, stable=True)]
+        return torch.from_numpy(np.lexsort((-self.sensitivity().numpy(), -counts.numpy())))
+
+    def saliency_order(self) -> Tensor:
+        """Return the columns from largest to smallest OBS saliency, ties by index: [in] int64."""
+        return torch.argsort(self.sensitivity(), descending=True, stable=True)
+
+    def magnitude_order(self) -> Tensor:
+        """Return the columns from largest to smallest mean |W|, ties by index: [in] int64."""
+        return torch.argsort(self.weight.abs().mean(dim=0), descending=True, stable=True)
+
+    def random_order(self, seed: int) -> Tensor:
+        """Return a permutation that follows from seed, name and shape alone: [in] int64."""
+        rows, columns = self.shape
+        digest = hashlib.sha256(f"{seed}/{self.name}/{rows}x{columns}".encode()).digest()
+        # RandomState, for its stream is the same in every version of numpy
+        generator = np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
+        return torch.from_numpy(generator.permutation(columns))

@@ -26,9 +26,13 @@ from claq_exp.places import packaged_folder
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF, SWEEPS = ROOT / "conf", ROOT / "sweeps"
-OPTIONS = sorted(path.relative_to(CONF).as_posix() for path in CONF.glob("*/*.yaml"))
+OPTIONS = sorted(path.relative_to(CONF).as_posix() for path in CONF.glob("*/**/*.yaml"))
 STRATEGIES = [name for name in OPTIONS if name.partition("/")[0] in FAMILIES]
-EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
+EXPERIMENTS = sorted(
+    name.removeprefix("experiment/").removesuffix(".yaml")
+    for name in OPTIONS
+    if name.startswith("experiment/")
+)
 SWEEP_NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 NEEDS = {
     "model/hf.yaml": ["model.source=owner/name"],
@@ -80,8 +84,7 @@ def test_every_experiment_beats_the_defaults(name):
 def test_the_file_of_a_strategy_shows_every_field_with_its_default(file):
     family, option = file.removesuffix(".yaml").split("/")
     strategy = FAMILIES[family][option]
-    fields = {field.name: field.default for field in dataclasses.fields(strategy)}
-    assert content(CONF / file) == {"name": option, **fields}
+    assert content(CONF / file) == {"name": option, **dataclasses.asdict(strategy())}
 
 
 @pytest.mark.parametrize(
@@ -137,7 +140,7 @@ def test_a_value_on_the_command_line_beats_the_experiment_wherever_it_stands(ord
 @pytest.mark.parametrize(
     "words",
     [
-        ["experiment=claq_2bit", "reservation=none"],
+        ["experiment=claq_2.12", "reservation=none"],
         ["experiment=kmeans_3bit", "precision=outlier_order"],
         ["experiment=gptq_4bit_g64", "codebook=kmeans"],
     ],

@@ -83,7 +83,7 @@ def test_reported_perplexity_is_that_of_the_checkpoint_on_disk(tiny_run, outputs
 @pytest.mark.parametrize(
     "recipe",
     [
-        ["experiment=claq_2bit"],
+        ["experiment=claq_2.12"],
         ["experiment=rtn_4bit"],
         ["experiment=gptq_4bit_g64", "codebook.group_size=32"],
         ["experiment=kmeans_3bit"],

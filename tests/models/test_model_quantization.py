@@ -21,7 +21,7 @@ from claq_exp.errors import CalibrationError, CheckpointError, NumericalError
 from claq_exp.models.discover import linear_weight
 from claq_exp.models.quantize import QuantizedModel, quantize_model
 from claq_exp.quantize.codebook import KMeans
-from claq_exp.quantize.precision import Fixed, OutlierOrder
+from claq_exp.quantize.precision import Fixed, LayerMap, OutlierOrder
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.quantized import unpack_weight
 from claq_exp.quantize.recipe import Recipe, quantize_weight
@@ -100,6 +100,16 @@ def test_every_linear_of_every_block_is_packed_and_written_back(case):
     for key, tensor in case.model.state_dict().items():
         if key.removesuffix(".weight") not in case.result.packed:
             assert torch.equal(tensor, original[key]), key
+
+
+def test_a_rule_sees_the_full_name_of_every_linear(tmp_path):
+    architecture = next(iter(ARCHITECTURES.values()))
+    names = architecture.linears()
+    widths = {name: 1 + index % 5 for index, name in enumerate(names)}
+    recipe = Recipe(KMeans(), LayerMap(widths, default=8), NoReservation(), Gptq())
+    result = quantized(architecture.build(), tmp_path, recipe)
+    found = {name: packed.layout.columns_per_width for name, packed in result.packed.items()}
+    assert {name: set(bits) for name, bits in found.items()} == {n: {b} for n, b in widths.items()}
 
 
 def test_a_written_checkpoint_loads_as_the_model_in_memory(case, tmp_path, tiny_model):

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from quantize_references import random_problem, recipe, solve
 
 from claq_exp.errors import ConfigError
-from claq_exp.quantize.precision import Fixed, OutlierOrder
+from claq_exp.quantize.precision import Fixed, Hessian, LayerMap, Magnitude, OutlierOrder, Random
+from claq_exp.quantize.problem import LinearProblem
+from claq_exp.quantize.recipe import planned_layout, quantize_weight
 from claq_exp.quantize.statistics import ColumnStatistics
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
@@ -20,7 +22,7 @@ QUICK = settings(max_examples=100, deadline=None, derandomize=True)
 
 def statistics_of(weight: torch.Tensor, distortion: torch.Tensor | None = None) -> ColumnStatistics:
     given_weight = torch.ones(weight.shape[1]) if distortion is None else distortion
-    return ColumnStatistics(weight, given_weight)
+    return ColumnStatistics(weight, given_weight, torch.arange(weight.shape[1]))
 
 
 def with_outlier_counts(counts: list[int], rows: int = 40) -> torch.Tensor:
@@ -31,13 +33,17 @@ def with_outlier_counts(counts: list[int], rows: int = 40) -> torch.Tensor:
     return weight
 
 
+two_widths = pytest.mark.parametrize("rule", [OutlierOrder, Hessian, Magnitude, Random])
+
+
+@two_widths
 @QUICK
-@given(st.floats(2, 4), st.integers(1, 200), st.integers(0, 100))
+@given(target=st.floats(2, 4), columns=st.integers(1, 200), seed=st.integers(0, 100))
 def test_mean_bits_never_exceed_the_target_and_fall_short_by_less_than_one_column(
-    target, columns, seed
+    rule, target, columns, seed
 ):
     weight = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
-    strategy = OutlierOrder(target_bits=target)
+    strategy = rule(target_bits=target)
     bits = strategy.plan(statistics_of(weight))
     low, high = (2, 4) if target < 3 else (3, 4)
     assert bits.dtype == torch.uint8
@@ -48,12 +54,13 @@ def test_mean_bits_never_exceed_the_target_and_fall_short_by_less_than_one_colum
     assert mean > target - (high - low) / columns
 
 
+@two_widths
 @QUICK
-@given(st.data(), st.integers(1, 7), st.integers(1, 60))
-def test_custom_widths_keep_the_budget_too(data, low, columns):
+@given(data=st.data(), low=st.integers(1, 7), columns=st.integers(1, 60))
+def test_custom_widths_keep_the_budget_too(rule, data, low, columns):
     high = data.draw(st.integers(low + 1, 8))
     target = data.draw(st.floats(low, high))
-    strategy = OutlierOrder(target_bits=target, low_bits=low, high_bits=high)
+    strategy = rule(target_bits=target, low_bits=low, high_bits=high)
     bits = strategy.plan(statistics_of(torch.ones(2, columns)))
     assert set(bits.tolist()) <= {low, high}
     assert target - (high - low) / columns < bits.double().mean().item() <= target + 1e-8
@@ -124,6 +131,132 @@ def test_under_gptq_equal_counts_are_ordered_by_the_price_that_the_solver_states
     assert quantized.layout().nominal_bits() == 2.5
 
 
+def visited(weight: torch.Tensor, order: list[int], name: str = "") -> ColumnStatistics:
+    prices = torch.ones(weight.shape[1])
+    return ColumnStatistics(weight, prices, torch.tensor(order), name)
+
+
+def test_ties_may_go_to_the_column_that_is_visited_first():
+    statistics = visited(with_outlier_counts([0, 2, 0, 2, 1, 0]), [5, 3, 0, 1, 2, 4])
+    assert statistics.outlier_order(5.0, ties="visiting").tolist() == [3, 1, 4, 5, 0, 2]
+    bits = OutlierOrder(3.5, threshold=5.0, ties="visiting").plan(statistics)
+    assert bits.tolist() == [3, 4, 3, 4, 4, 3]
+
+
+@QUICK
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=30).flatmap(
+        lambda counts: st.tuples(st.just(counts), st.permutations(range(len(counts))))
+    )
+)
+def test_visiting_ties_are_a_stable_sort_of_the_visited_columns(case):
+    counts, order = case
+    statistics = visited(with_outlier_counts(counts, rows=200), order)
+    found = statistics.outlier_counts(2.0).tolist()
+    expected = sorted(order, key=lambda column: -found[column])
+    assert statistics.outlier_order(2.0, ties="visiting").tolist() == expected
+
+
+def test_hessian_gives_the_higher_width_to_the_columns_of_largest_saliency():
+    weight, hessian = random_problem(rows=30, columns=20, seed=4)
+    order = sorted(range(20), key=lambda j: -hessian[j, j].item())
+    matrix = hessian.numpy() + 0.01 * hessian.numpy().diagonal().mean() * np.eye(20)
+    saliency = {}
+    for position, column in enumerate(order):  # U_jj^2 is the first of the inverse of what is left
+        left = order[position:]
+        price = 1 / np.linalg.inv(matrix[np.ix_(left, left)])[0, 0]
+        saliency[column] = np.mean(weight.double().numpy()[:, column] ** 2) * price
+    bits = solve(weight, hessian, recipe(precision=Hessian(2.5))).quantized.column_bits
+    high = sorted(saliency, key=saliency.__getitem__, reverse=True)[:5]
+    assert torch.nonzero(bits == 4).flatten().tolist() == sorted(high)
+
+
+def test_magnitude_gives_the_higher_width_to_the_columns_of_largest_mean_size():
+    weight = torch.tensor([[1.0, -3.0, 0.0, 2.0, 1.0], [1.0, -3.0, 5.0, 2.0, -1.0]])
+    prices = torch.tensor([9.0, 1.0, 1.0, 1.0, 9.0])
+    assert Magnitude(3.2).plan(statistics_of(weight, prices)).tolist() == [3, 4, 3, 3, 3]
+    assert Magnitude(3.4).plan(statistics_of(weight, prices)).tolist() == [3, 4, 4, 3, 3]
+    assert Magnitude(3.8).plan(statistics_of(weight, prices)).tolist() == [4, 4, 4, 4, 3]
+
+
+def test_a_random_draw_follows_from_seed_name_and_shape_alone():
+    def draw(seed: int = 0, name: str = "a", rows: int = 4, columns: int = 50) -> list[int]:
+        weight = torch.randn(rows, columns)
+        return visited(weight, list(range(columns)), name).random_order(seed).tolist()
+
+    np.random.seed(1)
+    torch.manual_seed(1)
+    first = draw()
+    np.random.seed(2)
+    state = np.random.get_state()[1].tolist()
+    assert draw() == first
+    assert np.random.get_state()[1].tolist() == state
+    assert sorted(first) == list(range(50))
+    others = [draw(seed=1), draw(name="b"), draw(rows=5), draw(columns=51)]
+    assert len({tuple(order) for order in [first, *others]}) == 5
+    assert draw(columns=8) == PINNED
+
+
+PINNED = [1, 3, 5, 2, 4, 0, 6, 7]  # must never change, or finished runs could not be repeated
+
+
+def test_every_column_is_drawn_about_equally_often():
+    drawn = torch.zeros(20)
+    for seed in range(400):
+        drawn += Random(2.5, seed=seed).plan(statistics_of(torch.ones(2, 20))) == 4
+    assert drawn.sum() == 400 * 5
+    assert 60 < drawn.min() <= drawn.max() < 140  # 100 expected, standard deviation 8.7
+
+
+NAME = "model.layers.10.self_attn.k_proj"
+
+
+@pytest.mark.parametrize(
+    ("widths", "bits"),
+    [
+        ({}, 4),
+        ({NAME: 2}, 2),
+        ({"k_proj": 2}, 2),
+        ({"10.self_attn.k_proj": 2}, 2),
+        ({".10.self_attn.k_proj": 2}, 2),
+        ({"0.self_attn.k_proj": 2, "proj": 2, "model": 2, "K_PROJ": 2}, 4),
+        ({"layers.10.*": 2}, 2),
+        ({"layers.1.*": 2}, 4),
+        ({"layers.1?.*": 2}, 2),
+        ({"*.[kv]_proj": 2}, 2),
+        ({"*": 3, "k_proj": 2}, 3),
+        ({"k_proj": 2, "*": 3}, 2),
+    ],
+    ids=str,
+)
+def test_a_layer_map_gives_a_layer_the_width_of_the_first_entry_that_names_it(widths, bits):
+    chosen = LayerMap(widths=widths)
+    statistics = visited(torch.ones(2, 3), [0, 1, 2], NAME)
+    assert chosen.plan(statistics).tolist() == [bits] * 3
+    assert chosen.plan_key(NAME) == bits
+
+
+def test_a_layer_map_reaches_a_layer_by_the_name_of_its_problem():
+    weight, hessian = random_problem(rows=6, columns=5, seed=0)
+    chosen = recipe(precision=LayerMap({"down_proj": 2}, default=5))
+    system = chosen.solver.prepare(hessian)
+    for name, bits in {"layers.0.mlp.down_proj": 2, "layers.0.mlp.up_proj": 5, "": 5}.items():
+        solved = quantize_weight(LinearProblem(weight, hessian, name), system, chosen)
+        assert solved.quantized.layout().columns_per_width == {bits: 5}
+        assert solved.quantized.layout() == planned_layout(chosen, 6, 5, name)
+
+
+@pytest.mark.parametrize("options", [{"widths": {"a": 0}}, {"widths": {"a": 9}}, {"default": 0}])
+def test_a_layer_map_with_a_width_that_no_code_can_have_is_refused(options):
+    with pytest.raises(ConfigError, match=r"precision\.(widths\.a|default) is \d"):
+        LayerMap(**options)
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ConfigError, match=r"precision\.seed"):
+        Random(seed=-1)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -140,11 +273,12 @@ def test_under_gptq_equal_counts_are_ordered_by_the_price_that_the_solver_states
         {"target_bits": 3.0, "high_bits": 4},
         {"threshold": 0.0},
         {"threshold": math.nan},
+        {"ties": "index"},
     ],
     ids=str,
 )
 def test_impossible_targets_and_widths_are_refused_by_name(options):
-    with pytest.raises(ConfigError, match=r"precision\.(target_bits|low_bits|threshold)"):
+    with pytest.raises(ConfigError, match=r"precision\.(target_bits|low_bits|threshold|ties)"):
         OutlierOrder(**options)
 
 

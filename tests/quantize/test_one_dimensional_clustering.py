@@ -97,9 +97,10 @@ def test_levels_are_ascending_finite_inside_the_column_and_the_same_every_time(v
     assert (np.diff(levels) >= 0).all()
     assert np.array_equal(levels, fit_levels(values.copy(), entries))
     if len(values):
-        slack = 1e-9 * np.abs(values).max()
-        assert levels[0] >= values[0] - slack
-        assert levels[-1] <= values[-1] + slack
+        smallest, largest = float(values[0]), float(values[-1])
+        slack = 1e-9 * max(-smallest, largest)
+        assert levels[0] >= smallest - slack
+        assert levels[-1] <= largest + slack
 
 
 @QUICK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from quantize_references import random_problem, recipe, solve
 
 from claq_exp.errors import ConfigError
 from claq_exp.quantize.codebook.clustering import fit_levels
-from claq_exp.quantize.reservation import Fixed, NoReservation, OutlierOrder
+from claq_exp.quantize.reservation import Fixed, Hessian, NoReservation, OutlierOrder, Random
 from claq_exp.quantize.reservation.shares import counts_from_shares
 from claq_exp.quantize.solver import Gptq, Nearest
-from claq_exp.quantize.solver.columns import largest_rows
+from claq_exp.quantize.solver.columns import largest_rows, tail_rows
 from claq_exp.quantize.statistics import ColumnStatistics
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
@@ -25,10 +26,10 @@ ratios = st.one_of(st.sampled_from([0.0, 1e-9, 0.005, 0.5, 1.0]), st.floats(0, 1
 
 def flat_statistics(rows: int, columns: int) -> ColumnStatistics:
     """Equal columns, so that the outlier order is the order of the indices."""
-    return ColumnStatistics(torch.ones(rows, columns), torch.ones(columns))
+    return ColumnStatistics(torch.ones(rows, columns), torch.ones(columns), torch.arange(columns))
 
 
-@pytest.mark.parametrize("strategy", [Fixed, OutlierOrder])
+@pytest.mark.parametrize("strategy", [Fixed, OutlierOrder, Hessian, Random])
 @QUICK
 @given(ratio=ratios, rows=st.integers(1, 60), columns=st.integers(1, 60))
 def test_the_ratio_is_realised_to_the_entry_and_no_column_overflows(strategy, ratio, rows, columns):
@@ -62,7 +63,7 @@ def test_the_columns_with_most_outliers_are_the_sensitive_ones():
     weight, _ = random_problem(rows=400, columns=10, seed=0)
     weight[:3, 6] = 1000.0
     weight[:2, 1] = -1000.0
-    statistics = ColumnStatistics(weight, torch.ones(10))
+    statistics = ColumnStatistics(weight, torch.ones(10), torch.arange(10))
     counts = OutlierOrder(ratio=0.05, top_columns=0.2, boost=4.0).plan(statistics)
     assert set(torch.topk(counts, 2).indices.tolist()) == {1, 6}
     assert counts[6].item() == pytest.approx(4 * counts[0].item(), abs=4)
@@ -117,7 +118,7 @@ def test_more_entries_than_the_matrix_has_are_refused():
         counts_from_shares(torch.ones(2).double(), 7, limit=3)
 
 
-@pytest.mark.parametrize("strategy", [Fixed, OutlierOrder])
+@pytest.mark.parametrize("strategy", [Fixed, OutlierOrder, Hessian, Random])
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, math.nan])
 def test_an_impossible_ratio_is_refused_by_name(strategy, ratio):
     with pytest.raises(ConfigError, match=r"reservation\.ratio"):
@@ -125,7 +126,18 @@ def test_an_impossible_ratio_is_refused_by_name(strategy, ratio):
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_columns": -0.1}, {"top_columns": 2.0}, {"boost": 0.5}, {"threshold": 0.0}]
+    "options",
+    [
+        {"top_columns": -0.1},
+        {"top_columns": 2.0},
+        {"boost": 0.5},
+        {"boost": math.nan},
+        {"threshold": 0.0},
+        {"ties": "index"},
+        {"ratio_of": "one_tail"},
+        {"select": "middle"},
+    ],
+    ids=str,
 )
 def test_other_impossible_options_are_refused_by_name(options):
     with pytest.raises(ConfigError, match=rf"reservation\.{next(iter(options))}"):
@@ -145,6 +157,87 @@ def test_the_kept_rows_are_the_largest_magnitudes_with_ties_to_the_lower_row(cas
     rows = largest_rows(column, count)
     assert rows.dtype == np.int64
     assert rows.tolist() == expected.tolist()
+
+
+@QUICK
+@given(
+    st.lists(st.integers(-5, 5), min_size=1, max_size=40).flatmap(
+        lambda values: st.tuples(st.just(values), st.integers(0, len(values)))
+    )
+)
+def test_tail_rows_are_the_ends_of_the_sorted_column_with_ties_to_the_lower_row(case):
+    values, count = case
+    column = np.array(values, dtype=np.float32) / 4
+    top = np.argsort(-column, kind="stable")[: math.ceil(count / 2)]
+    rising = [row for row in np.argsort(column, kind="stable") if row not in top]
+    expected = sorted([*top, *rising[: count // 2]])
+    rows = tail_rows(column, count)
+    assert rows.dtype == np.int64
+    assert rows.tolist() == expected
+
+
+@pytest.mark.parametrize(("select", "kept"), [("magnitude", [0, 1, 2]), ("tails", [1, 2, 4])])
+def test_a_rule_says_which_entries_of_a_column_stay(select, kept):
+    weight = torch.tensor([[7.0], [9.0], [8.0], [1.0], [-2.0], [0.5]])
+    chosen = recipe(reservation=Fixed(0.5, select=select), solver=Nearest())
+    result = solve(weight, torch.eye(1, dtype=torch.float64), chosen).quantized
+    assert result.reserved.rows.tolist() == kept
+
+
+@dataclass(frozen=True)
+class OfOnesOwn:
+    """A reservation from before `select` was there, or with one that does not exist."""
+
+    def plan(self, statistics):
+        return torch.full((statistics.shape[1],), 2)
+
+
+def test_a_rule_of_ones_own_without_a_choice_keeps_the_largest_magnitudes():
+    weight = torch.tensor([[7.0], [9.0], [8.0], [1.0], [-2.0], [0.5]])
+    chosen = recipe(reservation=OfOnesOwn(), solver=Nearest())
+    result = solve(weight, torch.eye(1, dtype=torch.float64), chosen).quantized
+    assert result.reserved.rows.tolist() == [1, 2]
+
+
+def test_a_rule_of_ones_own_with_an_unknown_choice_is_refused():
+    class Middle(OfOnesOwn):
+        select = "middle"
+
+    with pytest.raises(ConfigError, match=r"select 'middle'.*magnitude, tails"):
+        recipe(reservation=Middle())
+
+
+@pytest.mark.parametrize("strategy", [Fixed, OutlierOrder, Hessian, Random])
+@QUICK
+@given(ratio=st.floats(0, 0.5), rows=st.integers(1, 60), columns=st.integers(1, 60))
+def test_a_ratio_of_each_tail_keeps_twice_as_many(strategy, ratio, rows, columns):
+    counts = strategy(ratio=ratio, ratio_of="each_tail").plan(flat_statistics(rows, columns))
+    assert int(counts.sum()) == round(2 * ratio * rows * columns)
+
+
+def test_the_reference_rates_are_a_ratio_of_half_a_percent_of_each_tail():
+    counts = OutlierOrder(0.005, ratio_of="each_tail").plan(flat_statistics(4000, 50))
+    assert counts.tolist() == [112] * 5 + [32] * 45  # 1.4 % and 0.4 % a side
+
+
+def test_a_ratio_of_each_tail_beyond_a_half_is_refused():
+    with pytest.raises(ConfigError, match=r"reservation\.ratio is 0.6; .* from 0 to 0.5"):
+        Fixed(0.6, ratio_of="each_tail")
+
+
+def test_sensitive_columns_are_those_of_largest_saliency_or_of_the_draw():
+    weight, _ = random_problem(rows=400, columns=10, seed=0)
+    prices = torch.tensor([1.0, 1.0, 50.0, 1.0, 1.0, 1.0, 1.0, 90.0, 1.0, 1.0])
+    statistics = ColumnStatistics(weight, prices, torch.arange(10))
+    options = {"ratio": 0.05, "top_columns": 0.2, "boost": 4.0}
+    counts = Hessian(**options).plan(statistics)
+    assert set(torch.topk(counts, 2).indices.tolist()) == {2, 7}
+    counts = Random(**options, seed=3).plan(statistics)
+    drawn = statistics.random_order(3)[:2].tolist()
+    assert set(torch.topk(counts, 2).indices.tolist()) == set(drawn)
+    first = OutlierOrder(**options, ties="visiting")
+    backwards = ColumnStatistics(weight, prices, torch.arange(9, -1, -1))
+    assert set(torch.topk(first.plan(backwards), 2).indices.tolist()) == {8, 9}
 
 
 def test_kept_entries_are_the_weights_in_float16_and_the_codebook_fits_the_others():

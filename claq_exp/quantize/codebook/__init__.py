@@ -11,6 +11,7 @@ from torch import Tensor
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.kmeans import KMeans, KMeansExact
 from claq_exp.quantize.codebook.simple import NormalFloat, Quantile, UniformColumn
+from claq_exp.quantize.codebook.sklearn_kmeans import SklearnKMeans
 from claq_exp.quantize.codebook.uniform import Uniform
 from claq_exp.quantize.layout import Form
 from claq_exp.quantize.quantized import Levels, Reserved
@@ -43,6 +44,8 @@ class Codebook(Protocol):
 
     mixed_widths: columns of one matrix may have different widths.
     reserves: works with reserved entries.
+
+    A slow one also has `relative_cost`, its time for a column over that of kmeans, for estimates.
     """
 
     mixed_widths: ClassVar[bool]
@@ -60,6 +63,7 @@ CODEBOOK: dict[str, type] = {
     "kmeans_exact": KMeansExact,
     "normal_float": NormalFloat,
     "quantile": Quantile,
+    "sklearn_kmeans": SklearnKMeans,
     "uniform": Uniform,
     "uniform_column": UniformColumn,
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from claq_exp.quantize.reservation.shares import check_ratio
+from claq_exp.errors import ConfigError
 from claq_exp.quantize.statistics import ColumnStatistics
 
 
@@ -22,8 +22,11 @@ class JointReservation:
     large: float = 0.015
 
     def __post_init__(self) -> None:
-        check_ratio(self.small)
-        check_ratio(self.large)
+        if not 0 < self.small < self.large <= 1:
+            raise ConfigError(
+                f"reservation.small={self.small} and large={self.large}; need 0 < small < large "
+                "<= 1"
+            )
 
     def plan(self, statistics: ColumnStatistics) -> Tensor:
         """Return zero for each column, for nothing is decided matrix by matrix: [in] int64."""

@@ -1,20 +1,12 @@
-"""Whole counts from fractional shares."""
+"""Whole counts from fractional shares, and the names of the ways to pick the entries."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from claq_exp.errors import ConfigError
-
-
-def check_ratio(ratio: float) -> None:
-    """Raise ConfigError unless 0 <= ratio <= 1."""
-    if not 0 <= ratio <= 1:
-        raise ConfigError(
-            f"reservation.ratio is {ratio}; give the share of entries to keep, from 0 to 1 "
-            "(e.g. 0.01)"
-        )
+MAGNITUDE, TAILS = "magnitude", "tails"
+SELECTIONS = (MAGNITUDE, TAILS)
 
 
 def counts_from_shares(shares: Tensor, total: int, limit: int) -> Tensor:

@@ -1,0 +1,51 @@
+"""A given width for each linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from claq_exp.errors import ConfigError
+from claq_exp.quantize.layout import MAX_BITS
+from claq_exp.quantize.statistics import ColumnStatistics
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Give all columns of a layer the width that its name is mapped to.
+
+    widths: layer -> bits; a layer is a full name (model.layers.0.mlp.down_proj), its last parts
+        (down_proj, 0.mlp.down_proj) or a pattern with * ? [] for either.  The first entry that
+        matches counts.
+    default: bits of every other layer.
+
+    Source: the layer-wise mix of CLAQ's reference code (its option `--mix_dict`, whose names with a
+    leading dot are understood).
+    """
+
+    widths: dict[str, int] = field(default_factory=dict)
+    default: int = 4
+
+    def __post_init__(self) -> None:
+        for key, bits in [("default", self.default), *self.widths.items()]:
+            if not 1 <= bits <= MAX_BITS:
+                where = key if key == "default" else f"widths.{key}"
+                raise ConfigError(
+                    f"precision.{where} is {bits}; give a whole number from 1 to {MAX_BITS}"
+                )
+
+    def plan_key(self, name: str) -> int:
+        """Return the width of the layer of this name."""
+        for pattern, bits in self.widths.items():
+            part = pattern.removeprefix(".")
+            if fnmatchcase(name, part) or fnmatchcase(name, f"*.{part}"):
+                return bits
+        return self.default
+
+    def plan(self, statistics: ColumnStatistics) -> Tensor:
+        """Return the width of each column: [in] uint8."""
+        width = self.plan_key(statistics.name)
+        return torch.full((statistics.shape[1],), width, dtype=torch.uint8)

@@ -1,0 +1,49 @@
+"""A plan lays out every linear layer by its shape and, where a rule asks for it, by its name."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import tiny_llama
+
+import claq_exp.plan
+from claq_exp.compose import compose_config
+from claq_exp.plan import Plan, make_plan
+from claq_exp.quantize.recipe import planned_layout
+
+
+def plan(*words: str) -> Plan:
+    return make_plan(compose_config(list(words)), tiny_llama().config, "cpu")
+
+
+@pytest.fixture
+def planned(monkeypatch) -> list[str]:
+    """The layers that were planned themselves."""
+    names: list[str] = []
+
+    def counted(recipe, rows, columns, name=""):
+        names.append(name)
+        return planned_layout(recipe, rows, columns, name)
+
+    monkeypatch.setattr(claq_exp.plan, "planned_layout", counted)
+    return names
+
+
+def test_layers_of_one_shape_are_planned_once(planned):
+    layouts = plan().layouts
+    assert len(layouts) == 3 * 7
+    shapes = {(layout.rows, layout.columns) for layout in layouts.values()}
+    assert len(planned) == len(shapes) == 4
+
+
+def test_a_layer_map_is_planned_once_for_each_shape_and_width(planned):
+    chosen = "+precision.widths={layers.0.*:8,down_proj:2}"
+    layouts = plan("precision=layer_map", "precision.default=3", chosen).layouts
+    for name, layout in layouts.items():
+        expected = 8 if ".0." in name else 2 if name.endswith("down_proj") else 3
+        assert layout.columns_per_width == {expected: layout.columns}, name
+    assert len(planned) == 2 * 4
+
+
+def test_a_slow_codebook_takes_longer_to_plan_for():
+    usual = plan("experiment=claq_2.12").seconds["quantize"]
+    assert plan("experiment=claq_2.12", "codebook=sklearn_kmeans").seconds["quantize"] > 1.5 * usual
