@@ -21,6 +21,7 @@ from claq_exp.models.discover import LinearGroup, find_blocks, find_groups, line
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, Solved, quantize_weight
+from claq_exp.quantize.solver.columns import ColumnSystem
 
 EventSink = Callable[[str, dict[str, Any]], None]
 ShareSink = Callable[[float, str], None]
@@ -135,34 +136,50 @@ class _Block:
 
     @torch.no_grad()
     def _solve(self, group: LinearGroup, hessian: Tensor) -> list[tuple[str, Solved, float]]:
-        """Solve the linears of a group side by side; return (name, solution, seconds) of each."""
+        """Solve the linears of a group; return (name, solution, seconds) of each."""
         started = time.perf_counter()
+        names = [f"{self.path}.{name}" for name in group.names]
         try:
             system = self.recipe.solver.prepare(hessian)
         except NumericalError as error:
-            raise NumericalError(f"{self.path}.{group.names[0]}: {error}") from error
-
-        def solve(name: str) -> tuple[str, Solved, float]:
-            begun = time.perf_counter()
-            try:
-                weight = self._weight(name).detach().to("cpu", torch.float32)
-                full_name = f"{self.path}.{name}"
-                problem = LinearProblem(weight, hessian, full_name)
-                solved = quantize_weight(problem, system, self.recipe, self.plans.get(full_name))
-            except NumericalError as error:
-                raise NumericalError(f"{self.path}.{name}: {error}") from error
-            return name, solved, time.perf_counter() - begun
-
-        one_each = threadpool_limits(1, user_api="blas")  # the products of a column are small
-        with one_each, ThreadPoolExecutor(max_workers=torch.get_num_threads()) as pool:
-            solutions = list(pool.map(solve, group.names))
-        for name, solved, _ in solutions:
+            raise NumericalError(f"{names[0]}: {error}") from error
+        problems = [
+            LinearProblem(self._weight(name).detach().to("cpu", torch.float32), hessian, full_name)
+            for name, full_name in zip(group.names, names, strict=True)
+        ]
+        solutions = solve_group(problems, system, self.recipe, self.plans)
+        for name, (solved, _) in zip(group.names, solutions, strict=True):
             self._weight(name).copy_(solved.quantized.dequantize())
         self.seconds["solve"] += time.perf_counter() - started
-        return solutions
+        return [(name, *found) for name, found in zip(group.names, solutions, strict=True)]
 
     def _weight(self, name: str) -> Tensor:
         return linear_weight(self.module.get_submodule(name))
+
+
+def solve_group(
+    problems: list[LinearProblem],
+    system: ColumnSystem,
+    recipe: Recipe,
+    plans: Mapping[str, MatrixPlan] | None = None,
+) -> list[tuple[Solved, float]]:
+    """Solve matrices that share their input side by side; return (solution, seconds) of each.
+
+    plans: what was decided before of the matrices of these names.
+    """
+
+    def solve(problem: LinearProblem) -> tuple[Solved, float]:
+        started = time.perf_counter()
+        try:
+            solved = quantize_weight(problem, system, recipe, (plans or {}).get(problem.name))
+        except NumericalError as error:
+            raise NumericalError(f"{problem.name}: {error}") from error
+        return solved, time.perf_counter() - started
+
+    threads = torch.get_num_threads()
+    shared = threadpool_limits(max(1, threads // len(problems)), user_api="blas")
+    with shared, ThreadPoolExecutor(max_workers=threads) as pool:
+        return list(pool.map(solve, problems))
 
 
 def _report_row(index: int, name: str, solved: Solved, seconds: float) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def survey_model(
     inputs = capture_inputs(model, blocks, batches)
     statistics: dict[str, ColumnStatistics] = {}
     for index, block in enumerate(blocks):
-        hidden, hessians = _block_hessians(block, inputs[index], f"{path}.{index}")
+        hidden, hessians = block_hessians(block, inputs[index], f"{path}.{index}")
         inputs[index].hidden = []
         if index + 1 < len(blocks):
             inputs[index + 1].hidden = hidden
@@ -86,7 +86,7 @@ def survey_model(
 
 
 @torch.inference_mode()
-def _block_hessians(
+def block_hessians(
     block: nn.Module, inputs: Any, where: str
 ) -> tuple[list[Tensor], list[tuple[tuple[str, ...], Tensor]]]:
     """Run a block; return its outputs and the Hessian of each group of linears."""

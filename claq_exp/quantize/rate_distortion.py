@@ -26,8 +26,8 @@ from claq_exp.quantize.layout import HALF, MAX_BITS, Form, WeightLayout, index_w
 from claq_exp.quantize.quantized import layout_of
 from claq_exp.quantize.statistics import ColumnStatistics
 
-MEASURED_BITS = 5  # wider codes are taken to quarter the distortion with every bit
-RESERVED_BITS = 4  # widest code beside which reservation is considered
+MEASURED_BITS = 4  # wider codes are taken to quarter the distortion with every bit
+RESERVED_BITS = 3  # widest code beside which reservation is considered
 ROUNDS = 50  # halvings of the range of the price of a bit
 HIGHEST_PRICE = 1e60
 

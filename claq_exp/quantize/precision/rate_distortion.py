@@ -27,7 +27,7 @@ IMPORTANCE = ("fisher", "output")
 CODEBOOKS = ("auto", "own", "shared")
 ROW_SCALES = ("auto", "always", "never")
 ATTEMPTS = 8  # to fit matrices and what comes with them into a budget
-SAMPLED = 8  # every so many columns decide on the form of a matrix
+SAMPLED = 16  # every so many columns decide on the form of a matrix
 
 
 @dataclass(frozen=True)

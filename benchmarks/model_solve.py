@@ -1,0 +1,100 @@
+"""Times the solve of every linear layer of a model, Hessians given, and counts its forward work.
+
+    python benchmarks/model_solve.py
+    python benchmarks/model_solve.py model=hf model.source=FOLDER --bits 2
+
+Arguments with = are a run's overrides; model and calibration text are fetched as for a run.  The
+Hessians are those of the original model; the linears of a group are solved side by side, as in a
+run.  Rules run in turn over each group, the factorization of a group's Hessian counts for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict
+
+import torch
+
+from claq_exp.compose import compose_config
+from claq_exp.inputs import fetch, tokenize_inputs
+from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, run_until
+from claq_exp.models.discover import LinearGroup, find_blocks, find_groups, linear_weight
+from claq_exp.models.load import load_model
+from claq_exp.models.quantize import solve_group
+from claq_exp.models.survey import block_hessians
+from claq_exp.quantize.codebook import KMeans, Uniform
+from claq_exp.quantize.precision import Fixed
+from claq_exp.quantize.problem import LinearProblem
+from claq_exp.quantize.recipe import Recipe
+from claq_exp.quantize.reservation import NoReservation
+from claq_exp.quantize.solver import Gptq
+
+
+@torch.inference_mode()
+def main() -> None:
+    """Print seconds and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("overrides", nargs="*", help="GROUP.FIELD=VALUE ...")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--windows", type=int, default=8, help="calibration windows")
+    arguments = parser.parse_args()
+    config = compose_config(arguments.overrides)
+    fetched = fetch(config)
+    tokens = tokenize_inputs(config, fetched.model).calibration[: arguments.windows]
+    model = load_model(fetched.model, dtype="float32", device="cpu")
+    path, blocks = find_blocks(model, config.model.blocks)
+    inputs = capture_inputs(model, blocks, list(tokens.split(4)))
+    rules = {
+        f"{name}, {bits} bits": Recipe(codebook, Fixed(bits), NoReservation(), Gptq())
+        for bits in arguments.bits
+        for name, codebook in (("uniform", Uniform()), ("k-means", KMeans()))
+    }
+    spent: dict[str, float] = defaultdict(float)
+    columns = 0
+    for index, block in enumerate(blocks):
+        groups = find_groups(block, inputs[index])
+        if index == 0:
+            print(f"forward work per block: {forward_work(block, inputs[0], groups):.2f} blocks")
+        hidden, hessians = block_hessians(block, inputs[index], f"{path}.{index}")
+        inputs[index].hidden = []
+        if index + 1 < len(blocks):
+            inputs[index + 1].hidden = hidden
+        for names, hessian in hessians:
+            weights = [linear_weight(block.get_submodule(name)).detach() for name in names]
+            problems = [LinearProblem(weight, hessian) for weight in weights]
+            columns += sum(weight.shape[1] for weight in weights)
+            for rule, recipe in rules.items():
+                if index == 0:
+                    solve_group(problems, recipe.solver.prepare(hessian), recipe)  # compiles
+                started = time.perf_counter()
+                system = recipe.solver.prepare(hessian)
+                spent[f"{rule}, factorization"] += time.perf_counter() - started
+                solve_group(problems, system, recipe)
+                spent[rule] += time.perf_counter() - started
+    print(f"{columns:,} columns, {torch.get_num_threads()} threads")
+    for rule, seconds in spent.items():
+        print(f"{rule:28s} {seconds:7.2f} s")
+    for bits in arguments.bits:
+        ratio = spent[f"k-means, {bits} bits"] / spent[f"uniform, {bits} bits"]
+        print(f"k-means / uniform, {bits} bits: {ratio:.2f}")
+
+
+def forward_work(block: torch.nn.Module, inputs: BlockInputs, groups: list[LinearGroup]) -> float:
+    """Return the time that a block's calibration spends in forward passes, in full passes."""
+    firsts = [block.get_submodule(group.names[0]) for group in groups]
+    run_block(block, inputs, 0)
+    started = time.perf_counter()
+    for _ in range(5):
+        run_block(block, inputs, 0)
+    whole = time.perf_counter() - started
+    started = time.perf_counter()
+    for _ in range(5):
+        for first in firsts:
+            run_until(block, inputs, 0, first)
+        run_block(block, inputs, 0)
+    return (time.perf_counter() - started) / whole
+
+
+if __name__ == "__main__":
+    main()
