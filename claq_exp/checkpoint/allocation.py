@@ -14,14 +14,15 @@ from safetensors.torch import save
 from claq_exp.checkpoint.files import write_bytes
 from claq_exp.errors import CheckpointError
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
-from claq_exp.quantize.codebook.kmeans import KMeans
+from claq_exp.quantize.codebook.kmeans import KMeans, KMeansExact
 
 
 def save_allocation(path: Path, plans: Mapping[str, MatrixPlan]) -> None:
     """Write the plans of a model's matrices to one file, replacing it whole."""
     tensors, codebooks = {}, {}
     for name, plan in plans.items():
-        codebooks[name] = asdict(plan.codebook)  # type: ignore[call-overload]
+        exact = isinstance(plan.codebook, KMeansExact)
+        codebooks[name] = {"exact": exact, "fields": asdict(plan.codebook)}  # type: ignore[call-overload]
         tensors[f"{name}.column_bits"] = plan.columns.column_bits
         tensors[f"{name}.reserved_counts"] = plan.columns.reserved_counts
         if plan.row_weights is not None:
@@ -37,11 +38,11 @@ def load_allocation(path: Path) -> dict[str, MatrixPlan]:
             tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return {
             name: MatrixPlan(
-                KMeans(**fields),
+                (KMeansExact if codebook["exact"] else KMeans)(**codebook["fields"]),
                 ColumnPlan(tensors[f"{name}.column_bits"], tensors[f"{name}.reserved_counts"]),
                 tensors.get(f"{name}.row_weights"),
             )
-            for name, fields in codebooks.items()
+            for name, codebook in codebooks.items()
         }
     except Exception as error:
         raise CheckpointError(

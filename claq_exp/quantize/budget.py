@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from claq_exp.errors import ConfigError, one_of
 from claq_exp.quantize.layout import MAX_BITS, WeightLayout
 from claq_exp.quantize.precision import Fixed, RateDistortion
-from claq_exp.quantize.recipe import Recipe, constant_statistics, planned_layout
+from claq_exp.quantize.recipe import Recipe, planned_layouts
+from claq_exp.quantize.statistics import EqualColumns
 
 KINDS = ("linear", "nominal")
 STEPS = 40  # halvings of a range of target bits
@@ -50,7 +51,7 @@ def fit_budget(
     if isinstance(recipe.precision, RateDistortion):
         precision = replace(recipe.precision, target_bits=budget.bits, count=budget.kind)
         return replace(recipe, precision=precision)
-    model = _Model(recipe, budget.kind == "nominal", shapes, overhead)
+    model = _Model(budget.kind == "nominal", shapes, overhead)
     best: Recipe | None = None
     reached: list[float] = []
     for low, high, at in _ranges(recipe):
@@ -72,14 +73,12 @@ def fit_budget(
 class _Model:
     """Counts the bits per weight that recipes take on the matrices of a model."""
 
-    recipe: Recipe
     nominal: bool
     shapes: Mapping[str, tuple[int, int]]
     overhead: Overhead
 
     def bits(self, recipe: Recipe) -> float:
-        known = {shape: self._layout(recipe, shape) for shape in set(self.shapes.values())}
-        layouts = {name: known[shape] for name, shape in self.shapes.items()}
+        layouts = planned_layouts(recipe, self.shapes)
         weights = sum(layout.weights for layout in layouts.values())
         if self.nominal:
             stored = sum(layout.nominal_bits() * layout.weights for layout in layouts.values())
@@ -87,9 +86,6 @@ class _Model:
             stored = sum(layout.ledger().total for layout in layouts.values())
             stored += self.overhead(layouts)
         return stored / weights
-
-    def _layout(self, recipe: Recipe, shape: tuple[int, int]) -> WeightLayout:
-        return planned_layout(recipe, *shape)
 
 
 def _ranges(recipe: Recipe) -> Iterator[tuple[float, float, Callable[[float], Recipe]]]:
@@ -124,4 +120,4 @@ def _largest(low: float, high: float, bits: Callable[[float], float], limit: flo
 
 
 def _mean(recipe: Recipe) -> float:
-    return float(recipe.precision.plan(constant_statistics(1, 1024)).float().mean())
+    return float(recipe.precision.plan(EqualColumns(1, 1024)).float().mean())

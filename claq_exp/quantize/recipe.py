@@ -19,7 +19,7 @@ from claq_exp.quantize.reservation import JointReservation, NoReservation, Reser
 from claq_exp.quantize.reservation.shares import MAGNITUDE, SELECTIONS
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.solver.columns import ColumnSystem, quantize_columns
-from claq_exp.quantize.statistics import ColumnStatistics
+from claq_exp.quantize.statistics import ColumnStatistics, EqualColumns
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Recipe:
         self._check_joint()
         if self.allocates:
             return
-        plan = self.plan(constant_statistics(512, 512))
+        plan = self.plan(EqualColumns(512, 512))
         if not self.codebook.mixed_widths and len(plan.column_bits.unique()) > 1:
             raise ConfigError(
                 "this codebook needs one width for all columns; use precision=fixed, or "
@@ -169,7 +169,7 @@ def planned_layout(recipe: Recipe, rows: int, columns: int, name: str = "") -> W
     """Return the layout of a layer; exact where plans depend on shapes and names alone."""
     if isinstance(recipe.precision, RateDistortion):
         return recipe.precision.expected_layout(rows, columns)
-    plan = recipe.plan(constant_statistics(rows, columns, name))
+    plan = recipe.plan(EqualColumns(rows, columns, name))
     form = recipe.codebook.form(columns)
     return layout_of(rows, plan.column_bits, form, plan.reserved_counts)
 
@@ -197,9 +197,3 @@ def _check_plan(
             f"{type(strategy).__name__}.plan gave {plan.dtype} {tuple(plan.shape)} from "
             f"{plan.min()} to {plan.max()}; it must give {dtype} ({columns},) from {low} to {high}"
         )
-
-
-def constant_statistics(rows: int, columns: int, name: str = "") -> ColumnStatistics:
-    """Return the statistics of a matrix of ones, for plans before any weight is read."""
-    ones = torch.ones(1, 1).expand(rows, columns)
-    return ColumnStatistics(ones, torch.ones(columns), torch.arange(columns), name)

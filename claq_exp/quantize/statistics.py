@@ -69,9 +69,13 @@ class ColumnStatistics:
         """Return the columns from largest to smallest OBS saliency, ties by index: [in] int64."""
         return torch.argsort(self.sensitivity(), descending=True, stable=True)
 
+    def magnitudes(self) -> Tensor:
+        """Return the mean |W| of each column: [in] float32."""
+        return self.weight.abs().mean(dim=0)
+
     def magnitude_order(self) -> Tensor:
         """Return the columns from largest to smallest mean |W|, ties by index: [in] int64."""
-        return torch.argsort(self.weight.abs().mean(dim=0), descending=True, stable=True)
+        return torch.argsort(self.magnitudes(), descending=True, stable=True)
 
     def random_order(self, seed: int) -> Tensor:
         """Return a permutation that follows from seed, name and shape alone: [in] int64."""
@@ -80,3 +84,24 @@ class ColumnStatistics:
         # RandomState, for its stream is the same in every version of numpy
         generator = np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
         return torch.from_numpy(generator.permutation(columns))
+
+
+class EqualColumns(ColumnStatistics):
+    """The statistics of a matrix of ones of any size, for plans before any weight is read."""
+
+    def __init__(self, rows: int, columns: int, name: str = "") -> None:
+        ones = torch.ones(1, 1).expand(rows, columns)
+        super().__init__(ones, torch.ones(columns), torch.arange(columns), name)
+
+    def sensitivity(self) -> Tensor:
+        """Return ones: [in] float32."""
+        return torch.ones(self.shape[1])
+
+    def magnitudes(self) -> Tensor:
+        """Return ones: [in] float32."""
+        return torch.ones(self.shape[1])
+
+    def outlier_counts(self, threshold: float) -> Tensor:
+        """Return all entries or none: [in] int64."""
+        rows, columns = self.shape
+        return torch.full((columns,), rows if threshold <= 1 else 0)

@@ -12,13 +12,21 @@ import yaml
 from claq_exp.compose import compose_config, groups
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
+from claq_exp.quantize.budget import BudgetConfig, fit_budget
 from claq_exp.quantize.layout import WeightLayout
-from claq_exp.quantize.recipe import planned_layout
+from claq_exp.quantize.recipe import planned_layout, planned_layouts
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "experiment"
 PRESETS = groups()["experiment"]
-OWN = [name for name in PRESETS if not name.startswith("claq_reference/")]
-REFERENCE = [name for name in PRESETS if name not in OWN]
+REFERENCE = [name for name in PRESETS if name.startswith("claq_reference/")]
+LINEAR = [name for name in PRESETS if name.startswith("linear/")]
+OWN = [name for name in PRESETS if name not in REFERENCE + LINEAR]
+SMALL_LLAMA = {  # the shapes of a block of SmolLM2-135M
+    **{name: (576, 576) for name in ("q", "o")},
+    **{name: (192, 576) for name in ("k", "v")},
+    **{name: (1536, 576) for name in ("gate", "up")},
+    "down": (576, 1536),
+}
 SIDE = 4096
 PUBLISHED = {  # LLaMA-1-7B, WikiText-2: CLAQ's and GPTQ's tables
     "kmeans_3bit": 6.47,
@@ -57,6 +65,17 @@ def test_the_nominal_bits_are_those_of_the_name(name):
     grouped = re.search(r"_g(\d+)", name)
     if name.startswith(("gptq", "rtn")):
         assert layout_of(name).group_size == (int(grouped[1]) if grouped else SIDE)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_linear_bits_are_close_below_those_of_the_name(name):
+    config = preset(name)
+    assert config.budget == BudgetConfig(bits_in_name(name), "linear")
+    recipe = fit_budget(config.recipe(), config.budget, SMALL_LLAMA, lambda _: 0.0)
+    layouts = planned_layouts(recipe, SMALL_LLAMA).values()
+    stored = sum(layout.ledger().total for layout in layouts)
+    bits = stored / sum(layout.weights for layout in layouts)
+    assert bits_in_name(name) - 0.01 < bits <= bits_in_name(name)
 
 
 @pytest.mark.parametrize("name", REFERENCE)
@@ -99,7 +118,7 @@ def test_the_first_comment_says_the_row_and_what_was_published(name):
 
 
 def test_no_two_presets_are_the_same_recipe():
-    recipes = {name: repr(preset(name).recipe()) for name in PRESETS}
+    recipes = {name: repr((preset(name).recipe(), preset(name).budget)) for name in PRESETS}
     assert len(set(recipes.values())) == len(recipes)
 
 

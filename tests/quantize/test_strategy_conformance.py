@@ -16,10 +16,11 @@ from claq_exp.quantize.codebook import CODEBOOK
 from claq_exp.quantize.precision import PRECISION, Fixed
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.quantized import ColumnCodebooks, QuantizedWeight, unpack_weight
-from claq_exp.quantize.recipe import constant_statistics, planned_layout
+from claq_exp.quantize.recipe import planned_layout
 from claq_exp.quantize.reservation import RESERVATION
 from claq_exp.quantize.solver import SOLVER
 from claq_exp.quantize.solver.columns import ColumnSystem
+from claq_exp.quantize.statistics import EqualColumns
 from claq_exp.quantize.strategy import find_strategy
 
 FAMILIES = {
@@ -151,7 +152,7 @@ def test_the_result_does_not_depend_on_threads(family, name):
 
 @pytest.mark.parametrize("name", PRECISION)
 def test_widths_are_one_to_eight_bits_for_every_column(name):
-    bits = PRECISION[name]().plan(constant_statistics(8, 64))
+    bits = PRECISION[name]().plan(EqualColumns(8, 64))
     assert bits.dtype == torch.uint8
     assert bits.shape == (64,)
     assert 1 <= int(bits.min()) <= int(bits.max()) <= 8
@@ -160,7 +161,7 @@ def test_widths_are_one_to_eight_bits_for_every_column(name):
 @pytest.mark.parametrize("name", RESERVATION)
 def test_reserved_counts_fit_their_columns(name):
     for rows, columns in SHAPES:
-        counts = RESERVATION[name]().plan(constant_statistics(rows, columns))
+        counts = RESERVATION[name]().plan(EqualColumns(rows, columns))
         assert counts.dtype == torch.int64
         assert counts.shape == (columns,)
         assert 0 <= int(counts.min()) <= int(counts.max()) <= rows
