@@ -106,9 +106,9 @@ def _best_cells(mass, sums, cells, most_cells: tl.constexpr, bins: tl.constexpr)
     sum_to = tl.cumsum(sums, 0)
     inside_mass = mass_to[None, :] - mass_to[:, None]
     inside_sum = sum_to[None, :] - sum_to[:, None]
-    explained = tl.where(inside_mass > 0, inside_sum * inside_sum / inside_mass, 0.0)
+    explained = inside_sum * inside_sum / tl.where(inside_mass > 0, inside_mass, 1.0)
     explained = tl.where(places[:, None] <= places[None, :], explained, -float("inf"))
-    best = tl.where(mass_to > 0, sum_to * sum_to / mass_to, 0.0)
+    best = sum_to * sum_to / tl.where(mass_to > 0, mass_to, 1.0)
     came_from = tl.zeros([most_cells, bins], tl.int32)
     step_of = tl.arange(0, most_cells)
     for step in range(1, cells):

@@ -21,7 +21,7 @@ from claq_exp.quantize.quantized import ColumnCodebooks, QuantizedWeight, Reserv
 from claq_exp.quantize.solver.columns import ColumnSystem
 
 SUB_BLOCK = 8  # columns whose errors the kernel gathers itself; a product spreads them further
-REGISTERS = 65536  # of a multiprocessor; ptxas takes only half of a program's share unless told
+REGISTERS = 65536  # of a multiprocessor; unless told, ptxas may use half of a program's share
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def _launcher(stack: _Stack, kernels: ModuleType) -> Callable[[int], None]:
             scaled=stack.scales is not None,
             weighted=stack.row_weights is not None,
             num_warps=warps,
-            maxnreg=REGISTERS // (32 * warps) // 8 * 8,
+            maxnreg=min(REGISTERS // (32 * warps), 255),
         )
 
     return launch
