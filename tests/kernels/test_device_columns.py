@@ -233,6 +233,17 @@ def test_the_same_problem_gives_the_same_answer(device):
         assert torch.equal(tensor, second.pack()[suffix]), suffix
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_recorded_launches_give_the_same_answer(device):
+    columns = 5 * SUB_BLOCK + 3
+    system = Gptq(block_size=20).prepare(correlated_hessian(columns, seed=15))
+    problem = [gaussian(200, columns, seed=16)], system, [widths(columns, 2)], [counts(columns, 2)]
+    (plain,) = quantize_group_on_device(*problem, device)
+    (replayed,) = quantize_group_on_device(*problem, device, graph=True)
+    for suffix, tensor in plain.pack().items():
+        assert torch.equal(tensor, replayed.pack()[suffix]), suffix
+
+
 def test_few_distinct_values_come_back_exactly(device):
     random = np.random.default_rng(6)
     values = np.float32([-3, 0.125, 0.1251220703125, 500])
@@ -298,6 +309,22 @@ def test_weights_that_stop_being_numbers_are_refused(device):
     weight[4, 1] = float("nan")
     with pytest.raises(NumericalError, match="no longer finite"):
         one(weight, plain_system(3), 1, 1, device)
+
+
+@pytest.mark.parametrize("solver", [Gptq(), Gptq(act_order=False), Nearest()])
+def test_a_system_is_prepared_where_its_hessian_lies(device, solver):
+    hessian = correlated_hessian(12, seed=14)
+    expected = solver.prepare(hessian)
+    with torch.device("meta"):  # a tensor made without naming the device would be made there
+        system = solver.prepare(hessian.to(device))
+    assert system.order.tolist() == expected.order.tolist()
+    for name in ("distortion_weight", "inverse_factor"):
+        found, wanted = getattr(system, name), getattr(expected, name)
+        if wanted is None:
+            assert found is None
+        else:
+            assert found.device.type == device
+            assert found.cpu().numpy() == pytest.approx(wanted.numpy(), rel=1e-5, abs=1e-7)
 
 
 def test_without_triton_the_message_says_what_is_missing(monkeypatch):

@@ -35,7 +35,9 @@ for name in quantize_column.arg_names:
         signature[name] = "i32"
 source = ASTSource(quantize_column, signature, constexprs=chosen)
 compiled = triton.compile(
-    source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "maxnreg": 255}
+    source,
+    target=GPUTarget("cuda", 90, 32),
+    options={"num_warps": 8, "maxnreg": 255, "enable_fp_fusion": True},
 )
 print(len(compiled.asm["cubin"]) > 0, compiled.metadata.shared)
 """

@@ -225,8 +225,8 @@ def _fit_levels(  # type: ignore[no-untyped-def]
             code = _nearest(values, levels, kmax, bits)
             for entry in range(entries):
                 member = tl.where(code == entry, mass, 0.0)
-                size = tl.sum(member)
-                mean = centre + tl.sum(member * distance) / tl.where(size > 0, size, 1.0)
+                size, moment = tl.split(tl.sum(tl.join(member, member * distance), axis=0))
+                mean = centre + moment / tl.where(size > 0, size, 1.0)
                 levels = tl.where(index == tl.where(size > 0, entry, -1), mean, levels)
     return tl.where(index < entries, levels, float("inf"))
 

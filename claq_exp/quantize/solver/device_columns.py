@@ -21,6 +21,7 @@ from claq_exp.quantize.quantized import ColumnCodebooks, QuantizedWeight, Reserv
 from claq_exp.quantize.solver.columns import ColumnSystem
 
 SUB_BLOCK = 8  # columns whose errors the kernel gathers itself; a product spreads them further
+LEAST_WARPS = 4
 REGISTERS = 65536  # of a multiprocessor; unless told, ptxas may use half of a program's share
 
 
@@ -146,13 +147,14 @@ def _launcher(stack: _Stack, kernels: ModuleType) -> Callable[[int], None]:
     """Return the function that quantizes the column at *first + offset."""
     columns, rows = stack.work.shape
     tallest = max(stop - start for start, stop in pairwise(stack.starts))
-    padded = max(64, 1 << (tallest - 1).bit_length())
+    padded = max(32 * LEAST_WARPS, 1 << (tallest - 1).bit_length())
     compensated = stack.factor is not None
     reserves = bool((stack.plan[1] > 0).any())
     warps = warps_for(padded)
+    kernel = kernels.quantize_column[(len(stack.starts) - 1,)]
 
     def launch(offset: int) -> None:
-        kernels.quantize_column[(len(stack.starts) - 1,)](
+        kernel(
             stack.work,
             stack.factor,
             stack.errors,
@@ -176,6 +178,7 @@ def _launcher(stack: _Stack, kernels: ModuleType) -> Callable[[int], None]:
             weighted=stack.row_weights is not None,
             num_warps=warps,
             maxnreg=min(REGISTERS // (32 * warps), 255),
+            enable_fp_fusion=True,
         )
 
     return launch
@@ -185,7 +188,7 @@ def warps_for(rows: int) -> int:
     """Return the warps of a program for a power of two of rows: 16 to 32 values per thread."""
     if rows > 16384:
         return 32
-    return min(max(rows // 512, 4), 16)
+    return min(max(rows // 512, LEAST_WARPS), 16)
 
 
 def _solve(stack: _Stack, launch: Callable[[int], None], graph: bool) -> None:
