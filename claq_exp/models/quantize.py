@@ -19,10 +19,12 @@ from claq_exp.errors import NumericalError
 from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, run_until
 from claq_exp.models.discover import LinearGroup, find_blocks, find_groups, linear_weight
 from claq_exp.quantize.allocation import MatrixPlan
+from claq_exp.quantize.device import solve_on_device
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, Solved, quantize_weight
 from claq_exp.quantize.solver.columns import ColumnSystem
 
+CPU = torch.device("cpu")
 EventSink = Callable[[str, dict[str, Any]], None]
 ShareSink = Callable[[float, str], None]
 
@@ -139,15 +141,16 @@ class _Block:
         """Solve the linears of a group; return (name, solution, seconds) of each."""
         started = time.perf_counter()
         names = [f"{self.path}.{name}" for name in group.names]
+        device = self._weight(group.names[0]).device
         try:
-            system = self.recipe.solver.prepare(hessian)
+            system = self.recipe.solver.prepare(hessian.to(device))
         except NumericalError as error:
             raise NumericalError(f"{names[0]}: {error}") from error
         problems = [
             LinearProblem(self._weight(name).detach().to("cpu", torch.float32), hessian, full_name)
             for name, full_name in zip(group.names, names, strict=True)
         ]
-        solutions = solve_group(problems, system, self.recipe, self.plans)
+        solutions = solve_group(problems, system, self.recipe, self.plans, device)
         for name, (solved, _) in zip(group.names, solutions, strict=True):
             self._weight(name).copy_(solved.quantized.dequantize())
         self.seconds["solve"] += time.perf_counter() - started
@@ -162,16 +165,26 @@ def solve_group(
     system: ColumnSystem,
     recipe: Recipe,
     plans: Mapping[str, MatrixPlan] | None = None,
+    device: torch.device = CPU,
 ) -> list[tuple[Solved, float]]:
     """Solve matrices that share their input side by side; return (solution, seconds) of each.
 
-    plans: what was decided before of the matrices of these names.
+    plans: what was decided before of the matrices of these names.  device: where to solve, if the
+    recipe can be solved there; the CPU takes what a GPU cannot.
     """
+    plans = plans or {}
+    if device != CPU:
+        started = time.perf_counter()
+        together = solve_on_device(problems, system, recipe, plans, device)
+        if together is not None:
+            each = (time.perf_counter() - started) / len(problems)
+            return [(solved, each) for solved in together]
+        system = system.cpu()
 
     def solve(problem: LinearProblem) -> tuple[Solved, float]:
         started = time.perf_counter()
         try:
-            solved = quantize_weight(problem, system, recipe, (plans or {}).get(problem.name))
+            solved = quantize_weight(problem, system, recipe, plans.get(problem.name))
         except NumericalError as error:
             raise NumericalError(f"{problem.name}: {error}") from error
         return solved, time.perf_counter() - started

@@ -6,7 +6,6 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from claq_exp.errors import ConfigError, NumericalError, one_of
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
@@ -116,21 +115,41 @@ def quantize_weight(
     plan: what was decided of the matrix before; None to decide it here, from the recipe.
     Raises NumericalError when a level or reserved value does not fit float16.
     """
-    weight = problem.weight
+    statistics, plan = decide(problem, system, recipe, plan)
+    quantizer = plan.codebook.start(statistics, plan.columns)
+    loss = quantize_columns(problem.weight, system, quantizer)
+    quantized = QuantizedWeight(
+        quantizer.codes(), plan.columns.column_bits, quantizer.levels(), quantizer.reserved()
+    )
+    return describe(problem, system, quantized, loss)
+
+
+def decide(
+    problem: LinearProblem, system: ColumnSystem, recipe: Recipe, plan: MatrixPlan | None
+) -> tuple[ColumnStatistics, MatrixPlan]:
+    """Return the statistics of a matrix, and its plan: the one given, or the recipe's."""
     statistics = ColumnStatistics(
-        weight,
+        problem.weight,
         system.distortion_weight,
         system.order,
         problem.name,
         plan.row_weights if plan else None,
     )
-    if plan is None:
-        plan = MatrixPlan(recipe.codebook, recipe.plan(statistics))
-    quantizer = plan.codebook.start(statistics, plan.columns)
-    loss = quantize_columns(weight, system, quantizer)
-    quantized = QuantizedWeight(
-        quantizer.codes(), plan.columns.column_bits, quantizer.levels(), quantizer.reserved()
-    )
+    return statistics, plan or MatrixPlan(recipe.codebook, recipe.plan(statistics))
+
+
+def describe(
+    problem: LinearProblem,
+    system: ColumnSystem,
+    quantized: QuantizedWeight,
+    loss: float | None = None,
+) -> Solved:
+    """Measure how well a matrix was quantized.
+
+    loss: tr(D H D^T) of the damped Hessian where it is known, see `quantize_columns`.
+    Raises NumericalError when a level does not fit float16.
+    """
+    weight = problem.weight
     if not quantized.levels.finite():
         raise NumericalError(
             f"weights up to {weight.abs().max().item():.3g} need levels beyond float16 (65504); "
@@ -138,31 +157,20 @@ def quantize_weight(
         )
     difference = weight - quantized.dequantize()
     norm = weight.square().sum().item()
+    hessian = problem.hessian.to(weight)
+    whole = (weight @ hessian).mul_(weight).sum().item()
+    if loss is None or system.inverse_factor is None:
+        wrong = (difference @ hessian).mul_(difference).sum().item()
+    else:  # what was added to the diagonal is taken off
+        squares = difference.square().sum(dim=0, dtype=torch.float64)
+        wrong = loss - float(squares @ system.added)
     return Solved(
         quantized=quantized,
-        output_error=_relative_output_error(problem, system, loss, difference),
+        output_error=max(wrong, 0.0) / whole if whole > 0 else 0.0,
         weight_error=difference.square().sum().item() / norm if norm > 0 else 0.0,
         damping=system.damping,
         dead_columns=int(system.dead.sum()),
     )
-
-
-def _relative_output_error(
-    problem: LinearProblem, system: ColumnSystem, loss: float, difference: Tensor
-) -> float:
-    """Return tr(D H D^T) / tr(W H W^T) with D = `difference`, [out, in]; 0.0 for a silent layer.
-
-    loss: what `quantize_columns` returned, the same with the damped Hessian under compensation:
-    what was added to the diagonal is taken off.
-    """
-    hessian = problem.hessian.float()
-    whole = (problem.weight @ hessian).mul_(problem.weight).sum().item()
-    if system.inverse_factor is None:
-        wrong = (difference @ hessian).mul_(difference).sum().item()
-    else:
-        squares = difference.square().sum(dim=0, dtype=torch.float64)
-        wrong = loss - float(squares @ system.added)
-    return max(wrong, 0.0) / whole if whole > 0 else 0.0
 
 
 def planned_layout(recipe: Recipe, rows: int, columns: int, name: str = "") -> WeightLayout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -38,6 +38,18 @@ class ColumnSystem:
     added: Tensor
     dead: Tensor
     block_size: int
+
+    def cpu(self) -> ColumnSystem:
+        """Return the same on the CPU."""
+        factor = self.inverse_factor
+        return replace(
+            self,
+            order=self.order.cpu(),
+            inverse_factor=None if factor is None else factor.cpu(),
+            distortion_weight=self.distortion_weight.cpu(),
+            added=self.added.cpu(),
+            dead=self.dead.cpu(),
+        )
 
     @cached_property
     def lower(self) -> NDArray[np.float32]:

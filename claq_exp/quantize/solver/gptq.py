@@ -50,17 +50,17 @@ class Gptq:
         """
         diagonal = hessian.diagonal()
         dead = diagonal == 0
-        fill = diagonal[~dead].mean() if not dead.all() else torch.ones((), dtype=hessian.dtype)
+        fill = diagonal[~dead].mean() if not dead.all() else hessian.new_ones(())
         filled = torch.where(dead, fill, diagonal)
         order = (
             torch.argsort(filled, descending=True, stable=True)
             if self.act_order
-            else torch.arange(len(filled))
+            else torch.arange(len(filled), device=hessian.device)
         )
         ordered = hessian[order][:, order]
         ordered.diagonal().copy_(filled[order])
         factor, damping = _inverse_factor(ordered, self.damping)
-        weight = torch.empty(len(order), dtype=torch.float32)
+        weight = torch.empty(len(order), dtype=torch.float32, device=hessian.device)
         weight[order] = factor.diagonal().square().reciprocal().float()
         return ColumnSystem(
             order=order,
@@ -79,7 +79,7 @@ def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     With H = R R^T, R upper (a Cholesky factorization from the last column up), U is simply R^-1.
     """
     mean = hessian.diagonal().mean()
-    identity = torch.eye(len(hessian), dtype=hessian.dtype)
+    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
     for step in LADDER:
         used = min(damping * step, 1.0)
         damped = hessian + used * mean * identity

@@ -18,7 +18,7 @@ class Nearest:
         """Visit the columns as they stand; an error in column j costs H_jj."""
         diagonal = hessian.diagonal()
         return ColumnSystem(
-            order=torch.arange(len(diagonal)),
+            order=torch.arange(len(diagonal), device=diagonal.device),
             inverse_factor=None,
             distortion_weight=diagonal.float(),
             damping=None,
