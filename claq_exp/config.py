@@ -208,6 +208,8 @@ class ExperimentConfig:
     def recipe_name(self) -> str:
         """Return a short name for folders, e.g. kmeans-outlier_order3.5-outlier_order0.005-gptq."""
         bits = self.precision.get("target_bits", self.precision.get("bits", ""))
+        if self.budget.bits is not None:
+            bits = f"_{self.budget.kind}{self.budget.bits:g}"
         parts = [self.codebook["name"], f"{self.precision['name']}{bits}"]
         if self.reservation["name"] != "none":
             parts.append(f"reserve_{self.reservation['name']}{self.reservation.get('ratio', '')}")

@@ -110,10 +110,11 @@ def _originals(runs: list[dict[str, Any]]) -> str:
 def _method(config: dict[str, Any]) -> str:
     codebook, solver = codebook_label(config["codebook"]), config["solver"]["name"]
     parts = [codebook if solver != "nearest" else f"{codebook}, nearest"]
-    if config["precision"]["name"] != "fixed":
-        parts.append(f"AP {config['precision']['name']}")
-    if config["reservation"]["name"] != "none":
-        parts.append(
-            f"OR {config['reservation']['name']} {config['reservation'].get('ratio', '')}".strip()
-        )
+    precision, reservation = config["precision"]["name"], config["reservation"]["name"]
+    if precision == "rate_distortion":
+        return f"{parts[0]} + {precision}"
+    if precision != "fixed":
+        parts.append(f"AP {precision}")
+    if reservation != "none":
+        parts.append(f"OR {reservation} {config['reservation'].get('ratio', '')}".strip())
     return " + ".join(parts)

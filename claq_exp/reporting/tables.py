@@ -65,7 +65,7 @@ def runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
         row: dict[str, Any] = {
             "model": config["model"]["name"],
             "codebook": codebook_label(config["codebook"]),
-            "precision": _described(config["precision"], "target_bits", "bits"),
+            "precision": _precision(config),
             "reservation": _described(config["reservation"], "ratio"),
             "solver": config["solver"]["name"],
             "nominal bits": results["bits"]["nominal"],
@@ -171,6 +171,13 @@ def codebook_label(codebook: dict[str, Any]) -> str:
     """Return a codebook's name, with its group size where it has one."""
     group_size = codebook.get("group_size")
     return f"{codebook['name']} g{group_size}" if group_size else str(codebook["name"])
+
+
+def _precision(config: dict[str, Any]) -> str:
+    budget = config.get("budget") or {}
+    if budget.get("bits") is not None:
+        return f"{config['precision']['name']}, {budget['bits']:g} {budget['kind']}"
+    return _described(config["precision"], "target_bits", "bits")
 
 
 def _described(strategy: dict[str, Any], *fields: str) -> str:

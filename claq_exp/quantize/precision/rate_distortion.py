@@ -54,7 +54,7 @@ class RateDistortion:
     importance: str = "fisher"
     codebooks: str = "auto"
     row_scales: str = "auto"
-    row_weights: bool = True
+    row_weights: bool = False
     min_bits: int = 1
     max_bits: int = MAX_BITS
     windows: int = 8
