@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,7 +80,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         return 8.0 * _description_bytes(layouts, kept)
 
     recipe = fit_budget(config.recipe(), config.budget, shapes, description)
-    layouts = planned_layouts(recipe, shapes)
+    layouts = planned_layouts(_less_description(recipe, shapes, description), shapes)
     width = next(tensor.shape[1] for tensor in state.values() if tensor.ndim == 2)
     return Plan(
         recipe=recipe,
@@ -93,6 +93,19 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         blocks=len(blocks),
         parameters=parameters,
     )
+
+
+def _less_description(
+    recipe: Recipe, shapes: Mapping[str, tuple[int, int]], description: Overhead
+) -> Recipe:
+    """Take what comes with the matrices off the target of an allocation over the model."""
+    precision = recipe.precision
+    if not isinstance(precision, RateDistortion) or precision.count == "nominal":
+        return recipe
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    beside = description(planned_layouts(recipe, shapes)) / weights
+    spared = replace(precision, target_bits=precision.target_bits - beside)
+    return replace(recipe, precision=spared)
 
 
 def _shape(weight: torch.Tensor) -> tuple[int, int]:

@@ -35,6 +35,8 @@ EXPERIMENTS = sorted(
 )
 SWEEP_NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 NEEDS = {
+    "precision/rate_distortion.yaml": ["reservation=none"],
+    "reservation/rate_distortion.yaml": ["precision=rate_distortion"],
     "model/hf.yaml": ["model.source=owner/name"],
     "calibration/text.yaml": ["calibration.text.source=some.txt"],
     "codebook/uniform.yaml": ["precision=fixed", "reservation=none"],
@@ -118,7 +120,7 @@ def test_groups_lists_every_folder_and_the_sweeps():
 def test_every_job_of_every_sweep_is_valid_and_its_comment_counts_them(name):
     text = (SWEEPS / f"{name}.yaml").read_text(encoding="utf-8")
     params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
-    expected = math.prod(len(values.split(",")) for values in params.values())
+    expected = math.prod(len(str(values).split(",")) for values in params.values())
     assert is_multirun([f"sweep={name}"])
     assert check_jobs([f"sweep={name}"]) == expected
     assert re.search(r"\((\d+) runs\)", text)[1] == str(expected)

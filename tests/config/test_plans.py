@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from conftest import tiny_llama
 
-import claq_exp.plan
+import claq_exp.quantize.recipe
 from claq_exp.compose import compose_config
 from claq_exp.plan import Plan, make_plan
 from claq_exp.quantize.recipe import planned_layout
@@ -24,7 +24,7 @@ def planned(monkeypatch) -> list[str]:
         names.append(name)
         return planned_layout(recipe, rows, columns, name)
 
-    monkeypatch.setattr(claq_exp.plan, "planned_layout", counted)
+    monkeypatch.setattr(claq_exp.quantize.recipe, "planned_layout", counted)
     return names
 
 
