@@ -110,7 +110,7 @@ def _relative_output_error(
     """Return tr(D H D^T) / tr(W H W^T) with D = `difference`, [out, in]; 0.0 for a silent layer.
 
     loss: what `quantize_columns` returned, the same with the damped Hessian under compensation:
-    what was added to the diagonal is taken off.
+    what was added to the diagonal is taken off (dead columns are not in it).
     """
     hessian = problem.hessian.float()
     whole = (problem.weight @ hessian).mul_(problem.weight).sum().item()
@@ -118,7 +118,7 @@ def _relative_output_error(
         wrong = (difference @ hessian).mul_(difference).sum().item()
     else:
         squares = difference.square().sum(dim=0, dtype=torch.float64)
-        wrong = loss - float(squares @ system.added)
+        wrong = loss - float((squares * system.added)[~system.dead].sum())
     return max(wrong, 0.0) / whole if whole > 0 else 0.0
 
 
