@@ -54,8 +54,8 @@ def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuan
     With e_j = (w_j - q_j) / U_jj, every later column k becomes w_k - U_jk e_j (GPTQ, arXiv
     2210.17323, eq. 3 and Algorithm 1).  A column gathers the errors inside its block when its turn
     comes; a finished block's errors reach the next block at once and those behind it while the next
-    is being quantized.  Returns the sum of e_j^2 over all rows and all columns but dead ones, which is
-    their tr(D H D^T) of the damped Hessian under GPTQ.
+    is being quantized.  Returns the sum of e_j^2 over all rows and columns, dead ones left
+    out, which is tr(D H D^T) of the damped Hessian under GPTQ.
     """
     order = system.order.numpy()
     dead = system.dead.numpy()[order]
