@@ -121,7 +121,10 @@ def measure_choices(
         scales = root_mean_squares(weight)
         weight = weight / scales.float()[:, None]
         importance = importance * scales.float().square()
-    measured = options[options[:, 0] <= MEASURED_BITS]
+    known = options.copy()
+    known[:, 0] = np.minimum(known[:, 0], MEASURED_BITS)
+    by_count, place = np.unique(known[:, ::-1], axis=0, return_inverse=True)
+    measured = np.ascontiguousarray(by_count[:, ::-1])
     widths = torch.from_numpy(np.unique(measured[:, 0])).to(torch.uint8)
     books = np.zeros((MAX_BITS + 1, 2**MAX_BITS), dtype=np.float32)
     if codebook.shared:
@@ -138,11 +141,7 @@ def measure_choices(
         )
         found = np.concatenate(list(parts))
     found *= statistics.distortion_weight[chosen].double().numpy()[:, None]
-    place = {(int(width), int(count)): at for at, (width, count) in enumerate(measured)}
-    distortion = np.empty((len(found), len(options)))
-    for at, (width, count) in enumerate(options.tolist()):
-        known = min(width, MEASURED_BITS)
-        distortion[:, at] = found[:, place[known, count]] / 4.0 ** (width - known)
+    distortion = found[:, place.ravel()] / 4.0 ** (options[:, 0] - known[:, 0])
     return Choices(rows, options, distortion, codebook.form(len(chosen)), nominal)
 
 

@@ -161,9 +161,9 @@ def describe(
     whole = (weight @ hessian).mul_(weight).sum().item()
     if loss is None or system.inverse_factor is None:
         wrong = (difference @ hessian).mul_(difference).sum().item()
-    else:  # what was added to the diagonal is taken off
+    else:  # what was added to the diagonal is taken off; dead columns are not in it
         squares = difference.square().sum(dim=0, dtype=torch.float64)
-        wrong = loss - float(squares @ system.added)
+        wrong = loss - float((squares * system.added)[~system.dead].sum())
     return Solved(
         quantized=quantized,
         output_error=max(wrong, 0.0) / whole if whole > 0 else 0.0,

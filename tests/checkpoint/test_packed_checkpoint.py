@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ from claq_exp.quantize.reservation import OutlierOrder as ReservedOutliers
 from claq_exp.quantize.solver import Nearest
 
 RECIPE = Recipe(KMeans(), OutlierOrder(2.5), ReservedOutliers(0.02), Nearest())
+SHARED = replace(RECIPE, codebook=KMeans(shared=True, row_scales=True))
 SOME_LINEAR = "model.layers.1.self_attn.q_proj"
+SHARED_LINEAR = "model.layers.1.mlp.up_proj"
 
 
 class Written:
@@ -43,8 +46,9 @@ class Written:
             if isinstance(module, nn.Linear):
                 hessian = torch.eye(module.in_features, dtype=torch.float64)
                 problem = LinearProblem(module.weight.detach(), hessian)
-                system = RECIPE.solver.prepare(hessian)
-                self.quantized[name] = quantize_weight(problem, system, RECIPE).quantized
+                recipe = SHARED if "mlp" in name else RECIPE
+                system = recipe.solver.prepare(hessian)
+                self.quantized[name] = quantize_weight(problem, system, recipe).quantized
                 module.weight.data.copy_(self.quantized[name].dequantize())
         self.packed = {
             name: PackedWeight(weight.layout(), weight.pack())
@@ -127,7 +131,7 @@ def test_the_ledger_is_the_bytes_on_disk(written, original):
     assert sizes.ledger.unquantized == kept
     assert sizes.ledger.total - sizes.ledger.unquantized - sizes.ledger.other == packed
     by_account = sizes.ledger.as_dict()
-    for account in ("codes", "codebooks", "column_bits", "reserved_values", "reserved_positions"):
+    for account in set(by_account) - {"other", "unquantized"}:
         expected = sum(weight.ledger().as_dict()[account] for weight in written.quantized.values())
         assert by_account[account] == expected > 0
 
@@ -208,25 +212,29 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
     return edit
 
 
-def edit_layout(**changes: object) -> Callable[[Path], None]:
+def edit_layout(linear: str = SOME_LINEAR, **changes: object) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         change_json(
             folder / "config.json",
-            lambda data: data["quantization_config"]["modules"][SOME_LINEAR].update(changes),
+            lambda data: data["quantization_config"]["modules"][linear].update(changes),
         )
 
     return edit
 
 
-def edit_tensor(suffix: str, change: Callable[[torch.Tensor], torch.Tensor | None]):
+def edit_tensor(
+    suffix: str,
+    change: Callable[[torch.Tensor], torch.Tensor | None],
+    linear: str = SOME_LINEAR,
+):
     def edit(folder: Path) -> None:
-        def replace(tensors: dict[str, torch.Tensor]) -> None:
-            name = f"{SOME_LINEAR}.{suffix}"
+        def replaced(tensors: dict[str, torch.Tensor]) -> None:
+            name = f"{linear}.{suffix}"
             changed = change(tensors.pop(name))
             if changed is not None:
                 tensors[name] = changed.contiguous()
 
-        change_tensors(folder, replace)
+        change_tensors(folder, replaced)
 
     return edit
 
@@ -272,6 +280,21 @@ CONTENT_TAMPERINGS = {
     "codebook with NaN": (edit_tensor("codebooks_4", with_nan), "codebooks_4"),
     "reserved value NaN": (edit_tensor("reserved_values", with_nan), "reserved_values"),
     "reserved row outside": (edit_tensor("reserved_rows", with_row_outside), "reserved"),
+    "column scale NaN": (
+        edit_tensor("column_scales", with_nan, SHARED_LINEAR),
+        f"{SHARED_LINEAR}: column_scales",
+    ),
+    "row scales missing": (
+        edit_tensor("row_scales", lambda _: None, SHARED_LINEAR),
+        "row_scales",
+    ),
+    "layout with codebooks no longer shared": (
+        edit_layout(SHARED_LINEAR, shared_codebooks=False),
+        SHARED_LINEAR,
+    ),
+    "layout with shared codebooks": (edit_layout(shared_codebooks=True), SOME_LINEAR),
+    "layout without row scales": (edit_layout(SHARED_LINEAR, row_scaled=False), SHARED_LINEAR),
+    "layout with a flag in words": (edit_layout(row_scaled="yes"), "flags"),
     "layout of unknown kind": (edit_layout(kind="galaxy"), "galaxy"),
     "layout of other rows": (edit_layout(rows=47), SOME_LINEAR),
     "layout of other widths": (edit_layout(columns_per_width={"2": 48}), SOME_LINEAR),

@@ -77,18 +77,38 @@ def explicit_obs(
     return quantized, compensated
 
 
-def squared_error(values: np.ndarray, levels: np.ndarray) -> float:
-    """Squared distance of every value to its nearest level, summed in float64."""
+def fitted(
+    fit: Callable, values: np.ndarray, entries: int, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """The centroids that a compiled fit writes: [entries] float64."""
+    centroids = np.full(entries, np.nan)
+    given = np.ones(len(values), dtype=np.float32) if weights is None else weights
+    fit(values, given, centroids)
+    return centroids
+
+
+def squared_error(
+    values: np.ndarray, levels: np.ndarray, weights: np.ndarray | float = 1.0
+) -> float:
+    """Weighted squared distance of every value to its nearest level, summed in float64."""
     distance = values.astype(np.float64)[:, None] - np.asarray(levels, np.float64)[None, :]
-    return float((distance**2).min(axis=1).sum())
+    return float((weights * (distance**2).min(axis=1)).sum())
 
 
-def best_error(values: np.ndarray, entries: int) -> float:
-    """The least error of any partition of sorted values into `entries` contiguous cells."""
-    values = values.astype(np.float64)
+def best_error(values: np.ndarray, entries: int, weights: np.ndarray | None = None) -> float:
+    """The least weighted error of any partition into `entries` intervals."""
+    mass = np.ones(len(values)) if weights is None else weights.astype(np.float64)
+    order = np.argsort(values[mass > 0], kind="stable")
+    values, mass = values[mass > 0][order].astype(np.float64), mass[mass > 0][order]
+    if len(values) <= entries:
+        return 0.0
+
+    def cost(first: int, last: int) -> float:
+        cell, share = values[first:last], mass[first:last]
+        return float((share * (cell - np.average(cell, weights=share)) ** 2).sum())
+
     best = np.inf
-    for cuts in combinations(range(1, len(values)), min(entries, len(values)) - 1):
+    for cuts in combinations(range(1, len(values)), entries - 1):
         borders = (0, *cuts, len(values))
-        cells = (values[a:b] for a, b in pairwise(borders))
-        best = min(best, sum(((cell - cell.mean()) ** 2).sum() for cell in cells))
-    return float(best)
+        best = min(best, sum(cost(a, b) for a, b in pairwise(borders)))
+    return best

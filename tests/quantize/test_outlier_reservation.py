@@ -10,14 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantize_references import random_problem, recipe, solve
+from quantize_references import fitted, random_problem, recipe, solve
 
 from claq_exp.errors import ConfigError
 from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.reservation import Fixed, Hessian, NoReservation, OutlierOrder, Random
 from claq_exp.quantize.reservation.shares import counts_from_shares
 from claq_exp.quantize.solver import Gptq, Nearest
-from claq_exp.quantize.solver.columns import largest_rows, tail_rows
 from claq_exp.quantize.statistics import ColumnStatistics
 
 QUICK = settings(max_examples=100, deadline=None, derandomize=True)
@@ -144,38 +143,6 @@ def test_other_impossible_options_are_refused_by_name(options):
         OutlierOrder(**options)
 
 
-@QUICK
-@given(
-    st.lists(st.integers(-5, 5), min_size=1, max_size=40).flatmap(
-        lambda values: st.tuples(st.just(values), st.integers(0, len(values)))
-    )
-)
-def test_the_kept_rows_are_the_largest_magnitudes_with_ties_to_the_lower_row(case):
-    values, count = case
-    column = np.array(values, dtype=np.float32) / 4
-    expected = np.sort(np.argsort(-np.abs(column), kind="stable")[:count])
-    rows = largest_rows(column, count)
-    assert rows.dtype == np.int64
-    assert rows.tolist() == expected.tolist()
-
-
-@QUICK
-@given(
-    st.lists(st.integers(-5, 5), min_size=1, max_size=40).flatmap(
-        lambda values: st.tuples(st.just(values), st.integers(0, len(values)))
-    )
-)
-def test_tail_rows_are_the_ends_of_the_sorted_column_with_ties_to_the_lower_row(case):
-    values, count = case
-    column = np.array(values, dtype=np.float32) / 4
-    top = np.argsort(-column, kind="stable")[: math.ceil(count / 2)]
-    rising = [row for row in np.argsort(column, kind="stable") if row not in top]
-    expected = sorted([*top, *rising[: count // 2]])
-    rows = tail_rows(column, count)
-    assert rows.dtype == np.int64
-    assert rows.tolist() == expected
-
-
 @pytest.mark.parametrize(("select", "kept"), [("magnitude", [0, 1, 2]), ("tails", [1, 2, 4])])
 def test_a_rule_says_which_entries_of_a_column_stay(select, kept):
     weight = torch.tensor([[7.0], [9.0], [8.0], [1.0], [-2.0], [0.5]])
@@ -253,8 +220,9 @@ def test_kept_entries_are_the_weights_in_float16_and_the_codebook_fits_the_other
         assert torch.equal(result.reserved.rows[mine], kept)
         assert torch.equal(result.reserved.values[mine], values[kept].half())
         assert torch.equal(dense[kept, column], values[kept].half().float())
-        others = np.delete(values.numpy(), kept.numpy())
-        levels = fit_levels(np.sort(others), 8).astype(np.float16)
+        weights = np.ones(50, dtype=np.float32)
+        weights[kept] = 0
+        levels = fitted(fit_levels, values.numpy(), 8, weights).astype(np.float16)
         assert result.levels.values[column].numpy().tolist() == levels.tolist()
         assert not result.codes[kept, column].any()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,7 @@ from claq_exp.quantize.quantized import (
     QuantizedWeight,
     Reserved,
     RowGrid,
+    SharedCodebooks,
     unpack_weight,
 )
 
@@ -35,8 +38,31 @@ def random_reserved(generator: np.random.Generator, rows: int, columns: int) -> 
     )
 
 
+def random_codebooks(
+    generator: np.random.Generator, bits: np.ndarray, shared: bool
+) -> ColumnCodebooks | SharedCodebooks:
+    if shared:
+        books = {
+            width: torch.from_numpy(np.sort(generator.normal(size=2**width)).astype(np.float16))
+            for width in np.unique(bits).tolist()
+        }
+        scales = generator.normal(size=(len(bits), 2)).astype(np.float16)
+        return SharedCodebooks(books, torch.from_numpy(scales))
+    values = generator.normal(size=(len(bits), 2 ** bits.max())).astype(np.float16)
+    values[np.arange(values.shape[1]) >= 2 ** bits[:, None]] = 0
+    return ColumnCodebooks(torch.from_numpy(values))
+
+
 def random_weight(
-    seed: int, rows: int, columns: int, widths: list[int], *, grid: bool, reserve: bool
+    seed: int,
+    rows: int,
+    columns: int,
+    widths: list[int],
+    *,
+    grid: bool = False,
+    reserve: bool = False,
+    shared: bool = False,
+    row_scaled: bool = False,
 ) -> QuantizedWeight:
     """A quantized matrix of random numbers; with `grid` of the first width alone."""
     generator = np.random.default_rng(seed)
@@ -55,9 +81,10 @@ def random_weight(
             group_size,
         )
     else:
-        values = generator.normal(size=(columns, 2 ** bits.max())).astype(np.float16)
-        values[np.arange(values.shape[1]) >= 2 ** bits[:, None]] = 0
-        levels = ColumnCodebooks(torch.from_numpy(values))
+        levels = random_codebooks(generator, bits, shared)
+        if row_scaled:
+            scales = torch.from_numpy(generator.uniform(0.1, 9, rows).astype(np.float16))
+            levels = replace(levels, row_scales=scales)
     column_bits = torch.from_numpy(bits.astype(np.uint8))
     return QuantizedWeight(torch.from_numpy(codes), column_bits, levels, reserved)
 
@@ -70,6 +97,8 @@ weights = st.builds(
     widths=st.lists(st.integers(1, 8), min_size=1, max_size=4, unique=True),
     grid=st.booleans(),
     reserve=st.booleans(),
+    shared=st.booleans(),
+    row_scaled=st.booleans(),
 )
 
 
@@ -139,7 +168,13 @@ def test_a_weight_comes_back_bit_by_bit_from_safetensors(weight):
     assert torch.equal(again.reserved.counts, weight.reserved.counts)
     assert torch.equal(again.reserved.rows, weight.reserved.rows)
     assert torch.equal(again.reserved.values, weight.reserved.values)
+    assert type(again.levels) is type(weight.levels)
     assert again.dequantize().numpy().tobytes() == weight.dequantize().numpy().tobytes()
+
+
+def row_scale(weight: QuantizedWeight, row: int) -> float:
+    scales = weight.levels.row_scales
+    return 1.0 if scales is None else scales[row].item()
 
 
 @QUICK
@@ -161,12 +196,16 @@ def test_dequantized_entries_are_looked_up_one_by_one(weight):
         if (row, column) in kept:
             expected = kept[row, column]
         elif isinstance(weight.levels, ColumnCodebooks):
-            expected = weight.levels.values[column, code].item()
+            expected = weight.levels.values[column, code].item() * row_scale(weight, row)
+        elif isinstance(weight.levels, SharedCodebooks):
+            scale, shift = weight.levels.column_scales[column].tolist()
+            book = weight.levels.books[int(weight.column_bits[column])]
+            expected = (scale * book[code].item() + shift) * row_scale(weight, row)
         else:
             group = column // weight.levels.group_size
             zero = int(weight.levels.zeros[row, group])
             expected = weight.levels.scales[row, group].item() * (code - zero)
-        assert dense[row, column].item() == pytest.approx(expected, rel=1e-6)
+        assert dense[row, column].item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
 def test_the_ledger_of_a_hand_counted_matrix():
@@ -200,6 +239,24 @@ def test_the_ledger_of_a_hand_counted_grid():
     assert layout.nominal_bits() == 3
 
 
+def test_the_ledger_of_hand_counted_shared_codebooks_and_row_scales():
+    layout = WeightLayout(
+        kind="column_codebooks",
+        rows=49,
+        columns=10,
+        columns_per_width={2: 7, 4: 3},
+        shared_codebooks=True,
+        row_scaled=True,
+    )
+    assert layout.ledger() == Ledger(
+        codes=8 * (7 * 13 + 3 * 25),
+        codebooks=16 * (4 + 16),  # one of each width
+        column_bits=8 * 2,
+        scales=16 * 2 * 10 + 16 * 49,  # scale and shift of a column, scale of a row
+    )
+    assert layout.nominal_bits() == pytest.approx(2.6)
+
+
 def test_ledgers_add_up_account_by_account():
     total = Ledger.sum([Ledger(codes=1, other=2), Ledger(codes=10, unquantized=5)])
     assert total == Ledger(codes=11, other=2, unquantized=5)
@@ -214,10 +271,14 @@ def test_index_width_is_the_least_that_tells_all_apart(count, width):
 
 MIXED = random_weight(1, rows=49, columns=12, widths=[2, 4], grid=False, reserve=True)
 GRID = random_weight(2, rows=9, columns=10, widths=[3], grid=True, reserve=False)
+SHARED = random_weight(3, rows=49, columns=12, widths=[2, 4], shared=True, row_scaled=True)
+EXAMPLES = {"codebooks": MIXED, "grid": GRID, "shared": SHARED}
 
 
 def test_the_examples_below_hold_every_suffix():
-    assert {suffix.rstrip("_1234567890") for suffix in {**MIXED.pack(), **GRID.pack()}} == {
+    assert {
+        suffix.rstrip("_1234567890") for example in EXAMPLES.values() for suffix in example.pack()
+    } == {
         "codes",
         "codebooks",
         "column_bits",
@@ -226,10 +287,12 @@ def test_the_examples_below_hold_every_suffix():
         "reserved_counts",
         "scales",
         "zeros",
+        "column_scales",
+        "row_scales",
     }
 
 
-@pytest.mark.parametrize("weight", [MIXED, GRID], ids=["codebooks", "grid"])
+@pytest.mark.parametrize("weight", EXAMPLES.values(), ids=EXAMPLES)
 def test_a_missing_extra_or_misshapen_tensor_is_refused_by_name(weight):
     layout, tensors = weight.layout(), weight.pack()
     for suffix, tensor in tensors.items():
@@ -273,7 +336,7 @@ def test_column_bits_that_contradict_the_layout_are_refused():
         unpack_weight(MIXED.layout(), {**MIXED.pack(), "column_bits": pack(position, 1)})
 
 
-@pytest.mark.parametrize("weight", [MIXED, GRID], ids=["codebooks", "grid"])
+@pytest.mark.parametrize("weight", EXAMPLES.values(), ids=EXAMPLES)
 @pytest.mark.parametrize("field", list(MIXED.layout().to_json()))
 def test_a_changed_layout_is_refused_or_still_describes_a_whole_matrix(weight, field):
     escaped = []
@@ -299,12 +362,41 @@ def test_a_changed_layout_is_refused_or_still_describes_a_whole_matrix(weight, f
         {"columns_per_width": {"two": 12}},
         {"columns_per_width": {"2": 11}},
         {"surplus": 1},
+        {"shared_codebooks": 1},
+        {"row_scaled": "yes"},
+        {"row_scaled": None},
+        {"kind": "row_grid", "group_size": 4, "columns_per_width": {"2": 12}, "row_scaled": True},
     ],
     ids=str,
 )
 def test_a_layout_that_means_nothing_is_refused(changes):
     with pytest.raises(CheckpointError):
         WeightLayout.from_json({**MIXED.layout().to_json(), **changes})
+
+
+@pytest.mark.parametrize("flag", ["shared_codebooks", "row_scaled"])
+@pytest.mark.parametrize("weight", EXAMPLES.values(), ids=EXAMPLES)
+def test_a_flag_that_contradicts_the_tensors_is_refused(weight, flag):
+    data = weight.layout().to_json()
+    with pytest.raises(CheckpointError):
+        unpack_weight(WeightLayout.from_json({**data, flag: not data[flag]}), weight.pack())
+
+
+def test_a_layout_from_before_the_flags_has_neither():
+    data = MIXED.layout().to_json()
+    older = {key: data[key] for key in data if key not in ("shared_codebooks", "row_scaled")}
+    assert WeightLayout.from_json(older) == MIXED.layout()
+
+
+@pytest.mark.parametrize("damage", ["books", "column_scales", "row_scales"])
+def test_levels_beyond_float16_are_told(damage):
+    levels = SHARED.levels
+    assert levels.finite()
+    if damage == "books":
+        broken = replace(levels, books={**levels.books, 2: levels.books[2] / 0})
+    else:
+        broken = replace(levels, **{damage: getattr(levels, damage) * torch.inf})
+    assert not broken.finite()
 
 
 def test_a_layout_without_one_of_its_facts_is_refused():

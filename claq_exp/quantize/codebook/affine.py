@@ -7,7 +7,8 @@ from numba import njit
 
 from claq_exp.quantize.codebook.clustering import bin_values
 
-ITERATIONS = 8
+ITERATIONS = 12
+STARTS = (1.0, 0.7, 0.85, 1.2)  # deviations of the column
 FITTED, RANGE, ABSMAX = range(3)
 
 
@@ -15,9 +16,11 @@ FITTED, RANGE, ABSMAX = range(3)
 def _fit(mass, moment, book, scale, shift):  # type: ignore[no-untyped-def]
     """Alternate nearest levels and least squares, as Lloyd does, over the points of `bin_values`.
 
-    book: [entries] float32, ascending.  Each step lowers the squared error or leaves it.
+    book: [entries] float32, ascending.  Each step lowers the squared error or leaves it.  Returns
+    (scale, shift, how much of the squared values they explain).
     """
     points = len(mass) - 1
+    explained = 0.0
     for _ in range(ITERATIONS):
         ones = by_book = by_square = values = products = 0.0
         point = 0
@@ -45,9 +48,10 @@ def _fit(mass, moment, book, scale, shift):  # type: ignore[no-untyped-def]
             break
         moved = abs(new - scale)
         scale, shift = new, (values - new * by_book) / ones
+        explained = scale * products + shift * values
         if moved <= 1e-5 * scale:
             break
-    return scale, shift
+    return scale, shift, explained
 
 
 @njit(cache=True, nogil=True)
@@ -68,8 +72,8 @@ def fit_scale_and_shift(values, weights, book, rule):  # type: ignore[no-untyped
         return max(abs(low), abs(high)) / max(abs(book[0]), abs(book[-1])), 0.0
     if high == low:
         return 0.0, low
-    scale = (high - low) / (book[-1] - book[0])
     if rule == RANGE:
+        scale = (high - low) / (book[-1] - book[0])
         return scale, low - scale * book[0]
     mass, moment, middle = bin_values(values, weights, len(book))
     total, square = 0.0, 0.0
@@ -79,11 +83,12 @@ def fit_scale_and_shift(values, weights, book, rule):  # type: ignore[no-untyped
         total += size
     mean = moment[-1] / total
     deviation = np.sqrt(max(square / total - mean * mean, 0.0))
-    centre, width = 0.0, 0.0
-    for level in book:
-        centre += level / len(book)
-    for level in book:
-        width += (level - centre) * (level - centre) / len(book)
-    start = deviation / np.sqrt(width)
-    scale, shift = _fit(mass, moment, book, start, mean - start * centre)
+    if book[0] == book[-1]:  # learned from columns that are all constant
+        return 0.0, mean + middle
+    # a shared codebook is learned from columns of mean 0 and deviation 1
+    scale, shift, top = deviation, mean, -1.0
+    for start in STARTS:
+        new_scale, new_shift, explained = _fit(mass, moment, book, start * deviation, mean)
+        if explained > top:
+            scale, shift, top = new_scale, new_shift, explained
     return scale, shift + middle

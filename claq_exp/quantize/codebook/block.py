@@ -18,6 +18,7 @@ from claq_exp.quantize.codebook.clustering import fit_levels, fit_levels_exact, 
 KMEANS, EXACT, QUANTILES, FITTED, RANGE, ABSMAX = range(6)
 SHARED = FITTED  # this rule and those after it stretch a shared codebook
 HALF_MAX = np.float32(65504.0)
+HALF_OVERFLOW = np.float32(65520.0)  # midway to the next step
 
 
 class ColumnTask(NamedTuple):
@@ -60,14 +61,14 @@ class ColumnResult(NamedTuple):
 def round_half(value):  # type: ignore[no-untyped-def]
     """Return a float32 rounded to the nearest float16 (ties to even), infinite beyond its range."""
     magnitude = abs(value)
-    if magnitude < np.float32(2.0**-14):  # subnormal: steps of 2**-24, the ulp of 0.5 to 1
+    if magnitude >= HALF_OVERFLOW:
+        rounded = np.float32(np.inf)
+    elif magnitude < np.float32(2.0**-14):  # subnormal: steps of 2**-24, the ulp of 0.5 to 1
         rounded = (magnitude + np.float32(0.75)) - np.float32(0.75)
     else:
         stretched = magnitude * np.float32(8193.0)  # 2**13 + 1 leaves 11 significant bits
         rounded = stretched - (stretched - magnitude)
-    if rounded > HALF_MAX:
-        rounded = np.float32(np.inf)
-    return -rounded if value < 0 else rounded
+    return np.copysign(rounded, value)
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"})
@@ -224,6 +225,7 @@ def quantize_block(values, lower, columns, task, result):  # type: ignore[no-unt
         place = start
         for row in range(rows):
             kept = levels[codes[row]] * task.row_scales[row]
+            kept = min(max(kept, -HALF_MAX), HALF_MAX)
             if chosen[row]:
                 codes[row] = 0
                 kept = round_half(current[row])

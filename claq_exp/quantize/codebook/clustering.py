@@ -17,6 +17,8 @@ BINS = 512  # up to 16 entries; more entries get more bins
 MOST_BINS = 4096
 SPREADS = np.float32(3.5)  # mean absolute deviations from the middle where half of the bins lie
 GRID = 4  # coarse places for a border per entry, up to 16 entries
+FEW = 12  # up to so many filled bins per entry, every border is such a place
+FEWEST = 7  # up to so many, a bin may hide what matters (outliers side by side): no bins at all
 REACH = 3  # strides that a border may move in either direction at once
 WIDTH = 2 * REACH + 1
 REASSOCIATE = {"reassoc", "contract", "nsz"}
@@ -49,7 +51,8 @@ def bin_values(values, weights, entries):  # type: ignore[no-untyped-def]
     for index in range(len(values)):
         offset = values[index] - middle
         share = offset / (scale + abs(offset))
-        places[index] = np.int32(half * share + half + np.float32(0.5))
+        place = half * share + half + np.float32(0.5)
+        places[index] = np.int32(place) if place >= 0.0 else np.int32(0)  # NaN needs one too
     masses, moments = np.zeros(bins), np.zeros(bins)
     for index in range(len(values)):
         weight = np.float64(weights[index])
@@ -74,6 +77,8 @@ def _coarse_places(points, entries):  # type: ignore[no-untyped-def]
     """
     grid = GRID if entries <= 16 else 2
     spacing = max(1, points // (grid * entries))
+    if entries <= 16 and points <= FEW * entries:
+        spacing = 1
     places = np.empty(points + 1, dtype=np.int64)
     places[0] = last = 0
     while places[last] < points // 2:
@@ -189,7 +194,7 @@ def fit_levels(values, weights, centroids):  # type: ignore[no-untyped-def]
     entries = len(centroids)
     mass, moment, middle = bin_values(values, weights, entries)
     points = len(mass) - 1
-    if points <= entries:
+    if points <= (FEWEST * entries if entries <= 16 else entries):
         fit_levels_exact(values, weights, centroids)  # costs little here
         return
     borders = _best_borders(mass, moment, _coarse_places(points, entries), entries)

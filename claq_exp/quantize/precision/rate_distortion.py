@@ -77,8 +77,12 @@ class RateDistortion:
             raise ConfigError(f"precision.windows is {self.windows}; give a positive number")
 
     def plan(self, statistics: ColumnStatistics) -> Tensor:
-        """Return the width of each column when this matrix is all there is: [in] uint8."""
-        plans = self.plan_model({"": statistics}, KMeans(), ())
+        """Return the width of each column when this matrix is all there is: [in] uint8.
+
+        Every column has a codebook of its own then; `plan_model` decides on other forms too.
+        """
+        alone = replace(self, codebooks="own", row_scales="never")
+        plans = alone.plan_model({"": statistics}, KMeans(), ())
         return plans[""].columns.column_bits
 
     def plan_model(

@@ -66,10 +66,11 @@ def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuan
     With e_j = (w_j - q_j) / U_jj, every later column k becomes w_k - U_jk e_j (GPTQ, arXiv
     2210.17323, eq. 3 and Algorithm 1).  A column gathers the errors inside its block when its turn
     comes; a finished block's errors reach the next block at once and those behind it while the next
-    is being quantized.  Returns the sum of e_j^2 over all columns and rows, which is
-    tr(D H D^T) of the damped Hessian under GPTQ.
+    is being quantized.  Returns the sum of e_j^2 over all rows and columns, dead ones left
+    out, which is tr(D H D^T) of the damped Hessian under GPTQ.
     """
     order = system.order.numpy()
+    dead = system.dead.numpy()[order]
     work = weight.t().numpy()[order]  # [in, out]: a column is one stretch of memory
     lower, step = system.lower, system.block_size
     behind: Future[None] | None = None
@@ -80,6 +81,7 @@ def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuan
             inside = np.ascontiguousarray(lower[start:stop, start:stop])
             errors = work[start:stop]
             quantizer.quantize_block(order[start:stop], errors, inside)
+            errors[dead[start:stop]] = 0.0  # of any size, and no other column depends on them
             loss += float(np.dot(errors.ravel(), errors.ravel()))
             if behind is not None:
                 behind.result()

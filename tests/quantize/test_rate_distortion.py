@@ -1,0 +1,357 @@
+"""Spending a budget of bits: against every assignment there is, and against the paper's rules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from claq_exp.errors import ConfigError
+from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.layout import Form
+from claq_exp.quantize.precision import OutlierOrder
+from claq_exp.quantize.precision.rate_distortion import RateDistortion
+from claq_exp.quantize.rate_distortion import (
+    Choices,
+    allocate,
+    choose_variants,
+    column_options,
+    measure_choices,
+)
+from claq_exp.quantize.statistics import ColumnStatistics
+
+QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+FORMS = st.builds(Form, shared_codebooks=st.booleans(), row_scaled=st.booleans())
+
+
+def random_choices(
+    seed: int,
+    columns: int,
+    rows: int = 64,
+    widths: tuple[int, ...] = (1, 2, 3, 4),
+    shares: tuple[float, ...] = (),
+    **changes: object,
+) -> Choices:
+    """A made-up matrix: distortion falls by about four with a bit, and a bit with reservation."""
+    generator = np.random.default_rng(seed)
+    options = column_options(rows, widths, shares)
+    fall = generator.uniform(2.5, 5, size=(columns, 1)) ** -options[:, 0]
+    fall = fall * generator.uniform(0.3, 1, size=(columns, 1)) ** (options[:, 1] / rows * 20)
+    distortion = generator.lognormal(sigma=2, size=(columns, 1)) * fall
+    given_choices = {"form": Form(), "nominal": True, **changes}
+    return Choices(rows, options, distortion, **given_choices)
+
+
+def chosen_options(choices: Choices, plan) -> np.ndarray:
+    pairs = zip(plan.column_bits.tolist(), plan.reserved_counts.tolist(), strict=True)
+    known = [tuple(option) for option in choices.options.tolist()]
+    return np.array([known.index(pair) for pair in pairs])
+
+
+def outcome(matrices: list[Choices], plans) -> tuple[float, float]:
+    """(bits, distortion) of plans."""
+    bits = distortion = 0.0
+    for matrix, plan in zip(matrices, plans, strict=True):
+        chosen = chosen_options(matrix, plan)
+        bits += matrix.bits(chosen)
+        distortion += matrix.distortion[np.arange(matrix.columns), chosen].sum()
+    return bits, distortion
+
+
+def weights_of(matrices: list[Choices]) -> int:
+    return sum(matrix.rows * matrix.columns for matrix in matrices)
+
+
+def best_of_all(matrix: Choices, budget: float) -> float:
+    """The least distortion of any assignment within the budget."""
+    best = np.inf
+    every = np.arange(matrix.columns)
+    for assignment in product(range(len(matrix.options)), repeat=matrix.columns):
+        chosen = np.array(assignment)
+        distortion = matrix.distortion[every, chosen].sum()
+        if distortion < best and matrix.bits(chosen) <= budget:
+            best = distortion
+    return best
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("per_weight", [1.0, 1.4, 1.99, 2.5, 3.3, 4.0])
+def test_the_allocation_is_within_one_columns_step_of_the_best_of_all(seed, per_weight):
+    matrix = random_choices(seed, columns=5)
+    budget = per_weight * weights_of([matrix])
+    plans = allocate([matrix], budget)
+    bits, found = outcome([matrix], plans)
+    best = best_of_all(matrix, budget)
+    assert bits <= budget
+    chosen = chosen_options(matrix, plans[0])
+    dearer = np.minimum(chosen + 1, len(matrix.options) - 1)
+    every = np.arange(5)
+    steps = matrix.distortion[every, chosen] - matrix.distortion[every, dearer]
+    assert best - 1e-12 <= found <= best + steps.max() + 1e-12
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("per_weight", [1.6, 2.4, 3.0])
+def test_no_exchange_of_single_steps_improves_a_convex_allocation(seed, per_weight):
+    matrix = random_choices(seed, columns=30)
+    budget = per_weight * weights_of([matrix])  # whole steps of 64 bits: nothing is left over
+    plans = allocate([matrix], budget)
+    chosen = chosen_options(matrix, plans[0])
+    table = matrix.distortion
+    gains = [table[j, at] - table[j, at + 1] for j, at in enumerate(chosen) if at < 3]
+    losses = [table[j, at - 1] - table[j, at] for j, at in enumerate(chosen) if at > 0]
+    assert outcome([matrix], plans)[0] == pytest.approx(budget)
+    assert max(gains) <= min(losses) * (1 + 1e-9)
+
+
+@QUICK
+@given(
+    seeds=st.lists(st.integers(0, 99), min_size=1, max_size=4),
+    rows=st.sampled_from([16, 49, 192]),
+    form=FORMS,
+    nominal=st.booleans(),
+    reserve=st.booleans(),
+    per_weight=st.floats(0.5, 9),
+)
+def test_the_budget_is_never_exceeded_and_the_impossible_is_refused(
+    seeds, rows, form, nominal, reserve, per_weight
+):
+    shares = (0.02, 0.1) if reserve else ()
+    matrices = [
+        random_choices(seed, 5 + seed, rows, (1, 2, 3, 4, 6), shares, form=form, nominal=nominal)
+        for seed in seeds
+    ]
+    budget = per_weight * weights_of(matrices)
+    cheapest = sum(matrix.bits(np.zeros(matrix.columns, dtype=int)) for matrix in matrices)
+    if budget < cheapest:
+        with pytest.raises(ConfigError, match=r"reach from [\d.]+ to [\d.]+"):
+            allocate(matrices, budget)
+        return
+    bits, _ = outcome(matrices, allocate(matrices, budget))
+    assert bits <= budget
+
+
+@QUICK
+@given(st.integers(0, 99), st.booleans(), FORMS, st.floats(3, 6), st.floats(0.001, 1))
+def test_more_budget_never_raises_the_distortion(seed, nominal, form, per_weight, more):
+    matrices = [
+        random_choices(seed + at, 20, 192, (1, 2, 3, 4), form=form, nominal=nominal)
+        for at in range(2)
+    ]
+    whole = weights_of(matrices)
+    _, less = outcome(matrices, allocate(matrices, per_weight * whole))
+    _, now = outcome(matrices, allocate(matrices, (per_weight + more) * whole))
+    # the maps of widths and shared codebooks are no part of a column's own rate
+    assert now <= less * (1 if nominal else 1.02) + 1e-12
+
+
+def test_a_budget_for_everything_buys_everything():
+    matrix = random_choices(0, columns=8)
+    (plan,) = allocate([matrix], 100.0 * weights_of([matrix]))
+    assert plan.column_bits.tolist() == [4] * 8
+
+
+@QUICK
+@given(st.integers(0, 99), st.booleans(), st.booleans())
+def test_rates_are_what_a_matrix_of_such_columns_stores(seed, shared, scaled):
+    form = Form(shared_codebooks=shared, row_scaled=scaled)
+    matrix = random_choices(seed, 64, 100, shares=(0.05,), form=form, nominal=False)
+    for option, (width, count) in enumerate(matrix.options.tolist()):
+        whole = matrix.bits(np.full(64, option))
+        beside = 16 * 100 * scaled + 16 * 2**width * shared
+        counts = 64 * count.bit_length()
+        assert whole == pytest.approx(64 * matrix.rates()[option] + beside + counts, abs=16)
+
+
+def real_statistics(rows: int, columns: int, seed: int, spread: float = 1.0) -> ColumnStatistics:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    weight *= torch.randn(columns, generator=generator).mul(spread).exp()
+    weight[torch.rand(weight.shape, generator=generator) < 0.003] *= 15
+    distortion = torch.randn(columns, generator=generator).mul(spread).exp()
+    importance = torch.rand(rows, generator=generator) + 0.1
+    return ColumnStatistics(weight, distortion, importance)
+
+
+def surrogate(choices: Choices, bits: torch.Tensor) -> float:
+    """The distortion of widths without reservation."""
+    return float(sum(choices.distortion[j, width - 1] for j, width in enumerate(bits.tolist())))
+
+
+@pytest.mark.parametrize("target", [2.1, 2.5, 3.2])
+def test_the_surrogate_is_no_worse_than_outlier_order_and_saliency_at_the_same_bits(target):
+    statistics = real_statistics(128, 80, seed=0)
+    options = column_options(128, range(1, 9), ())
+    choices = measure_choices(statistics, KMeans(), options, nominal=True)
+    paper = OutlierOrder(target).plan(statistics)
+    saliency = paper.sort(descending=True).values[
+        statistics.sensitivity().argsort(descending=True).argsort()
+    ]
+    assert saliency.double().mean() == paper.double().mean()
+    planned = RateDistortion(target, "nominal").plan(statistics)
+    assert planned.double().mean() <= target
+    found = surrogate(choices, planned)
+    assert found < 0.8 * surrogate(choices, paper)
+    assert found < 0.95 * surrogate(choices, saliency)
+
+
+def test_measured_distortions_fall_with_bits_and_with_reservation():
+    statistics = real_statistics(200, 30, seed=1)
+    options = column_options(200, range(1, 9), (0.005, 0.02))
+    assert options[:, 1].tolist() == [0] * 8 + [1] * 4 + [4] * 4
+    table = measure_choices(statistics, KMeans(), options, nominal=True).distortion
+    assert (np.diff(table[:, :8], axis=1) < 0).all()
+    assert table[:, 7] == pytest.approx(table[:, 4] / 64)  # beyond 5 bits a quarter for each
+    assert (table[:, 8:12].mean(axis=0) < table[:, :4].mean(axis=0)).all()
+    assert (table[:, 12:].mean(axis=0) < table[:, 8:12].mean(axis=0)).all()
+    part = torch.tensor([3, 11, 29])
+    sampled = measure_choices(statistics, KMeans(), options, nominal=True, columns=part)
+    assert np.array_equal(sampled.distortion, table[part])
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_row_scales_change_the_unit_of_fits_and_not_of_distortions(shared):
+    statistics = real_statistics(150, 20, seed=2)
+    statistics = replace(statistics, weight=statistics.weight * 7)
+    options = column_options(150, (2, 3), ())
+    found = {
+        scaled: measure_choices(
+            statistics, KMeans(shared=shared, row_scales=scaled), options, nominal=True
+        ).distortion.sum()
+        for scaled in (False, True)
+    }
+    # rows of one size gain nothing from scales, and a distortion in scaled units would be 49th
+    assert found[True] == pytest.approx(found[False], rel=0.25)
+
+
+def test_widths_beyond_those_measured_may_be_asked_for_alone():
+    statistics = real_statistics(64, 12, seed=3)
+    chosen = RateDistortion(6.5, "nominal", min_bits=6, max_bits=7)
+    bits = chosen.plan(statistics)
+    assert sorted(set(bits.tolist())) == [6, 7]
+    assert bits.double().mean() == 6.5
+
+
+@pytest.mark.parametrize("columns", [1, 3, 40])
+def test_threads_and_repetition_change_nothing(columns):
+    statistics = {str(at): real_statistics(96, columns, seed=at) for at in range(3)}
+    threads = torch.get_num_threads()
+    plans = []
+    try:
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            plans.append(RateDistortion(3.5).plan_model(statistics, KMeans(), (0.01,)))
+    finally:
+        torch.set_num_threads(threads)
+    for name, first in plans[0].items():
+        for other in plans[1:]:
+            assert other[name].codebook == first.codebook
+            assert torch.equal(other[name].columns.column_bits, first.columns.column_bits)
+            assert torch.equal(other[name].columns.reserved_counts, first.columns.reserved_counts)
+
+
+@pytest.mark.parametrize(("rows", "alike", "shared"), [(192, True, True), (4096, False, False)])
+def test_codebooks_are_shared_by_few_rows_of_like_columns(rows, alike, shared):
+    weight = torch.randn(rows, 48, generator=torch.manual_seed(4))
+    if not alike:  # from two peaks to a heavy tail
+        weight = weight.sign() * weight.abs() ** torch.linspace(0.2, 2, 48)
+    statistics = {"": ColumnStatistics(weight, 1 / weight.square().mean(dim=0))}
+    plans = RateDistortion(4.0, row_scales="never").plan_model(statistics, KMeans(), ())
+    assert plans[""].codebook.shared == shared  # 256 bits for a codebook of 16, 1.3 a weight of 192
+
+
+def test_the_cheaper_of_two_equal_variants_is_chosen():
+    own = random_choices(5, 12, 192, nominal=False)
+    shared = replace(own, form=Form(shared_codebooks=True))
+    assert choose_variants([[own, shared], [shared, own]], [96, 96], 4.0 * 2 * 96 * 192) == [1, 0]
+
+
+def test_rows_of_very_different_size_get_scales():
+    statistics = real_statistics(256, 64, seed=6)
+    weight = statistics.weight * 2.0 ** torch.linspace(-4, 4, 256)[:, None]
+    statistics = ColumnStatistics(weight, statistics.distortion_weight)
+    uneven = ColumnStatistics(weight, statistics.distortion_weight, 1 / weight.square().mean(dim=1))
+    plans = RateDistortion(3.0).plan_model({"": uneven}, KMeans(), ())
+    assert plans[""].codebook.row_scales
+
+
+def test_columns_whose_errors_cost_more_get_more_bits():
+    statistics = real_statistics(128, 40, seed=7, spread=0.0)
+    dear = torch.ones(40)
+    dear[5], dear[6] = 1000.0, 0.001
+    bits = RateDistortion(3.0, "nominal").plan(replace(statistics, distortion_weight=dear))
+    others = bits[torch.arange(40) > 6].double()
+    assert bits[5] > others.max()
+    assert bits[6] < others.min()
+
+
+@pytest.mark.parametrize("count", ["linear", "nominal"])
+@pytest.mark.parametrize("target", [2.0, 2.6, 3.3])
+def test_a_model_keeps_its_budget_to_the_bit_and_uses_it(count, target):
+    shapes = [(192, 64), (64, 192), (300, 48)]
+    statistics = {str(at): real_statistics(*shape, seed=at) for at, shape in enumerate(shapes)}
+    overhead = 5000.0
+    chosen = RateDistortion(target, count)
+    plans = chosen.plan_model(statistics, KMeans(), (0.01,), overhead=overhead)
+    bits = overhead if count == "linear" else 0.0
+    for name, plan in plans.items():
+        rows, columns = statistics[name].shape
+        whole = column_options(rows, range(1, 9), (0.01,))
+        form = plan.codebook.form(columns)
+        matrix = Choices(rows, whole, np.zeros((columns, len(whole))), form, count == "nominal")
+        bits += matrix.bits(chosen_options(matrix, plan.columns))
+    weights = sum(rows * columns for rows, columns in shapes)
+    assert target * 0.99 < bits / weights <= target
+
+
+def test_rows_weigh_in_the_fits_only_where_that_is_asked():
+    statistics = {"": real_statistics(192, 16, seed=8)}
+    for asked in (True, False):
+        plans = RateDistortion(3.0, row_weights=asked).plan_model(statistics, KMeans(), ())
+        assert (plans[""].row_weights is not None) == asked
+
+
+def test_shares_of_the_work_add_up_to_one():
+    statistics = {str(at): real_statistics(96, 16, seed=at) for at in range(3)}
+    for changes in ({}, {"codebooks": "own", "row_scales": "never"}):
+        shares: list[float] = []
+        RateDistortion(3.5, **changes).plan_model(
+            statistics, KMeans(), (), on_share=lambda share, _, shares=shares: shares.append(share)
+        )
+        assert sum(shares) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("per_weight", [1.5, 2.6, 3.0, 5.5])
+@pytest.mark.parametrize("form", [Form(), Form(shared_codebooks=True)])
+def test_expected_widths_keep_the_budget_without_weights(per_weight, form):
+    chosen = RateDistortion(per_weight)
+    bits = chosen.expected(512, 100, form)
+    whole = column_options(512, range(1, 9), ())
+    matrix = Choices(512, whole, np.zeros((100, 8)), form, False)
+    stored = matrix.bits(bits.numpy().astype(int) - 1) / (512 * 100)
+    assert per_weight - 0.15 < stored <= per_weight
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"count": "galaxy"},
+        {"importance": "galaxy"},
+        {"codebooks": "galaxy"},
+        {"row_scales": "galaxy"},
+        {"min_bits": 0},
+        {"min_bits": 5, "max_bits": 4},
+        {"max_bits": 9},
+        {"windows": 0},
+    ],
+    ids=str,
+)
+def test_impossible_options_are_refused_by_name(options):
+    name = "min_bits" if "max_bits" in options else next(iter(options))
+    with pytest.raises(ConfigError, match=rf"precision\.{name}"):
+        RateDistortion(**options)
