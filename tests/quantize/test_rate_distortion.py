@@ -203,7 +203,7 @@ def test_the_surrogate_is_no_worse_than_outlier_order_and_saliency_at_the_same_b
 def test_measured_distortions_fall_with_bits_and_with_reservation():
     statistics = real_statistics(200, 30, seed=1)
     options = column_options(200, range(1, 9), (0.005, 0.02))
-    assert options[:, 1].tolist() == [0] * 8 + [1] * 4 + [4] * 4
+    assert options[:, 1].tolist() == [0] * 8 + [1] * 3 + [4] * 3
     table = measure_choices(statistics, KMeans(), options, nominal=True).distortion
     assert (np.diff(table[:, :8], axis=1) < 0).all()
     assert table[:, 7] == pytest.approx(table[:, 4] / 64)  # beyond 5 bits a quarter for each
@@ -326,15 +326,12 @@ def test_shares_of_the_work_add_up_to_one():
         assert sum(shares) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("per_weight", [1.5, 2.6, 3.0, 5.5])
-@pytest.mark.parametrize("form", [Form(), Form(shared_codebooks=True)])
-def test_expected_widths_keep_the_budget_without_weights(per_weight, form):
-    chosen = RateDistortion(per_weight)
-    bits = chosen.expected(512, 100, form)
-    whole = column_options(512, range(1, 9), ())
-    matrix = Choices(512, whole, np.zeros((100, 8)), form, False)
-    stored = matrix.bits(bits.numpy().astype(int) - 1) / (512 * 100)
-    assert per_weight - 0.15 < stored <= per_weight
+@pytest.mark.parametrize("per_weight", [2.4, 2.6, 3.0, 5.5])
+@pytest.mark.parametrize("codebooks", ["own", "shared"])
+def test_the_expected_layout_keeps_the_budget_without_weights(per_weight, codebooks):
+    layout = RateDistortion(per_weight, codebooks=codebooks).expected_layout(512, 100)
+    assert per_weight - 0.15 < layout.ledger().total / layout.weights <= per_weight
+    assert layout.shared_codebooks == (codebooks == "shared")
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_a_matrix_planned_by_itself_keeps_the_target_of_rate_distortion(target_b
 
 @pytest.mark.parametrize("name", PRECISION)
 def test_widths_are_one_to_eight_bits_for_every_column(name):
-    bits = PRECISION[name]().plan(EqualColumns(8, 64))
+    bits = PRECISION[name]().plan(EqualColumns(300, 64))
     assert bits.dtype == torch.uint8
     assert bits.shape == (64,)
     assert 1 <= int(bits.min()) <= int(bits.max()) <= 8
