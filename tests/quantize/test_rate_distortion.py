@@ -16,6 +16,7 @@ from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.layout import Form
 from claq_exp.quantize.precision import OutlierOrder
 from claq_exp.quantize.precision.rate_distortion import RateDistortion
+from claq_exp.quantize.quantized import layout_of
 from claq_exp.quantize.rate_distortion import (
     Choices,
     allocate,
@@ -175,7 +176,7 @@ def real_statistics(rows: int, columns: int, seed: int, spread: float = 1.0) -> 
     weight[torch.rand(weight.shape, generator=generator) < 0.003] *= 15
     distortion = torch.randn(columns, generator=generator).mul(spread).exp()
     importance = torch.rand(rows, generator=generator) + 0.1
-    return ColumnStatistics(weight, distortion, importance)
+    return ColumnStatistics(weight, distortion, torch.arange(columns), "", importance)
 
 
 def surrogate(choices: Choices, bits: torch.Tensor) -> float:
@@ -206,9 +207,9 @@ def test_measured_distortions_fall_with_bits_and_with_reservation():
     assert options[:, 1].tolist() == [0] * 8 + [1] * 3 + [4] * 3
     table = measure_choices(statistics, KMeans(), options, nominal=True).distortion
     assert (np.diff(table[:, :8], axis=1) < 0).all()
-    assert table[:, 7] == pytest.approx(table[:, 4] / 64)  # beyond 5 bits a quarter for each
-    assert (table[:, 8:12].mean(axis=0) < table[:, :4].mean(axis=0)).all()
-    assert (table[:, 12:].mean(axis=0) < table[:, 8:12].mean(axis=0)).all()
+    assert table[:, 7] == pytest.approx(table[:, 3] / 256)  # beyond 4 bits a quarter for each
+    assert (table[:, 8:11].mean(axis=0) < table[:, :3].mean(axis=0)).all()
+    assert (table[:, 11:].mean(axis=0) < table[:, 8:11].mean(axis=0)).all()
     part = torch.tensor([3, 11, 29])
     sampled = measure_choices(statistics, KMeans(), options, nominal=True, columns=part)
     assert np.array_equal(sampled.distortion, table[part])
@@ -260,7 +261,7 @@ def test_codebooks_are_shared_by_few_rows_of_like_columns(rows, alike, shared):
     weight = torch.randn(rows, 48, generator=torch.manual_seed(4))
     if not alike:  # from two peaks to a heavy tail
         weight = weight.sign() * weight.abs() ** torch.linspace(0.2, 2, 48)
-    statistics = {"": ColumnStatistics(weight, 1 / weight.square().mean(dim=0))}
+    statistics = {"": ColumnStatistics(weight, 1 / weight.square().mean(dim=0), torch.arange(48))}
     plans = RateDistortion(4.0, row_scales="never").plan_model(statistics, KMeans(), ())
     assert plans[""].codebook.shared == shared  # 256 bits for a codebook of 16, 1.3 a weight of 192
 
@@ -274,8 +275,8 @@ def test_the_cheaper_of_two_equal_variants_is_chosen():
 def test_rows_of_very_different_size_get_scales():
     statistics = real_statistics(256, 64, seed=6)
     weight = statistics.weight * 2.0 ** torch.linspace(-4, 4, 256)[:, None]
-    statistics = ColumnStatistics(weight, statistics.distortion_weight)
-    uneven = ColumnStatistics(weight, statistics.distortion_weight, 1 / weight.square().mean(dim=1))
+    even = 1 / weight.square().mean(dim=1)
+    uneven = replace(statistics, weight=weight, row_weights=even)
     plans = RateDistortion(3.0).plan_model({"": uneven}, KMeans(), ())
     assert plans[""].codebook.row_scales
 
@@ -284,10 +285,17 @@ def test_columns_whose_errors_cost_more_get_more_bits():
     statistics = real_statistics(128, 40, seed=7, spread=0.0)
     dear = torch.ones(40)
     dear[5], dear[6] = 1000.0, 0.001
-    bits = RateDistortion(3.0, "nominal").plan(replace(statistics, distortion_weight=dear))
+    bits = RateDistortion(3.0, "nominal", min_bits=1).plan(
+        replace(statistics, distortion_weight=dear)
+    )
     others = bits[torch.arange(40) > 6].double()
     assert bits[5] > others.max()
     assert bits[6] < others.min()
+
+
+def beside(layouts) -> float:
+    """A header that grows with the number of widths."""
+    return 1000.0 + sum(300.0 * len(layout.columns_per_width) for layout in layouts.values())
 
 
 @pytest.mark.parametrize("count", ["linear", "nominal"])
@@ -295,10 +303,16 @@ def test_columns_whose_errors_cost_more_get_more_bits():
 def test_a_model_keeps_its_budget_to_the_bit_and_uses_it(count, target):
     shapes = [(192, 64), (64, 192), (300, 48)]
     statistics = {str(at): real_statistics(*shape, seed=at) for at, shape in enumerate(shapes)}
-    overhead = 5000.0
-    chosen = RateDistortion(target, count)
-    plans = chosen.plan_model(statistics, KMeans(), (0.01,), overhead=overhead)
-    bits = overhead if count == "linear" else 0.0
+    chosen = RateDistortion(target, count, min_bits=1)
+    plans = chosen.plan_model(statistics, KMeans(), (0.01,), overhead=beside)
+    bits = 0.0
+    if count == "linear":
+        bits = beside(
+            {
+                name: layout_of(192, plan.columns.column_bits, Form(), plan.columns.reserved_counts)
+                for name, plan in plans.items()
+            }
+        )
     for name, plan in plans.items():
         rows, columns = statistics[name].shape
         whole = column_options(rows, range(1, 9), (0.01,))

@@ -43,7 +43,7 @@ BUDGET = 9.0  # bits: what rate_distortion needs for so few rows, where codebook
 def recipe_with(family: str, name: str):
     """The plain recipe, with one strategy as its own defaults make it."""
     if name == "rate_distortion":
-        return recipe(precision=RateDistortion(target_bits=BUDGET))
+        return recipe(precision=RateDistortion(target_bits=BUDGET, min_bits=1))
     return recipe(**{family: FAMILIES[family][name]()})
 
 
@@ -175,7 +175,7 @@ def test_the_result_does_not_depend_on_threads(family, name):
 @pytest.mark.parametrize("target_bits", [2.2, 2.6, 3.0, 4.0])
 @pytest.mark.parametrize("count", ["linear", "nominal"])
 def test_a_matrix_planned_by_itself_keeps_the_target_of_rate_distortion(target_bits, count):
-    chosen = recipe(precision=RateDistortion(target_bits, count))
+    chosen = recipe(precision=RateDistortion(target_bits, count, min_bits=1))
     result = solve(*random_problem(192, 40, seed=8), chosen).quantized
     layout = result.layout()
     bits = layout.ledger().total / layout.weights if count == "linear" else layout.nominal_bits()
