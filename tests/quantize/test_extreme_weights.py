@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -123,3 +124,16 @@ def test_the_relative_error_hardly_depends_on_the_size_of_the_weights(scale):
     scaled = solve(weight * scale, hessian, recipe())
     assert scaled.weight_error == pytest.approx(plain.weight_error, rel=0.05)
     assert scaled.output_error == pytest.approx(plain.output_error, rel=0.05)
+
+
+@pytest.mark.parametrize("damage", ["books", "column_scales", "row_scales"])
+def test_levels_beyond_float16_are_told(damage):
+    codebook = KMeans(shared=True, row_scales=True)
+    chosen = recipe(codebook=codebook, precision=Fixed(2))
+    levels = solve(*random_problem(rows=20, columns=6, seed=0), chosen).quantized.levels
+    assert levels.finite()
+    if damage == "books":
+        broken = replace(levels, books={**levels.books, 2: levels.books[2] / 0})
+    else:
+        broken = replace(levels, **{damage: getattr(levels, damage) * torch.inf})
+    assert not broken.finite()
