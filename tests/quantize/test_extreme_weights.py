@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from quantize_references import random_problem, recipe, solve
 
 from claq_exp.errors import NumericalError
-from claq_exp.quantize.codebook import KMeans, Uniform
+from claq_exp.quantize.codebook import CODEBOOK, KMeans, Uniform
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.quantized import unpack_weight
 from claq_exp.quantize.reservation import Fixed as FixedReservation
@@ -92,6 +93,30 @@ def test_a_level_that_compensation_pushes_beyond_float16_is_refused():
         solve(weight, hessian, recipe(precision=Fixed(1)))
 
 
+OVERFLOWING = [CODEBOOK[name]() for name in CODEBOOK if name != "uniform"]
+OVERFLOWING += [KMeans(shared=True), KMeans(shared=True, row_scales=True)]
+
+
+@pytest.mark.parametrize("codebook", OVERFLOWING, ids=str)
+def test_what_follows_a_level_beyond_float16_is_refused_or_finite(codebook):
+    weight = torch.full((20, 4), 65504.0)
+    weight[:, 0] = torch.linspace(-60000, 60000, 20)
+    weight[:, 2:] = random_problem(rows=20, columns=2, seed=0)[0]
+    hessian = torch.full((4, 4), 0.5, dtype=torch.float64)
+    hessian[:2, :2] = 1.9
+    hessian[torch.arange(4), torch.arange(4)] = torch.tensor([2.0, 1.9, 1.0, 1.0]).double()
+    try:
+        solved = solve(weight, hessian, recipe(codebook=codebook, precision=Fixed(1)))
+    except NumericalError as error:
+        assert "float16" in str(error)
+    else:
+        assert torch.isfinite(solved.quantized.dequantize()).all()
+        difference = weight.double() - solved.quantized.dequantize().double()
+        whole = torch.trace(weight.double() @ hessian @ weight.double().t())
+        wrong = torch.trace(difference @ hessian @ difference.t()) / whole
+        assert solved.output_error == pytest.approx(wrong.item(), rel=1e-3)
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_the_relative_error_hardly_depends_on_the_size_of_the_weights(scale):
     weight, hessian = random_problem(rows=60, columns=8, seed=1)
@@ -99,3 +124,16 @@ def test_the_relative_error_hardly_depends_on_the_size_of_the_weights(scale):
     scaled = solve(weight * scale, hessian, recipe())
     assert scaled.weight_error == pytest.approx(plain.weight_error, rel=0.05)
     assert scaled.output_error == pytest.approx(plain.output_error, rel=0.05)
+
+
+@pytest.mark.parametrize("damage", ["books", "column_scales", "row_scales"])
+def test_levels_beyond_float16_are_told(damage):
+    codebook = KMeans(shared=True, row_scales=True)
+    chosen = recipe(codebook=codebook, precision=Fixed(2))
+    levels = solve(*random_problem(rows=20, columns=6, seed=0), chosen).quantized.levels
+    assert levels.finite()
+    if damage == "books":
+        broken = replace(levels, books={**levels.books, 2: levels.books[2] / 0})
+    else:
+        broken = replace(levels, **{damage: getattr(levels, damage) * torch.inf})
+    assert not broken.finite()

@@ -261,6 +261,16 @@ def test_weights_count_relative_to_each_other(fit, factor):
     assert scaled == pytest.approx(levels, rel=1e-5)
 
 
+@all_fits
+def test_weights_of_any_size_lead_to_no_crash(fit):
+    generator = np.random.default_rng(8)
+    for _ in range(50):
+        values = column("student_t3", generator, 200)
+        weights = (10.0 ** generator.uniform(-40, 3, 200)).astype(np.float32)
+        levels = fitted(fit, values, 8, weights)
+        assert values.min() - 1e-2 <= levels[0] <= levels[-1] <= values.max() + 1e-2
+
+
 @QUICK
 @given(
     st.lists(st.floats(-50, 50, width=16), min_size=16, max_size=200, unique=True),

@@ -388,17 +388,6 @@ def test_a_layout_from_before_the_flags_has_neither():
     assert WeightLayout.from_json(older) == MIXED.layout()
 
 
-@pytest.mark.parametrize("damage", ["books", "column_scales", "row_scales"])
-def test_levels_beyond_float16_are_told(damage):
-    levels = SHARED.levels
-    assert levels.finite()
-    if damage == "books":
-        broken = replace(levels, books={**levels.books, 2: levels.books[2] / 0})
-    else:
-        broken = replace(levels, **{damage: getattr(levels, damage) * torch.inf})
-    assert not broken.finite()
-
-
 def test_a_layout_without_one_of_its_facts_is_refused():
     data = MIXED.layout().to_json()
     for key in ("kind", "rows", "columns", "columns_per_width"):

@@ -19,6 +19,7 @@ SPREADS = np.float32(3.5)  # mean absolute deviations from the middle where half
 GRID = 4  # coarse places for a border per entry, up to 16 entries
 FEW = 12  # up to so many filled bins per entry, every border is such a place
 FEWEST = 7  # up to so many, a bin may hide what matters (outliers side by side): no bins at all
+NEGLIGIBLE = 1e-10  # share of the weight; less would drown in the digits of prefix sums
 REACH = 3  # strides that a border may move in either direction at once
 WIDTH = 2 * REACH + 1
 REASSOCIATE = {"reassoc", "contract", "nsz"}
@@ -60,9 +61,9 @@ def bin_values(values, weights, entries):  # type: ignore[no-untyped-def]
         moments[places[index]] += weight * (values[index] - middle)
     mass, moment = np.empty(bins + 1), np.empty(bins + 1)
     mass[0] = moment[0] = 0.0
-    points = 0
+    points, least = 0, NEGLIGIBLE * masses.sum()
     for place in range(bins):
-        if masses[place] > 0.0:
+        if masses[place] > least:
             mass[points + 1] = mass[points] + masses[place]
             moment[points + 1] = moment[points] + moments[place]
             points += 1
@@ -210,10 +211,12 @@ def _sorted_sums(values, weights):  # type: ignore[no-untyped-def]
     """Return (mass, moment) prefix sums over the distinct weighted values, ascending."""
     order = np.argsort(values)
     mass, moment = np.zeros(len(values) + 1), np.zeros(len(values) + 1)
-    points, last = 0, 0.0
+    points, last, total = 0, 0.0, 0.0
+    for weight in weights:
+        total += np.float64(weight)
     for row in order:
         value, weight = np.float64(values[row]), np.float64(weights[row])
-        if weight > 0.0:
+        if weight > NEGLIGIBLE * total:
             if points == 0 or value > last:
                 points += 1
                 mass[points], moment[points] = mass[points - 1], moment[points - 1]
