@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import claq_exp.quantize.codebook
 from claq_exp.errors import ConfigError
 
 PACKAGES = ("claq-exp", "torch", "transformers", "lm-eval", "numba", "numpy", "datasets")
@@ -33,8 +35,22 @@ def choose_device(wanted: str) -> str:
     return wanted
 
 
+def drop_stale_kernels() -> None:
+    """Delete compiled column loops that are older than a source file they were made of.
+
+    numba looks at the file of a function alone, and not at those of the functions that it calls.
+    """
+    folder = Path(claq_exp.quantize.codebook.__file__).parent
+    newest = max(source.stat().st_mtime for source in folder.glob("*.py"))
+    for compiled in folder.glob("__pycache__/*.nb[ic]"):
+        with contextlib.suppress(OSError):  # gone, or not ours to delete
+            if compiled.stat().st_mtime < newest:
+                compiled.unlink()
+
+
 def settle(seed: int, threads: int | None) -> None:
-    """Give every run the same start: seeds, TF32 off, thread count."""
+    """Give every run the same start: fresh kernels, seeds, TF32 off, thread count."""
+    drop_stale_kernels()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

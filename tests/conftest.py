@@ -16,6 +16,10 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from claq_exp.machine import drop_stale_kernels
+
+drop_stale_kernels()  # before a test compiles or loads one
+
 WORDS = ["the", "a", "cat", "dog", "runs", "sees", "small", "big", "red", "house", "tree", "and"]
 
 

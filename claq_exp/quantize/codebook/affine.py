@@ -13,11 +13,12 @@ FITTED, RANGE, ABSMAX = range(3)
 
 
 @njit(cache=True, nogil=True)
-def _fit(mass, moment, book, scale, shift):  # type: ignore[no-untyped-def]
+def _fit(mass, moment, means, book, scale, shift):  # type: ignore[no-untyped-def]
     """Alternate nearest levels and least squares, as Lloyd does, over the points of `bin_values`.
 
-    book: [entries] float32, ascending.  Each step lowers the squared error or leaves it.  Returns
-    (scale, shift, how much of the squared values they explain).
+    means: [points] float64, ascending.  book: [entries] float32, ascending.  Each step lowers the
+    squared error or leaves it.  Returns (scale, shift, how much of the squared values they
+    explain).
     """
     points = len(mass) - 1
     explained = 0.0
@@ -25,13 +26,15 @@ def _fit(mass, moment, book, scale, shift):  # type: ignore[no-untyped-def]
         ones = by_book = by_square = values = products = 0.0
         point = 0
         for entry in range(len(book)):
-            start = point
+            start, high = point, points
             if entry + 1 < len(book):
                 middle = shift + scale * 0.5 * (book[entry] + book[entry + 1])
-                while point < points and (
-                    moment[point + 1] - moment[point] <= middle * (mass[point + 1] - mass[point])
-                ):
-                    point += 1
+                while point < high:  # the first point beyond the middle
+                    half = (point + high) // 2
+                    if means[half] <= middle:
+                        point = half + 1
+                    else:
+                        high = half
             else:
                 point = points
             size, rise = mass[point] - mass[start], moment[point] - moment[start]
@@ -76,9 +79,11 @@ def fit_scale_and_shift(values, weights, book, rule):  # type: ignore[no-untyped
         scale = (high - low) / (book[-1] - book[0])
         return scale, low - scale * book[0]
     mass, moment, middle = bin_values(values, weights, len(book))
+    means = np.empty(len(mass) - 1)
     total, square = 0.0, 0.0
-    for point in range(len(mass) - 1):
+    for point in range(len(means)):
         size, rise = mass[point + 1] - mass[point], moment[point + 1] - moment[point]
+        means[point] = rise / size
         square += rise * rise / size
         total += size
     mean = moment[-1] / total
@@ -88,7 +93,7 @@ def fit_scale_and_shift(values, weights, book, rule):  # type: ignore[no-untyped
     # a shared codebook is learned from columns of mean 0 and deviation 1
     scale, shift, top = deviation, mean, -1.0
     for start in STARTS:
-        new_scale, new_shift, explained = _fit(mass, moment, book, start * deviation, mean)
+        new_scale, new_shift, explained = _fit(mass, moment, means, book, start * deviation, mean)
         if explained > top:
             scale, shift, top = new_scale, new_shift, explained
     return scale, shift + middle

@@ -55,7 +55,7 @@ class RateDistortion:
     codebooks: str = "auto"
     row_scales: str = "auto"
     row_weights: bool = False
-    min_bits: int = 2
+    min_bits: int = 1
     max_bits: int = MAX_BITS
     windows: int = 8
 
