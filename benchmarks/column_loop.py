@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from threadpoolctl import threadpool_limits
 
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook import Codebook, KMeans, SklearnKMeans, Uniform
@@ -75,8 +74,7 @@ def loop(
     statistics = ColumnStatistics(weight, system.distortion_weight, system.order)
 
     def run() -> None:
-        with threadpool_limits(torch.get_num_threads(), user_api="blas"):
-            quantize_columns(weight, system, codebook.start(statistics, plan))
+        quantize_columns(weight, system, codebook.start(statistics, plan))
 
     return run
 

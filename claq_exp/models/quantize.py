@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from claq_exp.calibration.hessian import HessianAccumulator
@@ -190,9 +189,13 @@ def solve_group(
         return solved, time.perf_counter() - started
 
     threads = torch.get_num_threads()
-    shared = threadpool_limits(max(1, threads // len(problems)), user_api="blas")
-    with shared, ThreadPoolExecutor(max_workers=threads) as pool:
-        return list(pool.map(solve, problems))
+    each = max(1, threads // len(problems))
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(each,))
+    try:
+        with pool:
+            return list(pool.map(solve, problems))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _report_row(index: int, name: str, solved: Solved, seconds: float) -> dict[str, Any]:

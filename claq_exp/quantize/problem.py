@@ -30,12 +30,13 @@ class LinearProblem:
             raise ValueError(
                 f"hessian is {tuple(self.hessian.shape)}, weight has {columns} columns"
             )
+        where = f"{self.name}: " if self.name else ""
         fits = self.weight.abs() <= HALF_MAX
         if not fits.all():
             row, column = torch.nonzero(~fits)[0].tolist()
             raise NumericalError(
-                f"weight[{row}, {column}] is {self.weight[row, column].item():.6g}, beyond float16 "
+                f"{where}weight[{row}, {column}] is {self.weight[row, column].item():.6g}, beyond float16 "
                 "in which levels and outliers are stored; repair or rescale the model's weights"
             )
         if not torch.isfinite(self.hessian).all():
-            raise NumericalError("the Hessian is not finite; check the calibration inputs")
+            raise NumericalError(f"{where}the Hessian is not finite; check the calibration inputs")

@@ -176,10 +176,10 @@ def test_the_loop_is_that_of_numpy_in_float64(rule, weighted):
     books = BOOKS[rule](statistics, bits) if rule in BOOKS else None
     quantizer = CompiledColumns(statistics, ColumnPlan(bits, counts), rule, books=books)
     values = weight.t().contiguous().numpy().copy()
-    quantizer.quantize_block(np.arange(11), values, system.lower)
+    quantizer.quantize_block(np.arange(11), values, system.lower.numpy())
     codes, quantized, errors = float64_loop(
         weight.t().numpy(),
-        system.lower.astype(np.float64),
+        system.lower.numpy().astype(np.float64),
         bits.tolist(),
         counts.tolist(),
         rule,

@@ -96,13 +96,18 @@ def compensate(values, lower, position):  # type: ignore[no-untyped-def]
 @njit(cache=True, nogil=True)
 def _mark_largest(words, count, chosen):  # type: ignore[no-untyped-def]
     """Mark the rows of the `count` largest words, ties from the lowest row: bisection on counts."""
-    low, high = np.int64(-(1 << 31)), np.int64(1 << 31)  # at least `count` words reach low
-    while high - low > 1:
+    low, high = np.int64(words[0]), np.int64(words[0])
+    for word in words:
+        low, high = min(low, np.int64(word)), max(high, np.int64(word))
+    high += 1
+    exactly = False
+    while high - low > 1 and not exactly:  # at least `count` words reach low
         middle = (low + high) // 2
         bound = np.int32(middle)
         reached = np.int32(0)
         for word in words:
             reached += word >= bound
+        exactly = reached == count
         if reached >= count:
             low = middle
         else:

@@ -18,8 +18,8 @@ class JointReservation:
     small, large: the shares of a column's entries that it may keep, beside none.
     """
 
-    small: float = 0.005
-    large: float = 0.015
+    small: float = 0.0025
+    large: float = 0.01
 
     def __post_init__(self) -> None:
         if not 0 < self.small < self.large <= 1:

@@ -6,14 +6,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
 from torch import Tensor
 
 from claq_exp.quantize.codebook import ColumnQuantizer
-
-_STRIP = 512  # columns that are updated at a time, to keep the product in the cache
-_NO_FACTOR = np.zeros((0, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -52,11 +48,11 @@ class ColumnSystem:
         )
 
     @cached_property
-    def lower(self) -> NDArray[np.float32]:
+    def lower(self) -> Tensor:
         """The transposed inverse factor, row by row in memory; 0 x 0 without compensation."""
         if self.inverse_factor is None:
-            return _NO_FACTOR
-        return np.ascontiguousarray(self.inverse_factor.t().numpy())
+            return torch.zeros(0, 0)
+        return self.inverse_factor.t().contiguous()
 
 
 def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuantizer) -> float:
@@ -69,38 +65,29 @@ def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuan
     is being quantized.  Returns the sum of e_j^2 over all rows and columns, dead ones left
     out, which is tr(D H D^T) of the damped Hessian under GPTQ.
     """
-    order = system.order.numpy()
-    dead = system.dead.numpy()[order]
-    work = weight.t().numpy()[order]  # [in, out]: a column is one stretch of memory
+    order, dead = system.order.numpy(), system.dead[system.order]
+    work = weight.index_select(1, system.order).t().contiguous()  # a column is one stretch
     lower, step = system.lower, system.block_size
     behind: Future[None] | None = None
     loss = 0.0
     with ThreadPoolExecutor(max_workers=1) as helper:
         for start in range(0, len(order), step):
             stop = min(start + step, len(order))
-            inside = np.ascontiguousarray(lower[start:stop, start:stop])
             errors = work[start:stop]
-            quantizer.quantize_block(order[start:stop], errors, inside)
+            inside = lower[start:stop, start:stop].contiguous().numpy()
+            quantizer.quantize_block(order[start:stop], errors.numpy(), inside)
             errors[dead[start:stop]] = 0.0  # of any size, and no other column depends on them
-            loss += float(np.dot(errors.ravel(), errors.ravel()))
+            loss += float(errors.square().sum(dtype=torch.float64))
             if behind is not None:
                 behind.result()
             if len(lower) and stop < len(order):
                 following = min(stop + step, len(order))
-                _subtract(work, lower, errors, start, stop, following)
-                behind = helper.submit(_subtract, work, lower, errors, start, following, len(order))
+                across = lower[:, start:stop]
+                work[stop:following].addmm_(across[stop:following], errors, alpha=-1)
+                behind = helper.submit(_spread, work[following:], across[following:], errors)
     return loss
 
 
-def _subtract(
-    work: NDArray[np.float32],
-    lower: NDArray[np.float32],
-    errors: NDArray[np.float32],
-    start: int,
-    first: int,
-    last: int,
-) -> None:
-    """Take the errors of the block that begins at `start` from the columns first ... last - 1."""
-    for begin in range(first, last, _STRIP):
-        end = min(begin + _STRIP, last)
-        work[begin:end] -= lower[begin:end, start : start + len(errors)] @ errors
+def _spread(later: Tensor, across: Tensor, errors: Tensor) -> None:
+    """Take a block's errors [block, out] from later columns [n, out], across [n, block] each."""
+    later.addmm_(across, errors, alpha=-1)

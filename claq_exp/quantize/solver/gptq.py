@@ -57,14 +57,15 @@ class Gptq:
             if self.act_order
             else torch.arange(len(filled), device=hessian.device)
         )
-        ordered = hessian[order][:, order]
-        ordered.diagonal().copy_(filled[order])
-        factor, damping = _inverse_factor(ordered, self.damping)
+        backwards = order.flip(0)
+        reversed_ = hessian.index_select(0, backwards).index_select(1, backwards)
+        reversed_.diagonal().copy_(filled[backwards])
+        factor, damping = _inverse_factor(reversed_, self.damping)
         weight = torch.empty(len(order), dtype=torch.float32, device=hessian.device)
-        weight[order] = factor.diagonal().square().reciprocal().float()
+        weight[order] = factor.diagonal().square().reciprocal()
         return ColumnSystem(
             order=order,
-            inverse_factor=factor.float(),
+            inverse_factor=factor,
             distortion_weight=weight,
             damping=damping,
             added=damping * filled.mean() + torch.where(dead, fill, 0.0),
@@ -73,22 +74,25 @@ class Gptq:
         )
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
+def _inverse_factor(reversed_: Tensor, damping: float) -> tuple[Tensor, float]:
     """Return (upper U with U^T U = (H + damping * mean(diag H) I)^-1, the damping that worked).
 
+    reversed_: [in, in] float64, H from its last column to its first; its diagonal is overwritten.
     With H = R R^T, R upper (a Cholesky factorization from the last column up), U is simply R^-1.
     """
-    mean = hessian.diagonal().mean()
-    identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+    diagonal = reversed_.diagonal().clone()
+    identity = torch.eye(len(diagonal), device=diagonal.device)
     for step in LADDER:
         used = min(damping * step, 1.0)
-        damped = hessian + used * mean * identity
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        reversed_.diagonal().copy_(diagonal + used * diagonal.mean())
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
         if not failed:
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            lower = lower.float()  # well conditioned, for the damping bounds its inverse
+            factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
             if torch.isfinite(factor).all():
                 return factor, used
-    smallest = torch.linalg.eigvalsh(hessian)[0].item()
+    reversed_.diagonal().copy_(diagonal)
+    smallest = torch.linalg.eigvalsh(reversed_)[0].item()
     raise NumericalError(
         f"the Hessian is not positive definite even with damping {used} (smallest eigenvalue "
         f"{smallest:.3g}); "
