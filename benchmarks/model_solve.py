@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from claq_exp.compose import compose_config
 from claq_exp.inputs import fetch, tokenize_inputs
@@ -55,7 +56,9 @@ def main() -> None:
     for index, block in enumerate(blocks):
         groups = find_groups(block, inputs[index])
         if index == 0:
-            print(f"forward work per block: {forward_work(block, inputs[0], groups):.2f} blocks")
+            print(
+                f"calibration: {forward_work(block, inputs[0], groups):.2f} forward passes a block"
+            )
         hidden, hessians = block_hessians(block, inputs[index], f"{path}.{index}")
         inputs[index].hidden = []
         if index + 1 < len(blocks):
@@ -81,19 +84,14 @@ def main() -> None:
 
 
 def forward_work(block: torch.nn.Module, inputs: BlockInputs, groups: list[LinearGroup]) -> float:
-    """Return the time that a block's calibration spends in forward passes, in full passes."""
-    firsts = [block.get_submodule(group.names[0]) for group in groups]
-    run_block(block, inputs, 0)
-    started = time.perf_counter()
-    for _ in range(5):
+    """Return the operations of a block's calibration, in those of one full forward pass."""
+    with FlopCounterMode(display=False) as whole:
         run_block(block, inputs, 0)
-    whole = time.perf_counter() - started
-    started = time.perf_counter()
-    for _ in range(5):
-        for first in firsts:
-            run_until(block, inputs, 0, first)
+    with FlopCounterMode(display=False) as counted:
+        for group in groups:
+            run_until(block, inputs, 0, block.get_submodule(group.names[0]))
         run_block(block, inputs, 0)
-    return (time.perf_counter() - started) / whole
+    return counted.get_total_flops() / whole.get_total_flops()
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ class LinearProblem:
         if not fits.all():
             row, column = torch.nonzero(~fits)[0].tolist()
             raise NumericalError(
-                f"{where}weight[{row}, {column}] is {self.weight[row, column].item():.6g}, beyond float16 "
-                "in which levels and outliers are stored; repair or rescale the model's weights"
+                f"{where}weight[{row}, {column}] is {self.weight[row, column].item():.6g}, beyond "
+                "float16 in which levels and outliers are stored; repair or rescale the model's weights"
             )
         if not torch.isfinite(self.hessian).all():
             raise NumericalError(f"{where}the Hessian is not finite; check the calibration inputs")
