@@ -165,7 +165,8 @@ class ExperimentConfig:
     into objects.
     name: the folder under `outputs` that collects related runs.
     seed: of the calibration windows.
-    device: auto, cpu, cuda or cuda:N, for forward passes; columns are solved on the CPU.
+    device: auto, cpu, cuda or cuda:N, for forward passes, and for columns where a GPU
+        can solve them.
     threads: CPU threads (null: PyTorch's default).
     outputs: folder of all runs, relative to the working directory.
     resume: auto (continue or start), required (never start over), never (start over).

@@ -36,8 +36,8 @@ class LinearProblem:
             row, column = torch.nonzero(~fits)[0].tolist()
             value = self.weight[row, column].item()
             raise NumericalError(
-                f"{where}weight[{row}, {column}] is {value:.6g}, beyond float16 in which levels and "
-                "outliers are stored; repair or rescale the model's weights"
+                f"{where}weight[{row}, {column}] is {value:.6g}, beyond float16 in which levels "
+                "and outliers are stored; repair or rescale the model's weights"
             )
         if not torch.isfinite(self.hessian).all():
             raise NumericalError(f"{where}the Hessian is not finite; check the calibration inputs")

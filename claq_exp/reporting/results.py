@@ -18,7 +18,7 @@ from claq_exp.evaluation.measure import Measurement
 from claq_exp.machine import device_name, git_commit, peak_memory, versions
 
 SCHEMA = 1
-TIMINGS = ("load", "calibrate", "hessian", "solve", "export", "evaluate")
+TIMINGS = ("load", "allocate", "calibrate", "hessian", "solve", "export", "evaluate")
 LAYER_FIELDS = (
     "block",
     "name",

@@ -36,6 +36,7 @@ def test_run_leaves_results_layers_events_and_a_checkpoint(tiny_run, outputs, ca
     assert results["bits"]["nominal"] < results["bits"]["linear"] < results["bits"]["model"]
     assert set(results["timings"]) == {
         "load",
+        "allocate",
         "calibrate",
         "hessian",
         "solve",
@@ -128,3 +129,19 @@ def test_plan_agrees_with_the_run(tiny_run, outputs, capfd):
     assert main(["plan", *tiny_run]) == 0
     printed = capfd.readouterr().out
     assert f"{results['bits']['nominal']:.3f}" in printed
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("linear", 13.0), ("nominal", 2.3)])
+def test_a_budget_is_kept_by_what_is_on_disk(kind, bits, tiny_run, outputs):
+    words = [f"budget.bits={bits}", f"budget.kind={kind}"]
+    assert main([*tiny_run, *words]) == 0
+    results = json.loads((only_run(outputs) / "results.json").read_text())
+    assert 0.9 * bits < results["bits"][kind] <= bits
+    assert results["config"]["budget"] == {"bits": bits, "kind": kind}
+
+
+def test_an_impossible_budget_is_refused_before_any_work(tiny_run, outputs, capfd):
+    assert main([*tiny_run, "budget.bits=1.5"]) == 2
+    error = capfd.readouterr().err
+    assert "cannot be met; this recipe reaches from" in error
+    assert not list(outputs.rglob("work"))

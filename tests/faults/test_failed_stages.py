@@ -132,6 +132,24 @@ def test_a_kill_before_the_original_is_measured_leaves_no_logits_that_count(
     assert json.loads((folder / "results.json").read_text())["kl"] == whole["kl"]
 
 
+def test_an_allocation_is_made_once_and_its_budget_kept(run, outputs, failing):
+    repair = failing("quantize_model", SourceError("no luck"))
+    words = ["experiment=linear/rate_distortion_3.3", "budget.bits=7.5", "precision.windows=1"]
+    assert run(*words) == 1
+    allocation = only_folder(outputs) / "work" / "allocation.safetensors"
+    before = identity_of(allocation)
+    repair()
+    repair = failing("write_checkpoint", SourceError("no luck"))
+    assert run(*words) == 1
+    assert identity_of(allocation) == before
+    repair()
+    assert run(*words) == 0
+    assert stages(only_folder(outputs)).count("allocate") == 1
+    results = json.loads((only_folder(outputs) / "results.json").read_text())
+    assert results["bits"]["linear"] <= 7.5
+    assert results["timings"]["allocate"] > 0
+
+
 def test_a_failed_export_keeps_the_blocks(run, outputs, failing):
     repair = failing("write_checkpoint", SourceError("no luck"))
     assert run() == 1
