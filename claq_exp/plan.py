@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # Rules of thumb, measured on two CPU cores; `claq-exp plan` promises a factor of two, not more.
 FORWARD_EFFICIENCY = 0.7  # of a large matrix product's speed, for a whole forward pass
 CALIBRATION_PASSES = 2.5  # forward passes of a block: up to each group, and once through
-COLUMN_SECONDS = 100e-6  # to fit and code one column
-ENTRY_SECONDS = 100e-9  # and for each of its entries
+COLUMN_SECONDS = 40e-6  # to fit and code one column
+ENTRY_SECONDS = 60e-9  # and for each of its entries
 ALLOCATION = 3.0  # trial fits of a rate-distortion allocation, in column loops
 TASK_TOKENS = 90  # of a row of a multiple-choice task, all choices together
 TASK_START = 8.0  # seconds until lm-eval is ready

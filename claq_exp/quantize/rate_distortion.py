@@ -63,7 +63,9 @@ class Choices:
         return np.asarray(codes + books + counts * (HALF + index_width(self.rows)), np.float64)
 
     def fixed_bits(self) -> int:
-        """Return about what the form stores beside its columns."""
+        """Return about what the form stores beside its columns, where that counts."""
+        if self.nominal:
+            return 0
         books = HALF * sum(2 ** int(width) for width in range(2, 5))
         return HALF * self.rows * self.form.row_scaled + books * self.form.shared_codebooks
 
