@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +24,8 @@ COLOURS = (
     "#E69F00",
     "#56B4E9",
     "#000000",
-)  # Okabe and Ito
+    "#8C6D31",
+)  # Okabe and Ito, and a brown
 STYLE: Any = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -90,15 +92,17 @@ def plot_tradeoff(frame: pd.DataFrame, measure: str, original: float | None, pat
             axis.axhline(original, color="#666666", linestyle="--", linewidth=1)
             axis.annotate(
                 "original",
-                (1, original),
+                (0.01, original),
                 xycoords=("axes fraction", "data"),
-                ha="right",
+                ha="left",
                 va="bottom",
                 color="#666666",
                 fontsize=8,
             )
         if "perplexity" in measure and frame[measure].max() > 4 * frame[measure].min():
-            axis.set_yscale("log")
+            axis.set_yscale("log", subs=[1, 1.5, 2, 3, 5, 7])
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.set_xlabel("linear bits per weight (everything stored)")
         axis.set_ylabel(measure)
         axis.grid(visible=True, linewidth=0.4, alpha=0.5)
