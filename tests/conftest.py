@@ -23,6 +23,12 @@ drop_stale_kernels()  # before a test compiles or loads one
 WORDS = ["the", "a", "cat", "dog", "runs", "sees", "small", "big", "red", "house", "tree", "and"]
 
 
+@pytest.fixture(scope="session")
+def device() -> str:
+    """Where GPU kernels run: a GPU, or Triton's interpreter on the CPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
