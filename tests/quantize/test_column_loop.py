@@ -24,8 +24,9 @@ from claq_exp.quantize.codebook.block import (
     compensate,
     round_half,
 )
-from claq_exp.quantize.codebook.clustering import fit_levels, fit_levels_exact, fit_quantiles
+from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.codebook.columns import CompiledColumns, PythonColumns
+from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
 from claq_exp.quantize.codebook.kmeans import shared_codebooks
 from claq_exp.quantize.codebook.simple import normal_float
 from claq_exp.quantize.layout import Form

@@ -12,7 +12,7 @@ STARTS = (1.0, 0.7, 0.85, 1.2)  # deviations of the column
 FITTED, RANGE, ABSMAX = range(3)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _fit(mass, moment, means, book, scale, shift):  # type: ignore[no-untyped-def]
     """Alternate nearest levels and least squares, as Lloyd does, over the points of `bin_values`.
 
@@ -57,7 +57,7 @@ def _fit(mass, moment, means, book, scale, shift):  # type: ignore[no-untyped-de
     return scale, shift, explained
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def fit_scale_and_shift(values, weights, book, rule):  # type: ignore[no-untyped-def]
     """Return (scale, shift) so that scale * book + shift suits the column.
 
@@ -78,7 +78,7 @@ def fit_scale_and_shift(values, weights, book, rule):  # type: ignore[no-untyped
     if rule == RANGE:
         scale = (high - low) / (book[-1] - book[0])
         return scale, low - scale * book[0]
-    mass, moment, middle = bin_values(values, weights, len(book))
+    mass, moment, middle, _ = bin_values(values, weights, len(book))
     means = np.empty(len(mass) - 1)
     total, square = 0.0, 0.0
     for point in range(len(means)):

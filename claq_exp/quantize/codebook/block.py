@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
+from numba import njit, uintp
 from numpy.typing import NDArray
 
 from claq_exp.quantize.codebook.affine import fit_scale_and_shift
-from claq_exp.quantize.codebook.clustering import fit_levels, fit_levels_exact, fit_quantiles
+from claq_exp.quantize.codebook.clustering import fit_levels
+from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
 
 KMEANS, EXACT, QUANTILES, FITTED, RANGE, ABSMAX = range(6)
 SHARED = FITTED  # this rule and those after it stretch a shared codebook
@@ -57,7 +58,7 @@ class ColumnResult(NamedTuple):
     kept: NDArray[np.float32]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def round_half(value):  # type: ignore[no-untyped-def]
     """Return a float32 rounded to the nearest float16 (ties to even), infinite beyond its range."""
     magnitude = abs(value)
@@ -71,7 +72,7 @@ def round_half(value):  # type: ignore[no-untyped-def]
     return np.copysign(rounded, value)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"})
+@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
 def compensate(values, lower, position):  # type: ignore[no-untyped-def]
     """Subtract from row `position` the errors in the rows before it, lower[position, k] each."""
     column = values[position]
@@ -93,7 +94,7 @@ def compensate(values, lower, position):  # type: ignore[no-untyped-def]
             column[row] -= factor * values[earlier, row]
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def _mark_largest(words, count, chosen):  # type: ignore[no-untyped-def]
     """Mark the rows of the `count` largest words, ties from the lowest row: bisection on counts."""
     low, high = np.int64(words[0]), np.int64(words[0])
@@ -124,7 +125,7 @@ def _mark_largest(words, count, chosen):  # type: ignore[no-untyped-def]
             left -= 1
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def choose_reserved(values, count, tails, chosen):  # type: ignore[no-untyped-def]
     """Mark the rows to keep: [out] float32 -> [out] bool, overwritten.
 
@@ -150,20 +151,32 @@ def choose_reserved(values, count, tails, chosen):  # type: ignore[no-untyped-de
         _mark_largest(words, count // 2, chosen)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def assign_codes(values, levels, codes):  # type: ignore[no-untyped-def]
     """Write the index of the nearest level (the lower one on a tie) of each value.
 
     values: [n] float32.  levels: [k] float32, ascending.  codes: [n] uint8, overwritten.
     """
+    half = np.float32(0.5)
     codes[:] = 0
-    for level in range(len(levels) - 1):
-        middle = np.float32(0.5) * (levels[level] + levels[level + 1])
+    level = 0
+    while level + 3 < len(levels):  # three borders a pass over the values
+        first = half * (levels[level] + levels[level + 1])
+        second = half * (levels[level + 1] + levels[level + 2])
+        third = half * (levels[level + 2] + levels[level + 3])
         for index in range(len(values)):
-            codes[index] += values[index] > middle
+            value = values[index]
+            codes[index] += (
+                np.uint8(value > first) + np.uint8(value > second) + np.uint8(value > third)
+            )
+        level += 3
+    for last in range(level, len(levels) - 1):
+        border = half * (levels[last] + levels[last + 1])
+        for index in range(len(values)):
+            codes[index] += np.uint8(values[index] > border)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def find_levels(values, weights, rule, book, levels):  # type: ignore[no-untyped-def]
     """Write the levels of one column, float16 values, ascending; return its (scale, shift).
 
@@ -190,7 +203,7 @@ def find_levels(values, weights, rule, book, levels):  # type: ignore[no-untyped
     return np.float32(1.0), np.float32(0.0)
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def quantize_block(values, lower, columns, task, result):  # type: ignore[no-untyped-def]
     """Quantize the columns of a block one after the other.
 
@@ -202,7 +215,7 @@ def quantize_block(values, lower, columns, task, result):  # type: ignore[no-unt
     """
     rows = values.shape[1]
     chosen = np.empty(rows, dtype=np.bool_)
-    weights, scaled = task.weights.copy(), np.empty(rows, dtype=np.float32)
+    unreserved, scaled = np.empty(rows, dtype=np.float32), np.empty(rows, dtype=np.float32)
     for position in range(len(columns)):
         if len(lower):
             compensate(values, lower, position)
@@ -211,11 +224,11 @@ def quantize_block(values, lower, columns, task, result):  # type: ignore[no-unt
             scaled[row] = current[row] / task.row_scales[row]
         start, stop = task.offsets[column], task.offsets[column + 1]
         choose_reserved(scaled, stop - start, task.tails, chosen)
+        weights = task.weights
         if stop > start and not task.fit_reserved:
+            weights = unreserved
             for row in range(rows):
                 weights[row] = np.float32(0.0) if chosen[row] else task.weights[row]
-        else:
-            weights[:] = task.weights
         width = np.int64(task.bits[column])
         entries = 1 << width
         levels = np.empty(entries, dtype=np.float32)
@@ -227,19 +240,27 @@ def quantize_block(values, lower, columns, task, result):  # type: ignore[no-unt
         codes = result.codes[column]
         assign_codes(scaled, levels, codes)
         divisor = lower[position, position] if len(lower) else np.float32(1.0)
-        place = start
+        if stop > start:
+            _reserve(current, chosen, start, codes, result)
         for row in range(rows):
-            kept = levels[codes[row]] * task.row_scales[row]
+            kept = levels[uintp(codes[row])] * task.row_scales[row]
             kept = min(max(kept, -HALF_MAX), HALF_MAX)
-            if chosen[row]:
-                codes[row] = 0
-                kept = round_half(current[row])
-                result.rows[place], result.kept[place] = row, kept
-                place += 1
-            current[row] = (current[row] - kept) / divisor
+            scaled[row] = round_half(current[row]) if chosen[row] else kept
+        for row in range(rows):
+            current[row] = (current[row] - scaled[row]) / divisor
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
+def _reserve(values, chosen, place, codes, result):  # type: ignore[no-untyped-def]
+    """Write the chosen rows of a column from `place` on, and give them code 0."""
+    for row in range(len(values)):
+        if chosen[row]:
+            codes[row] = 0
+            result.rows[place], result.kept[place] = row, round_half(values[row])
+            place += 1
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def quantize_block_on_grid(values, lower, task, codes):  # type: ignore[no-untyped-def]
     """Quantize the columns of a block to given grids: values and lower as in `quantize_block`.
 
@@ -262,7 +283,7 @@ def quantize_block_on_grid(values, lower, task, codes):  # type: ignore[no-untyp
             current[row] = (current[row] - kept) / divisor
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def column_distortions(values, importance, options, rule, books):  # type: ignore[no-untyped-def]
     """Return the weighted squared error of columns at given widths and reserved counts.
 

@@ -3,188 +3,255 @@
 The optimal cells of one-dimensional k-means are intervals, so that a clustering is a list of
 borders in the sorted values, and a cell's squared error comes from prefix sums at its two borders.
 Sorting would cost more than all the rest; instead the values fall into fine bins, whose masses and
-moments are exact, and borders are sought between bins: the best of a coarse grid, then joint moves
-in strides that halve.  Compiled by numba and cached on disk; every step is sequential, so the same
-input gives the same output.
+moments are exact, and borders are sought between bins: first the best ones among few places by
+dynamic programming, then joint moves by single bins.  Both are written as loops of fixed length
+over neighbouring numbers, for these become vector instructions.  Compiled by numba and cached on
+disk; every step is sequential, so the same input gives the same output.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
-from numba import njit
+from numba import njit, uintp
+
+from claq_exp.quantize.codebook.exact import NEGLIGIBLE, fit_levels_exact, write_means
 
 BINS = 512  # up to 16 entries; more entries get more bins
 MOST_BINS = 4096
 SPREADS = np.float32(3.5)  # mean absolute deviations from the middle where half of the bins lie
-GRID = 4  # coarse places for a border per entry, up to 16 entries
-FEW = 12  # up to so many filled bins per entry, every border is such a place
-FEWEST = 7  # up to so many, a bin may hide what matters (outliers side by side): no bins at all
-NEGLIGIBLE = 1e-10  # share of the weight; less would drown in the digits of prefix sums
-REACH = 3  # strides that a border may move in either direction at once
-WIDTH = 2 * REACH + 1
+FEWEST = 4  # up to so many filled bins per entry, a bin may hide what matters: no bins at all
+PLACES = 64  # coarse places for borders; more entries than 16 get four each
+WIDEST = 16  # coarse places that a cell may span
+FEW = 4  # up to so many entries, a cell may span them all, and they are fewer
+FEW_PLACES = 32
+LONE = 4  # points at either end that are coarse places of their own: outliers
+GAP = 8  # empty bins between points that count towards the distance of coarse places
+REACH = 2  # strides that a border may move in either direction at once
+MOVES = 2 * REACH + 1
+INFEASIBLE = np.float32(1e30)
 REASSOCIATE = {"reassoc", "contract", "nsz"}
 
 
-@njit(cache=True, nogil=True, fastmath=REASSOCIATE)
-def _middle_and_spread(values):  # type: ignore[no-untyped-def]
-    total = np.float32(0.0)
-    for value in values:
-        total += value
+@njit(cache=True, nogil=True, fastmath=REASSOCIATE, error_model="numpy")
+def _middle_spread_and_weight(values, weights):  # type: ignore[no-untyped-def]
+    total, weight = np.float32(0.0), 0.0
+    for index in range(len(values)):
+        total += values[index]
+        weight += weights[index]
     middle = total / np.float32(len(values))
     spread = np.float32(0.0)
-    for value in values:
-        spread += abs(value - middle)
-    return middle, spread / np.float32(len(values))
+    for index in range(len(values)):
+        spread += abs(values[index] - middle)
+    return middle, spread / np.float32(len(values)), weight
 
 
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def bin_values(values, weights, entries):  # type: ignore[no-untyped-def]
-    """Return (mass, moment, middle): prefix sums over the filled bins, [points + 1] float64 each.
+    """Return (mass, moment, middle, bins) of the filled bins, the points of the fits below.
 
-    values, weights: [n] float32; what has no weight is left out.  moment is of values - middle.
-    Bins are fine around the middle and ever wider outwards, so that no range need be known.
+    values, weights: [n] float32; what has no weight is left out.
+    mass, moment: [points + 1] float64 prefix sums of weight and weight * (value - middle).
+    bins: [points] int64, ascending.  Bins are fine around the middle and ever wider outwards, so
+    that no range need be known.
     """
-    middle, spread = _middle_and_spread(values)
-    bins = BINS if entries <= 16 else min(32 * entries, MOST_BINS)
+    middle, spread, total = _middle_spread_and_weight(values, weights)
+    count = BINS if entries <= 16 else min(32 * entries, MOST_BINS)
     scale = SPREADS * (spread if spread > 0 else np.float32(1.0))
-    half = np.float32(0.5) * np.float32(bins - 1)
+    half = np.float32(0.5) * np.float32(count - 1)
     places = np.empty(len(values), dtype=np.int32)
     for index in range(len(values)):
         offset = values[index] - middle
-        share = offset / (scale + abs(offset))
-        place = half * share + half + np.float32(0.5)
+        place = half * (offset / (scale + abs(offset))) + half + np.float32(0.5)
         places[index] = np.int32(place) if place >= 0.0 else np.int32(0)  # NaN needs one too
-    masses, moments = np.zeros(bins), np.zeros(bins)
+    sums = np.zeros((count, 2))
     for index in range(len(values)):
-        weight = np.float64(weights[index])
-        masses[places[index]] += weight
-        moments[places[index]] += weight * (values[index] - middle)
-    mass, moment = np.empty(bins + 1), np.empty(bins + 1)
-    mass[0] = moment[0] = 0.0
-    points, least = 0, NEGLIGIBLE * masses.sum()
-    for place in range(bins):
-        if masses[place] > least:
-            mass[points + 1] = mass[points] + masses[place]
-            moment[points + 1] = moment[points] + moments[place]
-            points += 1
-    return mass[: points + 1], moment[: points + 1], middle
+        place, weight = uintp(places[index]), np.float64(weights[index])
+        sums[place, 0] += weight
+        sums[place, 1] += weight * (values[index] - middle)
+    bins = np.empty(count, dtype=np.int64)
+    points, least = 0, NEGLIGIBLE * total
+    for place in range(count):
+        bins[uintp(points)] = place
+        points += sums[place, 0] > least
+    mass, moment = np.empty(points + 1), np.empty(points + 1)
+    mass[0] = moment[0] = size = rise = 0.0
+    for point in range(points):
+        place = uintp(bins[point])
+        size += sums[place, 0]
+        rise += sums[place, 1]
+        mass[point + 1], moment[point + 1] = size, rise
+    return mass, moment, middle, bins[:points]
 
 
-@njit(cache=True, nogil=True)
-def _coarse_places(points, entries):  # type: ignore[no-untyped-def]
-    """Return ascending places for borders: evenly spaced, and ever closer towards both ends.
+@njit(cache=True, nogil=True, error_model="numpy")
+def _coarse_places(bins, most):  # type: ignore[no-untyped-def]
+    """Return at most `most` + 1 ascending places for borders, the first 0 and the last all points.
 
-    The ends must be fine, for a few outliers there may deserve cells of their own.
+    Distances are even in a mixture of points and bins: points alone would crowd in the middle of a
+    short column, where nearly every value has a bin of its own, and bins alone in the empty space
+    around outliers.
     """
-    grid = GRID if entries <= 16 else 2
-    spacing = max(1, points // (grid * entries))
-    if entries <= 16 and points <= FEW * entries:
-        spacing = 1
-    places = np.empty(points + 1, dtype=np.int64)
-    places[0] = last = 0
-    while places[last] < points // 2:
-        step = max(1, min(spacing, places[last] // 2))
-        places[last + 1] = min(places[last] + step, points // 2)
-        last += 1
-    for mirrored in range(last - 1, -1, -1):
-        place = points - places[mirrored]
-        if place > places[last]:
+    points = len(bins)
+    reached = np.zeros(most, dtype=np.int64)  # the last point in each slot, or 0
+    if points <= most:
+        for point in range(points):
+            reached[point] = point + 1
+    else:
+        distance = np.empty(points, dtype=np.int64)
+        distance[0] = 0
+        for point in range(1, points):
+            empty = min(bins[point] - bins[point - 1] - 1, GAP)
+            distance[point] = distance[point - 1] + 2 + empty
+        inner = distance[points - LONE - 1] - distance[LONE]
+        share = (most - 2 * LONE - 1e-6) / max(inner, 1)
+        for point in range(LONE):
+            reached[point] = point + 1
+            reached[most - 1 - point] = points - point
+        for point in range(LONE, points - LONE):
+            slot = LONE + np.int64((distance[point] - distance[LONE]) * share)
+            reached[uintp(slot)] = point + 1
+    places = np.empty(most + 1, dtype=np.int64)
+    places[0], last = 0, 0
+    for slot in range(most):
+        if reached[slot] > places[last]:
             last += 1
-            places[last] = place
+            places[last] = reached[slot]
     return places[: last + 1]
 
 
-@njit(cache=True, nogil=True)
-def _best_borders(mass, moment, places, entries):  # type: ignore[no-untyped-def]
-    """Return the best borders among `places`, [entries + 1]: a dynamic program over cells.
+def _coarse_program(lanes: int, widest: int) -> Callable:
+    """Return the dynamic program for cells of at most `widest` coarse places, `lanes` in one loop.
 
-    A cell explains moment^2 / mass of the squared values, and what is explained is not left as
-    error.  The best place of a cell's left border never moves left when its right border moves
-    right or a cell is added, which bounds the search to O(places^2) in all.
+    Both are constants, for only then the innermost loops become vector instructions.
     """
-    last = len(places) - 1
-    masses, moments = mass[places], moment[places]
-    best, reached = np.zeros(last + 1), np.zeros(last + 1)
-    for right in range(1, last + 1):
-        best[right] = moments[right] * moments[right] / masses[right]
-    came_from = np.zeros((entries + 1, last + 2), dtype=np.int32)
-    for cell in range(2, entries + 1):
-        came_from[cell, last + 1] = last
-        for right in range(last, cell - 1, -1):
-            top, origin = -1.0, right - 1
-            first = max(came_from[cell - 1, right], cell - 1)
-            for left in range(first, min(came_from[cell, right + 1], right - 1) + 1):
-                rise = moments[right] - moments[left]
-                value = best[left] + rise * rise / (masses[right] - masses[left])
-                if value > top:
-                    top, origin = value, left
-            reached[right] = top
-            came_from[cell, right] = origin
-        best, reached = reached, best
-    borders = np.zeros(entries + 1, dtype=np.int64)
-    right = last
-    borders[entries] = places[last]
-    for cell in range(entries, 1, -1):
-        right = came_from[cell, right]
-        borders[cell - 1] = places[right]
-    return borders
+
+    @njit(nogil=True, fastmath=REASSOCIATE, error_model="numpy")
+    def merging_costs(mass, moment, square, first, costs):  # type: ignore[no-untyped-def]
+        """Write the squared error of each cell beyond that of its parts, where there is a cell.
+
+        mass, moment, square: [widest + lanes] float64, sums up to each place.  first: how many
+            places come before.
+        costs: [widest, lanes] float32, by width and right border.
+        """
+        for width in range(1, widest + 1):
+            for place in range(max(width - first - 1, 0), lanes):
+                right, left = uintp(place + widest), uintp(place + widest - width)
+                size = mass[right] - mass[left]
+                rise = moment[right] - moment[left]
+                cost = square[right] - square[left] - rise * rise / size
+                costs[uintp(width - 1), uintp(place)] = cost
+
+    @njit(nogil=True, fastmath=REASSOCIATE | {"nnan"}, error_model="numpy")
+    def add_cell(before, costs, after):  # type: ignore[no-untyped-def]
+        """Write the least cost up to each place with one more cell.
+
+        before: [widest + lanes] float32, the least without it.  costs: [widest, lanes] float32.
+        after: [lanes] float32.
+        """
+        for place in range(lanes):
+            after[place] = INFEASIBLE
+        for width in range(1, widest + 1):
+            for place in range(lanes):
+                cost = before[uintp(place + widest - width)] + costs[uintp(width - 1), uintp(place)]
+                after[place] = min(after[place], cost)
+
+    @njit(nogil=True, error_model="numpy")
+    def best_borders(mass, moment, places, borders):  # type: ignore[no-untyped-def]
+        """Write the best of the borders that lie in `places`."""
+        entries, last = len(borders) - 1, len(places) - 1
+        padded = (last + lanes - 1) // lanes * lanes
+        # place p of `places` is at widest - 1 + p; what is before the first cannot be reached
+        sums = np.empty((3, widest + padded))
+        for index in range(widest):
+            sums[0, index], sums[1, index], sums[2, index] = index + 1 - widest, 0.0, 0.0
+        square = 0.0
+        for place in range(1, last + 1):
+            index, right, left = widest - 1 + place, places[place], places[place - 1]
+            rise = moment[right] - moment[left]
+            square += rise * rise / (mass[right] - mass[left])
+            sums[0, index], sums[1, index], sums[2, index] = mass[right], moment[right], square
+        for index in range(widest + last, widest + padded):
+            sums[0, index], sums[1, index], sums[2, index] = mass[-1] + index, 0.0, 0.0
+        scale = 1.0 / square if square > 0.0 else 1.0  # costs are float32
+        for index in range(widest, widest + last):
+            sums[1, index] *= np.sqrt(scale)
+            sums[2, index] *= scale
+        costs = np.zeros((padded // lanes, widest, lanes), dtype=np.float32)
+        for part in range(len(costs)):
+            lane = part * lanes
+            merging_costs(sums[0, lane:], sums[1, lane:], sums[2, lane:], lane, costs[part])
+        least = np.full((entries, widest + padded), INFEASIBLE, dtype=np.float32)
+        for index in range(widest, widest + last):
+            least[0, index] = sums[2, index] - sums[1, index] * sums[1, index] / sums[0, index]
+        for cell in range(1, entries):
+            for part in range(len(costs)):
+                lane = part * lanes
+                add_cell(least[cell - 1, lane:], costs[part], least[cell, widest + lane :])
+        right = last
+        borders[0], borders[entries] = 0, places[last]
+        for cell in range(entries - 1, 0, -1):
+            lowest, width = np.float32(np.inf), 1
+            part, lane = (right - 1) // lanes, (right - 1) % lanes
+            for wide in range(1, widest + 1):
+                cost = least[cell - 1, widest - 1 + right - wide] + costs[part, wide - 1, lane]
+                if cost < lowest:
+                    lowest, width = cost, wide
+            right -= width
+            borders[cell] = places[right]
+
+    return best_borders
 
 
-@njit(cache=True, nogil=True)
+_few_borders = _coarse_program(FEW_PLACES, FEW_PLACES)
+_many_borders = _coarse_program(PLACES, WIDEST)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _move_borders(mass, moment, borders, stride):  # type: ignore[no-untyped-def]
     """Move all inner borders at once, each by up to REACH strides.
 
-    A dynamic program over borders x candidates: unlike Lloyd's passes, which stop where no single
-    border wants to move, it sees chains of borders that pay only when they move together.
+    A dynamic program over borders x moves: unlike Lloyd's passes, which stop where no single border
+    wants to move, it sees chains of borders that pay only when they move together.  A cell explains
+    moment^2 / mass of the squared values, and what is explained is not left as error.
     """
     entries, points = len(borders) - 1, borders[-1]
-    best, masses, moments = np.zeros((2, WIDTH)), np.zeros((2, WIDTH)), np.zeros((2, WIDTH))
-    came_from = np.zeros((entries + 1, WIDTH), dtype=np.int64)
-    previous = 1  # candidates of the border before; the first stays at 0
-    for border in range(1, entries + 1):
-        old, new = (border - 1) % 2, border % 2
-        candidates = WIDTH if border < entries else 1
-        for candidate in range(candidates):
-            place = points
-            if border < entries:
-                place = min(max(borders[border] + (candidate - REACH) * stride, 0), points)
-            top, origin = -1.0, 0
-            for earlier in range(previous):
-                size = mass[place] - masses[old, earlier]
-                rise = moment[place] - moments[old, earlier]
-                value = best[old, earlier]
-                if size > 0.0:
-                    value += rise * rise / size
-                elif size < 0.0:
-                    value = -1.0
-                if value > top:
-                    top, origin = value, earlier
-            best[new, candidate] = top
-            masses[new, candidate], moments[new, candidate] = mass[place], moment[place]
-            came_from[border, candidate] = origin
-        previous = candidates
-    candidate = came_from[entries, 0]
-    for border in range(entries - 1, 0, -1):
-        moved = min(max(borders[border] + (candidate - REACH) * stride, 0), points)
-        candidate = came_from[border, candidate]
-        borders[border] = moved
+    best = np.zeros((entries + 1, MOVES))
+    gains = np.empty((entries + 1, MOVES, MOVES))
+    sizes, moments = np.empty((2, MOVES)), np.empty((2, MOVES))
+    for border in range(entries + 1):
+        new, old = border % 2, (border + 1) % 2
+        for move in range(MOVES):
+            place = borders[border]
+            if 0 < border < entries:
+                place = min(max(place + (move - REACH) * stride, 0), points)
+            sizes[new, move], moments[new, move] = mass[place], moment[place]
+        if border == 0:
+            continue
+        for move in range(MOVES):
+            top = -1.0
+            for earlier in range(MOVES):
+                size = sizes[new, move] - sizes[old, earlier]
+                rise = moments[new, move] - moments[old, earlier]
+                gain = rise * rise / max(size, 1e-300)
+                gain = gain if size >= 0.0 else -np.inf
+                gains[border, move, earlier] = gain
+                top = max(top, best[border - 1, earlier] + gain)
+            best[border, move] = top
+    move = REACH
+    for border in range(entries, 1, -1):
+        top, origin = -1.0, REACH
+        for earlier in range(MOVES):
+            value = best[border - 1, earlier] + gains[border, move, earlier]
+            if value > top:
+                top, origin = value, earlier
+        move = origin
+        place = borders[border - 1] + (move - REACH) * stride
+        borders[border - 1] = min(max(place, 0), points)
 
 
-@njit(cache=True, nogil=True)
-def _means(mass, moment, middle, borders, centroids):  # type: ignore[no-untyped-def]
-    """Write the mean of each cell, ascending; an empty cell repeats the last mean."""
-    filled = 0
-    for cell in range(len(borders) - 1):
-        size = mass[borders[cell + 1]] - mass[borders[cell]]
-        if size > 0.0:
-            rise = moment[borders[cell + 1]] - moment[borders[cell]]
-            centroids[filled] = middle + rise / size
-            filled += 1
-    for cell in range(filled, len(borders) - 1):
-        centroids[cell] = centroids[filled - 1] if filled else 0.0
-
-
-@njit(cache=True, nogil=True)
+@njit(cache=True, nogil=True, error_model="numpy")
 def fit_levels(values, weights, centroids):  # type: ignore[no-untyped-def]
     """Write ascending centroids of small weighted squared error.
 
@@ -193,103 +260,20 @@ def fit_levels(values, weights, centroids):  # type: ignore[no-untyped-def]
     these values themselves, the last one repeated; zeros where nothing has weight.
     """
     entries = len(centroids)
-    mass, moment, middle = bin_values(values, weights, entries)
-    points = len(mass) - 1
-    if points <= (FEWEST * entries if entries <= 16 else entries):
+    mass, moment, middle, bins = bin_values(values, weights, entries)
+    points = len(bins)
+    most = FEW_PLACES if entries <= FEW else max(PLACES, 4 * entries)
+    places = _coarse_places(bins, most)
+    if points <= (FEWEST * entries if entries <= 16 else entries) or len(places) <= entries:
         fit_levels_exact(values, weights, centroids)  # costs little here
         return
-    borders = _best_borders(mass, moment, _coarse_places(points, entries), entries)
-    stride = max(1, points // (2 * GRID * entries))
+    borders = np.empty(entries + 1, dtype=np.int64)
+    if entries <= FEW:
+        _few_borders(mass, moment, places, borders)
+    else:
+        _many_borders(mass, moment, places, borders)
+    stride = max(1, points // (2 * most))
     while stride > 0:
         _move_borders(mass, moment, borders, stride)
         stride //= 2
-    _means(mass, moment, middle, borders, centroids)
-
-
-@njit(cache=True, nogil=True)
-def _sorted_sums(values, weights):  # type: ignore[no-untyped-def]
-    """Return (mass, moment) prefix sums over the distinct weighted values, ascending."""
-    order = np.argsort(values)
-    mass, moment = np.zeros(len(values) + 1), np.zeros(len(values) + 1)
-    points, last, total = 0, 0.0, 0.0
-    for weight in weights:
-        total += np.float64(weight)
-    for row in order:
-        value, weight = np.float64(values[row]), np.float64(weights[row])
-        if weight > NEGLIGIBLE * total:
-            if points == 0 or value > last:
-                points += 1
-                mass[points], moment[points] = mass[points - 1], moment[points - 1]
-                last = value
-            mass[points] += weight
-            moment[points] += weight * value
-    return mass[: points + 1], moment[: points + 1]
-
-
-@njit(cache=True, nogil=True)
-def fit_levels_exact(values, weights, centroids):  # type: ignore[no-untyped-def]
-    """Write the centroids of the global optimum: the arguments of `fit_levels`.
-
-    A dynamic program over all distinct values, halving the range of right borders so that each
-    layer costs O(n log n) (ckmeans.1d.dp; Wang and Song, The R Journal 3/2, 2011).
-    """
-    entries = len(centroids)
-    mass, moment = _sorted_sums(values, weights)
-    points = len(mass) - 1
-    if points <= entries:
-        _means(mass, moment, 0.0, np.minimum(np.arange(entries + 1), points), centroids)
-        return
-    middle = moment[points] / mass[points]  # centred sums keep their digits
-    for place in range(points + 1):
-        moment[place] -= middle * mass[place]
-    best, reached = np.zeros(points + 1), np.zeros(points + 1)
-    for right in range(1, points + 1):
-        best[right] = moment[right] * moment[right] / mass[right]
-    came_from = np.zeros((entries + 1, points + 1), dtype=np.int32)
-    for cell in range(2, entries + 1):
-        _exact_layer(mass, moment, best, reached, came_from[cell], cell)
-        best, reached = reached, best
-    borders = np.zeros(entries + 1, dtype=np.int64)
-    borders[entries] = points
-    for cell in range(entries, 1, -1):
-        borders[cell - 1] = came_from[cell, borders[cell]]
-    _means(mass, moment, middle, borders, centroids)
-
-
-@njit(cache=True, nogil=True)
-def fit_quantiles(values, weights, centroids):  # type: ignore[no-untyped-def]
-    """Write the means of cells of (nearly) equal weight: the arguments of `fit_levels`."""
-    mass, moment = _sorted_sums(values, weights)
-    points, entries = len(mass) - 1, len(centroids)
-    borders = np.empty(entries + 1, dtype=np.int64)
-    for cell in range(entries + 1):
-        share = mass[points] * cell / entries
-        borders[cell] = min(np.searchsorted(mass, share), points)
-    borders[entries] = points
-    _means(mass, moment, 0.0, borders, centroids)
-
-
-@njit(cache=True, nogil=True)
-def _exact_layer(mass, moment, best, reached, came_from, cell):  # type: ignore[no-untyped-def]
-    """Fill one layer of the dynamic program, right borders in halving order on a stack."""
-    points = len(mass) - 1
-    stack = np.empty((64, 4), dtype=np.int64)
-    stack[0, 0], stack[0, 1], stack[0, 2], stack[0, 3] = cell, points, cell - 1, points - 1
-    depth = 1
-    while depth:
-        depth -= 1
-        low, high, first, final = stack[depth]
-        right = (low + high) // 2
-        top, origin = -1.0, first
-        for left in range(first, min(final, right - 1) + 1):
-            rise = moment[right] - moment[left]
-            value = best[left] + rise * rise / (mass[right] - mass[left])
-            if value > top:
-                top, origin = value, left
-        reached[right], came_from[right] = top, origin
-        if low < right:
-            stack[depth] = np.array([low, right - 1, first, origin])
-            depth += 1
-        if right < high:
-            stack[depth] = np.array([right + 1, high, origin, final])
-            depth += 1
+    write_means(mass, moment, middle, borders, centroids)
