@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from claq_exp.checkpoint.shards import index_bytes
 from claq_exp.checkpoint.writer import Sizes
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
@@ -128,7 +129,7 @@ def _sizes(layouts: dict[str, WeightLayout], kept: dict[str, int], parameters: i
 
 
 def _description_bytes(layouts: Mapping[str, WeightLayout], kept: dict[str, int]) -> int:
-    """Estimate the bytes of the weights file's header and of the layouts in config.json."""
+    """Estimate the bytes of headers, index and the layouts in config.json."""
     header = {
         f"{n}.{s}": t for n, layout in layouts.items() for s, t in layout.stored_tensors().items()
     }
@@ -138,7 +139,8 @@ def _description_bytes(layouts: Mapping[str, WeightLayout], kept: dict[str, int]
         len(name) + len(json.dumps(layout.to_json(), indent=6)) + 12
         for name, layout in layouts.items()
     )
-    return names + texts + 1000
+    stored = sum(tensor.bits // 8 for tensor in header.values()) + HALF // 8 * sum(kept.values())
+    return names + texts + index_bytes([*header, *kept], stored) + 1000
 
 
 def _memory(

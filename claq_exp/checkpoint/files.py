@@ -1,4 +1,4 @@
-"""Writes that either happen or do not, and the list of what a folder must hold."""
+"""Writes that either happen or do not, and reads that take nothing for granted."""
 
 from __future__ import annotations
 
@@ -12,14 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from claq_exp.errors import CheckpointError
-from claq_exp.sources.cache import sha256_of
-
-MANIFEST = "manifest.json"
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any, indent: int | None = 2) -> None:
     """Replace a file by JSON: written beside it, synced, renamed.  NaN and infinity are refused."""
-    write_bytes(path, (json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+    write_bytes(path, (json.dumps(data, indent=indent, allow_nan=False) + "\n").encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -37,6 +34,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file.  Raises CheckpointError when the disk does not take it."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors leaves it to its writer alone
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 
@@ -53,32 +51,24 @@ def sync_folder(folder: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.  Raises CheckpointError when the file holds anything else."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """Parse a JSON object in UTF-8.  Raises ValueError, also for a key that is there twice."""
+    try:
+        data = json.loads(content.decode("utf-8"), object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("JSON is nested too deeply") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
+        raise ValueError("it holds no JSON object")
     return data
 
 
-def write_manifest(folder: Path) -> None:
-    """List size and sha256 of every file of the folder."""
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != MANIFEST
-    }
-    write_json(folder / MANIFEST, {"files": files})
-
-
-def check_manifest(folder: Path) -> None:
-    """Raise CheckpointError unless every listed file is there, whole and unchanged."""
-    files = read_json(folder / MANIFEST).get("files")
-    if not isinstance(files, dict):
-        raise CheckpointError(f"{folder / MANIFEST} lists no files")
-    for name, facts in files.items():
-        path = folder / name
-        if path.name != name or not path.is_file() or not isinstance(facts, dict):
-            raise CheckpointError(f"{folder} lacks the file '{name}' of its manifest")
-        if path.stat().st_size != facts.get("bytes") or sha256_of(path) != facts.get("sha256"):
-            raise CheckpointError(f"{path} is not the file that was written: size or sha256 differ")
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        raise ValueError("a key of a JSON object is there twice")
+    return data

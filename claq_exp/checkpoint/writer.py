@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from claq_exp.checkpoint.files import check_manifest, save_tensors, sync_folder, write_manifest
+from claq_exp.checkpoint.files import read_json, sync_folder, write_json
+from claq_exp.checkpoint.manifest import check_manifest, write_manifest
+from claq_exp.checkpoint.shards import INDEX_FILE, SHARD_BYTES, Unit, read_spans, save_units
 from claq_exp.errors import CheckpointError
 from claq_exp.models.skeleton import tied_names
 from claq_exp.quantize.layout import Ledger, WeightLayout
@@ -19,9 +21,8 @@ from claq_exp.sources.cache import published
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # docs/format.md says when it grows
 QUANT_METHOD = "claq"
-WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class PackedWeight:
 class Sizes:
     """What a checkpoint takes on disk.
 
-    bytes: weights and config.json (tokenizer files are the original's).  ledger: the same in bits
-    by purpose.
+    bytes: weights, their index and config.json (tokenizer files are the original's, the manifest
+    only checks).  ledger: the same in bits by purpose.
     nominal, linear, model: bits per weight as defined in the README.
     """
 
@@ -54,28 +55,22 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     packed: Mapping[str, PackedWeight],
     dtype: torch.dtype,
+    *,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a checkpoint and publish it by rename.
+    """Write a checkpoint (docs/format.md) and publish it by rename.
 
     packed: name of the linear layer -> its packed weight.  dtype: of the tensors that stay
-    unquantized. Raises CheckpointError when `target` exists.
+    unquantized.  shard_bytes: of tensors in one file; those of one matrix stay together.
+    Raises CheckpointError when `target` exists.
     """
     if target.exists():
         raise CheckpointError(f"{target} exists already; remove it to write it anew")
     with published(target) as folder:
-        tensors = {
-            f"{name}.{suffix}": tensor.contiguous()
-            for name, weight in packed.items()
-            for suffix, tensor in weight.tensors.items()
-        }
-        for name, tensor in unquantized_state(model, packed).items():
-            stored = tensor.detach().to(
-                "cpu", dtype if tensor.is_floating_point() else tensor.dtype
-            )
-            tensors[name] = stored.contiguous()
-        save_tensors(tensors, folder / WEIGHTS_FILE)
+        save_units(folder, _units(model, packed, dtype), shard_bytes)
         config = type(model.config).from_dict(model.config.to_dict())
         config.dtype = dtype
+        config.architectures = [type(model).__name__]
         config.quantization_config = {
             "quant_method": QUANT_METHOD,
             "format_version": FORMAT_VERSION,
@@ -83,12 +78,31 @@ def write_checkpoint(
         }
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        for owner, name in ((config, "config.json"), (tokenizer, "tokenizer_config.json")):
+            _forget_unused_code(owner, folder / name)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         write_manifest(folder)
         sync_folder(folder)
     check_manifest(target)
     sync_folder(target.parent)
+
+
+def _units(
+    model: PreTrainedModel, packed: Mapping[str, PackedWeight], dtype: torch.dtype
+) -> Iterator[Unit]:
+    for name, weight in packed.items():
+        yield Unit({f"{name}.{suffix}": tensor for suffix, tensor in weight.tensors.items()})
+    for name, tensor in unquantized_state(model, packed).items():
+        yield Unit({name: tensor}, dtype)
+
+
+def _forget_unused_code(owner: object, path: Path) -> None:
+    """Drop `auto_map`, which asks for code, where the class of the library itself was in use."""
+    if path.is_file() and not type(owner).__module__.startswith("transformers_modules"):
+        data = read_json(path)
+        if data.pop("auto_map", None) is not None:
+            write_json(path, data)
 
 
 def unquantized_state(
@@ -102,17 +116,18 @@ def unquantized_state(
 def checkpoint_sizes(folder: Path, layouts: Mapping[str, WeightLayout], parameters: int) -> Sizes:
     """Count a checkpoint from its files.
 
-    parameters: of the original model, tied ones once.  `other` in the ledger is config.json and the
-    header of the weights file, where the layouts stand.
+    parameters: of the original model, tied ones once.  `other` in the ledger is config.json, where
+    the layouts stand, the index, and the headers of the weights files.
     """
     quantized = Ledger.sum(layout.ledger() for layout in layouts.values())
-    weights_file = folder / WEIGHTS_FILE
-    with weights_file.open("rb") as file:
-        header = 8 + int.from_bytes(file.read(8), "little")
-    described = header + (folder / "config.json").stat().st_size
-    total = weights_file.stat().st_size + (folder / "config.json").stat().st_size
-    kept = 8 * (total - described) - quantized.total
-    ledger = Ledger.sum([quantized, Ledger(other=8 * described, unquantized=kept)])
+    shards = read_spans(folder)
+    described = [folder / name for name in ("config.json", INDEX_FILE)]
+    beside = sum(path.stat().st_size for path in described if path.is_file())
+    total = beside + sum((folder / name).stat().st_size for name in shards)
+    tensors = sum(span.end - span.start for spans in shards.values() for span in spans.values())
+    ledger = Ledger.sum(
+        [quantized, Ledger(other=8 * (total - tensors), unquantized=8 * tensors - quantized.total)]
+    )
     weights = sum(layout.weights for layout in layouts.values())
     nominal = sum(layout.nominal_bits() * layout.weights for layout in layouts.values())
     return Sizes(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from claq_exp.quantize.layout import packed_bytes
 
 CHUNK = 1 << 22  # integers expanded to single bits at a time, to bound memory
+GROUP = 8  # integers that start at a byte whatever their width
 
 
 def pack(values: Tensor, width: int) -> Tensor:
@@ -31,14 +33,16 @@ def pack(values: Tensor, width: int) -> Tensor:
 
 
 def unpack(packed: Tensor, width: int, count: int) -> Tensor:
-    """Undo `pack`: uint8 [..., bytes] -> int32 [..., count]."""
-    rows = packed.reshape(-1, packed.shape[-1]).numpy()
-    values = np.empty((rows.shape[0], count), dtype=np.int32)
-    places = (1 << np.arange(width, dtype=np.uint32)).astype(np.uint32)
-    step = max(1, CHUNK // max(1, count))
-    for start in range(0, rows.shape[0], step):
-        bits = np.unpackbits(
-            rows[start : start + step], axis=1, count=count * width, bitorder="little"
-        )
-        values[start : start + step] = bits.reshape(-1, count, width).astype(np.uint32) @ places
-    return torch.from_numpy(values.reshape(*packed.shape[:-1], count))
+    """Undo `pack`, on the device of `packed`: uint8 [..., bytes] -> int32 [..., count]."""
+    groups = -(-count // GROUP)
+    missing = groups * width - packed.shape[-1]
+    parts = pad(packed, (0, missing)).reshape(*packed.shape[:-1], groups, width)
+    values = torch.empty(*parts.shape[:-1], GROUP, dtype=torch.int32, device=packed.device)
+    for place in range(GROUP):  # an integer lies in as many bytes as its first to its last bit
+        first, shift = divmod(place * width, 8)
+        dtype = torch.int32 if shift + width < 32 else torch.int64
+        word = parts[..., first].to(dtype)
+        for more in range(1, packed_bytes(1, shift + width)):
+            word |= parts[..., first + more].to(dtype) << (8 * more)
+        values[..., place] = (word >> shift) & ((1 << width) - 1)
+    return values.reshape(*packed.shape[:-1], -1)[..., :count]

@@ -211,19 +211,46 @@ def layout_of(rows: int, column_bits: Tensor, form: Form, reserved_counts: Tenso
     )
 
 
+@dataclass(frozen=True)
+class SideTensors:
+    """All that is stored of a matrix but its codes, unpacked.
+
+    column_bits: [in] uint8.
+    """
+
+    column_bits: Tensor
+    levels: Levels
+    reserved: Reserved
+
+
+def unpack_side_tensors(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> SideTensors:
+    """Unpack, on the CPU, what is stored of a matrix besides its codes.
+
+    Raises CheckpointError where the tensors do not fit the layout.
+    """
+    _check_tensors(layout, tensors)
+    small = {
+        suffix: tensor if suffix.startswith("codes_") else tensor.cpu()
+        for suffix, tensor in tensors.items()
+    }
+    column_bits = _unpack_column_bits(layout, small)
+    levels = _unpack_levels(layout, small, column_bits)
+    return SideTensors(column_bits, levels, _unpack_reserved(layout, small))
+
+
 def unpack_weight(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
     """Rebuild a matrix from its stored tensors.
 
     Raises CheckpointError where they do not fit the layout.
     """
-    _check_tensors(layout, tensors)
-    column_bits = _unpack_column_bits(layout, tensors)
+    side = unpack_side_tensors(layout, tensors)
     codes = torch.zeros(layout.columns, layout.rows, dtype=torch.uint8)
     for width in layout.columns_per_width:
         unpacked = unpack(tensors[f"codes_{width}"], width, layout.rows)
-        codes[column_bits == width] = unpacked.to(torch.uint8)
-    levels = _unpack_levels(layout, tensors, column_bits)
-    return QuantizedWeight(codes.t(), column_bits, levels, _unpack_reserved(layout, tensors))
+        codes[side.column_bits == width] = unpacked.to(torch.uint8)
+    if bool(codes[side.reserved.columns(), side.reserved.rows].any()):
+        raise CheckpointError("a reserved entry has a code other than 0")
+    return QuantizedWeight(codes.t(), side.column_bits, side.levels, side.reserved)
 
 
 def _unpack_levels(
@@ -260,6 +287,24 @@ def _check_tensors(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> None:
             )
         if spec.dtype == "F16" and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{suffix} holds a value that is not finite")
+    for suffix, (count, width) in _packed_rows(layout).items():
+        used = count * width % 8
+        if used and bool((tensors[suffix][..., -1] >> used).any()):
+            raise CheckpointError(f"{suffix} has padding bits that are not 0")
+
+
+def _packed_rows(layout: WeightLayout) -> dict[str, tuple[int, int]]:
+    """Return suffix -> (integers in a row, their width) for all packed tensors of a layout."""
+    packed = {f"codes_{width}": (layout.rows, width) for width in layout.columns_per_width}
+    if layout.kind == ROW_GRID:
+        (width,) = layout.columns_per_width
+        packed["zeros"] = (layout.rows * layout.groups, width)
+    if len(layout.columns_per_width) > 1:
+        packed["column_bits"] = (layout.columns, index_width(len(layout.columns_per_width)))
+    if layout.reserved:
+        packed["reserved_rows"] = (layout.reserved, index_width(layout.rows))
+        packed["reserved_counts"] = (layout.columns, layout.most_reserved.bit_length())
+    return packed
 
 
 def _unpack_column_bits(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -286,8 +331,10 @@ def _unpack_reserved(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Res
         rows = unpack(tensors["reserved_rows"], width, layout.reserved).long()
     else:
         rows = torch.zeros(layout.reserved, dtype=torch.int64)
-    if int(counts.sum()) != layout.reserved or int(rows.max()) >= layout.rows:
-        raise CheckpointError(
-            "reserved entries lie outside the matrix or do not add up to the layout's count"
-        )
-    return Reserved(counts, rows, tensors["reserved_values"])
+    if int(counts.sum()) != layout.reserved or int(counts.max()) != layout.most_reserved:
+        raise CheckpointError("reserved_counts do not add up to what the layout says")
+    reserved = Reserved(counts, rows, tensors["reserved_values"])
+    places = reserved.columns() * layout.rows + rows
+    if int(rows.max()) >= layout.rows or bool((places.diff() <= 0).any()):
+        raise CheckpointError("reserved_rows lie outside the matrix or do not ascend in a column")
+    return reserved

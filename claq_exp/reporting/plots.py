@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
@@ -36,35 +36,58 @@ STYLE: Any = {
 
 def plot_layers(report: list[dict[str, Any]], path: Path) -> None:
     """Draw two heat maps, block x linear layer: relative output error and stored bits."""
-    blocks = sorted({row["block"] for row in report})
-    names = list(dict.fromkeys(_short_name(row) for row in report))
+    panels = {
+        "output_error": "relative output error on the calibration text",
+        "bits": "stored bits per weight",
+    }
+    _heat_maps(report, panels, path, {"output_error": LogNorm()})
+
+
+def plot_columns(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw a checkpoint, block x linear layer: stored bits, and reserved entries where it has any.
+
+    rows: block, name, bits and reserved_percent of each layer.
+    """
+    panels = {"bits": "stored bits per weight"}
+    if any(row["reserved_percent"] for row in rows):
+        panels["reserved_percent"] = "entries reserved in 16 bits, %"
+    _heat_maps(rows, panels, path, {"reserved_percent": Normalize(vmin=0)})
+
+
+def _heat_maps(
+    rows: list[dict[str, Any]],
+    panels: dict[str, str],
+    path: Path,
+    scales: dict[str, Normalize],
+) -> None:
+    """Draw one heat map per panel (key of a row -> title), one below the other.
+
+    scales: key -> how colours follow its values, where not from the smallest to the largest.
+    """
+    blocks = sorted({row["block"] for row in rows})
+    names = list(dict.fromkeys(_short_name(row) for row in rows))
     with mpl.rc_context(STYLE):
         height = 0.9 + 0.28 * len(names)
-        figure = Figure(
-            figsize=(max(5.0, 1.8 + 0.26 * len(blocks)), 2 * height), layout="constrained"
-        )
+        size = (max(5.0, 1.8 + 0.26 * len(blocks)), len(panels) * height)
+        figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(2, 1, sharex=True)
-        for axis, key, title in zip(
-            axes,
-            ("output_error", "bits"),
-            ("relative output error on the calibration text", "stored bits per weight"),
-            strict=True,
-        ):
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, (key, title) in zip(axes, panels.items(), strict=True):
             grid = np.full((len(names), len(blocks)), np.nan)
-            for row in report:
+            for row in rows:
                 grid[names.index(_short_name(row)), blocks.index(row["block"])] = row[key]
-            positive = grid[grid > 0]
-            log = LogNorm() if key == "output_error" and len(positive) else None
-            shown = np.where(grid > 0, grid, np.nan) if log else grid
-            image = axis.imshow(shown, aspect="auto", cmap="cividis", norm=log)
+            scale = scales.get(key)
+            if isinstance(scale, LogNorm):  # which has no place for a zero
+                scale = scale if (grid > 0).any() else None
+                grid = np.where(grid > 0, grid, np.nan) if scale else grid
+            image = axis.imshow(grid, aspect="auto", cmap="cividis", norm=scale)
             axis.set_yticks(range(len(names)), names)
             axis.set_title(title, loc="left", fontsize=9)
             axis.spines[:].set_visible(False)
             figure.colorbar(image, ax=axis, pad=0.01)
-        axes[1].set_xlabel("decoder block")
+        axes[-1].set_xlabel("decoder block")
         step = max(1, len(blocks) // 15)
-        axes[1].set_xticks(range(0, len(blocks), step), [str(b) for b in blocks[::step]])
+        axes[-1].set_xticks(range(0, len(blocks), step), [str(b) for b in blocks[::step]])
         figure.savefig(path, dpi=150)
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
 from claq_exp.errors import ConfigError
+from claq_exp.quantize.layout import ROW_GRID
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from claq_exp.checkpoint.summary import LayerSummary, Summary
     from claq_exp.plan import Plan
 
 ORIGINAL_BITS = 16.0
+BAR = 30  # characters of the longest bar of a histogram
+FULLEST = 5  # layers that are named for their reserved entries
 
 
 def result_table(results: dict[str, Any]) -> Table:
@@ -144,6 +152,137 @@ def plan_table(plan: Plan) -> Table:
     rows += [(f"  {stage}", _duration(seconds)) for stage, seconds in plan.seconds.items()]
     for row in rows:
         table.add_row(*row)
+    return table
+
+
+def summary_tables(summary: Summary) -> list[Table]:
+    """Return what a checkpoint holds: sizes, ledger, column bits and reserved entries."""
+    tables = [_sizes_table(summary), _ledger_table(summary), _column_bits_table(summary)]
+    if summary.reserved:
+        tables.append(_reserved_table(summary))
+    return tables
+
+
+def layers_table(layers: Sequence[LayerSummary]) -> Table:
+    """Return one row per quantized layer."""
+    table = _right_table("layer", "shape", "bits:columns", "nominal", "stored", "reserved")
+    table.box = SIMPLE_HEAD
+    table.caption = _dropped(layers)
+    for layer, name in zip(layers, _short_names(layers), strict=True):
+        layout = layer.layout
+        widths = sorted(layout.columns_per_width.items())
+        table.add_row(
+            escape(name),
+            f"{layout.rows} x {layout.columns}",
+            " ".join(f"{width}:{columns}" for width, columns in widths),
+            f"{layout.nominal_bits():.3f}",
+            f"{layer.stored_bits:.3f}",
+            f"{100 * layer.reserved_share:.2f} %",
+        )
+    return table
+
+
+def _sizes_table(summary: Summary) -> Table:
+    table = Table(show_header=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    sizes, half = summary.sizes, int(2 * summary.parameters)
+    table.add_row("model", escape(summary.model_type))
+    table.add_row("parameters", f"{summary.parameters:,}")
+    table.add_row("linear layers", f"{len(summary.layers)} with {summary.weights:,} weights")
+    table.add_row("payload", _payloads(summary.layers))
+    for kind in ("nominal", "linear", "model"):
+        table.add_row(f"{kind} bits per weight", f"{getattr(sizes, kind):.3f}")
+    table.add_row("checkpoint", f"{_megabytes(sizes.bytes)} MB, 16-bit {_megabytes(half)} MB")
+    return table
+
+
+def _ledger_table(summary: Summary) -> Table:
+    """Show the ledger; bits per weight add up to the linear bits."""
+    table = _right_table("ledger", "MB", "% of checkpoint", "bits per linear weight")
+    ledger = summary.sizes.ledger
+    for account, bits in ledger.as_dict().items():
+        share = "" if account == "unquantized" else f"{bits / summary.weights:.4f}"
+        if bits:
+            size = f"{bits / 8e6:.2f}"
+            table.add_row(account, size, f"{100 * bits / ledger.total:.2f}", share)
+    total = f"{ledger.total / 8e6:.2f}"
+    table.add_row("total", total, "100.00", f"{summary.sizes.linear:.4f}", style="bold")
+    return table
+
+
+def _column_bits_table(summary: Summary) -> Table:
+    """Show the histogram of code widths over the columns of all layers."""
+    counts = summary.column_bits()
+    total, most = sum(counts.values()), max(counts.values())
+    table = _right_table("bits", "columns", "%")
+    table.add_column("")
+    for width, columns in counts.items():
+        bar = "█" * max(1, round(BAR * columns / most))
+        table.add_row(str(width), f"{columns:,}", f"{100 * columns / total:.1f}", bar)
+    return table
+
+
+def _reserved_table(summary: Summary) -> Table:
+    """Show the layers that reserve most, and all together."""
+    table = _right_table(
+        "reserved entries", "number", "% of entries", "% in fullest 1 % of columns"
+    )
+    table.caption = _dropped(summary.layers)
+    named = list(zip(_short_names(summary.layers), summary.layers, strict=True))
+    named.sort(key=lambda pair: (-pair[1].reserved_share, -pair[1].layout.reserved))
+    for name, layer in named[:FULLEST]:
+        if layer.layout.reserved:
+            table.add_row(*_reserved_row(name, [layer]))
+    table.add_row(*_reserved_row("all layers", summary.layers), style="bold")
+    return table
+
+
+def _reserved_row(name: str, layers: Sequence[LayerSummary]) -> list[str]:
+    number = sum(layer.layout.reserved for layer in layers)
+    share = number / sum(layer.layout.weights for layer in layers)
+    full = sum(layer.in_full_columns for layer in layers) / number
+    return [escape(name), f"{number:,}", f"{100 * share:.2f}", f"{100 * full:.1f}"]
+
+
+def _short_names(layers: Sequence[LayerSummary]) -> list[str]:
+    """Return the names of layers without the dotted beginning that all of them share."""
+    common = _common(layers)
+    return [layer.name.removeprefix(common) for layer in layers]
+
+
+def _dropped(layers: Sequence[LayerSummary]) -> str | None:
+    common = _common(layers)
+    return f"names begin with {escape(common)}" if common else None
+
+
+def _common(layers: Sequence[LayerSummary]) -> str:
+    parents = [layer.name.split(".")[:-1] for layer in layers]
+    shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*parents, strict=False))
+    return "".join(f"{parts[0]}." for parts in shared)
+
+
+def _payloads(layers: Sequence[LayerSummary]) -> str:
+    """Return what the codes of layers stand for, e.g. `column codebooks`."""
+    kinds: dict[str, int] = {}
+    for layer in layers:
+        layout = layer.layout
+        if layout.kind == ROW_GRID:
+            kind = f"row grid, {layout.group_size} columns"
+        else:
+            kind = "shared codebooks" if layout.shared_codebooks else "column codebooks"
+            kind += ", row scales" if layout.row_scaled else ""
+        kinds[kind] = kinds.get(kind, 0) + 1
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return "\n".join(f"{number} x {kind}" for kind, number in kinds.items())
+
+
+def _right_table(first: str, *others: str) -> Table:
+    table = Table(header_style="bold")
+    table.add_column(first)
+    for column in others:
+        table.add_column(column, justify="right")
     return table
 
 

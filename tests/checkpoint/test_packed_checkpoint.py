@@ -2,62 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from packed_models import (
+    SHARED_LINEAR,
+    SOME_LINEAR,
+    Written,
+    change_json,
+    change_tensors,
+)
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import AutoTokenizer
+from safetensors.torch import load_file
 
-import claq_exp
-from claq_exp.checkpoint.files import check_manifest, read_json, write_json, write_manifest
-from claq_exp.checkpoint.reader import load_model, read_layouts, read_unquantized, read_weights
-from claq_exp.checkpoint.writer import PackedWeight, checkpoint_sizes, write_checkpoint
+from claq_exp.checkpoint.files import write_json
+from claq_exp.checkpoint.manifest import check_manifest, write_manifest
+from claq_exp.checkpoint.reader import (
+    check_checkpoint,
+    load_model,
+    read_layouts,
+    read_unquantized,
+    read_weights,
+)
+from claq_exp.checkpoint.shards import read_header
+from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.errors import CheckpointError, ClaqError, ConfigError
 from claq_exp.models.load import load_model as load_original
-from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.packing import pack, unpack
-from claq_exp.quantize.precision import OutlierOrder
-from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.recipe import Recipe, quantize_weight
-from claq_exp.quantize.reservation import OutlierOrder as ReservedOutliers
-from claq_exp.quantize.solver import Nearest
-
-RECIPE = Recipe(KMeans(), OutlierOrder(2.5), ReservedOutliers(0.02), Nearest())
-SHARED = replace(RECIPE, codebook=KMeans(shared=True, row_scales=True))
-SOME_LINEAR = "model.layers.1.self_attn.q_proj"
-SHARED_LINEAR = "model.layers.1.mlp.up_proj"
-
-
-class Written:
-    """A model with quantized decoder blocks, and what its checkpoint was written from."""
-
-    def __init__(self, source: Path) -> None:
-        self.model = load_original(source, dtype="float32", device="cpu")
-        self.tokenizer = AutoTokenizer.from_pretrained(source)
-        self.quantized = {}
-        for name, module in self.model.model.layers.named_modules(prefix="model.layers"):
-            if isinstance(module, nn.Linear):
-                hessian = torch.eye(module.in_features, dtype=torch.float64)
-                problem = LinearProblem(module.weight.detach(), hessian)
-                recipe = SHARED if "mlp" in name else RECIPE
-                system = recipe.solver.prepare(hessian)
-                self.quantized[name] = quantize_weight(problem, system, recipe).quantized
-                module.weight.data.copy_(self.quantized[name].dequantize())
-        self.packed = {
-            name: PackedWeight(weight.layout(), weight.pack())
-            for name, weight in self.quantized.items()
-        }
-
-    def write(self, target: Path) -> Path:
-        write_checkpoint(target, self.model, self.tokenizer, self.packed, torch.float16)
-        return target
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +61,7 @@ def test_the_loaded_model_is_the_model_that_was_written(written, original):
 def test_the_loaded_model_computes_what_the_written_one_computes(written, original):
     tokens = torch.arange(24).reshape(2, 12)
     with torch.inference_mode():
-        loaded = claq_exp.load(original)
+        loaded = load_model(original)
         assert torch.equal(loaded(tokens).logits, written.model(tokens).logits)
     assert not loaded.training
 
@@ -190,19 +166,6 @@ def test_the_config_of_the_model_in_memory_does_not_change(written, tmp_path):
     assert written.model.config.to_dict() == before
 
 
-def change_json(path: Path, change: Callable[[dict], None]) -> None:
-    data = read_json(path)
-    change(data)
-    write_json(path, data)
-
-
-def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    path = folder / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    change(tensors)
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 def edit_config(**changes: object) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         change_json(
@@ -210,6 +173,10 @@ def edit_config(**changes: object) -> Callable[[Path], None]:
         )
 
     return edit
+
+
+def edit_model(**changes: object) -> Callable[[Path], None]:
+    return lambda folder: change_json(folder / "config.json", lambda data: data.update(changes))
 
 
 def edit_layout(linear: str = SOME_LINEAR, **changes: object) -> Callable[[Path], None]:
@@ -250,6 +217,16 @@ def with_row_outside(packed: torch.Tensor) -> torch.Tensor:
     return pack(rows, 6)[: len(packed)]
 
 
+def with_padding(packed: torch.Tensor) -> torch.Tensor:
+    packed[-1] |= 128
+    return packed
+
+
+def with_rows_out_of_order(packed: torch.Tensor) -> torch.Tensor:
+    rows = unpack(packed, 6, len(packed) * 8 // 6)
+    return pack(rows.flip(0), 6)[: len(packed)]
+
+
 def forget_norm(folder: Path) -> None:
     change_tensors(folder, lambda tensors: tensors.pop("model.norm.weight"))
 
@@ -280,6 +257,19 @@ CONTENT_TAMPERINGS = {
     "codebook with NaN": (edit_tensor("codebooks_4", with_nan), "codebooks_4"),
     "reserved value NaN": (edit_tensor("reserved_values", with_nan), "reserved_values"),
     "reserved row outside": (edit_tensor("reserved_rows", with_row_outside), "reserved"),
+    "reserved rows out of order": (
+        edit_tensor("reserved_rows", with_rows_out_of_order),
+        SOME_LINEAR,
+    ),
+    "reserved counts of another column": (
+        edit_tensor("reserved_counts", lambda counts: counts.roll(1)),
+        SOME_LINEAR,
+    ),
+    "reserved entries with codes": (
+        edit_tensor("codes_4", lambda codes: codes | 255),
+        "code other than 0",
+    ),
+    "padding bits": (edit_tensor("reserved_rows", with_padding), "padding"),
     "column scale NaN": (
         edit_tensor("column_scales", with_nan, SHARED_LINEAR),
         f"{SHARED_LINEAR}: column_scales",
@@ -299,16 +289,29 @@ CONTENT_TAMPERINGS = {
     "layout of other rows": (edit_layout(rows=47), SOME_LINEAR),
     "layout of other widths": (edit_layout(columns_per_width={"2": 48}), SOME_LINEAR),
     "layout with rows in words": (edit_layout(rows="many"), ""),
+    "layout with an unknown key": (edit_layout(colour="red"), "layout"),
+    "layout of negative columns": (edit_layout(columns_per_width={"2": 50, "4": -2}), "-2"),
+    "layout of width nine": (edit_layout(columns_per_width={"9": 48}), "'9'"),
+    "layout of more in one column": (edit_layout(most_reserved=47), SOME_LINEAR),
+    "layout of a huge matrix": (edit_layout(rows=2**40), SOME_LINEAR),
     "layout without reserved entries": (edit_layout(reserved=0), SOME_LINEAR),
     "layout forgotten": (forget_layout, SOME_LINEAR),
     "no layouts": (edit_config(modules={}), "quantized layers"),
     "layouts in a list": (edit_config(modules=[1]), "quantized layers"),
-    "future version": (edit_config(format_version=2), "format version 2"),
+    "config with an unknown key": (edit_config(bits=4), "unknown key 'bits'"),
+    "earlier version": (edit_config(format_version=1), "format version 1"),
+    "version in words": (edit_config(format_version="2"), "format version 2"),
+    "future version": (edit_config(format_version=3), "format version 3"),
     "no version": (edit_config(format_version=None), "format version None"),
     "another method": (edit_config(quant_method="gptq"), "claq_exp"),
     "norm missing": (forget_norm, "model.norm.weight"),
     "norm of another shape": (misshape_norm, "model.norm.weight"),
     "tensor too many": (invent_tensor, "model.galaxy"),
+    "config of more blocks": (edit_model(num_hidden_layers=10**9), "blocks"),
+    "config of a wider model": (edit_model(intermediate_size=80), "shape"),
+    "config of no known model": (edit_model(model_type="galaxy"), "config.json"),
+    "config with words for numbers": (edit_model(hidden_size="many"), "config.json"),
+    "config nested without end": (replace_text("config.json", '{"a":' * 10**5), "config.json"),
     "config a list": (replace_text("config.json", "[]"), ""),
     "config no JSON": (replace_text("config.json", "{"), "config.json"),
     "quantization config a list": (replace_text("config.json", '{"quantization_config": []}'), ""),
@@ -322,8 +325,8 @@ def test_content_that_contradicts_itself_is_refused_though_the_manifest_agrees(
 ):
     tamper, named = CONTENT_TAMPERINGS[tampering]
     tamper(checkpoint)
-    write_manifest(checkpoint)
     with pytest.raises((CheckpointError, ConfigError)) as caught:
+        write_manifest(checkpoint)
         load_model(checkpoint)
     assert named in str(caught.value)
     assert str(checkpoint) in str(caught.value)
@@ -366,6 +369,97 @@ def test_a_file_that_is_not_the_one_written_is_refused(tampering, checkpoint):
     with pytest.raises((CheckpointError, ConfigError)) as caught:
         load_model(checkpoint)
     assert str(checkpoint) in str(caught.value)
+
+
+def test_a_damaged_tensor_is_named(checkpoint):
+    path = checkpoint / "model.safetensors"
+    span = read_header(path)[f"{SOME_LINEAR}.codes_2"]
+    content = bytearray(path.read_bytes())
+    content[span.start] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{SOME_LINEAR}\.codes_2 differs"):
+        load_model(checkpoint)
+
+
+def test_the_manifest_lists_every_file_and_tensor(checkpoint):
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert set(manifest["files"]) == {path.name for path in checkpoint.iterdir()} - {
+        "manifest.json"
+    }
+    tensors = load_file(checkpoint / "model.safetensors")
+    assert set(manifest["tensors"]) == set(tensors)
+    for name, entry in manifest["tensors"].items():
+        content = tensors[name].contiguous().view(torch.uint8).numpy().tobytes()
+        assert entry["shape"] == list(tensors[name].shape)
+        assert entry["sha256"] == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{"dtype": "F32"}, {"shape": [1]}, {"file": "other.safetensors"}, {"sha256": "0"}, {"more": 1}],
+)
+def test_a_manifest_that_says_something_else_of_a_tensor_is_refused(facts, checkpoint):
+    change_json(
+        checkpoint / "manifest.json",
+        lambda data: data["tensors"]["model.norm.weight"].update(facts),
+    )
+    with pytest.raises(CheckpointError, match="other tensors"):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "x.pt", "x.pkl"])
+def test_a_pickle_is_refused_even_when_it_is_listed(name, checkpoint):
+    (checkpoint / name).write_bytes(b"")
+    write_manifest(checkpoint)
+    with pytest.raises(CheckpointError, match="can hold code"):
+        load_model(checkpoint, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "extra.safetensors", "vocab.txt"])
+def test_a_file_that_is_not_listed_is_refused(name, checkpoint):
+    (checkpoint / name).write_text("{}")
+    with pytest.raises(CheckpointError, match=f"{name} is not in the manifest"):
+        load_model(checkpoint)
+
+
+def test_notes_and_hidden_files_may_be_added(checkpoint):
+    for name in ("README.md", "LICENSE", ".gitattributes"):
+        (checkpoint / name).write_text("mine")
+    load_model(checkpoint)
+
+
+def ask_in_config(folder: Path) -> None:
+    edit_model(auto_map={"AutoConfig": "evil.Config"})(folder)
+
+
+def ask_in_tokenizer(folder: Path) -> None:
+    change_json(folder / "tokenizer_config.json", lambda data: data.update(auto_map={}))
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [ask_in_config, ask_in_tokenizer, lambda folder: (folder / "evil.py").write_text("1 / 0")],
+)
+def test_code_in_a_checkpoint_is_only_allowed_by_the_caller(ask, checkpoint):
+    ask(checkpoint)
+    write_manifest(checkpoint)
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        load_model(checkpoint)
+    check_checkpoint(checkpoint, trust_remote_code=True)
+
+
+def test_code_that_the_library_did_not_need_is_not_asked_for(written, tmp_path):
+    written.model.config.auto_map = {"AutoConfig": "evil.Config"}
+    try:
+        folder = written.write(tmp_path / "checkpoint")
+    finally:
+        del written.model.config.auto_map
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    load_model(folder)
+
+
+def test_published_files_can_be_read_by_others(original):
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in original.iterdir())
 
 
 def test_an_ordinary_model_folder_is_no_checkpoint(tiny_model):

@@ -1,0 +1,42 @@
+"""Writes a packed checkpoint as an ordinary one, for engines that do not know packed weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from claq_exp.checkpoint.files import read_json, sync_folder
+from claq_exp.checkpoint.manifest import MANIFEST
+from claq_exp.checkpoint.reader import load_model
+from claq_exp.checkpoint.shards import INDEX_FILE, SHARD_BYTES
+from claq_exp.errors import ConfigError
+from claq_exp.sources.cache import published
+
+REWRITTEN = {"config.json", "generation_config.json", INDEX_FILE}  # the model itself saves these
+
+
+def write_dense(
+    folder: Path,
+    target: Path,
+    *,
+    dtype: str,
+    trust_remote_code: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Dequantize a checkpoint into a plain Hugging Face folder, published by rename.
+
+    dtype: of all weights.  trust_remote_code: as in `load_model`.  Raises ConfigError when `target`
+    exists or `folder` is no checkpoint, CheckpointError for a damaged one.
+    """
+    if target.exists():
+        raise ConfigError(f"'{target}' exists already; name a folder that does not")
+    model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    with published(target) as new:
+        model.save_pretrained(new, max_shard_size=shard_bytes)
+        for path in new.glob("*.safetensors"):
+            path.chmod(0o644)  # as in `save_tensors`
+        for name in read_json(folder / MANIFEST)["files"]:
+            if name not in REWRITTEN and not name.endswith(".safetensors"):
+                shutil.copyfile(folder / name, new / name)
+        sync_folder(new)
+    sync_folder(target.parent)

@@ -1,0 +1,128 @@
+"""What a packed checkpoint holds, told without loading its model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from claq_exp.checkpoint.files import read_json
+from claq_exp.checkpoint.reader import (
+    check_checkpoint,
+    read_layouts,
+    read_packed,
+    unquantized_shapes,
+)
+from claq_exp.checkpoint.writer import Sizes, checkpoint_sizes
+from claq_exp.errors import CheckpointError, ConfigError
+from claq_exp.quantize.layout import WeightLayout
+from claq_exp.quantize.quantized import unpack_side_tensors
+
+FULL_COLUMNS = 0.01  # share of a layer's columns that count as its fullest
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One quantized layer.  in_full_columns: reserved entries in the fullest 1 % of its columns."""
+
+    name: str
+    layout: WeightLayout
+    in_full_columns: int
+
+    @property
+    def stored_bits(self) -> float:
+        """Bits per weight of all its stored tensors."""
+        return self.layout.ledger().total / self.layout.weights
+
+    @property
+    def reserved_share(self) -> float:
+        """Share of its entries that stay in 16 bits."""
+        return self.layout.reserved / self.layout.weights
+
+    def row(self) -> dict[str, Any]:
+        """Return block (0 where none is named), name, bits and reserved share, for pictures."""
+        number = re.search(r"\.(\d+)\.", self.name)
+        return {
+            "block": int(number[1]) if number else 0,
+            "name": self.name,
+            "bits": self.stored_bits,
+            "reserved_percent": 100 * self.reserved_share,
+        }
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A checkpoint: its sizes and its quantized layers.
+
+    parameters: of the model, tied ones once.
+    """
+
+    folder: Path
+    model_type: str
+    parameters: int
+    sizes: Sizes
+    layers: tuple[LayerSummary, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of quantized weights."""
+        return sum(layer.layout.weights for layer in self.layers)
+
+    @property
+    def reserved(self) -> int:
+        """Number of entries that stay in 16 bits."""
+        return sum(layer.layout.reserved for layer in self.layers)
+
+    def column_bits(self) -> dict[int, int]:
+        """Return code width -> number of columns, over all layers."""
+        counts: Counter[int] = Counter()
+        for layer in self.layers:
+            counts.update(layer.layout.columns_per_width)
+        return dict(sorted(counts.items()))
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    """Return the checkpoint that a person means: the folder itself, or the one of a run's folder.
+
+    Raises ConfigError when there is none.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"'{folder}' is no folder; name a checkpoint or the folder of a run")
+    inside = folder / "checkpoint"
+    chosen = inside if (inside / "config.json").is_file() else folder
+    read_layouts(chosen)
+    return chosen
+
+
+def summarize(folder: Path) -> Summary:
+    """Check a checkpoint's files and tell what they hold.
+
+    Raises ConfigError for a folder that is no checkpoint, CheckpointError for a damaged one.
+    """
+    layouts = check_checkpoint(folder, trust_remote_code=True)  # none is run here
+    kept = unquantized_shapes(folder, layouts)
+    parameters = sum(layout.weights for layout in layouts.values())
+    parameters += sum(math.prod(shape) for shape in kept.values())
+    layers = []
+    for name, layout, tensors in read_packed(folder):
+        try:
+            counts = unpack_side_tensors(layout, tensors).reserved.counts
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {name}: {error}") from error
+        full = counts.topk(math.ceil(FULL_COLUMNS * layout.columns)).values
+        layers.append(LayerSummary(name, layout, int(full.sum())))
+    return Summary(
+        folder=folder,
+        model_type=str(read_json(folder / "config.json").get("model_type", "unknown")),
+        parameters=parameters,
+        sizes=checkpoint_sizes(folder, layouts, parameters),
+        layers=tuple(sorted(layers, key=lambda layer: _natural(layer.name))),
+    )
+
+
+def _natural(name: str) -> list[str | int]:
+    """Sort key that puts block 2 before block 10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
