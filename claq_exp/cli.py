@@ -1,4 +1,4 @@
-"""The command line: claq-exp run | plan | report | evaluate | fetch."""
+"""The command line, one thin function for each command."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ claq-exp [run] [OVERRIDES] [-m]        quantize a model and measure what it cost
 claq-exp plan [OVERRIDES]              bits, bytes, memory and time before any work
 claq-exp evaluate checkpoint=FOLDER    measure an existing checkpoint
 claq-exp report FOLDER [--by KEY ...]  table and plots of the runs below a folder
+claq-exp inspect FOLDER [--layers]     bits, bytes and outliers of a checkpoint; --plot FILE.png
+claq-exp dequantize FOLDER TARGET      write a checkpoint as a plain one; dtype=float16
+claq-exp bench runtime checkpoint=...  speed and memory of a checkpoint with each kernel
 claq-exp fetch [OVERRIDES]             bring model and data into the local cache
 
 An override is GROUP=OPTION or GROUP.FIELD=VALUE, e.g. precision.target_bits=2.1 reservation=none.
@@ -69,6 +72,9 @@ def _dispatch(arguments: list[str]) -> int:
         "plan": _plan,
         "report": _report,
         "evaluate": _evaluate,
+        "inspect": _inspect,
+        "dequantize": _dequantize,
+        "bench": _bench,
         "fetch": _fetch,
     }
     if any(flag in arguments for flag in ("-h", "--help")):
@@ -216,6 +222,79 @@ def _evaluate(overrides: list[str]) -> int:
     console = Console()
     console.print(result_table(results))
     console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _inspect(arguments: list[str]) -> int:
+    from claq_exp.checkpoint.summary import checkpoint_folder, summarize
+    from claq_exp.reporting.plots import plot_columns
+    from claq_exp.reporting.tables import layers_table, summary_tables
+
+    usage = "inspect needs one folder: claq-exp inspect FOLDER [--layers] [--plot FILE.png]"
+    words, picture = list(arguments), None
+    if "--plot" in words:
+        place = words.index("--plot")
+        chosen, words = words[place + 1 : place + 2], words[:place] + words[place + 2 :]
+        if not chosen or not chosen[0].endswith(".png"):
+            raise ConfigError(usage)
+        picture = Path(chosen[0])
+    folders = [word for word in words if word != "--layers"]
+    if len(folders) != 1 or folders[0].startswith("-"):
+        raise ConfigError(usage)
+    summary = summarize(checkpoint_folder(Path(folders[0]).expanduser()))
+    console = Console()
+    console.print(str(summary.folder), highlight=False, markup=False, soft_wrap=True)
+    for table in summary_tables(summary):
+        console.print(table)
+    if "--layers" in words:
+        console.print(layers_table(summary.layers))
+    if picture:
+        plot_columns([layer.row() for layer in summary.layers], picture)
+        console.print(str(picture), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _dequantize(arguments: list[str]) -> int:
+    from claq_exp.checkpoint.dense import write_dense
+    from claq_exp.checkpoint.summary import checkpoint_folder
+    from claq_exp.errors import one_of
+    from claq_exp.models.load import DTYPES
+
+    folders = [word for word in arguments if "=" not in word]
+    options = {"dtype": "float16", "model.trust_remote_code": "false"}
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if equals and key not in options:
+            raise ConfigError(one_of("dequantize: option", key, options))
+        if equals:
+            options[key] = value
+    if len(folders) != 2 or any(folder.startswith("-") for folder in folders):
+        raise ConfigError(
+            "dequantize needs two folders: claq-exp dequantize FOLDER TARGET [dtype=float16]"
+        )
+    if options["dtype"] not in DTYPES:
+        raise ConfigError(one_of("dtype", options["dtype"], DTYPES))
+    source, target = (Path(folder).expanduser() for folder in folders)
+    remote = options["model.trust_remote_code"].lower() == "true"
+    write_dense(checkpoint_folder(source), target, dtype=options["dtype"], trust_remote_code=remote)
+    Console().print(str(target), highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    from claq_exp.compose import compose_config
+    from claq_exp.reporting.bench import generation_table, linear_table
+    from claq_exp.runtime.bench import TOKENS, bench_checkpoint
+
+    if arguments[:1] != ["runtime"]:
+        raise ConfigError("bench needs to know what: claq-exp bench runtime checkpoint=FOLDER")
+    note, console = Console(stderr=True), Console()
+    benched = bench_checkpoint(
+        compose_config(arguments[1:]), on_step=lambda step: note.print(step, highlight=False)
+    )
+    console.print(benched.device, highlight=False, markup=False)
+    console.print(generation_table(benched.generation, TOKENS))
+    console.print(linear_table(benched.linears))
     return 0
 
 

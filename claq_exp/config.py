@@ -17,6 +17,7 @@ from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import RESERVATION
 from claq_exp.quantize.solver import SOLVER
 from claq_exp.quantize.strategy import find_strategy
+from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.sources.model import ModelSource
 from claq_exp.sources.text import TextSource
 
@@ -139,6 +140,20 @@ class EvaluationConfig:
 
 
 @dataclass
+class RuntimeConfig:
+    """How a loaded checkpoint multiplies.
+
+    kernel: dense expands the linear layers once, the faster way for whole windows of text; auto,
+    reference, cpu and triton keep them packed (`claq_exp.runtime.kernels`).
+    """
+
+    kernel: str = DENSE
+
+    def __post_init__(self) -> None:
+        _check_choice("runtime.kernel", self.kernel, (DENSE, AUTO, *KERNEL))
+
+
+@dataclass
 class TrackingConfig:
     """Where metrics go besides the run folder.
 
@@ -170,7 +185,7 @@ class ExperimentConfig:
     threads: CPU threads (null: PyTorch's default).
     outputs: folder of all runs, relative to the working directory.
     resume: auto (continue or start), required (never start over), never (start over).
-    checkpoint: an existing checkpoint, for `claq-exp evaluate`.
+    checkpoint: an existing checkpoint, for `claq-exp evaluate` and `claq-exp bench runtime`.
     """
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig("unset"))
@@ -181,6 +196,7 @@ class ExperimentConfig:
     solver: dict[str, Any] = field(default_factory=dict)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     name: str = "default"
     seed: int = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from claq_exp.checkpoint.files import write_json
-from claq_exp.checkpoint.reader import load_model, read_layouts
+from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.writer import checkpoint_sizes
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
@@ -20,6 +20,7 @@ from claq_exp.machine import choose_device, device_name, git_commit, settle, ver
 from claq_exp.models.load import load_config, load_tokenizer
 from claq_exp.models.skeleton import dense_parameter_count
 from claq_exp.reporting.results import perplexity_rows, zero_shot_rows
+from claq_exp.runtime.load import load_checkpoint
 from claq_exp.sources.cache import fetch_log
 from claq_exp.tracking.progress import RunProgress, noise_to
 
@@ -41,7 +42,11 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
     for name, task in config.evaluation.zero_shot.items():
         stock_task(name)
         task_data(name, task)
-    settings = {"checkpoint": str(folder.resolve()), "evaluation": asdict(config.evaluation)}
+    settings = {
+        "checkpoint": str(folder.resolve()),
+        "evaluation": asdict(config.evaluation),
+        "runtime": asdict(config.runtime),
+    }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
     target = Path(config.outputs).expanduser() / config.name / f"evaluation-{digest}"
     with noise_to(fetch_log()):
@@ -51,10 +56,11 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
     target.mkdir(parents=True, exist_ok=True)
     with RunProgress({"load": 5, "evaluate": 60}) as progress, noise_to(target / "third_party.log"):
         progress.stage("load")
-        model = load_model(
+        model = load_checkpoint(
             folder,
             dtype=config.model.dtype,
             device=device,
+            kernel=config.runtime.kernel,
             trust_remote_code=remote,
         )
         parameters = dense_parameter_count(model.config)

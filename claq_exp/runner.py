@@ -17,7 +17,6 @@ from transformers import PretrainedConfig
 from claq_exp import __version__
 from claq_exp.checkpoint.allocation import load_allocation, save_allocation
 from claq_exp.checkpoint.files import read_json, write_json
-from claq_exp.checkpoint.reader import load_model as load_quantized
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
@@ -36,6 +35,7 @@ from claq_exp.quantize.precision import RateDistortion
 from claq_exp.reporting.plots import plot_layers
 from claq_exp.reporting.results import build_results, write_layers
 from claq_exp.run_folder import RESULTS_FILE, RunFolder, run_identity
+from claq_exp.runtime.load import load_checkpoint
 from claq_exp.sources.cache import fetch_log
 from claq_exp.sources.model import weight_bytes
 from claq_exp.tracking.events import EventLog
@@ -257,10 +257,11 @@ class _Job:
         return LogitStore(self.folder.work, windows)
 
     def _measure_checkpoint(self, comparison: Comparison) -> Measurement:
-        model = load_quantized(
+        model = load_checkpoint(
             self.folder.checkpoint,
             dtype=self.config.model.dtype,
             device=self.device,
+            kernel=self.config.runtime.kernel,
             trust_remote_code=self.config.model.trust_remote_code,
         )
         return self._measure(model, "quantized", comparison.add)

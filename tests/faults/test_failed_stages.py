@@ -66,7 +66,7 @@ def identity_of(file: Path) -> tuple[int, int]:
 
 
 def test_a_failed_evaluation_keeps_the_checkpoint(run, outputs, failing, capfd):
-    repair = failing("load_quantized", SourceError("no luck"))
+    repair = failing("load_checkpoint", SourceError("no luck"))
     assert run() == 1
     assert capfd.readouterr().err.splitlines()[-1] == "claq-exp: no luck"
     weights = only_folder(outputs) / "checkpoint" / "model.safetensors"
@@ -92,7 +92,7 @@ def test_between_original_and_quantized_the_original_is_measured_again_only_with
     assert run() == 0
     folder = only_folder(outputs)
     whole = json.loads((folder / "results.json").read_text())
-    repair = failing("load_quantized", SourceError("no luck"))
+    repair = failing("load_checkpoint", SourceError("no luck"))
     assert run("resume=never") == 1
     logits = folder / "work" / "original_logits_0.npy"
     assert len(np.load(logits)) == 2

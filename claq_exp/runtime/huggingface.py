@@ -1,0 +1,118 @@
+"""Makes transformers load and save packed checkpoints by itself, once this is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from claq_exp.checkpoint.reader import parse_layouts
+from claq_exp.checkpoint.writer import QUANT_METHOD
+from claq_exp.errors import CheckpointError
+from claq_exp.quantize.layout import WeightLayout
+from claq_exp.runtime.kernels import AUTO
+from claq_exp.runtime.linear import QuantizedLinear
+
+
+class ClaqConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a checkpoint: format version and the layout of each matrix.
+
+    kernel: of the packed layers, a name of `claq_exp.runtime.kernels.KERNEL` or "auto"; not stored.
+    """
+
+    def __init__(
+        self,
+        format_version: int,
+        modules: Mapping[str, Any],
+        quant_method: str = QUANT_METHOD,
+        kernel: str = AUTO,
+        **unknown: Any,
+    ) -> None:
+        self.layouts = parse_layouts(
+            {"format_version": format_version, "modules": modules, **unknown}
+        )
+        self.quant_method = quant_method  # type: ignore[assignment]  # not one of theirs
+        self.format_version = format_version
+        self.modules = dict(modules)
+        self.kernel = kernel
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what config.json holds."""
+        return {
+            "quant_method": self.quant_method,
+            "format_version": self.format_version,
+            "modules": self.modules,
+        }
+
+
+class ClaqQuantizer(HfQuantizer):
+    """Puts packed layers in the place of linear ones before the weights are read."""
+
+    requires_calibration = True
+    quantization_config: ClaqConfig
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        config = self.quantization_config
+        pack_linears(model, config.layouts, kernel=config.kernel)
+
+    def is_serializable(self) -> bool:
+        """A loaded model can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradients."""
+        return False
+
+
+def pack_linears(
+    model: nn.Module, layouts: Mapping[str, WeightLayout], *, kernel: str = AUTO
+) -> None:
+    """Replace linear layers by packed ones of the same shape, their tensors yet to be filled.
+
+    layouts: name of each layer -> layout.  Raises CheckpointError for a layer that is not there or
+    has another shape.
+    """
+    for name, layout in layouts.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        if not isinstance(linear, nn.Linear | Conv1D):
+            raise CheckpointError(f"the model has no linear layer '{name}'")
+        shape = tuple(linear.weight.shape)
+        shape = shape[::-1] if isinstance(linear, Conv1D) else shape
+        if shape != (layout.rows, layout.columns):
+            raise CheckpointError(
+                f"{name} is {layout.rows} x {layout.columns}, the model's layer {shape[0]} x "
+                f"{shape[1]}"
+            )
+        packed = QuantizedLinear(
+            layout,
+            bias=linear.bias is not None,
+            dtype=linear.weight.dtype,
+            device=linear.weight.device,
+            kernel=kernel,
+        )
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, packed)
+
+
+def _register() -> None:
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(ClaqConfig)
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(QUANT_METHOD)(ClaqQuantizer)
+
+
+_register()  # while imported, for transformers may be on its way in because of this module

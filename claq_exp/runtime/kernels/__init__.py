@@ -1,0 +1,106 @@
+"""Ways to multiply activations by a packed matrix, and the choice between them."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from claq_exp.errors import ConfigError, one_of
+from claq_exp.runtime.kernels.cpu import CpuKernel
+from claq_exp.runtime.kernels.reference import REFERENCE, ReferenceKernel, dense_rows
+from claq_exp.runtime.kernels.triton import TritonKernel
+from claq_exp.runtime.operand import Operand
+
+AUTO, DENSE = "auto", "dense"
+SAMPLES = 3  # rows of activations of the self-check
+CHECKED = 1024  # first and last rows of a matrix that are checked
+
+
+class Kernel(Protocol):
+    """Multiplies by a packed matrix.
+
+    most_inputs: rows of activations from which on dequantizing once is faster; None for no limit.
+    """
+
+    most_inputs: ClassVar[int | None]
+
+    def refusal(self, operand: Operand) -> str | None:
+        """Say why this kernel cannot take the matrix on this machine, or None when it can."""
+
+    def multiply(self, operand: Operand, inputs: Tensor) -> Tensor:
+        """Return inputs @ matrix^T: [n, in] of a floating dtype -> [n, out] of the same dtype.
+
+        Products are summed in float32.
+        """
+
+
+KERNEL: dict[str, type] = {"cpu": CpuKernel, "reference": ReferenceKernel, "triton": TritonKernel}
+FASTEST = {"cpu": "cpu", "cuda": "triton"}  # by type of device
+VECTOR = 16  # rows that kernels take side by side
+_failures: dict[tuple[object, ...], str | None] = {}
+
+
+def choose_kernel(name: str, operand: Operand) -> Kernel:
+    """Return a kernel for a matrix, after it has passed a check against the reference.
+
+    name: one of KERNEL, or "auto" for the fastest that takes the matrix and passes the check.
+    Raises ConfigError for an unknown name, and for a kernel that cannot take the matrix.
+    """
+    if name == AUTO:
+        fastest: Kernel = KERNEL[FASTEST.get(operand.device.type, "reference")]()
+        return REFERENCE if _objection(fastest, operand) else fastest
+    if name not in KERNEL:
+        raise ConfigError(one_of("runtime.kernel", name, [AUTO, *KERNEL]))
+    kernel: Kernel = KERNEL[name]()
+    if objection := _objection(kernel, operand):
+        raise ConfigError(f"runtime.kernel={name}: {objection}; use runtime.kernel=auto")
+    return kernel
+
+
+def kernel_name(kernel: Kernel) -> str:
+    """Return the name of a kernel in KERNEL."""
+    return next(name for name, member in KERNEL.items() if isinstance(kernel, member))
+
+
+def _objection(kernel: Kernel, operand: Operand) -> str | None:
+    """Say why a kernel must not be used for a matrix; one of each form is checked in a process."""
+    if isinstance(kernel, ReferenceKernel):
+        return None
+    if refusal := kernel.refusal(operand):
+        return refusal
+    form = (
+        type(kernel),
+        operand.device,
+        tuple((part.width, part.columns is None) for part in operand.parts),
+        operand.grid is None,
+        operand.row_scales is None,
+        len(operand.reserved_rows) == 0,
+        operand.rows % VECTOR,
+    )
+    if form not in _failures:
+        _failures[form] = self_check(kernel, operand)
+    return _failures[form]
+
+
+def self_check(kernel: Kernel, operand: Operand) -> str | None:
+    """Multiply random activations and say what is wrong with the result, or None.
+
+    Each output may be off by what summing `in` float32 products in any order can do.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(SAMPLES, operand.columns, generator=generator).to(operand.device)
+    try:
+        found = kernel.multiply(operand, inputs).double()
+    except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver raises
+        return f"it fails on this machine ({type(error).__name__}: {error})"
+    last = max(operand.rows - CHECKED, 0) // 8 * 8
+    for start, stop in {(0, min(CHECKED, operand.rows)), (last, operand.rows)}:
+        dense = dense_rows(operand, start, stop).double()
+        misses = (found[:, start:stop] - inputs.double() @ dense.t()).abs()
+        sizes = inputs.double().abs() @ dense.abs().t()
+        bound = (operand.columns + 8) * torch.finfo(torch.float32).eps
+        if not bool((misses <= bound * sizes + 1e-30).all()):
+            return "its products differ from those of the reference kernel on this machine"
+    return None

@@ -1,0 +1,71 @@
+"""A dense copy of packed rows as a Triton kernel."""
+
+# ruff: noqa: PLR0913, PLR0917
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _levels_at(codes_ptr, levels_ptr, column, row, inside, pitch, width: tl.constexpr):
+    """Return what the codes of columns [a, 1] at rows [1, b] stand for: [a, b] float32."""
+    bit = row * width
+    word, shift = bit >> 5, (bit & 31).to(tl.uint32)
+    at = column * pitch + word
+    code = tl.load(codes_ptr + at, mask=inside, other=0).to(tl.uint32, bitcast=True) >> shift
+    if 32 % width != 0:
+        broken = shift > 32 - width
+        above = tl.load(codes_ptr + at + 1, mask=inside & broken, other=0)
+        code |= above.to(tl.uint32, bitcast=True) << ((32 - shift) & 31)
+    code = (code & (2**width - 1)).to(tl.int32)
+    level = code.to(tl.float32)
+    if levels_ptr is not None:
+        level = tl.load(levels_ptr + column * (2**width) + code, mask=inside, other=0.0)
+    return level
+
+
+@triton.jit(do_not_specialize=["first_row", "last_row"])
+def dequantize(
+    columns_ptr,
+    codes_ptr,
+    levels_ptr,
+    row_scales_ptr,
+    grid_scales_ptr,
+    zeros_ptr,
+    weight_ptr,
+    size,
+    k,
+    rows,
+    pitch,
+    group_size,
+    first_row,
+    last_row,
+    width: tl.constexpr,
+    height: tl.constexpr,
+    depth: tl.constexpr,
+):
+    """Write the columns of one width as a dense matrix, but for reserved entries.
+
+    weight: [last_row - first_row, size], written.  grid_scales, zeros: [groups, rows] float32 or
+    None.  The rest as in `triton_decode`.
+    """
+    row = first_row + tl.program_id(0) * height + tl.arange(0, height)
+    column = tl.program_id(1) * depth + tl.arange(0, depth)
+    there = row < last_row
+    inside = (column < k)[:, None] & there[None, :]
+    value = _levels_at(codes_ptr, levels_ptr, column[:, None], row[None, :], inside, pitch, width)
+    if grid_scales_ptr is not None:
+        at = (column // group_size)[:, None] * rows + row[None, :]
+        scale = tl.load(grid_scales_ptr + at, mask=inside, other=0.0)
+        value = scale * (value - tl.load(zeros_ptr + at, mask=inside, other=0.0))
+    if row_scales_ptr is not None:
+        value *= tl.load(row_scales_ptr + row, mask=there, other=0.0)[None, :]
+    place = column
+    if columns_ptr is not None:
+        place = tl.load(columns_ptr + column, mask=column < k, other=0)
+    at = (row - first_row).to(tl.int64)[:, None] * size + place[None, :]
+    turned = tl.trans(value).to(weight_ptr.dtype.element_ty)
+    tl.store(weight_ptr + at, turned, mask=there[:, None] & (column < k)[None, :])

@@ -1,0 +1,130 @@
+"""A packed matrix as the Triton kernels read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from claq_exp.runtime.operand import Grid, Operand, Part
+
+
+@dataclass(frozen=True)
+class TritonPart:
+    """A part as kernels read it.
+
+    columns: [k] int32 or None.  codes: [k, pitch] int32.  levels: as in Part.  half: float16 holds
+    every level.
+    """
+
+    width: int
+    columns: Tensor | None
+    codes: Tensor
+    levels: Tensor | None
+    half: bool
+
+
+@dataclass(frozen=True)
+class TritonGrid:
+    """A row grid, groups first: scales, zeros, offsets (scale * zero) are [groups, out] float32."""
+
+    scales: Tensor
+    zeros: Tensor
+    offsets: Tensor
+    size: int
+
+
+@dataclass(frozen=True)
+class TritonReserved:
+    """Reserved entries, row after row.
+
+    starts: [out + 1] int32.  rows, columns: [r] int32.  values: [r] float32.  changes: [r] float32,
+    value less what code 0 counts for.  host_starts: starts on the CPU.
+    """
+
+    starts: Tensor
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+    changes: Tensor
+    host_starts: Tensor
+
+
+@dataclass(frozen=True)
+class TritonOperand:
+    """What is worked out once for a matrix; it shares the large tensors with its operand."""
+
+    rows: int
+    columns: int
+    parts: tuple[TritonPart, ...]
+    grid: TritonGrid | None
+    row_scales: Tensor | None
+    reserved: TritonReserved | None
+    multiprocessors: int
+
+
+def prepare(operand: Operand) -> TritonOperand:
+    """Work out what kernels need beside the tensors of an operand."""
+    device = operand.device
+    count = 1
+    if device.type == "cuda":
+        count = torch.cuda.get_device_properties(device).multi_processor_count
+    return TritonOperand(
+        rows=operand.rows,
+        columns=operand.columns,
+        parts=tuple(_prepare_part(part) for part in operand.parts),
+        grid=None if operand.grid is None else _prepare_grid(operand.grid),
+        row_scales=operand.row_scales,
+        reserved=_prepare_reserved(operand) if len(operand.reserved_rows) else None,
+        multiprocessors=count,
+    )
+
+
+def _prepare_part(part: Part) -> TritonPart:
+    codes = part.codes.contiguous()
+    if codes.shape[1] % 4 or codes.data_ptr() % 4:
+        # Kernels read whole words; of the shapes of language models none needs this copy.
+        codes = functional.pad(codes, (0, -codes.shape[1] % 4)).clone()
+    levels = part.levels
+    return TritonPart(
+        width=part.width,
+        columns=None if part.columns is None else part.columns.int(),
+        codes=codes.view(torch.int32),
+        levels=None if levels is None else levels.contiguous(),
+        half=levels is None or torch.equal(levels.half().float(), levels),
+    )
+
+
+def _prepare_grid(grid: Grid) -> TritonGrid:
+    scales, zeros = grid.scales.t().contiguous(), grid.zeros.t().contiguous()
+    return TritonGrid(scales, zeros, scales * zeros, grid.group_size)
+
+
+def _prepare_reserved(operand: Operand) -> TritonReserved:
+    rows, columns = operand.reserved_rows, operand.reserved_columns
+    if operand.grid is not None:
+        at = rows, columns // operand.grid.group_size
+        code_zero = -operand.grid.scales.double()[at] * operand.grid.zeros.double()[at]
+    else:
+        first = torch.zeros(operand.columns, dtype=torch.float64, device=operand.device)
+        for part in operand.parts:
+            if part.levels is not None:
+                own = slice(None) if part.columns is None else part.columns
+                first[own] = part.levels[:, 0].double()
+        code_zero = first[columns]
+        if operand.row_scales is not None:
+            code_zero = code_zero * operand.row_scales.double()[rows]
+    order = torch.argsort(rows * operand.columns + columns)
+    changes = (operand.reserved_values.double() - code_zero).float()
+    ends = torch.bincount(rows, minlength=operand.rows).cumsum(0)
+    starts = functional.pad(ends, (1, 0)).int()
+    return TritonReserved(
+        starts=starts,
+        rows=rows[order].int(),
+        columns=columns[order].int(),
+        values=operand.reserved_values[order],
+        changes=changes[order],
+        host_starts=starts.cpu(),
+    )

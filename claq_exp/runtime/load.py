@@ -1,0 +1,81 @@
+"""Loads a packed checkpoint as a model, strictly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+import claq_exp.runtime.huggingface  # noqa: F401 - teaches transformers the format
+from claq_exp.checkpoint.reader import check_checkpoint, load_model
+from claq_exp.errors import CheckpointError, ConfigError, one_of
+from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
+from claq_exp.runtime.linear import quantized_linears, use_kernel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_checkpoint(
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    kernel: str = AUTO,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a checkpoint for inference; what is damaged or incomplete is refused.
+
+    transformers' own `from_pretrained` gives the same model, but fills a missing tensor with
+    random numbers and does not see a flipped bit.
+
+    dtype: of activations and of the weights that are not packed.  kernel: a name of
+    `claq_exp.runtime.kernels.KERNEL`, "auto" for the fastest that passes its check, or "dense" for
+    linear layers expanded to `dtype`.  trust_remote_code: run code that came with the original
+    model; packed weights hold none.  Raises ConfigError for a folder that is no checkpoint and for
+    a kernel that cannot be used here, CheckpointError for a checkpoint that is damaged.
+    """
+    folder = Path(folder)
+    if kernel == DENSE:
+        return load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if kernel not in (AUTO, *KERNEL):
+        raise ConfigError(one_of("kernel", kernel, [AUTO, DENSE, *KERNEL]))
+    layouts = check_checkpoint(folder, trust_remote_code=trust_remote_code)
+    model = _from_pretrained(folder, dtype, trust_remote_code)
+    layers = quantized_linears(model)
+    if set(layers) != set(layouts):
+        raise CheckpointError(f"{folder} did not load as packed; its config.json does not fit")
+    model = model.to(device).eval()
+    for name, layer in layers.items():
+        try:
+            layer.operand()
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}: {name}: {error}") from error
+    use_kernel(model, kernel)
+    return model
+
+
+def _from_pretrained(folder: Path, dtype: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from claq_exp.models.load import DTYPES
+
+    factory: Any = AutoModelForCausalLM
+    try:
+        model, report = factory.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if wrong := sorted(map(str, report[what])):
+            kind = what.partition("_")[0]
+            raise CheckpointError(f"{folder} has {len(wrong)} {kind} tensors, e.g. {wrong[0]}")
+    return model
