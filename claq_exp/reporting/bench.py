@@ -33,16 +33,16 @@ def generation_table(rows: Sequence[GenerationRow], tokens: int) -> Table:
 def linear_table(rows: Sequence[LinearRow]) -> Table:
     """Return a row per kind of layer: bytes, and the time of each kernel over torch's dense one."""
     table = Table(title="one product, batch 1", header_style="bold")
-    table.add_column("layer")
+    table.add_column("layer", no_wrap=True)
     used = [name for name in KERNEL if any(name in row.seconds for row in rows)]
     headings = ("rows x columns", "bits", "dense / packed bytes", "dense, µs")
     for heading in (*headings, *(f"{name} / dense" for name in used)):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", min_width=6)
     for row in rows:
         dense = row.seconds[DENSE]
         table.add_row(
             row.layer,
-            f"{row.rows} x {row.columns}",
+            f"{row.rows}x{row.columns}",
             row.bits,
             f"{row.dense_bytes / row.stored_bytes:.1f}",
             f"{1e6 * dense:.0f}",

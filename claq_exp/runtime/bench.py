@@ -144,7 +144,7 @@ def bench_linears(folder: Path, *, dtype: str, device: str) -> list[LinearRow]:
             )
         rows.append(
             LinearRow(
-                layer=".".join(name.split(".")[-2:]),
+                layer=name.rpartition(".")[2],
                 rows=layer.out_features,
                 columns=layer.in_features,
                 bits="/".join(map(str, layer.layout.columns_per_width)),
