@@ -45,7 +45,7 @@ class Operand:
     """One matrix [out, in] as kernels read it; codes are the stored bytes, not a copy.
 
     row_scales: [out] float32 that multiply what the levels give, or None.
-    reserved_rows, reserved_columns: [r] int64; their entries have code 0, which counts for nothing.
+    reserved_rows, reserved_columns: [r] int32; their entries have code 0, which counts for nothing.
     reserved_values: [r] float32, what stands in their place; no row scale applies.
     clamps: some level times its row scale lies beyond float16, where the matrix is cut off.
     """
@@ -104,8 +104,8 @@ def operand_of(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Operand:
         parts=tuple(parts),
         grid=grid,
         row_scales=row_scales,
-        reserved_rows=side.reserved.rows.to(device),
-        reserved_columns=side.reserved.columns().to(device),
+        reserved_rows=side.reserved.rows.to(device, torch.int32),
+        reserved_columns=side.reserved.columns().to(device, torch.int32),
         reserved_values=side.reserved.values.float().to(device),
         clamps=widest > HALF_MAX,
     )
