@@ -11,39 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_llama
+from packed_matrices import random_weight
+from quantized_checkpoints import write
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import claq_exp
-from claq_exp.checkpoint.writer import PackedWeight, write_checkpoint
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.hooks import on_import
-from claq_exp.models.discover import LINEAR, linear_weight
-from claq_exp.quantize.codebook import KMeans
-from claq_exp.quantize.precision import OutlierOrder
-from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.recipe import Recipe, quantize_weight
-from claq_exp.quantize.reservation import OutlierOrder as ReservedOutliers
-from claq_exp.quantize.solver import Nearest
 from claq_exp.runtime.huggingface import pack_linears
 from claq_exp.runtime.linear import QuantizedLinear, quantized_linears
 
-RECIPE = Recipe(KMeans(), OutlierOrder(2.5), ReservedOutliers(0.02), Nearest())
 TOKENS = torch.arange(24).reshape(2, 12)
-
-
-def write(model, tokenizer, blocks: str, target: Path) -> Path:
-    """Quantize every linear below `blocks` and write the checkpoint."""
-    packed = {}
-    for name, module in model.get_submodule(blocks).named_modules(prefix=blocks):
-        if isinstance(module, LINEAR):
-            weight = linear_weight(module)
-            hessian = torch.eye(weight.shape[1], dtype=torch.float64)
-            problem = LinearProblem(weight.detach().float().clone(), hessian)
-            found = quantize_weight(problem, RECIPE.solver.prepare(hessian), RECIPE).quantized
-            packed[name] = PackedWeight(found.layout(), found.pack())
-    write_checkpoint(target, model, tokenizer, packed, torch.float16)
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -174,16 +153,9 @@ def test_layers_that_do_not_fit_the_model_are_refused():
     layouts = {"model.layers.0.mlp.up_proj": None}
     with pytest.raises(CheckpointError, match=r"no linear layer 'model\.layers\.9"):
         pack_linears(tiny_llama(), {"model.layers.9.mlp.up_proj": layouts})
-    wrong = PackedWeight(*_matrix(8, 8)).layout
+    wrong = random_weight(8, 8).layout()
     with pytest.raises(CheckpointError, match="is 8 x 8, the model's layer 72 x 48"):
         pack_linears(tiny_llama(), {"model.layers.0.mlp.up_proj": wrong})
-
-
-def _matrix(rows: int, columns: int):
-    from packed_matrices import random_weight
-
-    weight = random_weight(rows, columns)
-    return weight.layout(), weight.pack()
 
 
 def test_kernels_are_chosen_by_name(checkpoint):
