@@ -37,6 +37,11 @@ def check_manifest(folder: Path) -> None:
     unless it is hidden, a `*.md` or a licence.
     """
     path = folder / MANIFEST
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {MANIFEST} to check it by; where transformers saved it, load it with "
+            "from_pretrained, which checks less"
+        )
     manifest = read_json(path)
     files, tensors = manifest.get("files"), manifest.get("tensors")
     if set(manifest) != {"files", "tensors"}:

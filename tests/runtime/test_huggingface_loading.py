@@ -80,6 +80,8 @@ def test_saving_again_gives_the_same_bytes(checkpoint, tmp_path):
     assert filecmp.cmp(checkpoint / "model.safetensors", again / "model.safetensors", shallow=False)
     configs = [json.loads((folder / "config.json").read_text()) for folder in (checkpoint, again)]
     assert configs[0] == configs[1]
+    with pytest.raises(CheckpointError, match=r"no manifest\.json .*load it with from_pretrained"):
+        claq_exp.load(again)
     third = AutoModelForCausalLM.from_pretrained(again, dtype="auto")
     assert torch.equal(logits(third), logits(loaded))
 

@@ -44,7 +44,10 @@ def test_each_kernel_generates_beside_dense_weights(checkpoint, monkeypatch):
 
 
 def test_a_kernel_that_cannot_be_used_says_why():
-    rows = [GenerationRow("dense", 10.0, 100), GenerationRow("cpu", None, None, "no [bold] compiler")]
+    rows = [
+        GenerationRow("dense", 10.0, 100),
+        GenerationRow("cpu", None, None, "no [bold] compiler"),
+    ]
     table = generation_table(rows, 64)
     assert list(table.columns[2].cells) == ["1.00", ""]
     assert list(table.columns[4].cells) == ["", "no \\[bold] compiler"]
