@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from claq_exp.quantize.quantized import (
     ColumnCodebooks,
+    Levels,
     QuantizedWeight,
     Reserved,
     RowGrid,
@@ -18,48 +21,44 @@ from claq_exp.runtime.operand import Operand, operand_of
 def random_weight(
     rows: int,
     columns: int,
-    widths: tuple[int, ...] = (2,),
+    widths: Sequence[int] = (2,),
     *,
-    reserved: int = 0,
+    reserved: float = 0.0,
     shared: bool = False,
     row_scales: bool = False,
     group_size: int = 0,
     seed: int = 0,
 ) -> QuantizedWeight:
-    """A matrix whose columns have `widths` in turn, with at most `reserved` entries a column.
+    """A matrix whose columns have `widths` in random order.
 
-    group_size: not 0 for a row grid.
+    reserved: share of the entries.  group_size: not 0 for a row grid.
     """
     generator = torch.Generator().manual_seed(seed)
-    bits = torch.tensor([widths[i % len(widths)] for i in range(columns)], dtype=torch.uint8)
-    draws = torch.rand(rows, columns, generator=generator)
-    codes = (draws * 2.0 ** bits.float()).to(torch.uint8)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).half()
+
+    order = torch.randperm(columns, generator=generator) % len(widths)
+    bits = torch.tensor(list(widths), dtype=torch.uint8)[order]
+    codes = (torch.rand(rows, columns, generator=generator) * 2.0 ** bits.float()).to(torch.uint8)
+    scales = normal(rows) if row_scales else None
+    levels: Levels
     if group_size:
         groups = -(-columns // group_size)
-        scales = (0.1 + torch.rand(rows, groups, generator=generator)).half()
-        zeros = (torch.rand(rows, groups, generator=generator) * 2 ** widths[0]).to(torch.uint8)
-        levels = RowGrid(scales, zeros, group_size)
-        return QuantizedWeight(codes, bits, levels, Reserved.none(columns))
-    scales = (0.5 + torch.rand(rows, generator=generator)).half() if row_scales else None
-    if shared:
-        books = {
-            width: torch.randn(2**width, generator=generator).sort().values.half()
-            for width in set(bits.tolist())
-        }
-        levels = SharedCodebooks(books, torch.randn(columns, 2, generator=generator).half(), scales)
+        zeros = torch.randint(2 ** widths[0], (rows, groups), generator=generator)
+        levels = RowGrid(normal(rows, groups).abs() + 0.1, zeros.to(torch.uint8), group_size)
+    elif shared:
+        books = {width: normal(2**width).sort().values for width in sorted(set(bits.tolist()))}
+        levels = SharedCodebooks(books, normal(columns, 2), scales)
     else:
-        values = torch.zeros(columns, 2 ** max(widths))
-        for column, width in enumerate(bits.tolist()):
-            entries = torch.randn(2**width, generator=generator)
-            values[column, : 2**width] = entries.sort().values
-        levels = ColumnCodebooks(values.half(), scales)
-    counts = torch.randint(0, min(reserved, rows) + 1, (columns,), generator=generator)
-    kept = [torch.randperm(rows, generator=generator)[:count].sort().values for count in counts]
-    places = torch.cat(kept)
-    owners = torch.repeat_interleave(torch.arange(columns), counts)
+        values = normal(columns, 2 ** int(bits.max()))
+        values[torch.arange(values.shape[1]) >= 2 ** bits[:, None].int()] = 0
+        levels = ColumnCodebooks(values, scales)
+    chosen = torch.rand(columns, rows, generator=generator) < reserved
+    owners, places = chosen.nonzero(as_tuple=True)
     codes[places, owners] = 0
-    outliers = (10 * torch.randn(len(places), generator=generator)).half()
-    return QuantizedWeight(codes, bits, levels, Reserved(counts, places, outliers))
+    outliers = 10 * normal(len(places))
+    return QuantizedWeight(codes, bits, levels, Reserved(chosen.sum(1), places, outliers))
 
 
 def operand(weight: QuantizedWeight, device: str = "cpu") -> Operand:

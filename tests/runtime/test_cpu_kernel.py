@@ -12,18 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_matrices import operand, random_weight
 from torch import Tensor
 
 from claq_exp.quantize.quantized import (
-    ColumnCodebooks,
     QuantizedWeight,
     Reserved,
     RowGrid,
-    SharedCodebooks,
 )
 from claq_exp.runtime.kernels import build, cpu
 from claq_exp.runtime.kernels.cpu import CpuKernel
-from claq_exp.runtime.operand import Operand, operand_of
 
 PATHS = {"avx512": ("-march=native",), "avx2": ("-mavx2", "-mfma"), "portable": ()}
 CHUNK = 32  # of cpu.c
@@ -68,39 +66,17 @@ def matrix(
     reserved: float = 0.0,
     group_size: int = 64,
 ) -> QuantizedWeight:
-    """A random quantized matrix whose columns take the widths in random order."""
-    generator = torch.Generator().manual_seed(rows + columns + sum(widths))
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).half()
-
-    picked = torch.arange(columns) % len(widths)
-    picked = picked[torch.randperm(columns, generator=generator)]
-    column_bits = torch.tensor(widths, dtype=torch.uint8)[picked]
-    codes = torch.rand(rows, columns, generator=generator) * 2.0 ** column_bits.float()
-    codes = codes.to(torch.uint8)
-    row_scales = normal(rows) if scaled else None
-    levels: ColumnCodebooks | SharedCodebooks | RowGrid
-    if kind == "grid":
-        groups = -(-columns // group_size)
-        zeros = torch.randint(2 ** widths[0], (rows, groups), generator=generator)
-        levels = RowGrid(normal(rows, groups), zeros.to(torch.uint8), group_size)
-    elif kind == "shared":
-        books = {width: normal(2**width).sort().values for width in set(column_bits.tolist())}
-        levels = SharedCodebooks(books, normal(columns, 2), row_scales)
-    else:
-        levels = ColumnCodebooks(normal(columns, 2 ** max(widths)), row_scales)
-    mask = torch.rand(rows, columns, generator=generator) < reserved
-    codes[mask] = 0
-    places = torch.nonzero(mask.t())[:, 1]
-    return QuantizedWeight(
-        codes, column_bits, levels, Reserved(mask.sum(0), places, normal(len(places)))
+    """A random matrix of a kind: columns (codebooks), shared (codebooks) or grid."""
+    return random_weight(
+        rows,
+        columns,
+        widths,
+        reserved=reserved,
+        shared=kind == "shared",
+        row_scales=scaled,
+        group_size=group_size if kind == "grid" else 0,
+        seed=rows + columns + sum(widths),
     )
-
-
-def operand(weight: QuantizedWeight) -> Operand:
-    """The matrix as kernels take it."""
-    return operand_of(weight.layout(), weight.pack())
 
 
 def exact_and_bound(weight: QuantizedWeight, inputs: Tensor) -> tuple[Tensor, Tensor]:

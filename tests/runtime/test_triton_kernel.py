@@ -11,21 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from packed_matrices import operand, random_weight
 from torch import Tensor
 
 pytest.importorskip("triton")
 
 from claq_exp.quantize.quantized import (
-    ColumnCodebooks,
-    Levels,
     QuantizedWeight,
     Reserved,
     RowGrid,
-    SharedCodebooks,
 )
 from claq_exp.runtime.kernels import triton as under_test
 from claq_exp.runtime.kernels.triton import TritonKernel, dense_rows
-from claq_exp.runtime.operand import Operand, operand_of
 
 MIXES = ([1], [2], [3], [4], [5], [6], [7], [8], [2, 4], [1, 2, 3, 4, 5, 6, 7, 8])
 ROUNDOFF = {
@@ -33,63 +30,6 @@ ROUNDOFF = {
     torch.bfloat16: 2.0**-8 if torch.cuda.is_available() else 2.0**-7,  # the interpreter cuts off
     torch.float32: 2.0**-24,
 }
-
-
-def reserve(codes: Tensor, share: float, generator: torch.Generator) -> Reserved:
-    """Reserve some entries and set their codes [out, in] to 0, as solvers do."""
-    chosen = torch.rand(codes.t().shape, generator=generator) < share
-    columns, rows = chosen.nonzero(as_tuple=True)
-    codes[rows, columns] = 0
-    values = (10 * torch.randn(len(rows), generator=generator)).half()
-    return Reserved(chosen.sum(1), rows, values)
-
-
-def matrix(
-    rows: int,
-    columns: int,
-    widths: list[int],
-    reserved: float = 0.0,
-    row_scales: bool = False,
-    shared: bool = False,
-    seed: int = 0,
-) -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    order = torch.randperm(columns, generator=generator)
-    bits = torch.tensor(widths)[order % len(widths)].to(torch.uint8)
-    codes = (torch.rand(rows, columns, generator=generator) * 2.0**bits).to(torch.uint8)
-    scales = (draw(rows).abs() + 0.1).half() if row_scales else None
-    levels: Levels
-    if shared:
-        books = {width: draw(2**width).sort().values.half() for width in set(bits.tolist())}
-        levels = SharedCodebooks(books, draw(columns, 2).half(), scales)
-    else:
-        values = draw(columns, 2 ** int(bits.max())).half()
-        values[torch.arange(values.shape[1]) >= 2 ** bits[:, None].int()] = 0
-        levels = ColumnCodebooks(values, scales)
-    return QuantizedWeight(codes, bits, levels, reserve(codes, reserved, generator))
-
-
-def grid_matrix(
-    rows: int, columns: int, width: int, group_size: int, reserved: float = 0.0
-) -> QuantizedWeight:
-    generator = torch.Generator().manual_seed(width)
-    codes = torch.randint(2**width, (rows, columns), generator=generator, dtype=torch.uint8)
-    groups = -(-columns // group_size)
-    scales = (torch.rand(rows, groups, generator=generator) + 0.1).half()
-    zeros = torch.randint(2**width, (rows, groups), generator=generator, dtype=torch.uint8)
-    bits = torch.full((columns,), width, dtype=torch.uint8)
-    levels = RowGrid(scales, zeros, group_size)
-    return QuantizedWeight(codes, bits, levels, reserve(codes, reserved, generator))
-
-
-def operand(weight: QuantizedWeight, device: str) -> Operand:
-    return operand_of(
-        weight.layout(), {suffix: tensor.to(device) for suffix, tensor in weight.pack().items()}
-    )
 
 
 def activations(n: int, columns: int, dtype: torch.dtype, device: str) -> Tensor:
@@ -127,7 +67,7 @@ def check(weight: QuantizedWeight, inputs: Tensor, found: Tensor) -> None:
 @pytest.mark.parametrize("widths", MIXES)
 @pytest.mark.parametrize("n", [1, 3, 5])
 def test_every_width_multiplies_like_the_dense_matrix(device, widths, n):
-    weight = matrix(70, 19, widths, reserved=0.05, row_scales=True)
+    weight = random_weight(70, 19, widths, reserved=0.05, row_scales=True)
     inputs = activations(n, 19, torch.float32, device)
     check(weight, inputs, TritonKernel().multiply(operand(weight, device), inputs))
 
@@ -135,7 +75,7 @@ def test_every_width_multiplies_like_the_dense_matrix(device, widths, n):
 @pytest.mark.parametrize("widths", MIXES)
 @pytest.mark.parametrize("row_scales", [False, True])
 def test_the_dense_copy_is_exact(device, widths, row_scales):
-    weight = matrix(49, 37, widths, reserved=0.05, row_scales=row_scales)
+    weight = random_weight(49, 37, widths, reserved=0.05, row_scales=row_scales)
     expected = weight.dequantize()
     packed = operand(weight, device)
     assert torch.equal(dense_rows(packed, torch.float32, 0, 49).cpu(), expected)
@@ -146,7 +86,7 @@ def test_the_dense_copy_is_exact(device, widths, row_scales):
 @pytest.mark.parametrize("dtype", ROUNDOFF)
 @pytest.mark.parametrize("n", [0, 1, 2, 4, 5, 16, 17, 33])
 def test_batches_and_dtypes(device, dtype, n):
-    weight = matrix(49, 33, [2, 4], reserved=0.02, row_scales=True)
+    weight = random_weight(49, 33, [2, 4], reserved=0.02, row_scales=True)
     inputs = activations(n, 33, dtype, device)
     check(weight, inputs, TritonKernel().multiply(operand(weight, device), inputs))
 
@@ -156,14 +96,14 @@ def test_batches_and_dtypes(device, dtype, n):
     ("rows", "columns", "widths"), [(1, 5, [3]), (49, 1, [2]), (1, 1, [8]), (576, 3, [1, 2])]
 )
 def test_odd_shapes(device, rows, columns, widths, n):
-    weight = matrix(rows, columns, widths, reserved=0.2)
+    weight = random_weight(rows, columns, widths, reserved=0.2)
     inputs = activations(n, columns, torch.float16, device)
     check(weight, inputs, TritonKernel().multiply(operand(weight, device), inputs))
 
 
 @pytest.mark.parametrize("n", [1, 4, 6, 20])
 def test_shared_codebooks(device, n):
-    weight = matrix(40, 24, [2, 3], reserved=0.05, row_scales=True, shared=True)
+    weight = random_weight(40, 24, [2, 3], reserved=0.05, row_scales=True, shared=True)
     packed = operand(weight, device)
     assert torch.equal(dense_rows(packed, torch.float32, 0, 40).cpu(), weight.dequantize())
     for dtype in (torch.float16, torch.float32):
@@ -173,7 +113,7 @@ def test_shared_codebooks(device, n):
 
 @pytest.mark.parametrize(("width", "group_size"), [(2, 16), (4, 7), (3, 64), (8, 1)])
 def test_row_grids_with_a_short_last_group(device, width, group_size):
-    weight = grid_matrix(49, 37, width, group_size, reserved=0.05)
+    weight = random_weight(49, 37, (width,), group_size=group_size, reserved=0.05)
     packed = operand(weight, device)
     assert torch.equal(dense_rows(packed, torch.float32, 0, 49).cpu(), weight.dequantize())
     kernel = TritonKernel()
@@ -188,7 +128,7 @@ def test_row_grids_with_a_short_last_group(device, width, group_size):
 
 
 def test_a_row_of_many_reserved_entries(device):
-    weight = matrix(33, 150, [4])
+    weight = random_weight(33, 150, [4])
     codes = weight.codes.clone()
     codes[7] = 0
     counts, rows = torch.ones(150, dtype=torch.int64), torch.full((150,), 7)
@@ -200,7 +140,7 @@ def test_a_row_of_many_reserved_entries(device):
 
 
 def test_columns_shared_between_programs_give_the_same_product(device):
-    weight = matrix(70, 150, [2, 4], reserved=0.01)
+    weight = random_weight(70, 150, [2, 4], reserved=0.01)
     chosen = {"lanes": 4, "unroll": 2, "programs": 1000}
     tuning = {
         "lookups": {"default": chosen},
@@ -214,35 +154,35 @@ def test_columns_shared_between_programs_give_the_same_product(device):
 
 def test_the_dense_copy_is_made_in_pieces_where_it_is_large(device, monkeypatch):
     monkeypatch.setattr(under_test, "DENSE_BYTES", 20 * 33 * 4)
-    weight = matrix(49, 33, [3], reserved=0.05)
+    weight = random_weight(49, 33, [3], reserved=0.05)
     inputs = activations(17, 33, torch.float32, device)
     check(weight, inputs, TritonKernel().multiply(operand(weight, device), inputs))
 
 
 def test_sums_that_would_not_fit_go_through_the_dense_copy(device, monkeypatch):
     monkeypatch.setattr(under_test, "PARTIAL_BYTES", 100)
-    weight = matrix(49, 33, [3], reserved=0.05)
+    weight = random_weight(49, 33, [3], reserved=0.05)
     inputs = activations(2, 33, torch.float32, device)
     check(weight, inputs, TritonKernel().multiply(operand(weight, device), inputs))
 
 
 @pytest.mark.parametrize("n", [1, 8, 40])
 def test_the_same_product_twice_is_the_same(device, n):
-    packed = operand(matrix(70, 40, [2, 4], reserved=0.05, row_scales=True), device)
+    packed = operand(random_weight(70, 40, [2, 4], reserved=0.05, row_scales=True), device)
     inputs = activations(n, 40, torch.bfloat16, device)
     kernel = TritonKernel()
     assert torch.equal(kernel.multiply(packed, inputs), kernel.multiply(packed, inputs))
 
 
 def test_inputs_need_not_be_contiguous(device):
-    weight = matrix(40, 20, [4])
+    weight = random_weight(40, 20, [4])
     inputs = activations(20, 3, torch.float32, device).t()
     check(weight, inputs, TritonKernel().multiply(operand(weight, device), inputs))
 
 
 def test_what_was_prepared_goes_with_its_operand(device):
     kernel = TritonKernel()
-    first, second = (operand(matrix(33, 9, [2], seed=seed), device) for seed in (1, 2))
+    first, second = (operand(random_weight(33, 9, [2], seed=seed), device) for seed in (1, 2))
     inputs = activations(1, 9, torch.float32, device)
     assert not torch.equal(kernel.multiply(first, inputs), kernel.multiply(second, inputs))
     assert len(kernel._prepared) == 2
@@ -252,7 +192,7 @@ def test_what_was_prepared_goes_with_its_operand(device):
 
 
 def test_codes_of_whole_words_are_not_copied(device):
-    packed = operand(matrix(64, 9, [2]), device)
+    packed = operand(random_weight(64, 9, [2]), device)
     kernel = TritonKernel()
     kernel.multiply(packed, activations(1, 9, torch.float32, device))
     (prepared,) = kernel._prepared.values()
@@ -261,11 +201,11 @@ def test_codes_of_whole_words_are_not_copied(device):
 
 def test_refusals(device, monkeypatch):
     kernel = TritonKernel()
-    packed = operand(matrix(33, 9, [2]), device)
+    packed = operand(random_weight(33, 9, [2]), device)
     assert kernel.refusal(packed) is None
     assert "beyond float16" in (kernel.refusal(replace(packed, clamps=True)) or "")
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
-    on_cpu = operand(matrix(33, 9, [2]), "cpu")
+    on_cpu = operand(random_weight(33, 9, [2]), "cpu")
     assert "not on a CUDA device" in (kernel.refusal(on_cpu) or "")
     monkeypatch.setitem(sys.modules, "triton", None)
     assert kernel.refusal(packed) == "Triton is not installed"
@@ -274,7 +214,7 @@ def test_refusals(device, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("n", [1, 8, 40])
 def test_a_recorded_product_is_the_same(n):
-    packed = operand(matrix(70, 40, [2, 4], reserved=0.05), "cuda")
+    packed = operand(random_weight(70, 40, [2, 4], reserved=0.05), "cuda")
     inputs = activations(n, 40, torch.bfloat16, "cuda")
     kernel = TritonKernel()
     expected = kernel.multiply(packed, inputs)

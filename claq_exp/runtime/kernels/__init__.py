@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import ClassVar, Protocol
 
 import torch
@@ -49,14 +50,32 @@ def choose_kernel(name: str, operand: Operand) -> Kernel:
     Raises ConfigError for an unknown name, and for a kernel that cannot take the matrix.
     """
     if name == AUTO:
-        fastest: Kernel = KERNEL[FASTEST.get(operand.device.type, "reference")]()
-        return REFERENCE if _objection(fastest, operand) else fastest
+        return _fastest(operand)
     if name not in KERNEL:
         raise ConfigError(one_of("runtime.kernel", name, [AUTO, *KERNEL]))
     kernel: Kernel = KERNEL[name]()
     if objection := _objection(kernel, operand):
         raise ConfigError(f"runtime.kernel={name}: {objection}; use runtime.kernel=auto")
     return kernel
+
+
+def _fastest(operand: Operand) -> Kernel:
+    """Return the kernel that was made for the operand's device, or the reference with a warning."""
+    name = FASTEST.get(operand.device.type)
+    if name is None:
+        objection: str | None = f"there is no kernel for {operand.device.type}"
+    else:
+        kernel: Kernel = KERNEL[name]()
+        objection = _objection(kernel, operand)
+        if not objection:
+            return kernel
+    warnings.warn(
+        f"a packed layer is dequantized for every product, which is slow: {objection}; "
+        "kernel='dense' trades memory for speed",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return REFERENCE
 
 
 def kernel_name(kernel: Kernel) -> str:
