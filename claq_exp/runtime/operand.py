@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from claq_exp.quantize.layout import HALF_MAX, WeightLayout
 from claq_exp.quantize.quantized import RowGrid, unpack_side_tensors
@@ -109,3 +110,43 @@ def operand_of(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Operand:
         reserved_values=side.reserved.values.float().to(device),
         clamps=widest > HALF_MAX,
     )
+
+
+@dataclass(frozen=True)
+class ReservedByRow:
+    """Reserved entries row after row, for kernels that count their code 0 like any other.
+
+    starts: [out + 1] int64 into the others.  rows, columns: [r] int32.  values: [r] float32.
+    changes: [r] float32, value less what code 0 stands for there.
+    """
+
+    starts: Tensor
+    rows: Tensor
+    columns: Tensor
+    values: Tensor
+    changes: Tensor
+
+
+def reserved_by_row(operand: Operand) -> ReservedByRow:
+    """Sort the reserved entries by row, in a row by column."""
+    order = torch.argsort(operand.reserved_rows, stable=True)  # they come column after column
+    rows, columns = operand.reserved_rows[order], operand.reserved_columns[order]
+    values = operand.reserved_values[order]
+    counts = torch.bincount(rows, minlength=operand.rows)
+    changes = (values.double() - _code_zero(operand, rows, columns)).float()
+    return ReservedByRow(pad(counts.cumsum(0), (1, 0)), rows, columns, values, changes)
+
+
+def _code_zero(operand: Operand, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return what code 0 stands for at some places: [r] float64."""
+    if operand.grid is not None:
+        at = rows, columns // operand.grid.group_size
+        return -operand.grid.scales.double()[at] * operand.grid.zeros.double()[at]
+    first = torch.zeros(operand.columns, dtype=torch.float64, device=operand.device)
+    for part in operand.parts:
+        if part.levels is not None:
+            own = slice(None) if part.columns is None else part.columns
+            first[own] = part.levels[:, 0].double()
+    if operand.row_scales is None:
+        return first[columns]
+    return first[columns] * operand.row_scales.double()[rows]

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from claq_exp.runtime.kernels.build import NATIVE, BuildError, library
-from claq_exp.runtime.operand import Operand
+from claq_exp.runtime.operand import Operand, reserved_by_row
 
 LANES_MOST = 16  # rows that the widest vectors hold; grids are padded to whole vectors
 
@@ -146,27 +146,8 @@ def _pack(operand: Operand) -> PackedMatrix:
         matrix.zeros = pointer(pad(operand.grid.zeros.t(), (0, extra)))
     matrix.row_scales = pointer(operand.row_scales)
     if len(operand.reserved_rows):
-        order = torch.argsort(operand.reserved_rows, stable=True)
-        counts = torch.bincount(operand.reserved_rows, minlength=operand.rows)
-        matrix.reserved_starts = pointer(pad(counts.cumsum(0), (1, 0)))
-        matrix.reserved_columns = pointer(operand.reserved_columns[order].to(torch.int32))
-        matrix.reserved_deltas = pointer(_reserved_deltas(operand)[order])
+        entries = reserved_by_row(operand)
+        matrix.reserved_starts = pointer(entries.starts)
+        matrix.reserved_columns = pointer(entries.columns)
+        matrix.reserved_deltas = pointer(entries.changes)
     return PackedMatrix(ctypes.addressof(matrix), (parts, matrix, *kept))
-
-
-def _reserved_deltas(operand: Operand) -> Tensor:
-    """Return what each reserved entry adds to the value of its code 0: [r] float32."""
-    rows, columns = operand.reserved_rows, operand.reserved_columns
-    if operand.grid is not None:
-        groups = columns // operand.grid.group_size
-        lowest = -operand.grid.scales[rows, groups].double() * operand.grid.zeros[rows, groups]
-    else:
-        by_column = torch.zeros(operand.columns, dtype=torch.float64)
-        for part in operand.parts:
-            if part.levels is not None:
-                places = slice(None) if part.columns is None else part.columns
-                by_column[places] = part.levels[:, 0].double()
-        lowest = by_column[columns]
-        if operand.row_scales is not None:
-            lowest *= operand.row_scales[rows]
-    return (operand.reserved_values - lowest).float()

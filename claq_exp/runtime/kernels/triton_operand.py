@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from claq_exp.runtime.operand import Grid, Operand, Part
+from claq_exp.runtime.operand import Grid, Operand, Part, reserved_by_row
 
 
 @dataclass(frozen=True)
@@ -103,28 +103,13 @@ def _prepare_grid(grid: Grid) -> TritonGrid:
 
 
 def _prepare_reserved(operand: Operand) -> TritonReserved:
-    rows, columns = operand.reserved_rows, operand.reserved_columns
-    if operand.grid is not None:
-        at = rows, columns // operand.grid.group_size
-        code_zero = -operand.grid.scales.double()[at] * operand.grid.zeros.double()[at]
-    else:
-        first = torch.zeros(operand.columns, dtype=torch.float64, device=operand.device)
-        for part in operand.parts:
-            if part.levels is not None:
-                own = slice(None) if part.columns is None else part.columns
-                first[own] = part.levels[:, 0].double()
-        code_zero = first[columns]
-        if operand.row_scales is not None:
-            code_zero = code_zero * operand.row_scales.double()[rows]
-    order = torch.argsort(rows * operand.columns + columns)
-    changes = (operand.reserved_values.double() - code_zero).float()
-    ends = torch.bincount(rows, minlength=operand.rows).cumsum(0)
-    starts = functional.pad(ends, (1, 0)).int()
+    entries = reserved_by_row(operand)
+    starts = entries.starts.int()
     return TritonReserved(
         starts=starts,
-        rows=rows[order].int(),
-        columns=columns[order].int(),
-        values=operand.reserved_values[order],
-        changes=changes[order],
+        rows=entries.rows,
+        columns=entries.columns,
+        values=entries.values,
+        changes=entries.changes,
         host_starts=starts.cpu(),
     )
