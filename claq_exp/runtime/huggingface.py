@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -19,15 +18,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from claq_exp.checkpoint.reader import parse_layouts
 from claq_exp.checkpoint.writer import QUANT_METHOD
 from claq_exp.errors import CheckpointError
+from claq_exp.models.discover import LINEAR, linear_weight
 from claq_exp.quantize.layout import WeightLayout
-from claq_exp.runtime.kernels import AUTO
 from claq_exp.runtime.linear import QuantizedLinear
 
 
 class ClaqConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint: format version and the layout of each matrix.
 
-    kernel: of the packed layers, a name of `claq_exp.runtime.kernels.KERNEL` or "auto"; not stored.
+    Raises CheckpointError for another version, and for any key too many or too few.
     """
 
     def __init__(
@@ -35,7 +34,6 @@ class ClaqConfig(QuantizationConfigMixin):
         format_version: int,
         modules: Mapping[str, Any],
         quant_method: str = QUANT_METHOD,
-        kernel: str = AUTO,
         **unknown: Any,
     ) -> None:
         self.layouts = parse_layouts(
@@ -44,7 +42,6 @@ class ClaqConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # type: ignore[assignment]  # not one of theirs
         self.format_version = format_version
         self.modules = dict(modules)
-        self.kernel = kernel
 
     def to_dict(self) -> dict[str, Any]:
         """Return what config.json holds."""
@@ -62,8 +59,7 @@ class ClaqQuantizer(HfQuantizer):
     quantization_config: ClaqConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        config = self.quantization_config
-        pack_linears(model, config.layouts, kernel=config.kernel)
+        pack_linears(model, self.quantization_config.layouts)
 
     def is_serializable(self) -> bool:
         """A loaded model can be saved again."""
@@ -75,9 +71,7 @@ class ClaqQuantizer(HfQuantizer):
         return False
 
 
-def pack_linears(
-    model: nn.Module, layouts: Mapping[str, WeightLayout], *, kernel: str = AUTO
-) -> None:
+def pack_linears(model: nn.Module, layouts: Mapping[str, WeightLayout]) -> None:
     """Replace linear layers by packed ones of the same shape, their tensors yet to be filled.
 
     layouts: name of each layer -> layout.  Raises CheckpointError for a layer that is not there or
@@ -88,10 +82,9 @@ def pack_linears(
             linear = model.get_submodule(name)
         except AttributeError:
             linear = None
-        if not isinstance(linear, nn.Linear | Conv1D):
+        if not isinstance(linear, LINEAR):
             raise CheckpointError(f"the model has no linear layer '{name}'")
-        shape = tuple(linear.weight.shape)
-        shape = shape[::-1] if isinstance(linear, Conv1D) else shape
+        shape = tuple(linear_weight(linear).shape)
         if shape != (layout.rows, layout.columns):
             raise CheckpointError(
                 f"{name} is {layout.rows} x {layout.columns}, the model's layer {shape[0]} x "
@@ -102,7 +95,6 @@ def pack_linears(
             bias=linear.bias is not None,
             dtype=linear.weight.dtype,
             device=linear.weight.device,
-            kernel=kernel,
         )
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, packed)

@@ -106,8 +106,9 @@ class QuantizedLinear(nn.Module):
     def _prepared(self) -> tuple[Operand, Kernel]:
         codes = self.get_buffer(f"codes_{min(self.layout.columns_per_width)}")
         ready = self._ready
-        if ready is None or ready[0] != self.kernel or ready[1].parts[0].codes is not codes:
-            operand = operand_of(self.layout, self.stored_tensors())
+        operand = ready[1] if ready and ready[1].parts[0].codes is codes else None
+        if ready is None or operand is None or ready[0] != self.kernel:
+            operand = operand or operand_of(self.layout, self.stored_tensors())
             ready = self._ready = self.kernel, operand, choose_kernel(self.kernel, operand)
         return ready[1], ready[2]
 

@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 
 import claq_exp.runtime.huggingface  # noqa: F401 - teaches transformers the format
 from claq_exp.checkpoint.reader import check_checkpoint, load_model
-from claq_exp.errors import CheckpointError, ConfigError, one_of
+from claq_exp.errors import CheckpointError, ConfigError, first_line, one_of
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
-from claq_exp.runtime.linear import quantized_linears, use_kernel
+from claq_exp.runtime.linear import quantized_linears
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,11 +48,11 @@ def load_checkpoint(
         raise CheckpointError(f"{folder} did not load as packed; its config.json does not fit")
     model = model.to(device).eval()
     for name, layer in layers.items():
+        layer.kernel = kernel
         try:
-            layer.operand()
+            layer.chosen_kernel()
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {name}: {error}") from error
-    use_kernel(model, kernel)
     return model
 
 
@@ -72,8 +72,7 @@ def _from_pretrained(folder: Path, dtype: str, trust_remote_code: bool) -> Any:
             trust_remote_code=trust_remote_code,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise CheckpointError(f"{folder} cannot be loaded: {reason}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if wrong := sorted(map(str, report[what])):
             kind = what.partition("_")[0]
