@@ -32,3 +32,8 @@ class CheckpointError(ClaqError):
 def one_of(what: str, value: object, known: object) -> str:
     """Return the sentence that names the alternatives of a wrong choice."""
     return f"{what} '{value}' is not known; choose one of: {', '.join(sorted(map(str, known)))}"  # type: ignore[call-overload]
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of somebody else's message, or the error itself where it has none."""
+    return str(error).strip().partition("\n")[0] or repr(error)

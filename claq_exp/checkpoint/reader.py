@@ -14,7 +14,7 @@ from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.manifest import check_harmless, check_manifest
 from claq_exp.checkpoint.shards import open_tensors, read_spans
 from claq_exp.checkpoint.writer import FORMAT_VERSION, QUANT_METHOD
-from claq_exp.errors import CheckpointError, ConfigError
+from claq_exp.errors import CheckpointError, ConfigError, first_line
 from claq_exp.quantize.layout import WeightLayout
 from claq_exp.quantize.quantized import QuantizedWeight, unpack_weight
 
@@ -165,8 +165,9 @@ def load_model(
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or repr(error)
-        raise CheckpointError(f"{folder}/config.json makes no model: {reason}") from error
+        raise CheckpointError(
+            f"{folder}/config.json makes no model: {first_line(error)}"
+        ) from error
     _fill(model, folder)
     model.tie_weights()
     return model.to(device).eval()

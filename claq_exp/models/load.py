@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from claq_exp.errors import ConfigError, NumericalError, SourceError
+from claq_exp.errors import ConfigError, NumericalError, SourceError, first_line
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -86,5 +86,4 @@ def _read(factory: Any, folder: Path, **options: Any) -> Any:
                 f"{folder} asks to run code of its own; set model.trust_remote_code=true to "
                 "allow it"
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise SourceError(f"{folder} cannot be loaded: {reason}") from error
+        raise SourceError(f"{folder} cannot be loaded: {first_line(error)}") from error
