@@ -157,14 +157,16 @@ def _explain_option(overrides: list[str]) -> str:
 def _explain_key(key: str, overrides: list[str]) -> str:
     others = [text for text in overrides if text.lstrip("+~").partition("=")[0] != key]
     node = experiment_part(_compose(others))
-    for part in key.split(".")[:-1]:
+    *parents, wrong = key.split(".")
+    for part in parents:
         child = OmegaConf.select(node, part)
         if not isinstance(child, DictConfig):
+            wrong = part
             break
         node = child
     known = sorted(map(str, node))
     there = f"there are: {', '.join(known)}" if known else "there is nothing at its place"
-    return f"{key}: no such key{_near(key.rpartition('.')[2], known)}; {there}"
+    return f"{key}: no such key{_near(wrong, known)}; {there}"
 
 
 def _near(word: str, known: list[str]) -> str:

@@ -69,7 +69,7 @@ def left_behind(outputs: Path) -> list[str]:
 
 WORDS = [
     (["foo=1"], ["foo", "no such key", "seed"]),
-    (["precison.bits=3"], ["precison.bits", "no such key", "precision"]),
+    (["precison.bits=3"], ["precison.bits", "did you mean 'precision'?"]),
     (["calibration.widnows=3"], ["calibration.widnows", "did you mean 'windows'?", "seqlen"]),
     (["seed=abc"], ["seed", "abc", "Integer"]),
     (["codebook=kmean"], ["codebook=kmean", "did you mean 'kmeans'?", "uniform"]),

@@ -70,7 +70,9 @@ def test_a_device_map_and_generation(checkpoint):
     dense = claq_exp.load(checkpoint, kernel="dense")
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     prompt = {"input_ids": TOKENS[:1], "attention_mask": torch.ones_like(TOKENS[:1])}
-    assert torch.equal(loaded.generate(**prompt, **options), dense.generate(**prompt, **options))
+    moved = {name: tensor.to(loaded.device) for name, tensor in prompt.items()}
+    found = loaded.generate(**moved, **options).cpu()
+    assert torch.equal(found, dense.generate(**prompt, **options))
 
 
 def test_saving_again_gives_the_same_bytes(checkpoint, tmp_path):
