@@ -32,6 +32,11 @@ class HessianAccumulator:
         self._sum += product.to("cpu", torch.float64)
         self._tokens += len(flat)
 
+    @property
+    def tokens(self) -> int:
+        """Tokens added so far."""
+        return self._tokens
+
     def hessian(self) -> Tensor:
         """Return 2/n * sum over n tokens of x x^T: [in, in] float64 (GPTQ, arXiv 2210.17323)."""
         return self._sum * (2.0 / max(self._tokens, 1))

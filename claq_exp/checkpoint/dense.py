@@ -10,6 +10,7 @@ from claq_exp.checkpoint.manifest import MANIFEST
 from claq_exp.checkpoint.reader import load_model
 from claq_exp.checkpoint.shards import INDEX_FILE, SHARD_BYTES
 from claq_exp.errors import ConfigError
+from claq_exp.models.experts import fuse_experts
 from claq_exp.sources.cache import published
 
 REWRITTEN = {"config.json", "generation_config.json", INDEX_FILE}  # the model itself saves these
@@ -31,6 +32,7 @@ def write_dense(
     if target.exists():
         raise ConfigError(f"'{target}' exists already; name a folder that does not")
     model = load_model(folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    fuse_experts(model)
     with published(target) as new:
         model.save_pretrained(new, max_shard_size=shard_bytes)
         for path in new.glob("*.safetensors"):

@@ -147,6 +147,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
+    from claq_exp.models.experts import split_experts
     from claq_exp.models.load import DTYPES
     from claq_exp.models.skeleton import skeleton
 
@@ -168,6 +169,7 @@ def load_model(
         raise CheckpointError(
             f"{folder}/config.json makes no model: {first_line(error)}"
         ) from error
+    split_experts(model)
     _fill(model, folder)
     model.tie_weights()
     return model.to(device).eval()

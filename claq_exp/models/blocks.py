@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,19 +83,31 @@ def run_block(block: nn.Module, inputs: BlockInputs, batch: int) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def run_until(block: nn.Module, inputs: BlockInputs, batch: int, module: nn.Module) -> Tensor:
-    """Run one batch up to a module inside the block and return the tensor that enters it."""
-    entered: list[Tensor] = []
+@contextmanager
+def watched(sinks: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Hand what enters each module to its sink, as long as this is open."""
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, sink=sink: sink(args[0]))
+        for module, sink in sinks.items()
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
-    def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
-        entered.append(args[0])
+
+def feed(
+    block: nn.Module,
+    inputs: BlockInputs,
+    batch: int,
+    sinks: Mapping[nn.Module, Callable[[Tensor], None]],
+) -> None:
+    """Run one batch and hand what enters each module to its sink; a single module ends the run."""
+
+    def stop(_: Tensor) -> None:
         raise StopForward
 
-    hook = module.register_forward_pre_hook(stop)
-    try:
+    last = dict.fromkeys(sinks if len(sinks) == 1 else (), stop)
+    with suppress(StopForward), watched(sinks), watched(last):
         run_block(block, inputs, batch)
-    except StopForward:
-        pass
-    finally:
-        hook.remove()
-    return entered[0]

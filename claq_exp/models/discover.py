@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from claq_exp.errors import ConfigError, SourceError
-from claq_exp.models.blocks import BlockInputs, run_block
+from claq_exp.models.blocks import BlockInputs, run_block, watched
+from claq_exp.models.experts import expert_lists, place_among_experts, router_weights
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -18,6 +20,10 @@ class LinearGroup:
     """Linear layers of one block that receive the same tensor, by their names inside the block."""
 
     names: tuple[str, ...]
+
+
+# Groups whose inputs do not depend on each other: one, or the same layers of all experts.
+Stage = tuple[LinearGroup, ...]
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -48,20 +54,26 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Module]:
-    """Return name -> linear layer of one block.
+    """Return name -> linear layer of one block, without routers (`router_weights`).
 
-    Raises ConfigError when the block holds matrices outside of linear layers, e.g. fused experts:
-    they would stay in 16 bits without a word.
+    Raises ConfigError when the block holds other matrices outside of linear layers: they would stay
+    in 16 bits without a word.
     """
+    routers = router_weights(block)
     linears: dict[str, nn.Module] = {
-        name: module for name, module in block.named_modules() if isinstance(module, LINEAR)
+        name: module
+        for name, module in block.named_modules()
+        if isinstance(module, LINEAR) and f"{name}.weight" not in routers
     }
-    held = {f"{name}.weight" for name in linears}
-    matrices = [name for name, value in block.named_parameters() if value.ndim > 1]
-    if outside := [name for name in matrices if name not in held]:
+    held = {f"{name}.weight" for name in linears} | routers
+    outside = {n: w for n, w in block.named_parameters() if w.ndim > 1 and n not in held}
+    if outside:
+        name = max(outside, key=lambda n: outside[n].numel())
+        shape = " x ".join(map(str, outside[name].shape))
         raise ConfigError(
-            f"{type(block).__name__} holds weights outside of linear layers ({outside[0]}); "
-            "such models, e.g. mixtures with fused experts, cannot be quantized yet"
+            f"{type(block).__name__} cannot be quantized: it holds {name} ({shape}) outside of "
+            "what was looked for: linear layers, routers, and experts with gate_up_proj and "
+            "down_proj as Mixtral's"
         )
     return linears
 
@@ -73,34 +85,55 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def find_groups(block: nn.Module, inputs: BlockInputs) -> list[LinearGroup]:
+def find_stages(block: nn.Module, inputs: BlockInputs) -> list[Stage]:
     """Run a block on its first batch and group its linears by the tensor that they receive.
 
-    Groups come in execution order (Llama: q,k,v - o - gate,up - down).  Raises SourceError for a
-    layer that received nothing.
+    Stages come in execution order (Llama: q,k,v - o - gate,up - down), each of one group.  Experts
+    run side by side, so that their gate,up make one stage and their down another; an expert that no
+    token of the batch was sent to has the groups of the others.  Raises SourceError for a layer
+    that received nothing.
     """
     linears = linears_of(block)
     seen: list[tuple[str, Tensor]] = []  # holds the tensors, so that no address is given twice
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))
-        for name, module in linears.items()
-    ]
-    try:
+
+    def note(name: str) -> Callable[[Tensor], None]:
+        return lambda tensor: seen.append((name, tensor))
+
+    with watched({module: note(name) for name, module in linears.items()}):
         run_block(block, inputs, 0)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if unfed := set(linears) - {name for name, _ in seen}:
-        raise SourceError(
-            f"linear layers {', '.join(sorted(unfed))} received no input from the first "
-            "calibration batch"
-        )
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, tensor in seen:
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        if name not in groups.setdefault(key, []):
+        if tensor.numel() and name not in groups.setdefault(key, []):
             groups[key].append(name)
-    return [LinearGroup(tuple(names)) for names in groups.values()]
+    stages = _stages([tuple(names) for names in groups.values()], expert_lists(block))
+    fed = {name for stage in stages for group in stage for name in group.names}
+    if unfed := sorted(set(linears) - fed):
+        raise SourceError(
+            f"linear layers {', '.join(unfed)} received no input from the first calibration batch"
+        )
+    return stages
+
+
+def _stages(groups: list[tuple[str, ...]], lists: Mapping[str, nn.ModuleList]) -> list[Stage]:
+    """Gather the groups of experts that do the same; give it to those that did nothing too."""
+    stages: dict[object, dict[int, LinearGroup]] = {}
+    for names in groups:
+        places = [place_among_experts(name, lists) for name in names]
+        first = places[0]
+        if first is None or None in places:
+            stages[names] = {0: LinearGroup(names)}
+            continue
+        layers = [place.layer for place in places if place is not None]
+        everyone = range(len(lists[first.experts]))
+        stages.setdefault(
+            (first.experts, *layers),
+            {
+                index: LinearGroup(tuple(f"{first.experts}.{index}.{layer}" for layer in layers))
+                for index in everyone
+            },
+        )
+    return [tuple(stage.values()) for stage in stages.values()]
 
 
 def _linear_weights(module: nn.Module) -> int:

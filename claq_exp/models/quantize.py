@@ -15,8 +15,8 @@ from claq_exp.calibration.hessian import HessianAccumulator
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import NumericalError
-from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, run_until
-from claq_exp.models.discover import LinearGroup, find_blocks, find_groups, linear_weight
+from claq_exp.models.blocks import BlockInputs, capture_inputs, feed, run_block
+from claq_exp.models.discover import LinearGroup, Stage, find_blocks, find_stages, linear_weight
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.device import solve_on_device
 from claq_exp.quantize.problem import LinearProblem
@@ -84,7 +84,7 @@ def quantize_model(
 
 @dataclass
 class _Block:
-    """One block on its way: its groups are quantized in execution order (true-sequential)."""
+    """One block on its way: its stages are quantized in execution order (true-sequential)."""
 
     module: nn.Module
     inputs: BlockInputs
@@ -101,17 +101,20 @@ class _Block:
     ) -> tuple[dict[str, PackedWeight], list[dict[str, Any]]]:
         packed: dict[str, PackedWeight] = {}
         report: list[dict[str, Any]] = []
-        groups = find_groups(self.module, self.inputs)
+        stages = find_stages(self.module, self.inputs)
+        groups = [group for stage in stages for group in stage]
         weights = sum(self._weight(name).numel() for group in groups for name in group.names)
-        for group in groups:
-            hessian = self._hessian(group)
-            for name, solved, seconds in self._solve(group, hessian):
-                full_name = f"{self.path}.{name}"
-                quantized = solved.quantized
-                packed[full_name] = PackedWeight(quantized.layout(), quantized.pack())
-                report.append(_report_row(self.index, full_name, solved, seconds))
-                on_event("layer", report[-1])
-                on_share(self._weight(name).numel() / weights, full_name)
+        for stage in stages:
+            found = self._accumulate(stage)
+            for group in stage:
+                tokens, hessian = found[group].tokens, found.pop(group).hessian()
+                for name, solved, seconds in self._solve(group, hessian):
+                    full_name = f"{self.path}.{name}"
+                    quantized = solved.quantized
+                    packed[full_name] = PackedWeight(quantized.layout(), quantized.pack())
+                    report.append(_report_row(self.index, full_name, solved, tokens, seconds))
+                    on_event("layer", report[-1])
+                    on_share(self._weight(name).numel() / weights, full_name)
         return packed, report
 
     def outputs(self) -> list[Tensor]:
@@ -123,17 +126,31 @@ class _Block:
         return hidden
 
     @torch.inference_mode()
-    def _hessian(self, group: LinearGroup) -> Tensor:
-        first = self.module.get_submodule(group.names[0])
-        accumulator = HessianAccumulator(self._weight(group.names[0]).shape[1])
+    def _accumulate(self, stage: Stage) -> dict[LinearGroup, HessianAccumulator]:
+        """Run every batch once and sum up what enters each group of a stage."""
+        found = {
+            group: HessianAccumulator(self._weight(group.names[0]).shape[1]) for group in stage
+        }
         for batch in range(len(self.inputs.hidden)):
+            sinks = {
+                self.module.get_submodule(group.names[0]): self._sink(
+                    accumulator, f"{self.path}.{group.names[0]} (calibration batch {batch})"
+                )
+                for group, accumulator in found.items()
+            }
+            started, before = time.perf_counter(), self.seconds["hessian"]
+            feed(self.module, self.inputs, batch, sinks)
+            within = self.seconds["hessian"] - before
+            self.seconds["calibrate"] += time.perf_counter() - started - within
+        return found
+
+    def _sink(self, accumulator: HessianAccumulator, where: str) -> Callable[[Tensor], None]:
+        def add(entering: Tensor) -> None:
             started = time.perf_counter()
-            entering = run_until(self.module, self.inputs, batch, first)
-            middle = time.perf_counter()
-            accumulator.add(entering, f"{self.path}.{group.names[0]} (calibration batch {batch})")
-            self.seconds["calibrate"] += middle - started
-            self.seconds["hessian"] += time.perf_counter() - middle
-        return accumulator.hessian()
+            accumulator.add(entering, where)
+            self.seconds["hessian"] += time.perf_counter() - started
+
+        return add
 
     @torch.no_grad()
     def _solve(self, group: LinearGroup, hessian: Tensor) -> list[tuple[str, Solved, float]]:
@@ -198,7 +215,9 @@ def solve_group(
         torch.set_num_threads(threads)
 
 
-def _report_row(index: int, name: str, solved: Solved, seconds: float) -> dict[str, Any]:
+def _report_row(
+    index: int, name: str, solved: Solved, tokens: int, seconds: float
+) -> dict[str, Any]:
     layout = solved.quantized.layout()
     return {
         "block": index,
@@ -212,5 +231,6 @@ def _report_row(index: int, name: str, solved: Solved, seconds: float) -> dict[s
         "weight_error": solved.weight_error,
         "damping": solved.damping,
         "dead_columns": solved.dead_columns,
+        "tokens": tokens,
         "seconds": seconds,
     }

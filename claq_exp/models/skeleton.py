@@ -8,22 +8,28 @@ from typing import TYPE_CHECKING
 import torch
 
 from claq_exp.errors import ConfigError
+from claq_exp.models.experts import split_experts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
 def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the causal language model of a config on the meta device: shapes, no memory."""
+    """Build the causal language model of a config on the meta device: shapes, no memory.
+
+    Experts are split.  Raises ConfigError for any other kind of model.
+    """
     from transformers import AutoModelForCausalLM
 
     remote = type(config).__module__.startswith("transformers_modules")  # allowed when it was read
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
     except ValueError as error:
         name = config.name_or_path or "the model"
         raise ConfigError(f"{name} ({config.model_type}) is no causal language model") from error
+    split_experts(model)
+    return model
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from claq_exp.calibration.hessian import HessianAccumulator
 from claq_exp.errors import CalibrationError, NumericalError
-from claq_exp.models.blocks import capture_inputs, run_block
-from claq_exp.models.discover import find_blocks, find_groups, linear_weight, linears_of
+from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, watched
+from claq_exp.models.discover import Stage, find_blocks, find_stages, linear_weight, linears_of
+from claq_exp.models.experts import Place, expert_lists, place_among_experts
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.statistics import ColumnStatistics
 
@@ -50,7 +51,8 @@ def survey_model(
         output factor of a Kronecker-factored Fisher matrix, Martens and Grosse, 2015); without,
         the distortion weights of each matrix are divided by tr(W H W^T), so that all matrices count
         alike.
-    Raises CalibrationError when a gradient is not finite.
+    Experts count by the share of tokens that they see.  Raises CalibrationError when a gradient is
+    not finite.
     """
     path, blocks = find_blocks(model, blocks_path)
     importance: dict[str, Tensor] = {}
@@ -66,17 +68,17 @@ def survey_model(
         inputs[index].hidden = []
         if index + 1 < len(blocks):
             inputs[index + 1].hidden = hidden
-        for names, hessian in hessians:
+        for measured in hessians:
             try:
-                system = solver.prepare(hessian)
+                system = solver.prepare(measured.hessian)
             except NumericalError as error:
-                raise NumericalError(f"{path}.{index}.{names[0]}: {error}") from error
-            for name in names:
+                raise NumericalError(f"{path}.{index}.{measured.names[0]}: {error}") from error
+            for name in measured.names:
                 weight = linear_weight(block.get_submodule(name)).detach().to("cpu", torch.float32)
                 full_name = f"{path}.{index}.{name}"
-                distortion = system.distortion_weight
+                distortion = system.distortion_weight * measured.share
                 if not gradients:
-                    whole = (weight @ hessian.float()).mul_(weight).sum()
+                    whole = (weight @ measured.hessian.float()).mul_(weight).sum()
                     distortion = distortion / whole.clamp(min=torch.finfo(torch.float32).tiny)
                 statistics[full_name] = ColumnStatistics(
                     weight, distortion, system.order, full_name, importance.get(full_name)
@@ -85,33 +87,56 @@ def survey_model(
     return statistics
 
 
+@dataclass(frozen=True)
+class GroupHessian:
+    """A group of linears, the Hessian of its input, and the share of all tokens that it saw."""
+
+    names: tuple[str, ...]
+    hessian: Tensor
+    share: float
+
+
 @torch.inference_mode()
 def block_hessians(
-    block: nn.Module, inputs: Any, where: str
-) -> tuple[list[Tensor], list[tuple[tuple[str, ...], Tensor]]]:
-    """Run a block; return its outputs and the Hessian of each group of linears."""
-    groups = find_groups(block, inputs)
-    found, hooks = [], []
-    for group in groups:
-        first = block.get_submodule(group.names[0])
-        accumulator = HessianAccumulator(linear_weight(first).shape[1])
-        found.append((group.names, accumulator))
-        hooks.append(
-            first.register_forward_pre_hook(_accumulate(accumulator, f"{where}.{group.names[0]}"))
-        )
-    try:
+    block: nn.Module, inputs: BlockInputs, where: str
+) -> tuple[list[Tensor], list[GroupHessian]]:
+    """Run a block; return its outputs and the Hessian of each group of linears.
+
+    An expert that saw no token gets the mean of the others, as if it had seen one.
+    """
+    stages = find_stages(block, inputs)
+    sums: list[list[HessianAccumulator]] = []
+    sinks = {}
+    for stage in stages:
+        sums.append([])
+        for group in stage:
+            first = block.get_submodule(group.names[0])
+            sums[-1].append(HessianAccumulator(linear_weight(first).shape[1]))
+            sinks[first] = _accumulate(sums[-1][-1], f"{where}.{group.names[0]}")
+    with watched(sinks):
         hidden = [run_block(block, inputs, batch) for batch in range(len(inputs.hidden))]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return hidden, [(names, accumulator.hessian()) for names, accumulator in found]
+    tokens = sum(states.shape[:-1].numel() for states in inputs.hidden)
+    return hidden, [
+        measured
+        for stage, accumulators in zip(stages, sums, strict=True)
+        for measured in _measured(stage, accumulators, tokens)
+    ]
 
 
-def _accumulate(accumulator: HessianAccumulator, where: str) -> Callable[..., None]:
-    def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-        accumulator.add(args[0], where)
+def _measured(
+    stage: Stage, accumulators: list[HessianAccumulator], tokens: int
+) -> Iterator[GroupHessian]:
+    seen = sum(accumulator.tokens for accumulator in accumulators)
+    for group, accumulator in zip(stage, accumulators, strict=True):
+        if accumulator.tokens:
+            hessian = accumulator.hessian()
+        else:
+            hessian = sum((a.hessian() * (a.tokens / seen) for a in accumulators), torch.zeros(()))
+        yield GroupHessian(group.names, hessian, max(accumulator.tokens, 1) / tokens)
 
-    return add
+
+def _accumulate(accumulator: HessianAccumulator, where: str) -> Callable[[Tensor], None]:
+    return lambda entering: accumulator.add(entering, where)
 
 
 def _row_importance(
@@ -159,7 +184,28 @@ def _row_importance(
             )
         if mean.sum() > 0:
             importance[name] = mean.clamp(min=LEAST_IMPORTANCE * mean.mean().item())
+    for index, block in enumerate(blocks):
+        _lend_importance(block, f"{path}.{index}", importance)
     return importance
+
+
+def _lend_importance(block: nn.Module, where: str, importance: dict[str, Tensor]) -> None:
+    """Give the layers of experts that saw no token the mean importance of the others' rows."""
+    lists = expert_lists(block)
+    for name in linears_of(block):
+        place = place_among_experts(name, lists)
+        if place is None or f"{where}.{name}" in importance:
+            continue
+        known = _known(place, len(lists[place.experts]), where, importance)
+        if known:
+            importance[f"{where}.{name}"] = torch.stack(known).mean(dim=0)
+
+
+def _known(
+    place: Place, experts: int, where: str, importance: Mapping[str, Tensor]
+) -> list[Tensor]:
+    names = (f"{where}.{place.of(index)}" for index in range(experts))
+    return [importance[name] for name in names if name in importance]
 
 
 def _watch(held: _Gradients) -> Callable[..., None]:

@@ -18,6 +18,7 @@ from claq_exp.checkpoint.summary import checkpoint_folder
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.machine import choose_device, device_name, settle
+from claq_exp.models.load import forward_dtype, load_config
 from claq_exp.runtime.kernels import DENSE, FASTEST, choose_kernel
 from claq_exp.runtime.linear import QuantizedLinear, quantized_linears
 from claq_exp.runtime.load import load_checkpoint
@@ -81,7 +82,8 @@ def bench_checkpoint(config: ExperimentConfig, on_step: Callable[[str], None]) -
             "bench needs checkpoint=FOLDER, e.g. checkpoint=outputs/default/RUN/checkpoint"
         )
     folder = checkpoint_folder(Path(config.checkpoint).expanduser())
-    device, dtype = choose_device(config.device), config.model.dtype
+    device = choose_device(config.device)
+    dtype = forward_dtype(config.model.dtype, load_config(folder), device)
     settle(config.seed, config.threads)
     generation = bench_generation(folder, dtype=dtype, device=device, on_step=on_step)
     on_step("single layers")

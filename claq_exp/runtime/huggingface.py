@@ -19,6 +19,7 @@ from claq_exp.checkpoint.reader import parse_layouts
 from claq_exp.checkpoint.writer import QUANT_METHOD
 from claq_exp.errors import CheckpointError
 from claq_exp.models.discover import LINEAR, linear_weight
+from claq_exp.models.experts import split_experts
 from claq_exp.quantize.layout import WeightLayout
 from claq_exp.runtime.linear import QuantizedLinear
 
@@ -59,6 +60,7 @@ class ClaqQuantizer(HfQuantizer):
     quantization_config: ClaqConfig
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        split_experts(model)
         pack_linears(model, self.quantization_config.layouts)
 
     def is_serializable(self) -> bool:

@@ -10,18 +10,33 @@ from typing import Any
 
 from claq_exp.errors import ConfigError, SourceError
 from claq_exp.sources.cache import cache_folder, published, sha256_of
+from claq_exp.sources.hub import not_given
+from claq_exp.sources.pickled import (
+    PICKLED,
+    PICKLED_INDEX,
+    convert_pickled,
+    copy_descriptions,
+    pickled_files,
+)
 from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
 
 WEIGHTS = "*.safetensors"
 DESCRIPTIONS = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
+CODE = "*.py"
+HUB_WEIGHTS = {  # file of a repository -> pattern of its weights, as transformers prefers them
+    "model.safetensors": "model.safetensors",
+    "model.safetensors.index.json": "model-*.safetensors",
+    "pytorch_model.bin": "pytorch_model.bin",
+    PICKLED_INDEX: "pytorch_model-*.bin",
+}
 
 
 @dataclass
 class ModelSource:
     """Where a model comes from.
 
-    source: hub id, local folder (Hugging Face layout, safetensors), local .gguf file, or wheel://
-    .gguf.
+    source: hub id, local folder (Hugging Face layout, safetensors or pytorch_model*.bin), local
+        .gguf file, or wheel:// .gguf.
     sha256: content of a GGUF file; required for wheel://.
     revision: branch, tag or commit of a hub model.
     """
@@ -42,6 +57,7 @@ def model_folder(model: ModelSource, *, weights: bool = True) -> Path:
     """Return a local folder with the model, fetching and converting it when needed.
 
     weights: without them only the configuration is fetched where that is possible (hub models).
+    Raises ConfigError for a folder that is no model, SourceError for what cannot be had or read.
     """
     if model.source.startswith(SCHEME):
         return _converted(fetch_wheel_file(model.source, model.sha256), model.sha256)
@@ -51,21 +67,21 @@ def model_folder(model: ModelSource, *, weights: bool = True) -> Path:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"model folder '{model.source}' has no config.json")
-        if weights and not list(path.glob(WEIGHTS)):
-            raise ConfigError(f"model folder '{model.source}' has no .safetensors weights")
-        return path
+        return _in_safetensors(path, model.source) if weights else path
     if path.is_absolute() or model.source.startswith((".", "~")) or model.source.count("/") > 1:
         raise ConfigError(f"model folder '{model.source}' does not exist (looked in {Path.cwd()})")
-    return _from_hub(model, weights)
+    folder = _from_hub(model, weights)
+    return _in_safetensors(folder, model.source) if weights else folder
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, weights: str = WEIGHTS) -> str:
     """Return a hash of the content of configuration, tokenizer and weights.
 
-    Files of the hub's cache are named by their content already, so their links are hashed instead.
+    weights: pattern of the files with weights.  Files of the hub's cache are named by their content
+    already, so their links are hashed instead.
     """
     digest = hashlib.sha256()
-    patterns = (*DESCRIPTIONS, WEIGHTS, "*.py")
+    patterns = (*DESCRIPTIONS, weights, CODE)
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         digest.update(path.name.encode())
         stored_by_hash = path.is_symlink() and path.resolve().parent.name == "blobs"
@@ -81,19 +97,51 @@ def weight_bytes(folder: Path) -> int:
 def _from_hub(model: ModelSource, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # only needed for hub models
 
+    wanted = [_hub_weights(model)] if weights else []
     try:
         return Path(
             snapshot_download(
-                model.source,
-                revision=model.revision,
-                allow_patterns=[*DESCRIPTIONS, *([WEIGHTS] if weights else [])],
+                model.source, revision=model.revision, allow_patterns=[*DESCRIPTIONS, *wanted]
             )
         )
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SourceError(
-            f"model '{model.source}' is no local folder and the hub does not give it: {reason}"
-        ) from error
+        raise not_given("model", model.source, error) from error
+
+
+def _hub_weights(model: ModelSource) -> str:
+    """Return the pattern of a hub model's weights, so that none are fetched in two formats."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        # a list of files would be asked for again and again while the hub is out of reach
+        described = HfApi().model_info(model.source, revision=model.revision)
+        names = [file.rfilename for file in described.siblings or ()]
+    except Exception:  # noqa: BLE001 - what is in the cache may do; if not, the download says why
+        cached = {
+            name: try_to_load_from_cache(model.source, name, revision=model.revision)
+            for name in HUB_WEIGHTS
+        }
+        names = [name for name, place in cached.items() if isinstance(place, str)]
+    found = (pattern for name, pattern in HUB_WEIGHTS.items() if name in names)
+    return next(found, WEIGHTS)
+
+
+def _in_safetensors(folder: Path, source: str) -> Path:
+    """Return the folder, or where its weights are pickled, its form in safetensors in the cache."""
+    if next(folder.glob(WEIGHTS), None) is not None:
+        return folder
+    files = pickled_files(folder)
+    if not files:
+        raise ConfigError(
+            f"model '{source}' has no weights: looked for {WEIGHTS} and {PICKLED} in {folder}"
+        )
+    name = source.rstrip("/").rpartition("/")[2]
+    target = cache_folder() / "models" / f"{name}-{fingerprint(folder, PICKLED)[:16]}"
+    if not target.is_dir():
+        with published(target) as new:
+            convert_pickled(files, new)
+            copy_descriptions(folder, new, (*DESCRIPTIONS, CODE))
+    return target
 
 
 def _converted(gguf: Path, sha256: str | None) -> Path:
@@ -113,7 +161,8 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from claq_exp.models.skeleton import dense_parameter_shapes
+    from claq_exp.models.experts import fuse_experts, split_experts
+    from claq_exp.models.skeleton import dense_parameter_shapes, tied_names
 
     place: dict[str, Any] = {
         "pretrained_model_name_or_path": str(gguf.parent),
@@ -127,10 +176,17 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     expected = dense_parameter_shapes(model.config)
+    split_experts(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name in expected}
     if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
         raise SourceError(f"{gguf}: transformers did not give dense weights of the expected shapes")
-    halves = {name: tensor.to(torch.float16).contiguous() for name, tensor in state.items()}
+    fuse_experts(model)
+    left_out = tied_names(model)
+    halves = {
+        name: tensor.to(torch.float16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in left_out
+    }
     save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.dtype = torch.float16
     model.config.save_pretrained(folder)

@@ -6,16 +6,39 @@ import pytest
 import torch
 from tiny_architectures import ARCHITECTURES, token_batches
 from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
 
 from claq_exp.errors import ConfigError, SourceError
-from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, run_until
+from claq_exp.models.blocks import BlockInputs, capture_inputs, feed, run_block
 from claq_exp.models.discover import (
+    LinearGroup,
     find_blocks,
-    find_groups,
+    find_stages,
     linear_weight,
     linears_of,
 )
 from claq_exp.models.skeleton import dense_parameter_count, dense_parameter_shapes, tied_names
+
+
+def entering(block: nn.Module, inputs: BlockInputs, batch: int, module: nn.Module) -> torch.Tensor:
+    """What enters a module of a block."""
+    seen: list[torch.Tensor] = []
+    feed(block, inputs, batch, {module: seen.append})
+    return torch.cat(seen)
+
+
+def groups_of(block: nn.Module, inputs: BlockInputs) -> list[LinearGroup]:
+    return [group for stage in find_stages(block, inputs) for group in stage]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads cost more than they give on matrices this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
@@ -34,7 +57,7 @@ def test_linears_with_the_same_input_form_groups_in_execution_order(name):
     model = ARCHITECTURES[name].build()
     _, blocks = find_blocks(model)
     inputs = capture_inputs(model, blocks, token_batches(1))
-    groups = find_groups(blocks[0], inputs[0])
+    groups = groups_of(blocks[0], inputs[0])
     assert [group.names for group in groups] == ARCHITECTURES[name].groups
     assert {name for group in groups for name in group.names} == set(linears_of(blocks[0]))
 
@@ -73,27 +96,27 @@ def test_running_block_by_block_gives_the_models_own_hidden_states(name):
 
 
 @every_architecture
-def test_a_run_until_a_module_returns_what_enters_it(name):
+def test_a_module_is_fed_what_enters_it_in_the_model(name):
     model = ARCHITECTURES[name].build()
     _, blocks = find_blocks(model)
     batches = token_batches(2)
     inputs = capture_inputs(model, blocks, batches)
     for linear in linears_of(blocks[0]).values():
-        entered = []
-        hook = linear.register_forward_pre_hook(lambda _, args, seen=entered: seen.append(args[0]))
+        seen = []
+        hook = linear.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with torch.inference_mode():
             model(batches[1], use_cache=False)
         hook.remove()
-        found = run_until(blocks[0], inputs[0], 1, linear)
-        torch.testing.assert_close(found, entered[0], rtol=1e-5, atol=1e-6)
+        found = entering(blocks[0], inputs[0], 1, linear)
+        torch.testing.assert_close(found, seen[0], rtol=1e-5, atol=1e-6)
 
 
 def test_capturing_and_grouping_leave_no_hooks_behind():
     model = ARCHITECTURES["llama"].build()
     _, blocks = find_blocks(model)
     inputs = capture_inputs(model, blocks, token_batches(2))
-    find_groups(blocks[0], inputs[0])
-    run_until(blocks[0], inputs[0], 0, blocks[0].mlp.down_proj)
+    find_stages(blocks[0], inputs[0])
+    entering(blocks[0], inputs[0], 0, blocks[0].mlp.down_proj)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -103,11 +126,11 @@ def test_a_linear_weight_is_out_by_in_and_writes_through(name):
     _, blocks = find_blocks(model)
     inputs = capture_inputs(model, blocks, token_batches(1))
     for linear in linears_of(blocks[0]).values():
-        entering = run_until(blocks[0], inputs[0], 0, linear)
+        value = entering(blocks[0], inputs[0], 0, linear)
         weight = linear_weight(linear)
         with torch.inference_mode():
-            expected = entering @ weight.t() + (0 if linear.bias is None else linear.bias)
-            torch.testing.assert_close(linear(entering), expected, rtol=1e-4, atol=1e-5)
+            expected = value @ weight.t() + (0 if linear.bias is None else linear.bias)
+            torch.testing.assert_close(linear(value), expected, rtol=1e-4, atol=1e-5)
             weight.zero_()
         assert not linear.weight.any()
 
@@ -159,7 +182,7 @@ class ParallelBlock(nn.Module):
 def test_equal_values_in_separate_tensors_make_separate_groups():
     block = ParallelBlock()
     del block.idle
-    groups = find_groups(block, BlockInputs([torch.randn(1, 3, 4)], {1: ((), {})}))
+    groups = groups_of(block, BlockInputs([torch.randn(1, 3, 4)], {1: ((), {})}))
     assert [group.names for group in groups] == [("first", "second"), ("third",), ("fourth",)]
 
 
@@ -170,6 +193,17 @@ def test_weights_outside_of_linear_layers_are_refused_by_name():
         linears_of(block)
 
 
+def test_a_state_space_model_is_refused_by_what_is_no_linear():
+    sizes = {"hidden_size": 24, "state_size": 8, "vocab_size": 64, "num_hidden_layers": 2}
+    model = MambaForCausalLM(MambaConfig(**sizes))
+    path, blocks = find_blocks(model)
+    assert path == "backbone.layers"
+    with pytest.raises(
+        ConfigError, match=r"MambaBlock .*mixer\.A_log \(48 x 8\).*looked for: linear"
+    ):
+        linears_of(blocks[0])
+
+
 def test_a_linear_that_receives_nothing_is_refused_by_name():
     with pytest.raises(SourceError, match="idle"):
-        find_groups(ParallelBlock(), BlockInputs([torch.randn(1, 3, 4)], {1: ((), {})}))
+        find_stages(ParallelBlock(), BlockInputs([torch.randn(1, 3, 4)], {1: ((), {})}))

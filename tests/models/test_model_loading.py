@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, T5Config
 
 from claq_exp.errors import ConfigError, SourceError
-from claq_exp.models.load import load_config, load_model, load_tokenizer, stored_dtype, tokenize
+from claq_exp.models.load import (
+    forward_dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    stored_dtype,
+    tokenize,
+)
+from claq_exp.models.skeleton import skeleton
 
 
 @pytest.fixture
@@ -93,3 +101,35 @@ def test_the_stored_dtype_is_the_configs_or_float16(tiny_model):
     assert stored_dtype(load_config(tiny_model)) == torch.float16
     assert stored_dtype(LlamaConfig(dtype=torch.bfloat16)) == torch.bfloat16
     assert stored_dtype(LlamaConfig()) == torch.float16
+
+
+def test_an_encoder_is_refused(tmp_path):
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4}
+    config = BertConfig(**sizes, num_hidden_layers=2, vocab_size=64, initializer_range=0.3)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"\(bert\) is no causal language model.*decoder"):
+        load_model(tmp_path, dtype="float32", device="cpu")
+
+
+def test_a_model_of_another_kind_is_refused_before_its_weights_are_there():
+    with pytest.raises(ConfigError, match=r"t5\) is no causal language model"):
+        skeleton(T5Config())
+
+
+@pytest.mark.parametrize(
+    ("wanted", "stored", "device", "expected"),
+    [
+        ("auto", torch.bfloat16, "cpu", "float32"),
+        ("auto", torch.bfloat16, "cuda", "bfloat16"),
+        ("auto", torch.float16, "cuda:1", "float16"),
+        ("auto", torch.float32, "cuda", "float32"),
+        ("auto", torch.float64, "cuda", "float32"),
+        ("auto", None, "cuda", "float32"),
+        ("bfloat16", torch.float16, "cpu", "bfloat16"),
+        ("float32", torch.float16, "cuda", "float32"),
+    ],
+)
+def test_the_dtype_of_forward_passes_is_the_wanted_one_or_fits_the_device(
+    wanted, stored, device, expected
+):
+    assert forward_dtype(wanted, LlamaConfig(dtype=stored), device) == expected

@@ -206,17 +206,18 @@ def test_a_stopped_run_goes_on_to_the_same_tensors(event, count, tmp_path):
     assert blocks == list(range(seen.count("block"), 3))
 
 
-def test_a_run_that_is_stopped_after_every_block_ends_the_same(tmp_path):
-    whole = quantized(ARCHITECTURES["mistral"].build(), tmp_path / "whole")
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "mixtral"])
+def test_a_run_that_is_stopped_after_every_block_ends_the_same(name, tmp_path):
+    whole = quantized(ARCHITECTURES[name].build(), tmp_path / "whole")
 
     def stop(name: str, _: object) -> None:
         if name == "block":
             raise Stop
 
-    for _ in range(3):
+    for _ in range(ARCHITECTURES[name].depth):
         with pytest.raises(Stop):
-            quantized(ARCHITECTURES["mistral"].build(), tmp_path / "parts", on_event=stop)
-    again = quantized(ARCHITECTURES["mistral"].build(), tmp_path / "parts", on_event=stop)
+            quantized(ARCHITECTURES[name].build(), tmp_path / "parts", on_event=stop)
+    again = quantized(ARCHITECTURES[name].build(), tmp_path / "parts", on_event=stop)
     assert_same_packed(again, whole)
 
 
@@ -272,6 +273,7 @@ def test_report_rows_hold_what_the_layers_cost(tmp_path):
         assert 0 < row["weight_error"] < 1
         assert row["damping"] == 0.01
         assert row["dead_columns"] == 0
+        assert row["tokens"] == 3 * 4 * 12
         assert row["seconds"] > 0
 
 
@@ -304,7 +306,7 @@ def test_an_input_that_is_always_zero_is_counted_as_dead(tmp_path):
         assert count == int(expected), linear
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_smaller_last_batch_is_taken_as_it_comes(name, tmp_path):
     batches = [*token_batches(2, size=4), token_batches(1, size=2, seed=1)[0]]
     model = ARCHITECTURES[name].build()

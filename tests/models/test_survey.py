@@ -67,11 +67,11 @@ def importance_by_hand(model: nn.Module, names: list[str]) -> dict[str, torch.Te
         logits = model(window[None], use_cache=False).logits[0]
         likelihoods = torch.log_softmax(logits[:-1], dim=-1)
         loss = -likelihoods[torch.arange(len(window) - 1), window[1:]].sum()
-        gradients = torch.autograd.grad(loss, [added[name] for name in names])
+        gradients = torch.autograd.grad(loss, list(added.values()))
         for hook in hooks:
             hook.remove()
-        for name, gradient in zip(names, gradients, strict=True):
-            squares[name].append(gradient.reshape(len(window), -1).square())
+        for name, gradient in zip(added, gradients, strict=True):
+            squares[name].append(gradient.flatten(0, -2).square())
     return {name: torch.cat(parts).mean(dim=0) for name, parts in squares.items()}
 
 

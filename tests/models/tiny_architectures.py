@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from claq_exp.models.experts import split_experts
+
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LLAMA_GROUPS = [
     ATTENTION,
@@ -23,6 +25,21 @@ LLAMA_SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 6,
 }
+OPT_SIZES = {"hidden_size": 24, "ffn_dim": 40, "num_attention_heads": 4}
+OPT_GROUPS = [ATTENTION, ("self_attn.out_proj",), ("fc1",), ("fc2",)]
+NEOX_SIZES = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 4}
+NEOX_GROUPS = [
+    ("attention.query_key_value",),
+    ("attention.dense",),
+    ("mlp.dense_h_to_4h",),
+    ("mlp.dense_4h_to_h",),
+]
+EXPERTS = 8
+EXPERT_GROUPS = [
+    tuple(f"mlp.experts.{index}.{layer}_proj" for layer in layers)
+    for layers in (("gate", "up"), ("down",))
+    for index in range(EXPERTS)
+]
 
 
 @dataclass(frozen=True)
@@ -46,8 +63,11 @@ class Architecture:
         shared |= {"eos_token_id": 0, "pad_token_id": 0, "num_hidden_layers": self.depth}
         config = CONFIG_MAPPING[self.kind](**{**shared, **self.options})
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        split_experts(model)
         for name, parameter in model.named_parameters():
-            if "norm" in name or "ln_" in name:
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.2)
+            elif "norm" in name or "ln_" in name:
                 nn.init.normal_(parameter, mean=1.0, std=0.2)
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.3)
@@ -76,29 +96,72 @@ ARCHITECTURES = {
     ),
     "opt": Architecture(
         "opt",
-        {
-            "hidden_size": 24,
-            "ffn_dim": 40,
-            "num_attention_heads": 4,
-            "word_embed_proj_dim": 24,
-        },
+        {**OPT_SIZES, "word_embed_proj_dim": 24},
         "model.decoder.layers",
-        [ATTENTION, ("self_attn.out_proj",), ("fc1",), ("fc2",)],
+        OPT_GROUPS,
     ),
-    "gpt_neox": Architecture(
-        "gpt_neox",
+    "opt_350m": Architecture(
+        "opt",
+        {**OPT_SIZES, "word_embed_proj_dim": 16, "do_layer_norm_before": False},
+        "model.decoder.layers",
+        OPT_GROUPS,
+    ),
+    "gpt_neox": Architecture("gpt_neox", NEOX_SIZES, "gpt_neox.layers", NEOX_GROUPS),
+    "gpt_neox_serial": Architecture(
+        "gpt_neox", {**NEOX_SIZES, "use_parallel_residual": False}, "gpt_neox.layers", NEOX_GROUPS
+    ),
+    "phi": Architecture(
+        "phi",
+        {**NEOX_SIZES, "num_attention_heads": 3, "partial_rotary_factor": 0.5},
+        "model.layers",
+        [(*ATTENTION, "mlp.fc1"), ("self_attn.dense",), ("mlp.fc2",)],
+    ),
+    "qwen3": Architecture("qwen3", LLAMA_SIZES, "model.layers"),
+    "gemma3": Architecture(
+        "gemma3_text",
         {
-            "hidden_size": 24,
-            "intermediate_size": 40,
-            "num_attention_heads": 4,
+            **LLAMA_SIZES,
+            "sliding_window": 5,
+            "query_pre_attn_scalar": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
-        "gpt_neox.layers",
+        "model.layers",
+        depth=3,
+    ),
+    "mixtral": Architecture(
+        "mixtral",
+        {**LLAMA_SIZES, "num_local_experts": EXPERTS, "num_experts_per_tok": 2},
+        "model.layers",
+        [*LLAMA_GROUPS[:2], *EXPERT_GROUPS],
+    ),
+    "qwen2_moe": Architecture(
+        "qwen2_moe",
+        {
+            **LLAMA_SIZES,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 32,
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+        },
+        "model.layers",
         [
-            ("attention.query_key_value",),
-            ("attention.dense",),
-            ("mlp.dense_h_to_4h",),
-            ("mlp.dense_4h_to_h",),
+            *LLAMA_GROUPS[:2],
+            ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+            ("mlp.shared_expert.down_proj",),
+            *EXPERT_GROUPS,
         ],
+    ),
+    "qwen3_moe": Architecture(
+        "qwen3_moe",
+        {
+            **LLAMA_SIZES,
+            "moe_intermediate_size": 16,
+            "num_experts": EXPERTS,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [],
+        },
+        "model.layers",
+        [*LLAMA_GROUPS[:2], *EXPERT_GROUPS],
     ),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,7 +97,7 @@ def test_weight_bytes_are_those_of_all_shards(model):
 def test_a_plan_needs_no_weights_but_a_run_does(model):
     (model / "model.safetensors").unlink()
     assert model_folder(ModelSource(str(model)), weights=False) == model
-    with pytest.raises(ConfigError, match=r"no \.safetensors weights"):
+    with pytest.raises(ConfigError, match=r"no weights: looked for \*\.safetensors and pytorch_mo"):
         model_folder(ModelSource(str(model)))
 
 
@@ -107,31 +108,62 @@ def test_a_path_that_is_missing_is_not_asked_of_the_hub(source, monkeypatch):
         model_folder(ModelSource(source))
 
 
-def test_a_model_that_the_hub_does_not_give_is_one_line(monkeypatch):
+class Hub:
+    """Stands for the hub: answers with a folder, and notes what was asked of it."""
+
+    def __init__(self, monkeypatch, folder: Path, names: list[str] | Exception) -> None:
+        self.folder, self.names = folder, names
+        self.asked: dict[str, object] = {}
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.download)
+        monkeypatch.setattr("huggingface_hub.HfApi.model_info", self.describe)
+
+    def download(self, name, revision, allow_patterns):
+        self.asked |= {"name": name, "revision": revision, "patterns": allow_patterns}
+        return str(self.folder)
+
+    def describe(self, name, revision):
+        if isinstance(self.names, Exception):
+            raise self.names
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in self.names])
+
+
+def test_a_model_that_the_hub_does_not_give_is_one_line(monkeypatch, tmp_path):
     def fail(*args, **options):
         raise OSError("404 Client Error\nRepository Not Found")
 
+    Hub(monkeypatch, tmp_path, OSError("no network"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(
-        SourceError, match="'owner/nothing' is no local folder and the hub"
-    ) as caught:
+    with pytest.raises(SourceError, match=r"model 'owner/nothing' .*404.*model\.source") as caught:
         model_folder(ModelSource("owner/nothing"))
     assert "\n" not in str(caught.value)
 
 
-def test_only_what_is_needed_is_asked_of_the_hub(model, monkeypatch):
-    asked = {}
-
-    def download(name, revision, allow_patterns):
-        asked.update(name=name, revision=revision, patterns=allow_patterns)
-        return str(model)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+def test_a_plan_asks_the_hub_for_no_weights(model, monkeypatch):
+    hub = Hub(monkeypatch, model, AssertionError("listed"))
     assert model_folder(ModelSource("owner/name", revision="v1"), weights=False) == model
-    assert (asked["name"], asked["revision"]) == ("owner/name", "v1")
-    assert "*.safetensors" not in asked["patterns"]
-    model_folder(ModelSource("owner/name"))
-    assert "*.safetensors" in asked["patterns"]
+    assert (hub.asked["name"], hub.asked["revision"]) == ("owner/name", "v1")
+    assert not [p for p in hub.asked["patterns"] if "safetensors" in p or "bin" in p]
+
+
+SHARDS = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        (["model.safetensors", "pytorch_model.bin"], "model.safetensors"),
+        (["model.safetensors.index.json", "consolidated.safetensors"], "model-*.safetensors"),
+        (["pytorch_model.bin", "flax_model.msgpack"], "pytorch_model.bin"),
+        (["pytorch_model.bin.index.json", *SHARDS], "pytorch_model-*.bin"),
+        (["weights.safetensors"], "*.safetensors"),
+        (OSError("no network, and perhaps all of it in the cache"), "*.safetensors"),
+    ],
+    ids=str,
+)
+def test_weights_are_fetched_in_one_format(names, wanted, model, monkeypatch):
+    hub = Hub(monkeypatch, model, names)
+    assert model_folder(ModelSource("owner/name")) == model
+    assert [p for p in hub.asked["patterns"] if "safetensors" in p or "bin" in p] == [wanted]
 
 
 def test_a_gguf_file_that_is_none_is_named(tmp_path, monkeypatch):

@@ -1,0 +1,100 @@
+"""Weights that PyTorch pickled (pytorch_model*.bin), turned into safetensors once."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from claq_exp.errors import SourceError, first_line
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PICKLED = "pytorch_model*.bin"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
+
+
+def pickled_files(folder: Path) -> list[Path]:
+    """Return the pickled weights files of a folder: those of its index, else all by name.
+
+    Raises SourceError when a file of the index is missing.
+    """
+    index = folder / PICKLED_INDEX
+    if not index.is_file():
+        return sorted(folder.glob(PICKLED))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SourceError(f"{index} names no files of weights: {first_line(error)}") from error
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise SourceError(f"{index} names {missing[0]}, which is not there; fetch the model again")
+    return [folder / name for name in names]
+
+
+def convert_pickled(files: list[Path], target: Path) -> None:
+    """Write the tensors of pickled files as safetensors, file by file, with an index for several.
+
+    No code of a pickle is run.  Raises SourceError for a file that holds anything but tensors.
+    """
+    from claq_exp.checkpoint.files import save_tensors, write_json
+    from claq_exp.checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, shard_name
+
+    places: dict[str, str] = {}
+    size = 0
+    for number, path in enumerate(files, start=1):
+        tensors = _separate(_read(path))
+        if twice := sorted(set(places) & set(tensors)):
+            raise SourceError(f"{path} holds {twice[0]}, which an earlier file holds too")
+        name = WEIGHTS_FILE if len(files) == 1 else shard_name(number, len(files))
+        save_tensors(tensors, target / name)
+        places |= dict.fromkeys(tensors, name)
+        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if len(files) > 1:
+        write_json(target / INDEX_FILE, {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def copy_descriptions(folder: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    """Copy configuration and tokenizer, and note where the weights come from."""
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+        if path.is_file() and path.name != PICKLED_INDEX:
+            shutil.copyfile(path, target / path.name)
+    origin = {"pickled": [path.name for path in pickled_files(folder)]}
+    (target / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    mapped = zipfile.is_zipfile(path)  # files of PyTorch before 1.6 are no archives
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise SourceError(
+            f"{path} cannot be read as tensors alone: {first_line(error)}; give weights in "
+            "safetensors"
+        ) from error
+    if not isinstance(state, dict) or not state:
+        raise SourceError(f"{path} holds {type(state).__name__}, not tensors by name")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise SourceError(
+                f"{path} holds something other than tensors: {name!r} is {type(value).__name__}; "
+                "give a file with nothing but the model's weights"
+            )
+    return state
+
+
+def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give every tensor memory of its own, as safetensors wants it (tied ones share theirs)."""
+    taken: set[int] = set()
+    separate = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        whole = tensor.is_contiguous() and memory not in taken
+        taken.add(memory)
+        separate[name] = tensor if whole else tensor.clone().contiguous()
+    return separate

@@ -1,0 +1,91 @@
+"""Packed checkpoints of every architecture compute what the quantized model in memory does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny_architectures import ARCHITECTURES, token_batches
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import claq_exp
+from claq_exp.checkpoint.dense import write_dense
+from claq_exp.checkpoint.store import BlockStore
+from claq_exp.checkpoint.writer import write_checkpoint
+from claq_exp.models.experts import SeparateExperts
+from claq_exp.models.quantize import quantize_model
+from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.precision import OutlierOrder
+from claq_exp.quantize.recipe import Recipe
+from claq_exp.quantize.reservation import Fixed
+from claq_exp.quantize.solver import Gptq
+from claq_exp.runtime.linear import quantized_linears
+
+RECIPE = Recipe(KMeans(), OutlierOrder(2.5), Fixed(0.02), Gptq())
+TOKENS = token_batches(1, seed=5)[0]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A checkpoint, the names of its packed layers, and the logits of the model it holds."""
+
+    folder: Path
+    linears: list[str]
+    logits: torch.Tensor
+
+
+def logits_of(model: nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(TOKENS).logits
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def written(request, tmp_path_factory, tiny_model) -> Written:
+    architecture = ARCHITECTURES[request.param]
+    place = tmp_path_factory.mktemp(request.param)
+    model = architecture.build()
+    batches = token_batches(2, size=4)
+    result = quantize_model(model, batches, RECIPE, BlockStore(place / "blocks", "run"))
+    folder = place / "checkpoint"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    write_checkpoint(folder, model, tokenizer, result.packed, torch.float32)
+    return Written(folder, architecture.linears(), logits_of(model))
+
+
+@pytest.mark.parametrize("kernel", ["dense", "reference", "auto"])
+def test_the_packages_own_loader_gives_the_same_logits(written, kernel):
+    loaded = claq_exp.load(written.folder, kernel=kernel)
+    torch.testing.assert_close(logits_of(loaded), written.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_transformers_gives_the_same_logits(written):
+    loaded, report = AutoModelForCausalLM.from_pretrained(
+        written.folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())
+    assert sorted(quantized_linears(loaded)) == sorted(written.linears)
+    torch.testing.assert_close(logits_of(loaded), written.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_that_transformers_saved_again_is_the_same(written, tmp_path):
+    loaded = AutoModelForCausalLM.from_pretrained(written.folder, dtype=torch.float32)
+    loaded.save_pretrained(tmp_path)
+    files = [folder / "model.safetensors" for folder in (written.folder, tmp_path)]
+    with safe_open(files[0], "pt") as first, safe_open(files[1], "pt") as second:
+        assert set(first.keys()) == set(second.keys())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits_of(again), logits_of(loaded))
+
+
+def test_dequantized_it_is_a_plain_model_of_transformers(written, tmp_path):
+    write_dense(written.folder, tmp_path / "dense", dtype="float32")
+    plain, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(report.values())
+    assert not [module for module in plain.modules() if isinstance(module, SeparateExperts)]
+    torch.testing.assert_close(logits_of(plain), written.logits, rtol=1e-5, atol=1e-5)
