@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import random
+import re
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import WORDS, byte_tokenizer, tiny_llama
+from lm_eval.caching import cache as lm_eval_cache
+from task_rows import made_rows, write_rows
 
 from claq_exp.config import TaskConfig
 from claq_exp.errors import ConfigError, SourceError
-from claq_exp.evaluation.zero_shot import score_tasks, stock_task, task_data
+from claq_exp.evaluation.zero_shot import TaskScore, average_accuracy, score_tasks
 
 
 @pytest.fixture(autouse=True)
@@ -51,13 +56,7 @@ def rows() -> list[dict]:
 
 @pytest.fixture
 def data(tmp_path, rows):
-    path = tmp_path / "rows.jsonl"
-    write(path, rows)
-    return path
-
-
-def write(path, rows) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return write_rows(tmp_path / "rows.jsonl", rows)
 
 
 def log_likelihood(model, tokenizer, prompt: str, target: str) -> float:
@@ -83,9 +82,9 @@ def accuracies(model, tokenizer, rows) -> dict[str, float]:
     return {"acc": plain / len(rows), "acc_norm": normalised / len(rows)}
 
 
-def score(model, tokenizer, data, **options):
+def score(model, tokenizer, data, name="piqa", batch_size=4, **options):
     task = TaskConfig(data=str(data), **options)
-    return score_tasks(model, tokenizer, {"piqa": task}, 4)["piqa"]
+    return score_tasks(model, tokenizer, {name: task}, batch_size)[name]
 
 
 def test_accuracies_equal_those_of_our_own_log_likelihoods(model, tokenizer, data, rows):
@@ -99,6 +98,136 @@ def test_accuracies_equal_those_of_our_own_log_likelihoods(model, tokenizer, dat
         assert found.stderr == pytest.approx(variance**0.5)
 
 
+def cleaned(text: str) -> str:
+    """HellaSwag's marks of a WikiHow article, removed by lm-eval's rule."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+
+
+def test_hellaswag_divides_by_the_characters_of_the_cleaned_ending(model, tokenizer, tmp_path):
+    rows = made_rows("hellaswag", 12)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    plain = normalised = 0
+    for row in rows:
+        context = f"{row['ctx_a']} {row['ctx_b'].capitalize()}"
+        prompt = cleaned(f"{row['activity_label']}: {context}")
+        endings = [cleaned(ending) for ending in row["endings"]]
+        values = [log_likelihood(model, tokenizer, prompt, f" {ending}") for ending in endings]
+        by_length = [value / len(text) for value, text in zip(values, endings, strict=True)]
+        plain += values.index(max(values)) == int(row["label"])
+        normalised += by_length.index(max(by_length)) == int(row["label"])
+    found = score(model, tokenizer, data, "hellaswag", metric="acc_norm")
+    assert plain != normalised
+    assert found.value == pytest.approx(normalised / 12)
+    assert found.metrics == pytest.approx({"acc": plain / 12, "acc_norm": normalised / 12})
+
+
+def test_winogrande_scores_what_follows_the_blank_after_either_option(model, tokenizer, tmp_path):
+    rows = made_rows("winogrande", 12)
+    right = 0
+    for row in rows:
+        before, after = row["sentence"].split("_")
+        values = [
+            log_likelihood(model, tokenizer, before + row[option], f" {after.strip()}")
+            for option in ("option1", "option2")
+        ]
+        right += values.index(max(values)) == int(row["answer"]) - 1
+    found = score(model, tokenizer, write_rows(tmp_path / "rows.jsonl", rows), "winogrande")
+    assert 0 < right < 12
+    assert found.value == pytest.approx(right / 12)
+
+
+def test_word_perplexity_divides_by_the_words_of_the_article(model, tokenizer, tmp_path):
+    """The text in windows of the model's context, each predicted from the token before it."""
+    article = " = Cats = \n\n the cat sees a dog , and the dog runs . \n" * 3
+    data = tmp_path / "wiki.test.raw"
+    data.write_text(f" \n{article}", encoding="utf-8")
+    pages = [f" = Cats = {part}" for part in article.split(" = Cats = ")[1:]]
+    pages[:-1] = [page.removesuffix("\n") for page in pages[:-1]]
+    total = words = 0
+    for page in pages:
+        text = page.replace(" , ", ", ").replace(" . ", ". ").replace(" \n", "\n")
+        tokens = torch.tensor(
+            [[tokenizer.eos_token_id, *tokenizer(text.replace("\n ", "\n")).input_ids]]
+        )
+        assert tokens.shape[1] < 128
+        with torch.inference_mode():
+            log_probability = model(tokens).logits[0].double().log_softmax(-1)
+        total += log_probability[:-1].gather(1, tokens[0, 1:, None]).sum().item()
+        words += len(re.split(r"\s+", page))
+    found = score(model, tokenizer, data, "wikitext", metric="word_perplexity")
+    assert found.rows == 3
+    assert found.value == pytest.approx(math.exp(-total / words), rel=1e-4)
+    assert found.stderr is None
+    assert set(found.metrics) == {"word_perplexity", "byte_perplexity", "bits_per_byte"}
+
+
+@pytest.mark.parametrize("name", ["piqa", "arc_easy", "hellaswag", "winogrande", "boolq"])
+def test_the_batch_size_does_not_change_a_score(name, model, tokenizer, tmp_path):
+    data = write_rows(tmp_path / "rows.jsonl", made_rows(name, 12))
+    one, many, auto = (score(model, tokenizer, data, name, size) for size in (1, 7, "auto"))
+    assert one.metrics == pytest.approx(many.metrics)
+    assert one.metrics == pytest.approx(auto.metrics)
+    assert one.requests_sha256 == many.requests_sha256 == auto.requests_sha256
+
+
+def test_a_score_survives_the_way_through_json_data(model, tokenizer, data):
+    found = score(model, tokenizer, data, rows=4)
+    assert TaskScore(**asdict(found)) == found
+
+
+def test_the_share_that_is_done_grows_to_one_over_all_tasks(model, tokenizer, data):
+    shares: list[float] = []
+    tasks = {
+        "piqa": TaskConfig(data=str(data), rows=3),
+        "winogrande": TaskConfig(
+            data=str(write_rows(data.parent / "more.jsonl", made_rows("winogrande", 2)))
+        ),
+    }
+    score_tasks(model, tokenizer, tasks, 4, shares.append)
+    assert shares == sorted(shares)
+    assert shares[0] == pytest.approx(1 / 12)
+    assert 0.5 in shares
+    assert shares[-1] == 1.0
+
+
+def test_the_average_is_over_accuracies_alone():
+    scores = {
+        "a": TaskScore("acc", 0.5, None, 1),
+        "b": TaskScore("acc_norm", 0.7, None, 1),
+        "c": TaskScore("word_perplexity", 20.0, None, 1),
+        "d": TaskScore("exact_match,strict-match", 0.3, None, 1),
+    }
+    assert average_accuracy(scores) == pytest.approx(0.5)
+    assert average_accuracy({"a": scores["a"], "c": scores["c"]}) is None
+
+
+def test_a_standard_error_without_a_formula_needs_no_other_process(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    def pool(*_):
+        raise AssertionError("forked")
+
+    monkeypatch.setattr("multiprocessing.Pool", pool)
+    monkeypatch.delenv("DISABLE_MULTIPROC", raising=False)
+    rows = [{"text": f"the cat sees a {word}"} for word in WORDS]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    found = score(model, tokenizer, data, "lambada_openai", metric="perplexity")
+    values = [log_likelihood(model, tokenizer, "the cat sees a", f" {word}") for word in WORDS]
+    assert found.value == pytest.approx(math.exp(-sum(values) / len(values)), rel=1e-4)
+    assert found.stderr > 0
+    assert "DISABLE_MULTIPROC" not in os.environ
+
+
+def test_lm_eval_keeps_no_requests(model, tokenizer, data, tmp_path, monkeypatch):
+    kept = Path(lm_eval_cache.PATH)
+    before = sorted(kept.rglob("*")) if kept.exists() else []
+    monkeypatch.setattr(lm_eval_cache, "PATH", str(tmp_path / "kept"))
+    score(model, tokenizer, data, rows=2)
+    assert not (tmp_path / "kept").exists()
+    assert (sorted(kept.rglob("*")) if kept.exists() else []) == before
+
+
 def test_only_the_first_rows_are_scored_where_fewer_are_asked_for(model, tokenizer, data, rows):
     found = score(model, tokenizer, data, rows=5)
     assert found.rows == 5
@@ -109,7 +238,7 @@ def test_only_the_first_rows_are_scored_where_fewer_are_asked_for(model, tokeniz
 def test_edited_rows_are_not_served_stale(keep_time, model, tokenizer, data, rows):
     before = score(model, tokenizer, data).value
     stamp = data.stat()
-    write(data, [{**row, "label": 1 - row["label"]} for row in rows])
+    write_rows(data, [{**row, "label": 1 - row["label"]} for row in rows])
     if keep_time:
         os.utime(data, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
     assert before != 0.5
@@ -132,25 +261,3 @@ def test_rows_that_cannot_be_used_are_one_line_with_the_file(content, model, tok
         score(model, tokenizer, data)
     assert str(data) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["rows.txt", "rows.gz", "rows"])
-def test_a_file_of_an_unknown_kind_names_the_known_ones(name, model, tokenizer, tmp_path):
-    (tmp_path / name).write_text("{}", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"\.arrow, \.jsonl, \.json, \.parquet"):
-        score(model, tokenizer, tmp_path / name)
-
-
-def test_a_missing_file_of_rows_is_named(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"zero_shot\.piqa\.data '.*nothing.jsonl' does not exist"
-    ):
-        task_data("piqa", TaskConfig(data=str(tmp_path / "nothing.jsonl")))
-    assert task_data("piqa", TaskConfig()) is None
-
-
-def test_the_stock_task_is_the_one_of_that_name():
-    assert stock_task("piqa").name == "piqa.yaml"
-    assert "task: arc_easy" in stock_task("arc_easy").read_text(encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"lm-eval has no task 'piqaa'; similar: .*piqa"):
-        stock_task("piqaa")
