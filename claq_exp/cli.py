@@ -114,7 +114,7 @@ def _run(overrides: list[str]) -> int:
 
 def _run_one(config: ExperimentConfig, command: str) -> float:
     """Run one experiment, print its table, and return a sweeper's objective."""
-    from claq_exp.reporting.tables import result_table
+    from claq_exp.reporting.tables import overlap_notes, result_table
     from claq_exp.runner import run
 
     note = Console(stderr=True)
@@ -129,7 +129,7 @@ def _run_one(config: ExperimentConfig, command: str) -> float:
     console.print(result_table(outcome.results))
     if config.model.remark:
         console.print(f"Note: {config.model.remark}.", highlight=False)
-    for line in outcome.notes:
+    for line in (*overlap_notes(outcome.results), *outcome.notes):
         console.print(f"Note: {line}", highlight=False, markup=False, soft_wrap=True)
     for name in ("results.json", "layers.csv", "layers.png", "checkpoint"):
         console.print(f"{outcome.folder / name}", highlight=False, markup=False, soft_wrap=True)
@@ -301,14 +301,18 @@ def _bench(arguments: list[str]) -> int:
 def _fetch(overrides: list[str]) -> int:
     from claq_exp.compose import compose_config
     from claq_exp.inputs import fetch
-    from claq_exp.sources.cache import cache_folder
+    from claq_exp.reporting.tables import input_lines
+    from claq_exp.sources.cache import fetch_log
+    from claq_exp.tracking.progress import noise_to, own_stderr
 
-    console = Console()
-    fetched = fetch(compose_config(overrides))
-    console.print(f"model: {fetched.model}", highlight=False, markup=False, soft_wrap=True)
-    for name, content in fetched.contents.items():
-        console.print(f"{name}: {content}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"cache: {cache_folder()}", highlight=False, markup=False, soft_wrap=True)
+    config, console = compose_config(overrides), Console()
+    with own_stderr() as stream, noise_to(fetch_log()):
+        note = Console(file=stream)
+        fetched = fetch(
+            config, lambda line: note.print(line, highlight=False, markup=False, soft_wrap=True)
+        )
+    for line in input_lines(fetched.inputs):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -333,11 +337,11 @@ def _quiet_libraries() -> None:
         "TRANSFORMERS_VERBOSITY",
         "HF_HUB_DISABLE_PROGRESS_BARS",
         "HF_DATASETS_DISABLE_PROGRESS_BARS",
+        "HF_HUB_VERBOSITY",
+        "DATASETS_VERBOSITY",
     ):
-        os.environ.setdefault(
-            name,
-            {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}.get(name, "1"),
-        )
+        value = "error" if name.endswith("VERBOSITY") else "1"
+        os.environ.setdefault(name, "false" if name == "TOKENIZERS_PARALLELISM" else value)
 
 
 def _command(arguments: list[str]) -> str:

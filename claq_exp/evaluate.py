@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.writer import checkpoint_sizes
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
-from claq_exp.evaluation.measure import measure
-from claq_exp.evaluation.zero_shot import stock_task, task_data
+from claq_exp.evaluation.measure import Meter
+from claq_exp.evaluation.scores import ScoreStore, code_content
+from claq_exp.evaluation.tasks import check_tasks, task_content
 from claq_exp.inputs import corpus_windows
 from claq_exp.machine import choose_device, device_name, git_commit, settle, versions
-from claq_exp.models.load import load_config, load_tokenizer
+from claq_exp.models.load import forward_dtype, load_config, load_tokenizer
 from claq_exp.models.skeleton import dense_parameter_count
-from claq_exp.reporting.results import perplexity_rows, zero_shot_rows
+from claq_exp.reporting.results import average_row, perplexity_rows, zero_shot_rows
 from claq_exp.runtime.load import load_checkpoint
 from claq_exp.sources.cache import fetch_log
+from claq_exp.sources.model import fingerprint
 from claq_exp.tracking.progress import RunProgress, noise_to
 
 
@@ -39,11 +42,15 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
     remote = config.model.trust_remote_code
     device = choose_device(config.device)
     settle(config.seed, config.threads)
-    for name, task in config.evaluation.zero_shot.items():
-        stock_task(name)
-        task_data(name, task)
+    tasks = config.evaluation.zero_shot
+    with noise_to(fetch_log()):
+        check_tasks(tasks)
+        contents = {name: task_content(name, task) for name, task in tasks.items()}
+        model_config = load_config(folder, trust_remote_code=remote)
+    dtype = forward_dtype(config.model.dtype, model_config, device)
     settings = {
         "checkpoint": str(folder.resolve()),
+        "dtype": dtype,
         "evaluation": asdict(config.evaluation),
         "runtime": asdict(config.runtime),
     }
@@ -51,23 +58,23 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
     target = Path(config.outputs).expanduser() / config.name / f"evaluation-{digest}"
     with noise_to(fetch_log()):
         tokenizer = load_tokenizer(folder, trust_remote_code=remote)
-        model_config = load_config(folder, trust_remote_code=remote)
         corpora = corpus_windows(config, tokenizer, model_config)
     target.mkdir(parents=True, exist_ok=True)
     with RunProgress({"load": 5, "evaluate": 60}) as progress, noise_to(target / "third_party.log"):
         progress.stage("load")
         model = load_checkpoint(
             folder,
-            dtype=config.model.dtype,
+            dtype=dtype,
             device=device,
             kernel=config.runtime.kernel,
             trust_remote_code=remote,
         )
         parameters = dense_parameter_count(model.config)
         progress.stage("evaluate")
-        measured = measure(
-            model, tokenizer, corpora, config.evaluation, device, on_share=progress.advance
-        )
+        subject = {"settings": settings, "versions": versions(), "code": code_content()}
+        store = ScoreStore(target / "scores", {**subject, "model": fingerprint(folder)})
+        meter = Meter(model, tokenizer, device, store, contents, on_share=progress.advance)
+        measured = meter.measure(corpora, config.evaluation)
     sizes = checkpoint_sizes(folder, layouts, parameters)
     results = {
         "schema": 1,
@@ -86,9 +93,11 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
             "ledger": sizes.ledger.as_dict(),
         },
         "size": {"checkpoint_bytes": sizes.bytes, "original_bytes": 2 * parameters},
-        "perplexity": perplexity_rows(None, measured),
+        "perplexity": perplexity_rows(corpora, None, measured),
         "kl": {},  # there is no original to compare with
         "zero_shot": zero_shot_rows(None, measured),
+        "average_accuracy": average_row(None, measured),
     }
     write_json(target / "results.json", results)
+    shutil.rmtree(target / "scores")  # the next time measures again
     return results, target / "results.json"

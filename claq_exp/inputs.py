@@ -2,56 +2,92 @@
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from claq_exp.calibration.windows import first_windows, sample_windows
-from claq_exp.config import ExperimentConfig
-from claq_exp.errors import ConfigError
-from claq_exp.evaluation.zero_shot import stock_task, task_data
+from claq_exp.calibration.overlap import shared_share
+from claq_exp.calibration.windows import DRAWS, Draw, begin_with
+from claq_exp.config import DrawnText, ExperimentConfig, TaskConfig
+from claq_exp.evaluation.perplexity import Corpus
+from claq_exp.evaluation.tasks import check_tasks, local_file, task_content
+from claq_exp.models.bos import bos_rule, bos_token
+from claq_exp.models.context import check_context, context_length
 from claq_exp.models.load import load_config, load_tokenizer, tokenize
-from claq_exp.sources.cache import sha256_of
 from claq_exp.sources.model import fingerprint, model_folder
-from claq_exp.sources.text import TextSource, read_text, text_file
+from claq_exp.sources.text import read_documents, text_content, text_files
+
+
+@dataclass(frozen=True)
+class Input:
+    """One thing that a run reads.
+
+    origin: hub id, address or path.  content: a hash of it.  files: where it lies; none where the
+    library `datasets` keeps it.
+    """
+
+    origin: str
+    content: str
+    files: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """Local places of all inputs, and a hash of the content of each."""
+    """The folder of the model and all inputs: calibration, corpora.*, zero_shot.* and model."""
 
     model: Path
-    contents: dict[str, str]
+    inputs: dict[str, Input]
+
+    @property
+    def contents(self) -> dict[str, str]:
+        """A hash of the content of each input."""
+        return {key: found.content for key, found in self.inputs.items()}
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """calibration: [windows, seqlen] int64.  corpora: name -> [windows, seqlen] int64."""
+    """calibration: [windows, seqlen] int64.  corpora: by name."""
 
     tokenizer: PreTrainedTokenizerBase
     calibration: Tensor
-    corpora: dict[str, Tensor]
+    corpora: dict[str, Corpus]
 
 
-def fetch(config: ExperimentConfig) -> Fetched:
+def fetch(config: ExperimentConfig, note: Callable[[str], None] = lambda _: None) -> Fetched:
     """Bring model, texts and task files here.
 
-    Raises ConfigError or SourceError for what is not to be had.
+    note: called with what is about to be fetched.  Raises ConfigError or SourceError for what is
+    not to be had.
     """
-    for name in config.evaluation.zero_shot:
-        stock_task(name)
-    contents = {"calibration": _text_content(config.calibration.text)}
-    for name, corpus in config.evaluation.perplexity.items():
-        contents[f"perplexity.{name}"] = _text_content(corpus.text)
-    for name, task in config.evaluation.zero_shot.items():
-        data = task_data(name, task)
-        contents[f"zero_shot.{name}"] = sha256_of(data) if data else f"hub:{name}"
+    tasks = config.evaluation.zero_shot
+    check_tasks(tasks)
+    inputs = {}
+    note(f"calibration text: {config.calibration.origin}")
+    inputs["calibration"] = _text_input(config.calibration)
+    for name, corpus in config.evaluation.corpora.items():
+        note(f"corpus {name}: {corpus.origin}")
+        inputs[f"corpora.{name}"] = _text_input(corpus)
+    for name, task in tasks.items():
+        note(f"task {name}: {task.data or 'the hub'}")
+        inputs[f"zero_shot.{name}"] = _task_input(name, task)
+    note(f"model {config.model.name}: {config.model.source}")
     folder = model_folder(config.model)
-    contents["model"] = fingerprint(folder)
-    return Fetched(folder, contents)
+    held = tuple(path for path in folder.iterdir() if path.is_file())
+    inputs["model"] = Input(config.model.source, fingerprint(folder), held)
+    return Fetched(folder, inputs)
+
+
+def _text_input(text: DrawnText) -> Input:
+    return Input(text.origin, text_content(text), tuple(text_files(text) or ()))
+
+
+def _task_input(name: str, task: TaskConfig) -> Input:
+    files = (local_file(name, "data", task), local_file(name, "shots_data", task))
+    there = tuple(path for path in files if path is not None)
+    return Input(task.data or "the hub", task_content(name, task), there)
 
 
 def tokenize_inputs(config: ExperimentConfig, folder: Path) -> Tokens:
@@ -60,41 +96,47 @@ def tokenize_inputs(config: ExperimentConfig, folder: Path) -> Tokens:
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
     model_config = load_config(folder, trust_remote_code=remote)
     calibration = config.calibration
-    _check_context("calibration", calibration.seqlen, model_config)
-    windows = sample_windows(
-        tokenize(tokenizer, read_text(calibration.text)),
-        calibration.windows,
-        calibration.seqlen,
-        config.seed,
-        "calibration",
+    check_context("calibration.seqlen", calibration.seqlen, model_config)
+    windows = _windows(
+        calibration,
+        Draw(calibration.windows, calibration.seqlen, calibration.seed, "calibration"),
+        tokenizer,
+        bos_rule(calibration.bos, model_config),
     )
-    return Tokens(tokenizer, windows, corpus_windows(config, tokenizer, model_config))
+    corpora = {
+        name: Corpus(corpus.windows, corpus.bos, shared_share(corpus.windows, windows))
+        for name, corpus in corpus_windows(config, tokenizer, model_config).items()
+    }
+    return Tokens(tokenizer, windows, corpora)
 
 
 def corpus_windows(
     config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
-) -> dict[str, Tensor]:
-    """Return corpus name -> its windows, [n, seqlen] int64.
+) -> dict[str, Corpus]:
+    """Return the corpora by name.
 
     Raises ConfigError when a text is too short or a window too long.
     """
-    windows = {}
-    for name, corpus in config.evaluation.perplexity.items():
-        where = f"evaluation.perplexity.{name}"
-        _check_context(where, corpus.seqlen, model_config)
-        tokens = tokenize(tokenizer, read_text(corpus.text))
-        windows[name] = first_windows(tokens, corpus.windows, corpus.seqlen, where)
-    return windows
+    evaluation = config.evaluation
+    if not evaluation.corpora:
+        return {}
+    seqlen = context_length(evaluation.context, model_config)
+    rule = bos_rule(evaluation.bos, model_config)
+    corpora = {}
+    for name, corpus in evaluation.corpora.items():
+        draw = Draw(corpus.windows, seqlen, corpus.seed, f"evaluation.corpora.{name}")
+        corpora[name] = Corpus(_windows(corpus, draw, tokenizer, rule), rule)
+    return corpora
 
 
-def _check_context(where: str, seqlen: int, model_config: PretrainedConfig) -> None:
-    context = getattr(model_config, "max_position_embeddings", None)
-    if context is not None and seqlen > context:
-        raise ConfigError(f"{where}.seqlen is {seqlen}, the model's context {context}; lower it")
+def _windows(text: DrawnText, draw: Draw, tokenizer: PreTrainedTokenizerBase, rule: str) -> Tensor:
+    token = bos_token(rule, tokenizer, draw.where.partition(".")[0])
+    begun = token is not None
 
+    def encode(passage: str) -> Tensor:
+        return tokenize(tokenizer, passage, special=not begun)
 
-def _text_content(text: TextSource) -> str:
-    path = text_file(text)
-    if path is not None:
-        return sha256_of(path)
-    return hashlib.sha256(read_text(text).encode()).hexdigest()  # brings a data set of the hub here
+    if token is None:
+        return DRAWS[text.draw](read_documents(text), text.join, encode, draw)
+    body = Draw(draw.windows, draw.seqlen - 1, draw.seed, draw.where)
+    return begin_with(token, DRAWS[text.draw](read_documents(text), text.join, encode, body))

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from claq_exp.checkpoint.shards import index_bytes
 from claq_exp.checkpoint.writer import Sizes
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.machine import matmul_speed
+from claq_exp.models.context import context_length
 from claq_exp.models.discover import find_blocks, linear_weight, linears_of
+from claq_exp.models.experts import expert_lists, place_among_experts
 from claq_exp.models.load import DTYPES
 from claq_exp.models.skeleton import skeleton, tied_names
 from claq_exp.quantize.budget import Overhead, fit_budget
@@ -32,6 +35,7 @@ CALIBRATION_PASSES = 2.5  # forward passes of a block: up to each group, and onc
 COLUMN_SECONDS = 40e-6  # to fit and code one column
 ENTRY_SECONDS = 60e-9  # and for each of its entries
 ALLOCATION = 3.0  # trial fits of a rate-distortion allocation, in column loops
+CORPUS_TOKENS = 300_000  # of a corpus of unknown length, about WikiText-2's test split
 TASK_TOKENS = 90  # of a row of a multiple-choice task, all choices together
 TASK_START = 8.0  # seconds until lm-eval is ready
 LIBRARIES = 0.9e9  # bytes of Python, PyTorch and the rest before any model is there
@@ -60,7 +64,10 @@ class Plan:
 
 
 def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: str) -> Plan:
-    """Plan a run.  Raises ConfigError for a model without decoder blocks."""
+    """Plan a run, whose `model.dtype` is settled.
+
+    Raises ConfigError for a model without decoder blocks.
+    """
     model = skeleton(model_config)
     path, blocks = find_blocks(model, config.model.blocks)
     shapes = {
@@ -68,6 +75,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         for index, block in enumerate(blocks)
         for name, module in linears_of(block).items()
     }
+    mixture = _Mixture.of(path, blocks, model_config)
     tied = tied_names(model)
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     parameters = sum(tensor.numel() for tensor in state.values())
@@ -82,6 +90,8 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
 
     recipe = fit_budget(config.recipe(), config.budget, shapes, description)
     layouts = planned_layouts(_less_description(recipe, shapes, description), shapes)
+    evaluation = config.evaluation
+    context = context_length(evaluation.context, model_config) if evaluation.corpora else 0
     width = next(tensor.shape[1] for tensor in state.values() if tensor.ndim == 2)
     return Plan(
         recipe=recipe,
@@ -89,11 +99,37 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         layouts=layouts,
         sizes=_sizes(layouts, kept, parameters),
         original_bytes=2 * parameters,
-        memory=_memory(config, parameters, layouts, len(blocks), width),
-        seconds=_seconds(config, recipe, parameters, layouts, device),
+        memory=_memory(config, parameters, layouts, mixture, width),
+        seconds=_seconds(config, recipe, parameters, layouts, mixture, device, context),
         blocks=len(blocks),
         parameters=parameters,
     )
+
+
+@dataclass(frozen=True)
+class _Mixture:
+    """Which layers are of experts.
+
+    beside: name of such a layer -> number of experts.  routed: how many of them take a token.
+    """
+
+    beside: dict[str, int]
+    routed: int
+
+    @staticmethod
+    def of(path: str, blocks: nn.ModuleList, model_config: PretrainedConfig) -> _Mixture:
+        beside = {}
+        for index, block in enumerate(blocks):
+            lists = expert_lists(block)
+            for name in linears_of(block) if lists else ():
+                if place := place_among_experts(name, lists):
+                    beside[f"{path}.{index}.{name}"] = len(lists[place.experts])
+        routed = getattr(model_config.get_text_config(), "num_experts_per_tok", None)
+        return _Mixture(beside, routed or max(beside.values(), default=1))
+
+    def share(self, name: str) -> float:
+        """Return the share of tokens that reach a layer."""
+        return min(1.0, self.routed / self.beside[name]) if name in self.beside else 1.0
 
 
 def _less_description(
@@ -147,14 +183,15 @@ def _memory(
     config: ExperimentConfig,
     parameters: int,
     layouts: dict[str, WeightLayout],
-    blocks: int,
+    mixture: _Mixture,
     width: int,
 ) -> int:
     size = DTYPES[config.model.dtype].itemsize
     calibration = config.calibration
     activations = 2 * calibration.windows * calibration.seqlen * width * size
-    columns = max(layout.columns for layout in layouts.values())
-    hessians = 8 * columns * columns * 5  # the sum, its ordered copy, the factor and its inverse
+    hessians = 8 * max(  # a sum for each expert; an ordered copy, the factor and its inverse
+        layout.columns**2 * (mixture.beside.get(name, 1) + 4) for name, layout in layouts.items()
+    )
     packed = sum(layout.ledger().total for layout in layouts.values()) // 8
     matrix = max(layout.weights for layout in layouts.values())
     solving = 12 * 4 * matrix
@@ -166,29 +203,34 @@ def _seconds(
     recipe: Recipe,
     parameters: int,
     layouts: dict[str, WeightLayout],
+    mixture: _Mixture,
     device: str,
+    context: int,
 ) -> dict[str, float]:
     speed = FORWARD_EFFICIENCY * matmul_speed(device)
     tokens = config.calibration.windows * config.calibration.seqlen
-    weights = sum(layout.weights for layout in layouts.values())
-    squares = (
-        sum(layout.columns**2 for layout in layouts.values()) / 2
-    )  # about half share their input
+    weights = sum(mixture.share(name) * layout.weights for name, layout in layouts.items())
+    # about half of the layers share their input
+    squares = sum(mixture.share(name) * w.columns**2 for name, w in layouts.items()) / 2
+    passed = parameters - sum(layout.weights for layout in layouts.values()) + weights
     calibrate = 2 * tokens * (CALIBRATION_PASSES * weights + squares) / speed
     solve = getattr(recipe.codebook, "relative_cost", 1.0) * sum(
         layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
         for layout in layouts.values()
     )
-    corpora = config.evaluation.perplexity.values()
-    scored = sum((corpus.windows or 600) * corpus.seqlen for corpus in corpora)
-    rows = sum((task.rows or 2000) * TASK_TOKENS for task in config.evaluation.zero_shot.values())
-    evaluate = 2 * (scored + rows) * parameters / speed
-    evaluate += TASK_START * bool(config.evaluation.zero_shot)
+    evaluation = config.evaluation
+    scored = sum(
+        context * corpus.windows if corpus.windows else CORPUS_TOKENS
+        for corpus in evaluation.corpora.values()
+    )
+    rows = sum((task.rows or 2000) * TASK_TOKENS for task in evaluation.zero_shot.values())
+    evaluate = 2 * (scored + rows) * passed / speed
+    evaluate += TASK_START * bool(evaluation.zero_shot)
     disk = 2 * parameters / 5e8
     allocate = {}
     if isinstance(recipe.precision, RateDistortion):
         surveyed = recipe.precision.windows * config.calibration.seqlen
-        passes = 2 * surveyed * (4 * parameters + squares) / speed
+        passes = 2 * surveyed * (4 * passed + squares) / speed
         allocate = {"allocate": passes + ALLOCATION * solve}
     return {
         "load": 2 + disk,
@@ -202,9 +244,10 @@ def _seconds(
 
 def plan_for(config: ExperimentConfig, device: str) -> Plan:
     """Fetch a model's config (hub models: nothing but that) and plan its run."""
-    from claq_exp.models.load import load_config
+    from claq_exp.models.load import forward_dtype, load_config
     from claq_exp.sources.model import model_folder
 
     folder: Path = model_folder(config.model, weights=False)
     model_config = load_config(folder, trust_remote_code=config.model.trust_remote_code)
+    config = config.with_dtype(forward_dtype(config.model.dtype, model_config, device))
     return make_plan(config, model_config, device)

@@ -16,34 +16,34 @@ from transformers import PretrainedConfig
 
 from claq_exp import __version__
 from claq_exp.checkpoint.allocation import load_allocation, save_allocation
-from claq_exp.checkpoint.files import read_json, write_json
+from claq_exp.checkpoint.files import write_json
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import CheckpointError
 from claq_exp.evaluation.divergence import Comparison, LogitStore
-from claq_exp.evaluation.measure import Measurement, measure
+from claq_exp.evaluation.measure import Measurement, Meter
+from claq_exp.evaluation.scores import ScoreStore, code_content
 from claq_exp.inputs import Fetched, Tokens, fetch, tokenize_inputs
-from claq_exp.machine import choose_device, peak_memory, settle, versions
+from claq_exp.machine import choose_device, device_name, peak_memory, settle, versions
 from claq_exp.models.allocate import allocate_model
-from claq_exp.models.load import load_config, load_model, stored_dtype
+from claq_exp.models.load import forward_dtype, load_config, load_model, stored_dtype
 from claq_exp.models.quantize import quantize_model
 from claq_exp.plan import Plan, make_plan
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.precision import RateDistortion
 from claq_exp.reporting.plots import plot_layers
-from claq_exp.reporting.results import build_results, write_layers
+from claq_exp.reporting.results import build_results, with_few_tokens, write_layers
 from claq_exp.run_folder import RESULTS_FILE, RunFolder, run_identity
 from claq_exp.runtime.load import load_checkpoint
-from claq_exp.sources.cache import fetch_log
-from claq_exp.sources.model import weight_bytes
+from claq_exp.sources.cache import cache_folder, fetch_log
+from claq_exp.sources.model import fingerprint, weight_bytes
 from claq_exp.tracking.events import EventLog
 from claq_exp.tracking.progress import RunProgress, noise_to
 from claq_exp.tracking.wandb import WandbTracker, check_wandb
 
 EVENTS_FILE = "events.jsonl"
-ORIGINAL = "original.json"
 ALLOCATION = "allocation.safetensors"
 
 
@@ -70,12 +70,13 @@ def run(
     settle(config.seed, config.threads)
     with noise_to(fetch_log()):
         fetched = fetch(config)
+    model_config = load_config(fetched.model, trust_remote_code=config.model.trust_remote_code)
+    config = config.with_dtype(forward_dtype(config.model.dtype, model_config, device))
     identity = run_identity(config, fetched.contents, __version__)
     folder = RunFolder.of(config, identity)
     finished = folder.results()
     if finished is not None and config.resume != "never":
         return Outcome(folder.path, finished, found=True)
-    model_config = load_config(fetched.model, trust_remote_code=config.model.trust_remote_code)
     plan = make_plan(config, model_config, device)
     with noise_to(fetch_log()):
         tokens = tokenize_inputs(config, fetched.model)
@@ -104,8 +105,13 @@ def run(
             events.event("finished", seconds=results["run"]["seconds"])
         folder.write_results(results)
         shutil.rmtree(folder.work, ignore_errors=True)
-        notes = (tracker.failure,) if tracker and tracker.failure else ()
-        return Outcome(folder.path, results, found=False, notes=notes)
+        notes = [tracker.failure] if tracker and tracker.failure else []
+        if few := results["fallbacks"]["layers_with_few_tokens"]:
+            notes.append(
+                f"{few} layers saw fewer calibration tokens than they have inputs (tokens in "
+                "layers.csv); more calibration.windows help"
+            )
+        return Outcome(folder.path, results, found=False, notes=tuple(notes))
 
 
 def _prepare(folder: RunFolder, resume: str) -> None:
@@ -172,6 +178,7 @@ class _Job:
             device=self.device,
             sizes=checkpoint_sizes(self.folder.checkpoint, layouts, self.plan.parameters),
             original_bytes=weight_bytes(self.fetched.model),
+            corpora=self.tokens.corpora,
             original=original,
             quantized=quantized,
             kl=kl,
@@ -198,6 +205,9 @@ class _Job:
             on_share=self.progress.advance,
         )
         write_layers(self.folder.path / "layers.csv", quantized.report)
+        if few := with_few_tokens(quantized.report):
+            fewest = min(row["tokens"] for row in few)
+            self.events.event("few_tokens", layers=len(few), fewest=fewest)
         if not self.folder.checkpoint.is_dir():
             dtype = stored_dtype(self.model_config)
             target, packed = self.folder.checkpoint, quantized.packed
@@ -237,24 +247,21 @@ class _Job:
         )
 
     def _measure_original(self, model: Any) -> Measurement:
-        path = self.folder.work / ORIGINAL
         logits = self._original_logits()
-        if path.is_file() and logits.complete():
-            return Measurement.from_json(read_json(path))
-        measured = self._stage(
-            "evaluate original", lambda: self._measure(model, "original", logits.record)
+        wanted = {} if logits.complete() else logits.windows
+        store = self._scores(cache_folder() / "originals", self.fetched.contents["model"])
+        return self._stage(
+            "evaluate original",
+            lambda: self._measure(model, "original", store, wanted, logits.record),
         )
-        write_json(path, measured.to_json())
-        return measured
 
     def _original_logits(self) -> LogitStore:
         """Return where the original's logits are kept for the comparison with the checkpoint's."""
-        corpora = self.config.evaluation.perplexity
-        windows = {}
-        for name, tokens in self.tokens.corpora.items():
-            wanted = corpora[name].kl_windows
-            windows[name] = len(tokens) if wanted is None else min(wanted, len(tokens))
-        return LogitStore(self.folder.work, windows)
+        wanted = self.config.evaluation.kl_windows
+        counts = {name: len(corpus.windows) for name, corpus in self.tokens.corpora.items()}
+        if wanted is not None:
+            counts = {name: min(wanted, count) for name, count in counts.items()}
+        return LogitStore(self.folder.work, counts)
 
     def _measure_checkpoint(self, comparison: Comparison) -> Measurement:
         model = load_checkpoint(
@@ -264,23 +271,46 @@ class _Job:
             kernel=self.config.runtime.kernel,
             trust_remote_code=self.config.model.trust_remote_code,
         )
-        return self._measure(model, "quantized", comparison.add)
+        store = self._scores(self.folder.work / "scores", fingerprint(self.folder.checkpoint))
+        wanted = self._original_logits().windows
+        return self._measure(model, "quantized", store, wanted, comparison.add)
+
+    def _scores(self, folder: Path, model: str) -> ScoreStore:
+        """Return the scores that are known of a model with this content."""
+        subject = {
+            "model": model,
+            "dtype": self.config.model.dtype,
+            "kernel": self.config.runtime.kernel,
+            "device": device_name(self.device),
+            "versions": versions(),
+            "code": code_content(),
+        }
+        return ScoreStore(folder, subject)
 
     def _measure(
-        self, model: Any, which: str, on_logits: Callable[[str, int, Tensor], None]
+        self,
+        model: Any,
+        which: str,
+        store: ScoreStore,
+        logit_windows: dict[str, int],
+        on_logits: Callable[[str, int, Tensor], None],
     ) -> Measurement:
-        return measure(
+        contents = self.fetched.contents
+        tasks = {name: contents[f"zero_shot.{name}"] for name in self.config.evaluation.zero_shot}
+        meter = Meter(
             model,
             self.tokens.tokenizer,
-            self.tokens.corpora,
-            self.config.evaluation,
             self.device,
+            store,
+            tasks,
+            logit_windows,
             on_value=lambda kind, name, value: self.events.event(
                 kind, dataset=name, model=which, value=value
             ),
             on_share=self.progress.advance,
             on_logits=on_logits,
         )
+        return meter.measure(self.tokens.corpora, self.config.evaluation)
 
     def _stage(self, name: str, work: Callable[[], Any]) -> Any:
         """Do a stage's work under its name in the progress bar, and note what it took."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,10 +20,28 @@ if not torch.cuda.is_available():
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from claq_exp.machine import drop_stale_kernels
+from claq_exp.sources.cache import cache_folder
 
 drop_stale_kernels()  # before a test compiles or loads one
 
 WORDS = ["the", "a", "cat", "dog", "runs", "sees", "small", "big", "red", "house", "tree", "and"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache_of_scores() -> Iterator[Path]:
+    """A cache that shares what was downloaded, converted or compiled, and no scores."""
+    real = cache_folder()
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        for kept in ("files", "models", "kernels"):
+            (real / kept).mkdir(parents=True, exist_ok=True)
+            Path(folder, kept).symlink_to(real / kept)
+        patch.setenv("CLAQ_EXP_CACHE", folder)
+        yield Path(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_scores_of_other_tests(own_cache_of_scores: Path) -> None:
+    shutil.rmtree(own_cache_of_scores / "originals", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
@@ -82,15 +103,14 @@ def tiny_run(tiny_model: Path, text_file: Path, tmp_path: Path) -> list[str]:
         "model=hf",
         f"model.source={tiny_model}",
         "calibration=text",
-        f"calibration.text.source={text_file}",
+        f"calibration.path={text_file}",
         "calibration.windows=8",
         "calibration.seqlen=64",
         "calibration.batch_size=2",
         "evaluation=perplexity",
-        f"evaluation.perplexity.wikipedia.text.source={text_file}",
-        "evaluation.perplexity.wikipedia.text.sha256=null",
-        "evaluation.perplexity.wikipedia.windows=6",
-        "evaluation.perplexity.wikipedia.seqlen=64",
+        f"evaluation.corpora.wikipedia.path={text_file}",
+        "evaluation.corpora.wikipedia.windows=6",
+        "evaluation.context=64",
         "tracking=none",
         f"outputs={tmp_path / 'outputs'}",
     ]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from claq_exp.config import EvaluationConfig
-from claq_exp.evaluation.perplexity import Perplexity, perplexity
+from claq_exp.evaluation.perplexity import Corpus, Perplexity, perplexity, windows_at_once
+from claq_exp.evaluation.scores import ScoreStore
 from claq_exp.evaluation.zero_shot import TaskScore, score_tasks
 
 if TYPE_CHECKING:
@@ -26,60 +27,96 @@ class Measurement:
     perplexity: dict[str, Perplexity] = field(default_factory=dict)
     zero_shot: dict[str, TaskScore] = field(default_factory=dict)
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON data; a perplexity that is not finite becomes null."""
-        data = asdict(self)
-        for row in data["perplexity"].values():
-            row["value"] = row["value"] if math.isfinite(row["value"]) else None
-        return data
 
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Measurement:
-        """Read `to_json` back; null becomes infinity."""
-        return Measurement(
-            {
-                name: Perplexity(
-                    **{**row, "value": math.inf if row["value"] is None else row["value"]}
-                )
-                for name, row in data["perplexity"].items()
-            },
-            {name: TaskScore(**row) for name, row in data["zero_shot"].items()},
-        )
+@dataclass(frozen=True)
+class Meter:
+    """Measures one model; what was measured of it before is taken from a store.
 
-
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    corpora: dict[str, Tensor],
-    evaluation: EvaluationConfig,
-    device: str,
-    *,
-    on_value: Callable[[str, str, float], None] = lambda _kind, _name, _value: None,
-    on_share: Callable[[float, str], None] = lambda _share, _detail: None,
-    on_logits: Callable[[str, int, Tensor], None] = lambda _corpus, _window, _logits: None,
-) -> Measurement:
-    """Measure perplexity on each corpus (name -> windows [n, seqlen] int64) and the tasks.
-
+    task_contents: task -> hash of all that defines its score.  logit_windows: corpus -> how many of
+    its first windows must run through the model for their logits, known score or not.
     on_value: called with (perplexity or zero_shot, name, value).  on_share: called with (share of
     the work, what).  on_logits: called with (corpus, number of the window, logits [seqlen - 1,
     vocabulary]).
     """
-    result = Measurement()
-    windows = sum(len(corpus) for corpus in corpora.values())
-    share = 1.0 if not evaluation.zero_shot else 1.0 - TASK_SHARE
-    for name, corpus in corpora.items():
-        result.perplexity[name] = perplexity(
-            model,
-            corpus,
-            evaluation.batch_size,
-            device,
-            lambda done, name=name: on_share(share * done / windows, name),  # type: ignore[misc]
-            partial(on_logits, name),
-        )
-        on_value("perplexity", name, result.perplexity[name].value)
-    for name, task in evaluation.zero_shot.items():
-        on_share(0.0, name)
-        result.zero_shot |= score_tasks(model, tokenizer, {name: task}, evaluation.batch_size)
-        on_share(TASK_SHARE / len(evaluation.zero_shot), name)
-        on_value("zero_shot", name, result.zero_shot[name].value)
-    return result
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: str
+    store: ScoreStore
+    task_contents: Mapping[str, str]
+    logit_windows: Mapping[str, int] = field(default_factory=dict)
+    on_value: Callable[[str, str, float], None] = lambda _kind, _name, _value: None
+    on_share: Callable[[float, str], None] = lambda _share, _detail: None
+    on_logits: Callable[[str, int, Tensor], None] = lambda _corpus, _window, _logits: None
+
+    def measure(self, corpora: Mapping[str, Corpus], evaluation: EvaluationConfig) -> Measurement:
+        """Measure perplexity on each corpus, and the tasks; each score is kept as it comes."""
+        result = Measurement()
+        windows = sum(len(corpus.windows) for corpus in corpora.values())
+        share = 1.0 if not evaluation.zero_shot else 1.0 - TASK_SHARE
+        for name, corpus in corpora.items():
+            score = self._perplexity(name, corpus, evaluation, share / windows)
+            result.perplexity[name] = score
+            self.on_value("perplexity", name, score.value)
+        for name in evaluation.zero_shot:
+            self.on_share(0.0, name)
+            task = self._task(name, evaluation)
+            result.zero_shot[name] = task
+            self.on_value("zero_shot", name, task.value)
+        return result
+
+    def _perplexity(
+        self, name: str, corpus: Corpus, evaluation: EvaluationConfig, share: float
+    ) -> Perplexity:
+        seqlen = corpus.windows.shape[1]
+        vocabulary = self.model.config.get_text_config().vocab_size
+        batch_size = windows_at_once(evaluation.batch_size, seqlen, vocabulary, self.device)
+        measure = {"perplexity": corpus.content(), "seqlen": seqlen, "batch_size": batch_size}
+        known = self.store.find(measure)
+        run = corpus.windows
+        if known is not None:
+            run = run[: self.logit_windows.get(name, 0)]
+            self.on_share(share * (len(corpus.windows) - len(run)), name)
+        if len(run):
+            found = perplexity(
+                self.model,
+                replace(corpus, windows=run),
+                batch_size,
+                self.device,
+                lambda done: self.on_share(share * done, name),
+                partial(self.on_logits, name),
+            )
+        if known is None:
+            self.store.keep(measure, _plain(asdict(found)))
+            return found
+        return Perplexity(**_measured(known))
+
+    def _task(self, name: str, evaluation: EvaluationConfig) -> TaskScore:
+        task, batch_size = evaluation.zero_shot[name], evaluation.batch_size
+        measure = {"task": name, "content": self.task_contents[name], "batch_size": batch_size}
+        share, done = TASK_SHARE / len(evaluation.zero_shot), 0.0
+
+        def advance(reached: float) -> None:
+            nonlocal done
+            self.on_share(share * (reached - done), name)
+            done = reached
+
+        known = self.store.find(measure)
+        if known is not None:
+            advance(1.0)
+            return TaskScore(**_measured(known))
+        found = score_tasks(self.model, self.tokenizer, {name: task}, batch_size, advance)[name]
+        self.store.keep(measure, _plain(asdict(found)))
+        return found
+
+
+def _plain(value: Any) -> Any:
+    """Return JSON data: what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _measured(score: dict[str, Any]) -> dict[str, Any]:
+    """Read `_plain` back; a value of null is infinite."""
+    return {**score, "value": math.inf if score["value"] is None else score["value"]}

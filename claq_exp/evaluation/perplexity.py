@@ -1,4 +1,4 @@
-"""Perplexity on non-overlapping windows."""
+"""Perplexity by the convention of the GPTQ line of papers."""
 
 from __future__ import annotations
 
@@ -10,13 +10,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+CPU_TOKENS = 2048  # at a time: more gain nothing on a CPU, and their logits take memory
+GPU_TOKENS = 16384
+LOGIT_SHARE = 0.2  # of a GPU's memory that the logits of a batch may take, with their float32 copy
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus for perplexity: windows [n, seqlen] int64, and which rule put their first tokens.
+
+    overlap: share of its tokens in passages that the calibration windows hold too (None: nothing
+    to compare with).
+    """
+
+    windows: Tensor
+    bos: str
+    overlap: float | None = None
+
+    def content(self) -> str:
+        """Return the hash that identifies the tokens in results."""
+        return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood (nats) per predicted token.
+    """exp of the mean negative log-likelihood in nats over `tokens` predicted tokens.
 
-    tokens: predicted tokens, seqlen - 1 a window.  tokens_sha256: of all window tokens, to compare
-    like with like.
+    seqlen: of a window, whose first token is context only.  tokens_sha256: of all windows, to
+    compare like with like.
     """
 
     value: float
@@ -28,13 +49,13 @@ class Perplexity:
 @torch.inference_mode()
 def perplexity(
     model: nn.Module,
-    windows: Tensor,
+    corpus: Corpus,
     batch_size: int,
     device: str,
     tick: Callable[[int], None] = lambda _: None,
     on_logits: Callable[[int, Tensor], None] = lambda _window, _logits: None,
 ) -> Perplexity:
-    """Measure a causal language model on windows [n, seqlen] int64.
+    """Measure a causal language model on the windows of a corpus.
 
     The convention of GPTQ's evaluation: every window is seen alone, its first token is context, the
     mean runs over all predicted tokens.  tick: called with the number of windows done.
@@ -42,16 +63,19 @@ def perplexity(
     """
     total = 0.0
     window = 0
+    windows = corpus.windows
     for batch in windows.split(batch_size):
         tokens = batch.to(device)
         logits = model(tokens, use_cache=False).logits
-        for row, target in zip(
-            logits, tokens, strict=True
-        ):  # one window's float32 logits at a time
-            loss = nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="sum")
-            total += loss.item()
+        losses = []
+        for row, target in zip(logits, tokens, strict=True):  # one window's float32 logits a time
+            losses.append(
+                nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="sum")
+            )
             on_logits(window, row[:-1])
             window += 1
+        total += torch.stack(losses).double().sum().item()  # the device is waited for once a batch
+        del logits, row  # before the next batch makes its own
         tick(len(batch))
     predicted = windows.numel() - len(windows)
     mean = total / predicted
@@ -59,5 +83,16 @@ def perplexity(
         value=math.inf if mean > 700 else math.exp(mean),  # NaN stays NaN
         seqlen=windows.shape[1],
         tokens=predicted,
-        tokens_sha256=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        tokens_sha256=corpus.content(),
     )
+
+
+def windows_at_once(wanted: int | str, seqlen: int, vocabulary: int, device: str) -> int:
+    """Return the batch size for windows of `seqlen` tokens; `auto` depends on the device alone."""
+    if isinstance(wanted, int):
+        return wanted
+    if not device.startswith("cuda"):
+        return max(1, CPU_TOKENS // seqlen)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    fitting = int(LOGIT_SHARE * memory / (vocabulary * 8))  # tokens: two 16-bit or one 32-bit copy
+    return max(1, min(GPU_TOKENS, fitting) // seqlen)

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from claq_exp.errors import ConfigError, NumericalError, SourceError, first_line
+from claq_exp.models.experts import split_experts
 
+AHEAD = 0.05  # relative change of logits that is no rounding, be it of bfloat16
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -25,7 +27,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
 def load_model(folder: Path, *, dtype: str, device: str, trust_remote_code: bool = False) -> Model:
     """Load the model of a Hugging Face folder, in evaluation mode, onto `device`.
 
-    Raises ConfigError for a model that is already quantized, SourceError when a tensor is missing.
+    Experts are split.  Raises ConfigError for a model that is already quantized or looks ahead,
+    SourceError when a tensor is missing.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
@@ -45,8 +48,23 @@ def load_model(folder: Path, *, dtype: str, device: str, trust_remote_code: bool
         )
     if missing := sorted(report["missing_keys"]):
         raise SourceError(f"{folder} lacks {len(missing)} tensors of its model, e.g. {missing[0]}")
+    split_experts(model)
     _check_finite(model)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    if _looks_ahead(model):
+        raise ConfigError(
+            f"{folder} ({config.model_type}) is no causal language model: what it predicts after a "
+            "token changes with the tokens that follow; give a decoder"
+        )
+    return model
+
+
+@torch.inference_mode()
+def _looks_ahead(model: Model) -> bool:
+    """Tell whether a later token changes an earlier prediction, as in encoders such as BERT."""
+    tokens = torch.tensor([[1, 2] + [later] * 6 for later in (1, 2)], device=model.device)
+    first, second = model(tokens, use_cache=False).logits[:, 1].float()
+    return bool((first - second).norm() > AHEAD * first.norm())
 
 
 def _check_finite(model: Model) -> None:
@@ -68,12 +86,26 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype:
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
 
 
-def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
+def forward_dtype(wanted: str, config: PretrainedConfig, device: str) -> str:
+    """Return the name of the dtype for forward passes.
+
+    auto: float32 on a CPU, which is fast in nothing else; on a GPU what the config says of the
+    stored weights.  A config that says nothing is older than that entry, and its weights float32.
+    """
+    if wanted != "auto":
+        return wanted
+    stored = str(config.dtype).removeprefix("torch.")
+    return stored if device != "cpu" and stored in DTYPES else "float32"
+
+
+def tokenize(tokenizer: Tokenizer, text: str, *, special: bool = True) -> Tensor:
     """Return the token ids of a whole text: [n] int64.
 
-    Special tokens are added as the tokenizer does by itself (Llama: one at the start of the text).
+    special: add special tokens as the tokenizer does by itself (Llama: one at the start of the
+    text).
     """
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    options = {"add_special_tokens": special, "verbose": False}
+    ids = tokenizer(text, return_tensors="pt", **options).input_ids[0]
     return ids.to(torch.int64)
 
 

@@ -75,17 +75,26 @@ def make_report(folder: Path, keys: list[str]) -> Report:
 
 
 def _check_same_tokens(runs: list[dict[str, Any]]) -> None:
+    """Refuse a column whose numbers do not compare: other tokens, other questions."""
     seen: dict[tuple[str, str], Any] = {}
     for results in runs:
         model = results["config"]["model"]["name"]
         tokens = {f"'{name}'": row["tokens_sha256"] for name, row in results["perplexity"].items()}
         compared = results.get("kl", {})  # of the same corpus' first tokens: their number tells
         tokens |= {f"the KL on '{name}'": row["tokens"] for name, row in compared.items()}
+        tasks = results["zero_shot"].items()
+        asked = {name: row.get("requests_sha256", row["rows"]) for name, row in tasks}
         for measure, content in tokens.items():
             if seen.setdefault((model, measure), content) != content:
                 raise ConfigError(
                     f"report: runs of {model} measured {measure} on different tokens; put "
                     "them in separate folders"
+                )
+        for task, content in asked.items():
+            if seen.setdefault((model, f"task {task}"), content) != content:
+                raise ConfigError(
+                    f"report: runs of {model} scored '{task}' on different questions (rows, "
+                    "prompts or data); put them in separate folders"
                 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,8 @@ from claq_exp.checkpoint.writer import Sizes
 from claq_exp.config import ExperimentConfig
 from claq_exp.evaluation.divergence import Divergence
 from claq_exp.evaluation.measure import Measurement
+from claq_exp.evaluation.perplexity import Corpus
+from claq_exp.evaluation.zero_shot import average_accuracy
 from claq_exp.machine import device_name, git_commit, peak_memory, versions
 
 SCHEMA = 1
@@ -31,6 +34,7 @@ LAYER_FIELDS = (
     "weight_error",
     "damping",
     "dead_columns",
+    "tokens",
     "seconds",
 )
 
@@ -44,6 +48,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
     device: str,
     sizes: Sizes,
     original_bytes: int,
+    corpora: Mapping[str, Corpus],
     original: Measurement,
     quantized: Measurement,
     kl: dict[str, Divergence],
@@ -74,20 +79,24 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
             "ledger": sizes.ledger.as_dict(),
         },
         "size": {"checkpoint_bytes": sizes.bytes, "original_bytes": original_bytes},
-        "perplexity": perplexity_rows(original, quantized),
+        "perplexity": perplexity_rows(corpora, original, quantized),
         "kl": kl_rows(kl),
         "zero_shot": zero_shot_rows(original, quantized),
+        "average_accuracy": average_row(original, quantized),
         "timings": {key: round(spent.get(key, 0.0), 3) for key in TIMINGS},
         "peak_memory_bytes": max(peak_memory(), int(spent.get("peak_memory_bytes", 0))),
         "fallbacks": {
             "more_damping": sum(_more_damping(config, row) for row in report),
             "layers_with_dead_columns": sum(row["dead_columns"] > 0 for row in report),
+            "layers_with_few_tokens": len(with_few_tokens(report)),
         },
     }
 
 
-def perplexity_rows(original: Measurement | None, quantized: Measurement) -> dict[str, Any]:
-    """Return corpus -> values of both models on the same tokens."""
+def perplexity_rows(
+    corpora: Mapping[str, Corpus], original: Measurement | None, quantized: Measurement
+) -> dict[str, Any]:
+    """Return corpus -> values of both models on the same tokens, and what tokens those are."""
     rows = {}
     for name, measured in quantized.perplexity.items():
         before = original.perplexity[name] if original else None
@@ -97,6 +106,8 @@ def perplexity_rows(original: Measurement | None, quantized: Measurement) -> dic
             "seqlen": measured.seqlen,
             "tokens": measured.tokens,
             "tokens_sha256": measured.tokens_sha256,
+            "bos": corpora[name].bos,
+            "overlap": corpora[name].overlap,
         }
     return rows
 
@@ -107,15 +118,27 @@ def kl_rows(kl: dict[str, Divergence]) -> dict[str, Any]:
 
 
 def zero_shot_rows(original: Measurement | None, quantized: Measurement) -> dict[str, Any]:
-    """Return task -> values of both models on the same rows; stderr is the quantized model's."""
-    return {
-        name: {
-            **{key: value for key, value in asdict(score).items() if key != "value"},
-            "original": original.zero_shot[name].value if original else None,
-            "quantized": score.value,
+    """Return task -> values of both models on the same requests; the rest is of the quantized."""
+    rows = {}
+    for name, score in quantized.zero_shot.items():
+        row = {key: value for key, value in asdict(score).items() if key != "value"}
+        before = original.zero_shot[name].value if original else None
+        rows[name] = {
+            **row,
+            "metrics": {metric: finite(value) for metric, value in score.metrics.items()},
+            "original": None if before is None else finite(before),
+            "quantized": finite(score.value),
         }
-        for name, score in quantized.zero_shot.items()
-    }
+    return rows
+
+
+def average_row(original: Measurement | None, quantized: Measurement) -> dict[str, Any] | None:
+    """Return the mean accuracy of both models over the tasks that have one, if two or more do."""
+    after = average_accuracy(quantized.zero_shot)
+    if after is None:
+        return None
+    before = average_accuracy(original.zero_shot) if original else None
+    return {"original": before, "quantized": after}
 
 
 def write_layers(path: Path, report: list[dict[str, Any]]) -> None:
@@ -126,6 +149,11 @@ def write_layers(path: Path, report: list[dict[str, Any]]) -> None:
     for row in report:
         writer.writerow({key: "" if row[key] is None else _short(row[key]) for key in LAYER_FIELDS})
     write_bytes(path, text.getvalue().encode())
+
+
+def with_few_tokens(report: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of layers that saw fewer calibration tokens than they have inputs."""
+    return [row for row in report if row["tokens"] < row["cols"]]
 
 
 def finite(value: float) -> float | None:

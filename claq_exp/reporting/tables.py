@@ -11,15 +11,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from claq_exp.errors import ConfigError
+from claq_exp.evaluation.zero_shot import is_accuracy
 from claq_exp.quantize.layout import ROW_GRID
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from claq_exp.checkpoint.summary import LayerSummary, Summary
+    from claq_exp.inputs import Input
     from claq_exp.plan import Plan
 
 ORIGINAL_BITS = 16.0
+HASH = 12  # digits of a content hash that are shown
+OVERLAP = 0.001  # of a corpus' tokens: less is set phrases
 BAR = 30  # characters of the longest bar of a histogram
 FULLEST = 5  # layers that are named for their reserved entries
 
@@ -59,10 +64,54 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append((label, "", _number(row["mean"], ".4f")))
     for name, row in results["zero_shot"].items():
         label = f"{name} {row['metric']} ({row['rows']:,} rows)"
-        error = f" ± {100 * row['stderr']:.1f}" if row["stderr"] else ""
-        before = _number(row["original"], ".1f", 100)
-        rows.append((label, before, _number(row["quantized"], ".1f", 100) + error))
+        style = (".1f", 100) if is_accuracy(row["metric"]) else (".2f", 1)
+        error = f" ± {_number(row['stderr'], *style)}" if row["stderr"] else ""
+        rows.append(
+            (label, _number(row["original"], *style), _number(row["quantized"], *style) + error)
+        )
+    if average := results.get("average_accuracy"):
+        before, after = (_number(average[key], ".1f", 100) for key in ("original", "quantized"))
+        rows.append(("average accuracy", before, after))
     return rows
+
+
+def overlap_notes(results: dict[str, Any]) -> list[str]:
+    """Return a line for each corpus whose text calibration has seen in parts."""
+    return [
+        f"{100 * row['overlap']:.1f} % of the tokens of {name} are in passages that the "
+        "calibration text holds too; its perplexity flatters the quantized model"
+        for name, row in results["perplexity"].items()
+        if (row.get("overlap") or 0.0) >= OVERLAP
+    ]
+
+
+def input_lines(inputs: Mapping[str, Input]) -> list[str]:
+    """Return a line for each input: what, from where, size, beginning of its hash, and place."""
+    rows = [
+        (
+            key.replace("corpora.", "corpus ").replace("zero_shot.", "task "),
+            found.origin,
+            _file_size(sum(path.stat().st_size for path in found.files)) if found.files else "",
+            found.content[:HASH],
+            _place(found.files),
+        )
+        for key, found in inputs.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    return [
+        "  ".join([*map(str.ljust, row[:-1], widths), row[-1]])  # no table, for a path stays whole
+        for row in rows
+    ]
+
+
+def _place(files: Sequence[Path]) -> str:
+    if not files:
+        return "cache of the library datasets"
+    return str(files[0] if len(files) == 1 else files[0].parent)
+
+
+def _file_size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
 def runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
@@ -87,6 +136,8 @@ def runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
             row[f"{name} KL"] = measured["mean"]
         for name, measured in results["zero_shot"].items():
             row[f"{name} {measured['metric']}"] = measured["quantized"]
+        if average := results.get("average_accuracy"):
+            row["average accuracy"] = average["quantized"]
         rows.append(row)
     frame = pd.DataFrame(rows)
     frame["run"] = [results["run"]["id"] for results in runs]  # last, whatever the first run lacks

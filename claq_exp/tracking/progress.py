@@ -26,7 +26,7 @@ class RunProgress:
 
     def __init__(self, estimates: dict[str, float], console: Console | None = None) -> None:
         self._estimates = {stage: max(seconds, 0.1) for stage, seconds in estimates.items()}
-        self._console = console or Console(file=_own_stderr())
+        self._console = console or Console(file=own_stderr())
         self._bar = Progress(
             TextColumn("{task.description:<28}"),
             BarColumn(),
@@ -102,6 +102,6 @@ def noise_to(path: Path) -> Iterator[None]:
             os.close(original)
 
 
-def _own_stderr():  # type: ignore[no-untyped-def]
+def own_stderr():  # type: ignore[no-untyped-def]
     """Return a stream to standard error that stays with the terminal inside `noise_to`."""
     return os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace")

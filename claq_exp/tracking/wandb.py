@@ -107,4 +107,6 @@ def comparison_rows(results: dict[str, Any]) -> list[dict[str, Any]]:
         }
         for name, row in results["zero_shot"].items()
     ]
+    if average := results.get("average_accuracy"):
+        rows.append({"measure": "average accuracy", **average})
     return rows

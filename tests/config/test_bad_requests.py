@@ -115,11 +115,16 @@ VALUES = [
     (["codebook=uniform", "codebook.group_size=-1"], ["codebook.group_size is -1"]),
     (["calibration.windows=0"], ["calibration.windows is 0"]),
     (["evaluation.batch_size=0"], ["evaluation.batch_size is 0"]),
-    (["evaluation.perplexity.wikipedia.seqlen=1"], ["seqlen must be at least 2"]),
-    (["evaluation.perplexity.wikipedia.kl_windows=-1"], ["kl_windows is -1", "null"]),
-    (["evaluation.perplexity.wikipedia.kl_windows=1.5"], ["kl_windows", "1.5", "Integer"]),
+    (["evaluation.context=1"], ["evaluation.context is 1", "from 2, or model"]),
+    (["evaluation.context=whole"], ["evaluation.context is whole", "or model"]),
+    (["evaluation.batch_size=many"], ["evaluation.batch_size is many", "or auto"]),
+    (["evaluation.bos=never"], ["evaluation.bos 'never'", "auto, text, window"]),
+    (["calibration.draw=last"], ["draw 'last'", "documents, first, positions, shuffled"]),
+    (["calibration.lines=all"], ["lines 'all'", "rows, stripped, whole"]),
+    (["evaluation.kl_windows=-1"], ["kl_windows is -1", "null"]),
+    (["evaluation.kl_windows=1.5"], ["kl_windows", "1.5", "Integer"]),
     (["model.source="], ["model.source is empty"]),
-    (["calibration.text.source="], ["a text needs a source"]),
+    (["calibration.path="], ["a text needs a path"]),
 ]
 
 
@@ -158,14 +163,14 @@ def test_several_values_without_the_flag_for_a_grid_point_to_that_flag(run, refu
 
 
 def test_a_value_with_odd_characters_is_told_to_be_quoted(run, refusal):
-    assert run("calibration.text.source=wheel://name==1/x.txt") == REQUEST
+    assert run("calibration.source=wheel://name==1/x.txt") == REQUEST
     assert "quotes" in refusal()
 
 
 def test_a_key_below_an_empty_part_says_that_there_is_nothing(run, refusal):
     assert run("evaluation=none") == REQUEST
     line = refusal()
-    assert "evaluation.perplexity.wikipedia" in line
+    assert "evaluation.corpora.wikipedia" in line
     assert not line.endswith("there are: ")
 
 
@@ -229,13 +234,13 @@ def test_wandb_asked_for_and_not_installed(run, refusal, outputs, monkeypatch):
 
 
 def test_a_text_file_that_is_missing(run, refusal, outputs, tmp_path):
-    assert run(f"calibration.text.source={tmp_path}/nothing.txt") == REQUEST
+    assert run(f"calibration.path={tmp_path}/nothing.txt") == REQUEST
     assert "nothing.txt' does not exist" in refusal()
     assert not outputs.exists()
 
 
 def test_a_text_of_another_content_than_pinned(run, refusal, outputs, text_file):
-    assert run(f"calibration.text.sha256={'0' * 64}") == RUN
+    assert run(f"calibration.sha256={'0' * 64}") == RUN
     line = refusal()
     assert str(text_file) in line
     assert "0" * 64 in line
@@ -265,12 +270,12 @@ def test_a_task_that_lm_eval_does_not_have(run, refusal, outputs):
         (["calibration.windows=5000"], ["calibration", "5000", "calibration.windows"]),
         (["calibration.seqlen=129"], ["calibration.seqlen is 129", "128"]),
         (
-            ["evaluation.perplexity.wikipedia.windows=5000"],
-            ["evaluation.perplexity.wikipedia", "5000"],
+            ["evaluation.corpora.wikipedia.windows=5000"],
+            ["evaluation.corpora.wikipedia", "5000"],
         ),
         (
-            ["evaluation.perplexity.wikipedia.seqlen=129"],
-            ["evaluation.perplexity.wikipedia.seqlen is 129", "128"],
+            ["evaluation.context=129"],
+            ["evaluation.context is 129", "128"],
         ),
     ],
     ids=lambda case: " ".join(case)[:60],
@@ -388,7 +393,7 @@ def test_a_weight_that_is_nan_is_named_where_nothing_is_measured(
 ):
     change = set_entry("model.layers.1.mlp.up_proj.weight", (3, 5), float("nan"))
     source = changed(tiny_model, tmp_path / "model", change)
-    assert run(source, "~evaluation.perplexity.wikipedia") == RUN
+    assert run(source, "~evaluation.corpora.wikipedia") == RUN
     line = failure()
     assert "model.layers.1.mlp.up_proj" in line
     assert "weight[3, 5] is nan" in line
@@ -408,7 +413,7 @@ def test_activations_beyond_the_dtype_are_named_with_their_layer(
 ):
     change = set_entry("model.layers.1.input_layernorm.weight", (3,), 6e4)
     source = changed(tiny_model, tmp_path / "model", change)
-    assert run(source, "model.dtype=float16", "~evaluation.perplexity.wikipedia") == RUN
+    assert run(source, "model.dtype=float16", "~evaluation.corpora.wikipedia") == RUN
     line = failure()
     assert "model.layers.1.self_attn.q_proj" in line
     assert "NaN or infinite" in line
@@ -460,7 +465,7 @@ def test_code_that_comes_with_a_model_is_run_when_it_is_allowed(planted, run, ou
 def checkpoint(tiny_model, text_file, tmp_path_factory) -> Path:
     outputs = tmp_path_factory.mktemp("checkpoint")
     words = ["experiment=rtn_4bit", "model=hf", f"model.source={tiny_model}", "calibration=text"]
-    words += [f"calibration.text.source={text_file}", "calibration.windows=2", "threads=1"]
+    words += [f"calibration.path={text_file}", "calibration.windows=2", "threads=1"]
     words += ["calibration.seqlen=32", "evaluation=none", "tracking=none", f"outputs={outputs}"]
     assert main(words) == 0
     (folder,) = outputs.glob("default/*/checkpoint")
@@ -496,9 +501,9 @@ def test_evaluate_refuses_a_checkpoint_with_a_flipped_byte(
 
 
 def test_evaluate_leaves_nothing_of_a_request_that_it_refuses(run, failure, outputs, checkpoint):
-    words = [f"checkpoint={checkpoint}", "evaluation.perplexity.wikipedia.seqlen=129"]
+    words = [f"checkpoint={checkpoint}", "evaluation.context=129"]
     assert run(*words, command="evaluate") == REQUEST
-    assert "evaluation.perplexity.wikipedia.seqlen is 129" in failure()
+    assert "evaluation.context is 129" in failure()
     assert left_behind(outputs) == []
 
 

@@ -17,6 +17,7 @@ from claq_exp.compose import check_jobs, compose_config, groups, is_multirun
 from claq_exp.config import (
     FAMILIES,
     CalibrationConfig,
+    CorpusConfig,
     EvaluationConfig,
     ModelConfig,
     TrackingConfig,
@@ -38,7 +39,8 @@ NEEDS = {
     "precision/rate_distortion.yaml": ["reservation=none"],
     "reservation/rate_distortion.yaml": ["precision=rate_distortion"],
     "model/hf.yaml": ["model.source=owner/name"],
-    "calibration/text.yaml": ["calibration.text.source=some.txt"],
+    "calibration/text.yaml": ["calibration.path=some.txt"],
+    "corpus/text.yaml": ["evaluation.corpora.wikipedia.path=some.txt"],
     "codebook/uniform.yaml": ["precision=fixed", "reservation=none"],
 }
 
@@ -62,11 +64,15 @@ def flat(values: dict, prefix: str = "") -> dict:
 @pytest.mark.parametrize("file", [name for name in OPTIONS if not name.startswith("experiment/")])
 def test_every_option_of_every_group_composes_with_the_values_of_its_file(file):
     group, option = file.removesuffix(".yaml").split("/")
-    config = compose_config([f"{group}={option}", *NEEDS.get(file, [])]).as_dict()
-    given = {text.partition("=")[0] for text in NEEDS.get(file, [])}
-    composed = flat(config[group])
+    place = "evaluation.corpora.wikipedia" if group == "corpus" else group
+    choice = f"{group}@{place}={option}" if group == "corpus" else f"{group}={option}"
+    config = compose_config([choice, *NEEDS.get(file, [])]).as_dict()
+    given = {text.partition("=")[0] for text in NEEDS.get(file, [])} | {"model.name"}
+    for part in place.split("."):
+        config = config[part]
+    composed = flat(config)
     for key, value in flat(content(CONF / file)).items():
-        if f"{group}.{key}" not in given and (group, key) != ("model", "name"):
+        if f"{place}.{key}" not in given and "${" not in str(value):
             assert composed[key] == value, key
 
 
@@ -95,6 +101,7 @@ def test_the_file_of_a_strategy_shows_every_field_with_its_default(file):
         ("model", ModelConfig),
         ("calibration", CalibrationConfig),
         ("evaluation", EvaluationConfig),
+        ("corpus", CorpusConfig),
         ("tracking", TrackingConfig),
     ],
 )
@@ -103,6 +110,21 @@ def test_the_files_of_a_group_name_no_field_that_the_schema_lacks(group, schema)
     named = set().union(*(content(path) for path in (CONF / group).glob("*.yaml")))
     assert named
     assert named <= known
+
+
+HUB_MODELS = sorted({path.stem for path in (CONF / "model").glob("*.yaml")} - {"hf"})
+
+
+@pytest.mark.parametrize("option", [name for name in HUB_MODELS if name != "smollm2_135m"])
+def test_a_model_of_the_hub_is_a_name_and_a_source_on_top_of_hf(option):
+    text = (CONF / "model" / f"{option}.yaml").read_text(encoding="utf-8")
+    assert yaml.safe_load(text)["defaults"] == ["hf", "_self_"]
+    assert set(content(CONF / "model" / f"{option}.yaml")) <= {"name", "source", "dtype"}
+    assert re.match(r"# .+: [\d.]+ (million|billion) weights, .*hub.*\.\n", text)
+    model = compose_config([f"model={option}"]).model
+    assert model.name == option
+    assert re.fullmatch(r"[\w-]+/[\w.-]+", model.source)
+    assert not model.trust_remote_code
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -25,7 +25,7 @@ def outputs(tmp_path):
 
 @pytest.fixture
 def run(tiny_run):
-    words = ["experiment=rtn_4bit", "threads=1", "~evaluation.perplexity.wikipedia"]
+    words = ["experiment=rtn_4bit", "threads=1", "~evaluation.corpora.wikipedia"]
     return lambda *more: main([*tiny_run, *words, *more])
 
 

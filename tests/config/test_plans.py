@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import tiny_llama
+from transformers import MixtralConfig
 
 import claq_exp.quantize.recipe
 from claq_exp.compose import compose_config
@@ -12,7 +13,8 @@ from claq_exp.quantize.recipe import planned_layout
 
 
 def plan(*words: str) -> Plan:
-    return make_plan(compose_config(list(words)), tiny_llama().config, "cpu")
+    config = compose_config(["evaluation.context=64", *words])
+    return make_plan(config, tiny_llama().config, "cpu")
 
 
 @pytest.fixture
@@ -42,6 +44,22 @@ def test_a_layer_map_is_planned_once_for_each_shape_and_width(planned):
         expected = 8 if ".0." in name else 2 if name.endswith("down_proj") else 3
         assert layout.columns_per_width == {expected: layout.columns}, name
     assert len(planned) == 2 * 4
+
+
+def test_a_mixture_of_experts_takes_the_time_of_the_experts_that_run():
+    sizes = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "head_dim": 12}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8}
+
+    def planned_for(experts: int) -> Plan:
+        config = compose_config(["evaluation.context=64", "evaluation.zero_shot={}"])
+        return make_plan(config, MixtralConfig(**sizes, num_experts_per_tok=experts), "cpu")
+
+    two, all_of_them = planned_for(2), planned_for(8)
+    assert two.parameters == all_of_them.parameters
+    assert len(two.layouts) == 2 * (4 + 8 * 3)
+    assert not [name for name in two.layouts if name.endswith("mlp.gate")]
+    assert two.sizes == all_of_them.sizes
+    assert two.seconds["quantize"] < all_of_them.seconds["quantize"]
 
 
 def test_a_slow_codebook_takes_longer_to_plan_for():

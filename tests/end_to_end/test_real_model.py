@@ -14,8 +14,8 @@ from claq_exp.inputs import fetch
 SMALL = [
     "calibration.windows=4",
     "calibration.seqlen=128",
-    "evaluation.perplexity.wikipedia.windows=4",
-    "evaluation.perplexity.wikipedia.seqlen=256",
+    "evaluation.corpora.wikipedia.windows=4",
+    "evaluation.context=256",
     "evaluation.zero_shot.piqa.rows=20",
     "tracking=none",
 ]

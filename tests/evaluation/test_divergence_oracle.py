@@ -26,7 +26,9 @@ from claq_exp.evaluation.divergence import (
     divergences,
     rounded,
 )
-from claq_exp.evaluation.measure import measure
+from claq_exp.evaluation.measure import Meter
+from claq_exp.evaluation.perplexity import Corpus
+from claq_exp.evaluation.scores import ScoreStore
 from claq_exp.reporting.results import kl_rows
 
 
@@ -244,11 +246,15 @@ def corpus_windows(count: int, seqlen: int) -> torch.Tensor:
 def compared(before, after, corpora, wanted, folder, batch_size=2) -> dict[str, Divergence]:
     store = LogitStore(folder, wanted)
     comparison = Comparison(store)
-    evaluation = EvaluationConfig(
-        perplexity={name: CorpusConfig() for name in corpora}, batch_size=batch_size
-    )
-    for model, on_logits in ((before, store.record), (after, comparison.add)):
-        measure(model, byte_tokenizer(), corpora, evaluation, "cpu", on_logits=on_logits)
+    names = {name: CorpusConfig("unset") for name in corpora}
+    evaluation = EvaluationConfig(names, batch_size=batch_size)
+    for subject, model, on_logits in (
+        ("before", before, store.record),
+        ("after", after, comparison.add),
+    ):
+        scores = ScoreStore(folder / "scores", {"model": subject})
+        meter = Meter(model, byte_tokenizer(), "cpu", scores, {}, on_logits=on_logits)
+        meter.measure({name: Corpus(rows, "text") for name, rows in corpora.items()}, evaluation)
     return comparison.results()
 
 
@@ -321,7 +327,7 @@ def run(tiny_run, tmp_path, monkeypatch):
 def test_a_run_holds_the_divergence_of_its_checkpoint_from_the_model(
     run, tiny_model, text_file, capfd
 ):
-    folder, results = run("evaluation.perplexity.wikipedia.kl_windows=2")
+    folder, results = run("evaluation.kl_windows=2")
     before = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
     after = claq_exp.load(folder / "checkpoint")
     text = text_file.read_text()[: 2 * 64]
@@ -342,7 +348,7 @@ def test_a_run_holds_the_divergence_of_its_checkpoint_from_the_model(
 
 @pytest.mark.parametrize(("wanted", "tokens"), [("null", 6 * 63), ("8", 6 * 63), ("0", None)])
 def test_all_windows_too_many_and_none(wanted, tokens, run, capfd):
-    _, results = run(f"evaluation.perplexity.wikipedia.kl_windows={wanted}")
+    _, results = run(f"evaluation.kl_windows={wanted}")
     row = results["kl"].get("wikipedia")
     assert (row and row["tokens"]) == tokens
     assert ("KL from" in capfd.readouterr().out) == (tokens is not None)

@@ -15,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PretrainedConfig
 
 from claq_exp.cli import main
 from claq_exp.config import CorpusConfig, EvaluationConfig
-from claq_exp.evaluation.measure import Measurement, measure
-from claq_exp.evaluation.perplexity import Perplexity, perplexity
+from claq_exp.evaluation.measure import Measurement, Meter
+from claq_exp.evaluation.perplexity import Corpus, Perplexity, windows_at_once
+from claq_exp.evaluation.perplexity import perplexity as corpus_perplexity
+from claq_exp.evaluation.scores import ScoreStore
 from claq_exp.reporting.results import perplexity_rows
 
 VOCABULARY = 11
@@ -31,9 +34,12 @@ class Table(nn.Module):
     def __init__(self, logits: torch.Tensor) -> None:
         super().__init__()
         self.logits = logits
+        self.config = PretrainedConfig(vocab_size=VOCABULARY)
+        self.passes = 0
 
     def forward(self, tokens: torch.Tensor, use_cache: bool) -> SimpleNamespace:
         assert not use_cache
+        self.passes += len(tokens)
         return SimpleNamespace(logits=self.logits[tokens])
 
 
@@ -45,6 +51,10 @@ def table(seed: int = 0, scale: float = 1.0) -> Table:
 def windows(count: int, seqlen: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, VOCABULARY, (count, seqlen), generator=generator)
+
+
+def perplexity(model: nn.Module, tokens: torch.Tensor, *options) -> Perplexity:
+    return corpus_perplexity(model, Corpus(tokens, "text"), *options)
 
 
 def slow(model: Table, tokens: torch.Tensor) -> float:
@@ -113,40 +123,87 @@ def test_logits_that_are_nan_do_not_pass_for_an_infinite_perplexity():
 
 
 def test_an_infinite_perplexity_is_null_in_the_results():
+    corpora = {"words": Corpus(windows(1, 8), "window", 0.25)}
     measured = Measurement({"words": Perplexity(math.inf, 8, 7, "abc")})
     finite = Measurement({"words": Perplexity(2.0, 8, 7, "abc")})
-    row = perplexity_rows(finite, measured)["words"]
+    row = perplexity_rows(corpora, finite, measured)["words"]
     assert (row["original"], row["quantized"]) == (2.0, None)
-    assert perplexity_rows(None, finite)["words"]["original"] is None
+    assert (row["bos"], row["overlap"]) == ("window", 0.25)
+    assert perplexity_rows(corpora, None, finite)["words"]["original"] is None
 
 
-@pytest.mark.parametrize("value", [2.5, math.inf])
-def test_a_measurement_comes_back_from_json(value):
-    measured = Measurement({"words": Perplexity(value, 8, 7, "abc")})
-    text = json.dumps(measured.to_json(), allow_nan=False)
-    assert Measurement.from_json(json.loads(text)) == measured
+CORPORA = {"one": Corpus(windows(3, 5), "text"), "two": Corpus(windows(2, 5, seed=1), "text")}
+EVALUATION = EvaluationConfig({name: CorpusConfig("unset") for name in CORPORA}, batch_size=2)
 
 
-def test_measure_reports_each_value_and_the_whole_share():
-    model, tokenizer = table(), byte_tokenizer()
-    corpora = {"one": windows(3, 5), "two": windows(2, 5, seed=1)}
+def meter(model: nn.Module, folder, **options) -> Meter:
+    store = ScoreStore(folder, {"model": "table"})
+    return Meter(model, byte_tokenizer(), "cpu", store, {}, **options)
+
+
+def test_measure_reports_each_value_and_the_whole_share(tmp_path):
     values, shares = [], []
-    evaluation = EvaluationConfig(
-        perplexity={name: CorpusConfig() for name in corpora}, batch_size=2
-    )
-    result = measure(
-        model,
-        tokenizer,
-        corpora,
-        evaluation,
-        "cpu",
+    result = meter(
+        table(),
+        tmp_path,
         on_value=lambda kind, name, value: values.append((kind, name, value)),
         on_share=lambda share, name: shares.append(share),
-    )
+    ).measure(CORPORA, EVALUATION)
     assert values == [
         ("perplexity", name, result.perplexity[name].value) for name in ("one", "two")
     ]
     assert sum(shares) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6], ids=["finite", "infinite"])
+def test_what_was_measured_is_found_again_without_the_model(scale, tmp_path):
+    first = meter(table(scale=scale), tmp_path).measure(CORPORA, EVALUATION)
+    assert math.isinf(first.perplexity["one"].value) == (scale > 1.0)
+    values, shares, again = [], [], table()
+    found = meter(
+        again,
+        tmp_path,
+        on_value=lambda kind, name, value: values.append(name),
+        on_share=lambda share, name: shares.append(share),
+    ).measure(CORPORA, EVALUATION)
+    assert found == first
+    assert again.passes == 0
+    assert values == ["one", "two"]
+    assert sum(shares) == pytest.approx(1.0)
+
+
+def test_logits_of_a_known_corpus_cost_only_their_own_windows(tmp_path):
+    first = meter(table(), tmp_path).measure(CORPORA, EVALUATION)
+    model, seen = table(), []
+    found = meter(
+        model,
+        tmp_path,
+        logit_windows={"one": 2},
+        on_logits=lambda corpus, window, logits: seen.append((corpus, window, logits)),
+    ).measure(CORPORA, EVALUATION)
+    assert found == first
+    assert model.passes == 2
+    for number, (corpus, window, logits) in enumerate(seen):
+        assert (corpus, window) == ("one", number)
+        assert torch.equal(logits, model.logits[CORPORA["one"].windows[number, :-1]])
+
+
+@pytest.mark.parametrize(
+    "other", [Corpus(windows(3, 5, seed=9), "text"), Corpus(windows(3, 5)[:2], "text")]
+)
+def test_other_tokens_are_measured_again(other, tmp_path):
+    meter(table(), tmp_path).measure({"one": CORPORA["one"]}, EVALUATION)
+    model = table()
+    found = meter(model, tmp_path).measure({"one": other}, EVALUATION)
+    assert model.passes == len(other.windows)
+    assert found.perplexity["one"].tokens_sha256 == other.content()
+
+
+def test_a_batch_takes_what_the_device_is_good_for():
+    assert windows_at_once(7, 2048, 32_000, "cpu") == 7
+    assert windows_at_once("auto", 512, 32_000, "cpu") == 4
+    assert windows_at_once("auto", 2048, 32_000, "cpu") == 1
+    assert windows_at_once("auto", 100_000, 32_000, "cpu") == 1
 
 
 def test_a_run_whose_perplexity_overflows_finishes_with_null(

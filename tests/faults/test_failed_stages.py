@@ -13,7 +13,9 @@ import torch
 from claq_exp import runner
 from claq_exp.cli import main
 from claq_exp.errors import SourceError
+from claq_exp.evaluation import measure
 from claq_exp.evaluation.divergence import LogitStore
+from claq_exp.sources.cache import cache_folder
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +33,7 @@ def outputs(tmp_path) -> Path:
 @pytest.fixture
 def run(tiny_run):
     words = ["experiment=rtn_4bit", "threads=1", "calibration.windows=2"]
-    words.append("evaluation.perplexity.wikipedia.windows=2")
+    words.append("evaluation.corpora.wikipedia.windows=2")
     return lambda *more: main([*tiny_run, *words, *more])
 
 
@@ -51,6 +53,20 @@ def failing(monkeypatch):
     return break_
 
 
+@pytest.fixture
+def measured(monkeypatch) -> list[int]:
+    """How many windows went through a model, measurement by measurement."""
+    counts = []
+    whole = measure.perplexity
+
+    def count(model, corpus, *rest):
+        counts.append(len(corpus.windows))
+        return whole(model, corpus, *rest)
+
+    monkeypatch.setattr(measure, "perplexity", count)
+    return counts
+
+
 def only_folder(outputs: Path) -> Path:
     (folder,) = (outputs / "default").iterdir()
     return folder
@@ -65,7 +81,7 @@ def identity_of(file: Path) -> tuple[int, int]:
     return file.stat().st_ino, file.stat().st_mtime_ns
 
 
-def test_a_failed_evaluation_keeps_the_checkpoint(run, outputs, failing, capfd):
+def test_a_failed_evaluation_keeps_the_checkpoint(run, outputs, failing, measured, capfd):
     repair = failing("load_checkpoint", SourceError("no luck"))
     assert run() == 1
     assert capfd.readouterr().err.splitlines()[-1] == "claq-exp: no luck"
@@ -77,7 +93,7 @@ def test_a_failed_evaluation_keeps_the_checkpoint(run, outputs, failing, capfd):
     assert identity_of(weights) == before
     done = stages(only_folder(outputs))
     assert done.count("export") == 1
-    assert done.count("evaluate original") == 1
+    assert measured == [2, 2]  # the original and, in the second try, the checkpoint
     assert json.loads((only_folder(outputs) / "results.json").read_text())["status"] == "finished"
 
 
@@ -87,25 +103,26 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [None, Path.unlink, cut])
 def test_between_original_and_quantized_the_original_is_measured_again_only_without_its_logits(
-    damage, run, outputs, failing
+    damage, run, outputs, failing, measured
 ):
-    assert run() == 0
+    assert run("evaluation.kl_windows=1") == 0
     folder = only_folder(outputs)
     whole = json.loads((folder / "results.json").read_text())
+    assert measured == [2, 2]
     repair = failing("load_checkpoint", SourceError("no luck"))
-    assert run("resume=never") == 1
+    assert run("evaluation.kl_windows=1", "resume=never") == 1
+    assert measured == [2, 2, 1]  # its perplexity was known
     logits = folder / "work" / "original_logits_0.npy"
-    assert len(np.load(logits)) == 2
-    assert (folder / "work" / "original.json").is_file()
+    assert len(np.load(logits)) == 1
     if damage is not None:
         damage(logits)
     repair()
-    assert run() == 0
+    assert run("evaluation.kl_windows=1") == 0
     again = json.loads((folder / "results.json").read_text())
     assert again["kl"] == whole["kl"]
     assert again["kl"]["wikipedia"]["mean"] > 0
     assert again["perplexity"] == whole["perplexity"]
-    assert stages(folder).count("evaluate original") == (1 if damage is None else 2)
+    assert measured == [2, 2, 1, 2] if damage is None else [2, 2, 1, 1, 2]
     assert not (folder / "work").exists()
 
 
@@ -130,6 +147,40 @@ def test_a_kill_before_the_original_is_measured_leaves_no_logits_that_count(
     monkeypatch.setattr(LogitStore, "record", record)
     assert run() == 0
     assert json.loads((folder / "results.json").read_text())["kl"] == whole["kl"]
+
+
+def test_what_was_measured_of_the_checkpoint_is_kept_when_a_later_measure_fails(
+    run, outputs, measured, monkeypatch, text_file, capfd
+):
+    words = ["+corpus@evaluation.corpora.more=text", f"evaluation.corpora.more.path={text_file}"]
+    words += ["evaluation.corpora.more.windows=3", "evaluation.kl_windows=0"]
+    counting = measure.perplexity
+
+    def fail(model, corpus, *rest):
+        if len(measured) == 3:
+            raise SourceError("no luck")
+        return counting(model, corpus, *rest)
+
+    monkeypatch.setattr(measure, "perplexity", fail)
+    assert run(*words) == 1
+    assert measured == [2, 3, 2]
+    monkeypatch.setattr(measure, "perplexity", counting)
+    assert run(*words) == 0
+    assert measured == [2, 3, 2, 3]
+    results = json.loads((only_folder(outputs) / "results.json").read_text())
+    assert {"wikipedia", "more"} == set(results["perplexity"])
+    assert results["perplexity"]["more"]["tokens"] == 3 * 63
+
+
+def test_the_original_is_measured_once_for_all_runs_on_the_same_tokens(run, outputs, measured):
+    words = ["evaluation.kl_windows=0"]
+    assert run(*words) == 0
+    assert run(*words, "precision.bits=3") == 0
+    assert run(*words, "precision.bits=3", "evaluation.corpora.wikipedia.windows=3") == 0
+    assert measured == [2, 2, 2, 3, 3]
+    rows = [json.loads(path.read_text())["perplexity"] for path in outputs.rglob("results.json")]
+    assert len({row["wikipedia"]["original"] for row in rows}) == 2
+    assert len(list((cache_folder() / "originals").iterdir())) == 2
 
 
 def test_an_allocation_is_made_once_and_its_budget_kept(run, outputs, failing):
@@ -172,7 +223,7 @@ def test_what_a_kill_left_of_an_unpublished_checkpoint_is_removed(run, outputs, 
     assert not left.exists()
 
 
-def test_resume_required_needs_an_unfinished_run(run, outputs, failing, capfd):
+def test_resume_required_needs_an_unfinished_run(run, outputs, failing, measured, capfd):
     assert run("resume=required") == 1
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("claq-exp: ")]
     assert len(lines) == 1
@@ -182,7 +233,7 @@ def test_resume_required_needs_an_unfinished_run(run, outputs, failing, capfd):
     assert run() == 1
     repair()
     assert run("resume=required") == 0
-    assert stages(only_folder(outputs)).count("evaluate original") == 1
+    assert measured == [2, 2]
 
 
 def test_a_finished_run_is_found_and_resume_never_starts_it_over(run, outputs, capfd):
@@ -200,7 +251,6 @@ def test_a_finished_run_is_found_and_resume_never_starts_it_over(run, outputs, c
     assert after == before
     assert identity_of(folder / "checkpoint" / "model.safetensors") != inode
     assert json.loads((folder / "events.jsonl").read_text().splitlines()[0])["time"] > first
-    assert stages(folder).count("evaluate original") == 1
 
 
 def test_resume_never_that_is_interrupted_is_not_found_finished(run, outputs, failing, capfd):

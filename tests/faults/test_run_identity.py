@@ -16,7 +16,7 @@ WORDS = [
     "model=hf",
     "model.source=/some/model",
     "calibration=text",
-    "calibration.text.source=/some/text.txt",
+    "calibration.path=/some/text.txt",
     "evaluation=perplexity",
     "tracking=none",
     "outputs=/some/outputs",
@@ -48,8 +48,8 @@ def words(tiny_run, model, text_file, tmp_path) -> list[str]:
     return [
         *tiny_run,
         f"model.source={model}",
-        f"calibration.text.source={text}",
-        f"evaluation.perplexity.wikipedia.text.source={text}",
+        f"calibration.path={text}",
+        f"evaluation.corpora.wikipedia.path={text}",
     ]
 
 
@@ -63,10 +63,10 @@ def words(tiny_run, model, text_file, tmp_path) -> list[str]:
         "seed=1",
         "calibration.windows=7",
         "calibration.seqlen=32",
-        "evaluation.perplexity.wikipedia.windows=5",
-        "evaluation.perplexity.wikipedia.kl_windows=5",
-        "evaluation.perplexity.wikipedia.kl_windows=null",
-        "~evaluation.perplexity.wikipedia",
+        "evaluation.corpora.wikipedia.windows=5",
+        "evaluation.kl_windows=5",
+        "evaluation.kl_windows=null",
+        "~evaluation.corpora.wikipedia",
         "model.dtype=bfloat16",
         "device=cpu",
     ],

@@ -12,7 +12,7 @@ import pytest
 from claq_exp.cli import main
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.reporting.report import collect_runs, make_report
-from claq_exp.reporting.tables import markdown, result_rows, runs_frame
+from claq_exp.reporting.tables import markdown, overlap_notes, result_rows, runs_frame
 
 RESULTS = {
     "schema": 1,
@@ -198,6 +198,44 @@ def test_config_keys_become_the_first_columns(folder):
     assert [row.split(",")[:2] for row in rows] == [["3", "2.5"], ["4", "2.5"]]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"zero_shot.piqa.rows": 100},
+        {"zero_shot.piqa.requests_sha256": "ee"},
+    ],
+    ids=["rows", "requests"],
+)
+def test_different_questions_under_one_task_are_refused(change, folder):
+    runs = folder(result(), result(change))
+    with pytest.raises(ConfigError, match="small scored 'piqa' on different questions"):
+        make_report(runs, [])
+
+
+def test_the_average_is_a_row_of_one_run_and_a_column_of_many(folder):
+    average = {"average_accuracy": {"original": 0.715, "quantized": 0.5}}
+    assert result_rows(result() | average)[-1] == ("average accuracy", "71.5", "50.0")
+    frame = runs_frame([result() | average, result(), result() | {"average_accuracy": None}])
+    assert frame["average accuracy"].tolist()[0] == 0.5
+    assert frame["average accuracy"].isna().tolist() == [False, True, True]
+    assert result_rows(result() | {"average_accuracy": None}) == result_rows(result())
+
+
+def test_a_task_that_measures_no_accuracy_is_not_shown_as_a_share():
+    task = {"metric": "word_perplexity", "original": 21.5, "quantized": 30.25, "stderr": None}
+    rows = result_rows(result({"zero_shot": {"wikitext": {**task, "rows": 62}}}))
+    assert rows[-1] == ("wikitext word_perplexity (62 rows)", "21.50", "30.25")
+
+
+def test_text_that_calibration_has_seen_is_noted():
+    assert overlap_notes(result()) == []
+    assert overlap_notes(result({"perplexity.words.overlap": 0.0005})) == []
+    row = RESULTS["perplexity"]["words"]
+    assert overlap_notes(result({"perplexity.words": {**row, "overlap": None}})) == []
+    (line,) = overlap_notes(result({"perplexity.words.overlap": 0.0525}))
+    assert line.startswith("5.2 % of the tokens of words are in passages")
+
+
 @pytest.mark.parametrize("keys", [["solver"], ["model"], ["seed", "seed"]], ids=" ".join)
 def test_a_key_that_is_a_column_already_is_no_traceback(keys, folder, capfd):
     assert main(["report", str(folder(result())), "--by", *keys]) in (0, 2)
@@ -234,9 +272,8 @@ def test_pipes_in_names_do_not_break_the_table(folder):
 
 def test_values_in_brackets_are_shown_as_they_are(folder, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    source = {"text": {"source": "/data/[old]/a.txt"}}
-    runs = folder(result({"config.calibration": source}))
-    assert main(["report", str(runs), "--by", "calibration.text.source"]) == 0
+    runs = folder(result({"config.calibration": {"path": "/data/[old]/a.txt"}}))
+    assert main(["report", str(runs), "--by", "calibration.path"]) == 0
     assert "/data/[old]/a.txt" in capfd.readouterr().out
 
 

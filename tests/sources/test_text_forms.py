@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
-from conftest import byte_tokenizer
 
-from claq_exp.calibration.windows import first_windows, sample_windows
 from claq_exp.errors import ConfigError, SourceError
-from claq_exp.models.load import tokenize
 from claq_exp.sources.cache import sha256_of
-from claq_exp.sources.text import TextSource, read_text, text_file
+from claq_exp.sources.text import TextSource, read_documents, read_text, text_content, text_file
 
 TEXT = "the small cat\nsees the héron\n"
 DOCUMENTS = ["the cat", "a\nbig dog", 'says "so" \\ then']
@@ -27,7 +25,7 @@ def jsonl(documents: list[str], field: str = "text", *, ascii_only: bool = True)
 def source(tmp_path):
     def write(name: str, content: bytes, **options: object) -> TextSource:
         (tmp_path / name).write_bytes(content)
-        return TextSource(str(tmp_path / name), **options)
+        return TextSource(path=str(tmp_path / name), **options)
 
     return write
 
@@ -60,6 +58,7 @@ def test_bytes_that_are_no_utf8_are_replaced_and_the_rest_is_kept(source):
     [
         ("rows.jsonl", jsonl(DOCUMENTS)),
         ("rows.jsonl.gz", gzip.compress(jsonl(DOCUMENTS))),
+        ("c4-validation.00000-of-00008.json.gz", gzip.compress(jsonl(DOCUMENTS))),
         ("windows.jsonl", jsonl(DOCUMENTS).replace(b"\n", b"\r\n")),
         ("blank_lines.jsonl", b"\n" + jsonl(DOCUMENTS).replace(b"\n", b"\n\n")),
         ("no_last_newline.jsonl", jsonl(DOCUMENTS).rstrip(b"\n")),
@@ -93,7 +92,7 @@ def test_a_broken_line_of_jsonl_is_named_with_file_and_number(line, source):
     text = source("rows.jsonl", jsonl(DOCUMENTS[:1]) + b"\n" + line + b"\n")
     with pytest.raises(SourceError) as caught:
         read_text(text)
-    assert f"{text.source} line 3: no JSON object with field 'text'" in str(caught.value)
+    assert f"{text.path} line 3: no JSON object with field 'text'" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -115,20 +114,36 @@ def test_a_damaged_gz_file_is_named(content, source):
 def test_a_pinned_content_is_checked(source, tmp_path):
     text = source("plain.txt", TEXT.encode())
     right = sha256_of(tmp_path / "plain.txt")
-    assert text_file(TextSource(text.source, sha256=right)) == tmp_path / "plain.txt"
+    assert text_file(TextSource(path=text.path, sha256=right)) == tmp_path / "plain.txt"
     with pytest.raises(SourceError, match=right):
-        text_file(TextSource(text.source, sha256="0" * 64))
+        text_file(TextSource(path=text.path, sha256="0" * 64))
+
+
+def test_the_pin_of_a_source_does_not_bind_a_file_that_takes_its_place(source):
+    text = source("plain.txt", TEXT.encode(), source="wheel://a==1/b.txt", sha256="0" * 64)
+    assert read_text(text) == TEXT
 
 
 def test_a_missing_file_is_told_from_a_data_set_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for source in ("nothing.txt", "./nothing", "/nothing/at/all", "~/nothing"):
+    for path in ("nothing.txt", "./nothing", "/nothing/at/all", "~/nothing"):
         with pytest.raises(ConfigError, match=r"does not exist \(looked in "):
-            text_file(TextSource(source))
+            text_file(TextSource(path=path))
     assert text_file(TextSource("owner/data_set")) is None
-    (tmp_path / "owner").mkdir()
-    (tmp_path / "owner" / "data_set").write_text(TEXT, encoding="utf-8")
-    assert read_text(TextSource("owner/data_set")) == TEXT
+
+
+def test_a_file_given_as_a_source_is_pointed_to_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "words").write_text(TEXT, encoding="utf-8")
+    for source in ("words", "./nothing", "/nothing/at/all", "~/nothing"):
+        with pytest.raises(ConfigError, match="give a file as path"):
+            text_file(TextSource(source))
+
+
+def test_a_text_from_nowhere_is_refused():
+    for path in (None, ""):
+        with pytest.raises(ConfigError, match="a text needs a path"):
+            TextSource(path=path)
 
 
 def test_a_data_set_that_the_hub_does_not_give_is_one_line(monkeypatch):
@@ -139,7 +154,7 @@ def test_a_data_set_that_the_hub_does_not_give_is_one_line(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(
-        SourceError, match=r"'owner/data_set'.*no route; give a local file"
+        SourceError, match=r"'owner/data_set'.*no route.*; or give a local file as path"
     ) as caught:
         read_text(TextSource("owner/data_set", subset="en"))
     assert "\n" not in str(caught.value)
@@ -155,21 +170,103 @@ def test_documents_of_a_data_set_are_joined_and_a_wrong_field_names_the_others(m
         read_text(TextSource("some/set"))
 
 
-def test_windows_do_not_overlap_and_follow_the_seed():
-    tokens = tokenize(byte_tokenizer(), "".join(chr(97 + i % 26) for i in range(1003)))
-    first = first_windows(tokens, None, 10, "here")
-    assert first.flatten().tolist() == tokens[:1000].tolist()
-    assert first_windows(tokens, 3, 10, "here").tolist() == first[:3].tolist()
-    drawn = sample_windows(
-        tokens + 1000 * (tokens.new_tensor(range(1003)) // 10), 50, 10, 4, "here"
+LINES = " \n = Title = \n\n A sentence . \n  padded\tlast  "
+
+
+@pytest.mark.parametrize("end", ["", "\n"], ids=["open end", "closed end"])
+def test_lines_of_a_plain_file_become_the_rows_that_the_hub_has_of_it(end, source):
+    whole = source("a.txt", (LINES + end).encode())
+    assert read_documents(whole) == [LINES + end]
+    rows = source("b.txt", (LINES + end).encode(), lines="rows")
+    assert read_documents(rows) == [
+        "",
+        " = Title = \n",
+        "",
+        " A sentence . \n",
+        "  padded\tlast  \n",
+    ]
+    stripped = source("c.txt", (LINES + end).encode(), lines="stripped")
+    assert read_documents(stripped) == ["", "= Title =", "", "A sentence .", "padded\tlast"]
+
+
+def test_only_the_first_documents_are_joined_where_fewer_are_asked_for(source):
+    assert read_text(source("a.jsonl", jsonl(DOCUMENTS), documents=2, join="+")) == (
+        "the cat+a\nbig dog"
     )
-    numbers = (drawn // 1000)[:, 0].tolist()
-    assert len(set(numbers)) == 50
-    again = sample_windows(tokens, 50, 10, 4, "here")
-    assert again.tolist() == [first[number].tolist() for number in numbers]
-    other = sample_windows(tokens, 50, 10, 5, "here")
-    assert other.tolist() != again.tolist()
-    with pytest.raises(
-        ConfigError, match=r"here: the text has 1003 tokens, i.e. 100 windows of 10"
-    ):
-        sample_windows(tokens, 101, 10, 0, "here")
+    assert read_text(source("b.jsonl", jsonl(DOCUMENTS), documents=99, join="+")) == (
+        "+".join(DOCUMENTS)
+    )
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_tables_give_their_field_and_name_the_others(kind, tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"body": DOCUMENTS, "number": [1, 2, 3]})
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        rows.to_parquet(path)
+    else:
+        rows.save_to_disk(tmp_path / "saved")
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(path)
+    assert list(read_documents(TextSource(path=str(path), field="body"))) == DOCUMENTS
+    with pytest.raises(ConfigError, match="no field 'text'; it has: body, number"):
+        read_documents(TextSource(path=str(path)))
+    with pytest.raises(ConfigError, match="field 'number' is no text"):
+        read_documents(TextSource(path=str(path), field="number"))
+    path.write_bytes(b"no table")
+    with pytest.raises(SourceError, match=f"rows.{kind} cannot be read as a table"):
+        read_documents(TextSource(path=str(path), field="body"))
+
+
+def test_a_split_is_asked_of_the_library_datasets(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(*args, **options):
+        asked.append((args, options))
+        return datasets.Dataset.from_dict({"text": DOCUMENTS})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_documents(TextSource("some/set", subset="raw", revision="abc"))[:] == DOCUMENTS
+    assert asked == [(("some/set", "raw"), {"split": "train", "revision": "abc"})]
+
+
+def test_files_of_a_data_set_exclude_a_subset_and_have_a_known_kind():
+    with pytest.raises(ConfigError, match=r"'a/b' is asked for files 'c\.json' and for subset 'd'"):
+        TextSource("a/b", files="c.json", subset="d")
+    with pytest.raises(ConfigError, match=r"kind of files 'x\.csv\.gz' '\.csv' is not known.*json"):
+        read_documents(TextSource("a/b", files="x.csv.gz"))
+
+
+def test_the_content_of_a_data_set_is_that_of_its_documents(monkeypatch):
+    import datasets
+
+    def content(texts: list[str], **options: object) -> str:
+        rows = datasets.Dataset.from_dict({"text": texts})
+        monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+        return text_content(TextSource("some/set", **options))
+
+    whole = content(DOCUMENTS)
+    assert content(list(DOCUMENTS)) == whole
+    assert content(DOCUMENTS[:2]) != whole
+    assert content(["the ca", "ta\nbig dog", DOCUMENTS[2]]) != whole
+    assert content([*DOCUMENTS, "more"], documents=3) == whole
+
+
+def test_several_files_of_a_data_set_are_one_text(tmp_path, monkeypatch):
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    files[0].write_bytes(jsonl(DOCUMENTS))
+    files[1].write_bytes(jsonl(["more"]))
+    text = TextSource("some/set", files="*.jsonl")
+
+    def content(*given: Path) -> str:
+        monkeypatch.setattr("claq_exp.sources.text.data_set_files", lambda *_: list(given))
+        return text_content(text)
+
+    assert content(files[0]) == sha256_of(files[0])
+    assert len({content(*files), content(files[1], files[0]), content(files[0])}) == 3
+    content(*files)
+    assert read_documents(text) == [*DOCUMENTS, "more"]
+    assert read_documents(TextSource("some/set", files="*.jsonl", documents=2)) == DOCUMENTS[:2]

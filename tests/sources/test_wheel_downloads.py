@@ -143,12 +143,15 @@ def test_without_pip_the_message_says_so(monkeypatch, tmp_path):
 
 
 def test_fetch_brings_texts_and_says_where_they_are(tiny_run, capfd):
-    words = [f"calibration.text.source='{URI}'", f"calibration.text.sha256={SHA}"]
+    words = ["calibration.path=null", f"calibration.source='{URI}'", f"calibration.sha256={SHA}"]
     assert main(["fetch", *tiny_run, *words]) == 0
     captured = capfd.readouterr()
-    assert f"calibration: {SHA}" in captured.out
-    assert f"cache: {cache_folder()}" in captured.out
-    assert "words.utf8" in cached()
+    (line,) = (row for row in captured.out.splitlines() if row.startswith("calibration "))
+    (file,) = cache_folder().rglob("words.utf8")
+    assert line.split() == ["calibration", URI, "8.4", "kB", SHA[:12], str(file)]
+    assert f"calibration text: {URI}" in captured.err
+    for what in ("corpus wikipedia", "model"):
+        assert sum(row.startswith(f"{what} ") for row in captured.out.splitlines()) == 1
 
 
 def test_fetch_does_not_pass_over_a_data_set_that_the_hub_does_not_give(
@@ -160,7 +163,10 @@ def test_fetch_does_not_pass_over_a_data_set_that_the_hub_does_not_give(
         raise ConnectionError("no route to the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    assert main(["fetch", *tiny_run, "calibration.text.source=owner/data_set"]) == 1
+    assert (
+        main(["fetch", *tiny_run, "calibration.path=null", "calibration.source=owner/data_set"])
+        == 1
+    )
     assert "owner/data_set" in capfd.readouterr().err
 
 
@@ -175,7 +181,8 @@ def test_fetch_does_not_pass_over_a_data_set_that_the_hub_does_not_give(
 )
 def test_a_run_that_cannot_have_its_text_is_one_line(words, code, fragment, tiny_run, capfd):
     source, sha256 = words
-    request = [f"calibration.text.source={source}", f"calibration.text.sha256={sha256}"]
+    request = [f"calibration.source={source}", f"calibration.sha256={sha256}"]
+    request.append("calibration.path=null")
     assert main([*tiny_run, *request]) == code
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("claq-exp: ")

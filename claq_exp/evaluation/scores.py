@@ -1,0 +1,58 @@
+"""Scores that were measured before, found by everything that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from claq_exp.checkpoint.files import read_json, write_json
+from claq_exp.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class ScoreStore:
+    """A folder with one JSON file a score of one model, named by the hash of what it depends on.
+
+    subject: everything of the model, its dtype, device and libraries that a score depends on; JSON
+    data of content hashes, versions and settings, never of names or times.
+    """
+
+    folder: Path
+    subject: Mapping[str, Any]
+
+    def find(self, measure: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the score of a measure (JSON data of all that defines it), or None.
+
+        A file that cannot be read, or holds another subject or measure, counts as none.
+        """
+        path, key = self._place(measure)
+        try:
+            found = read_json(path)
+        except CheckpointError:
+            return None
+        return found["score"] if found.get("key") == key and "score" in found else None
+
+    def keep(self, measure: Mapping[str, Any], score: Mapping[str, Any]) -> None:
+        """Write a score down, at once and whole."""
+        path, key = self._place(measure)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"key": key, "score": dict(score)})
+
+    def _place(self, measure: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
+        key = json.loads(json.dumps({"subject": self.subject, "measure": measure}))
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{digest[:32]}.json", key
+
+
+def code_content() -> str:
+    """Return a hash of the code that measures: a score must not outlive a change of it."""
+    digest = hashlib.sha256()
+    package = Path(__file__).parent
+    sources = [*package.glob("*.py"), package.parent / "models" / "load.py"]
+    for path in sorted(sources):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,35 @@
+"""How many tokens a model takes at once."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from claq_exp.errors import ConfigError
+
+
+def context_length(wanted: int | str, model_config: PretrainedConfig) -> int:
+    """Return the tokens of a window for perplexity; `model` means the model's own context.
+
+    Raises ConfigError for more than the model takes, or for `model` where it does not say.
+    """
+    if isinstance(wanted, int):
+        check_context("evaluation.context", wanted, model_config)
+        return wanted
+    context = _model_context(model_config)
+    if context is None:
+        raise ConfigError(
+            f"evaluation.context=model: {model_config.model_type} states no context length; "
+            "give a number of tokens"
+        )
+    return context
+
+
+def check_context(where: str, seqlen: int, model_config: PretrainedConfig) -> None:
+    """Raise ConfigError that names the key `where` when a window is longer than the model takes."""
+    context = _model_context(model_config)
+    if context is not None and seqlen > context:
+        raise ConfigError(f"{where} is {seqlen}, the model's context {context}; lower it")
+
+
+def _model_context(model_config: PretrainedConfig) -> int | None:
+    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
