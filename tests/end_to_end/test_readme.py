@@ -18,7 +18,8 @@ SHRUNK = ("model", "calibration", "evaluation", "tracking")  # what the tiny run
 
 def shrunk(words: list[str], tiny: list[str]) -> list[str]:
     """Let the tiny run's model, texts and sizes take the place of the command's."""
-    kept = [word for word in words if word.partition("=")[0].split(".")[0] not in SHRUNK]
+    groups = {word: word.lstrip("+~").partition("=")[0].split(".")[0] for word in words}
+    kept = [word for word in words if groups[word] not in SHRUNK]
     if any(word.startswith(("budget.bits=", "experiment=linear/")) for word in kept):
         kept.append("budget.bits=13")  # in so few rows codebooks and header weigh more than codes
     return [*kept, *(word for word in tiny if not word.startswith("outputs="))]
