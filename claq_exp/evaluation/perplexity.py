@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 CPU_TOKENS = 2048  # at a time: more gain nothing on a CPU, and their logits take memory
 GPU_TOKENS = 16384
+PIECE = 256  # tokens whose losses are taken at a time
 LOGIT_SHARE = 0.2  # of a GPU's memory that the logits of a batch may take, with their float32 copy
 
 
@@ -68,10 +69,8 @@ def perplexity(
         tokens = batch.to(device)
         logits = model(tokens, use_cache=False).logits
         losses = []
-        for row, target in zip(logits, tokens, strict=True):  # one window's float32 logits a time
-            losses.append(
-                nn.functional.cross_entropy(row[:-1].float(), target[1:], reduction="sum")
-            )
+        for row, target in zip(logits, tokens, strict=True):
+            losses += _losses(row[:-1], target[1:])
             on_logits(window, row[:-1])
             window += 1
         total += torch.stack(losses).double().sum().item()  # the device is waited for once a batch
@@ -87,6 +86,15 @@ def perplexity(
     )
 
 
+def _losses(logits: Tensor, target: Tensor) -> list[Tensor]:
+    """Return sums of -log p(target), some tokens at a time: their float32 logits stay in cache."""
+    pieces = zip(logits.split(PIECE), target.split(PIECE), strict=True)
+    return [
+        nn.functional.cross_entropy(piece.float(), wanted, reduction="sum")
+        for piece, wanted in pieces
+    ]
+
+
 def windows_at_once(wanted: int | str, seqlen: int, vocabulary: int, device: str) -> int:
     """Return the batch size for windows of `seqlen` tokens; `auto` depends on the device alone."""
     if isinstance(wanted, int):
@@ -94,5 +102,5 @@ def windows_at_once(wanted: int | str, seqlen: int, vocabulary: int, device: str
     if not device.startswith("cuda"):
         return max(1, CPU_TOKENS // seqlen)
     memory = torch.cuda.get_device_properties(device).total_memory
-    fitting = int(LOGIT_SHARE * memory / (vocabulary * 8))  # tokens: two 16-bit or one 32-bit copy
+    fitting = int(LOGIT_SHARE * memory / (vocabulary * 8))  # tokens: two copies in 32 bits
     return max(1, min(GPU_TOKENS, fitting) // seqlen)
