@@ -34,6 +34,6 @@ def one_of(what: str, value: object, known: object) -> str:
     return f"{what} '{value}' is not known; choose one of: {', '.join(sorted(map(str, known)))}"  # type: ignore[call-overload]
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of somebody else's message, or the error itself where it has none."""
     return str(error).strip().partition("\n")[0] or repr(error)

@@ -16,7 +16,7 @@ import filelock
 
 from claq_exp.checkpoint.files import read_json, write_bytes, write_json
 from claq_exp.config import ExperimentConfig
-from claq_exp.errors import ClaqError
+from claq_exp.errors import CheckpointError, ClaqError, first_line
 
 NEUTRAL = (
     "tracking",
@@ -27,6 +27,15 @@ NEUTRAL = (
     "threads",
 )  # these change no result
 RESULTS_FILE = "results.json"
+STATE_FILE = "state.json"
+LOCK_FILE = ".lock"
+RUNNING, FINISHED, FAILED, INTERRUPTED, KILLED = (
+    "running",
+    "finished",
+    "failed",
+    "interrupted",
+    "killed",
+)
 
 
 def run_identity(
@@ -38,6 +47,32 @@ def run_identity(
     """
     settings = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL}
     return {"config": settings, "contents": contents, "version": version}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """How far a run has come.
+
+    name: running, finished, failed (an error, which `reason` gives), interrupted (by a person), or
+    killed (the process is gone without a word: by the system, for memory, with the machine).
+    """
+
+    name: str
+    reason: str = ""
+
+
+def run_state(folder: Path) -> RunState | None:
+    """Return how far the run in a folder has come, or None where no run began."""
+    if (folder / RESULTS_FILE).is_file():
+        return RunState(FINISHED)
+    try:
+        written = read_json(folder / STATE_FILE)
+        state = RunState(str(written["state"]), str(written.get("reason", "")))
+    except (CheckpointError, KeyError):
+        return None
+    if state.name != RUNNING or _is_held(folder / LOCK_FILE):
+        return state
+    return RunState(KILLED, str(written.get("process", "")))
 
 
 @dataclass(frozen=True)
@@ -81,7 +116,7 @@ class RunFolder:
         """Hold the folder.  Raises ClaqError that names the holder when another process has it."""
         self.path.mkdir(parents=True, exist_ok=True)
         holder = self.path / ".lock-holder"
-        lock = filelock.FileLock(self.path / ".lock")
+        lock = filelock.FileLock(self.path / LOCK_FILE)
         try:
             lock.acquire(timeout=0)
         except filelock.Timeout as error:
@@ -93,4 +128,35 @@ class RunFolder:
         finally:
             holder.unlink(missing_ok=True)
             lock.release()
-            (self.path / ".lock").unlink(missing_ok=True)
+            (self.path / LOCK_FILE).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Write down how the run stands, and how it ends: `run_state` tells."""
+        process = f"process {os.getpid()} on {socket.gethostname()}"
+        self._note({"state": RUNNING, "process": process})
+        try:
+            yield
+        except KeyboardInterrupt:
+            self._note({"state": INTERRUPTED})
+            raise
+        except BaseException as error:
+            with contextlib.suppress(OSError):  # a full disk: the error itself matters more
+                self._note({"state": FAILED, "reason": first_line(error)})
+            raise
+        self._note({"state": FINISHED})
+
+    def _note(self, state: dict[str, str]) -> None:
+        write_json(self.path / STATE_FILE, state)
+
+
+def _is_held(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    lock.release()
+    return False

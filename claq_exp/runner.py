@@ -84,34 +84,38 @@ def run(
         finished = folder.results()  # another process may have been first
         if finished is not None and config.resume != "never":
             return Outcome(folder.path, finished, found=True)
-        _prepare(folder, config.resume)
-        say(
-            f"{plan.sizes.nominal:.2f} nominal / {plan.sizes.linear:.2f} linear bits planned; "
-            f"{folder.path}"
-        )
-        write_json(folder.path / "config.json", {"command": command, **identity})
-        tracker = _tracker(config, folder)
-        others = [tracker] if tracker else []
-        with (
-            RunProgress(plan.seconds) as progress,
-            noise_to(folder.path / "third_party.log"),
-            EventLog(folder.path / EVENTS_FILE, list(others)) as events,
-        ):
-            job = _Job(
-                config, folder, fetched, model_config, tokens, plan, device, progress, events
+        with folder.recorded():
+            _prepare(folder, config.resume)
+            say(
+                f"{plan.sizes.nominal:.2f} nominal / {plan.sizes.linear:.2f} linear bits planned; "
+                f"{folder.path}"
             )
-            results = job.results(command)
-            events.results(results)
-            events.event("finished", seconds=results["run"]["seconds"])
-        folder.write_results(results)
+            write_json(folder.path / "config.json", {"command": command, **identity})
+            tracker = _tracker(config, folder)
+            with (
+                RunProgress(plan.seconds) as progress,
+                noise_to(folder.path / "third_party.log"),
+                EventLog(folder.path / EVENTS_FILE, [tracker] if tracker else []) as events,
+            ):
+                job = _Job(
+                    config, folder, fetched, model_config, tokens, plan, device, progress, events
+                )
+                results = job.results(command)
+                events.results(results)
+                events.event("finished", seconds=results["run"]["seconds"])
+            folder.write_results(results)
         shutil.rmtree(folder.work, ignore_errors=True)
         notes = [tracker.failure] if tracker and tracker.failure else []
-        if few := results["fallbacks"]["layers_with_few_tokens"]:
-            notes.append(
-                f"{few} layers saw fewer calibration tokens than they have inputs (tokens in "
-                "layers.csv); more calibration.windows help"
-            )
-        return Outcome(folder.path, results, found=False, notes=tuple(notes))
+        return Outcome(folder.path, results, found=False, notes=(*_few_tokens(results), *notes))
+
+
+def _few_tokens(results: dict[str, Any]) -> list[str]:
+    few = results["fallbacks"]["layers_with_few_tokens"]
+    note = (
+        f"{few} layers saw fewer calibration tokens than they have inputs (tokens in layers.csv); "
+        "more calibration.windows help"
+    )
+    return [note] if few else []
 
 
 def _prepare(folder: RunFolder, resume: str) -> None:
