@@ -70,7 +70,7 @@ def run_state(folder: Path) -> RunState | None:
         state = RunState(str(written["state"]), str(written.get("reason", "")))
     except (CheckpointError, KeyError):
         return None
-    if state.name != RUNNING or _is_held(folder / LOCK_FILE):
+    if state.name != RUNNING or is_held(folder / LOCK_FILE):
         return state
     return RunState(KILLED, str(written.get("process", "")))
 
@@ -150,7 +150,8 @@ class RunFolder:
         write_json(self.path / STATE_FILE, state)
 
 
-def _is_held(path: Path) -> bool:
+def is_held(path: Path) -> bool:
+    """Tell whether a living process holds the lock of that name."""
     if not path.is_file():
         return False
     lock = filelock.FileLock(path)

@@ -1,0 +1,226 @@
+"""Finds runs below folders, whatever has become of them, and what they measured."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from claq_exp.checkpoint.files import read_json
+from claq_exp.errors import CheckpointError, ConfigError
+from claq_exp.evaluation.zero_shot import is_accuracy
+from claq_exp.reporting.results import SCHEMA
+from claq_exp.run_folder import FINISHED, RESULTS_FILE, STATE_FILE, RunState, run_state
+from claq_exp.sweep.record import JOBS, read_jobs
+
+CONFIG_FILE = "config.json"
+LAYERS_FILE = "layers.csv"
+ORIGINAL_BITS = 16.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, or a job of a sweep that failed before it had a folder.
+
+    folder: its run folder, or None.  state: how it stands.  config: its settings; where it is not
+    finished, without those that change no result, and empty without a folder.  results: content of
+    results.json, or None where it is not finished.  overrides: what a sweep gave it.
+    """
+
+    folder: Path | None
+    state: RunState
+    config: dict[str, Any]
+    results: dict[str, Any] | None = None
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What tells the run from others: its folder's name, or its overrides."""
+        return self.folder.name if self.folder else " ".join(self.overrides)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a run that reports compare.
+
+    kind: bits, size, perplexity, kl, accuracy, score (of a task that has no accuracy), average,
+    time or memory.  name: corpus, task or account.  label: a heading, with the unit.
+    quantized, original: values in the label's unit; None where they were not measured.
+    stderr: of `quantized`, where known.  better: lower, higher, or empty.  digits: decimals.
+    content: what it was measured on; numbers with other content do not compare.
+    """
+
+    kind: str
+    name: str
+    label: str
+    quantized: float | None
+    original: float | None = None
+    stderr: float | None = None
+    better: str = "lower"
+    digits: int = 2
+    content: str = ""
+
+    @property
+    def key(self) -> str:
+        """`kind.name`, as a person names it on the command line."""
+        return f"{self.kind}.{self.name}"
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Runs of one or more folders, and notes on what could not be read."""
+
+    runs: list[Run]
+    notes: list[str]
+
+    @property
+    def finished(self) -> list[Run]:
+        """The runs that have results."""
+        return [run for run in self.runs if run.results is not None]
+
+
+def collect(folders: Sequence[Path]) -> Collection:
+    """Return all runs below folders, finished or not, each once.
+
+    Finished ones come first, by model and linear bits.  Results of a newer schema, or that cannot
+    be read, are left out with a note.  Raises ConfigError when a folder does not exist, or when
+    there is no run below any.
+    """
+    found: dict[Path, Run] = {}
+    failed: list[Run] = []
+    notes: list[str] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"report: '{folder}' is no folder")
+        files = [*folder.rglob(RESULTS_FILE), *folder.rglob(STATE_FILE)]
+        for place in sorted({path.parent for path in files}):
+            try:
+                found.setdefault(place.resolve(), _read(place))
+            except CheckpointError as error:
+                notes.append(str(error))
+        for jobs in sorted(folder.rglob(JOBS)):
+            failed += [
+                Run(None, job.state, {}, overrides=job.overrides)
+                for job in read_jobs(jobs.parent)
+                if job.folder is None and job.state.name != FINISHED
+            ]
+    if not found and not failed:
+        where = ", ".join(f"'{folder}'" for folder in folders)
+        raise ConfigError(f"report: no run below {where}; {'; '.join(notes)}".removesuffix("; "))
+    return Collection(sorted([*found.values(), *failed], key=_order), notes)
+
+
+def measures(run: Run) -> dict[str, Measure]:
+    """Return everything that a finished run measured, by key; nothing for another."""
+    if run.results is None:
+        return {}
+    found = [*_costs(run.results), *_perplexities(run.results), *_scores(run.results)]
+    return {measure.key: measure for measure in found}
+
+
+def layers(run: Run) -> list[dict[str, Any]]:
+    """Return the rows of layers.csv with numbers as numbers, None for what is missing."""
+    path = run.folder / LAYERS_FILE if run.folder else None
+    if path is None or not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def lookup(config: Any, key: str) -> Any:
+    """Return the value at a dotted key, or None."""
+    for part in key.split("."):
+        config = config.get(part) if isinstance(config, dict) else None
+    return config
+
+
+def _read(folder: Path) -> Run:
+    state = run_state(folder)
+    assert state is not None  # one of its two files is there
+    if state.name != FINISHED:
+        path = folder / CONFIG_FILE
+        config = read_json(path).get("config", {}) if path.is_file() else {}
+        return Run(folder, state, config)
+    results = read_json(folder / RESULTS_FILE)
+    schema = results.get("schema", 0)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise CheckpointError(f"{folder} holds results of schema {schema}; update claq_exp")
+    return Run(folder, state, results["config"], results)
+
+
+def _order(run: Run) -> tuple[bool, str, float, str]:
+    if run.results is None:
+        return True, "", 0.0, run.name
+    return False, run.config["model"]["name"], run.results["bits"]["linear"], run.name
+
+
+def _costs(results: dict[str, Any]) -> Iterator[Measure]:
+    bits, size = results["bits"], results["size"]
+    original_bits = dict.fromkeys(("linear", "nominal"), ORIGINAL_BITS)
+    original_bits["model"] = size["original_bytes"] / size["checkpoint_bytes"] * bits["model"]
+    for name in ("linear", "nominal", "model"):
+        yield Measure("bits", name, f"{name} bits", bits[name], original_bits[name])
+    before, after = size["original_bytes"] / 1e6, size["checkpoint_bytes"] / 1e6
+    yield Measure("size", "checkpoint", "checkpoint, MB", after, before, digits=1)
+    seconds = {"total": results["run"].get("seconds"), **results.get("timings", {})}
+    for name, value in seconds.items():
+        yield Measure("time", name, f"{name}, s", value, digits=1)
+    peak = results.get("peak_memory_bytes")
+    gigabytes = None if peak is None else peak / 2**30
+    yield Measure("memory", "peak", "peak memory, GiB", gigabytes)
+
+
+def _perplexities(results: dict[str, Any]) -> Iterator[Measure]:
+    for name, row in results["perplexity"].items():
+        yield Measure(
+            "perplexity",
+            name,
+            f"{name} perplexity",
+            row["quantized"],
+            row["original"],
+            content=row["tokens_sha256"],
+        )
+    for name, row in results.get("kl", {}).items():
+        content = str(row["tokens"])  # the first so many of the corpus
+        yield Measure("kl", name, f"{name} KL", row["mean"], 0.0, digits=3, content=content)
+
+
+def _scores(results: dict[str, Any]) -> Iterator[Measure]:
+    for name, row in results["zero_shot"].items():
+        accuracy = is_accuracy(row["metric"])
+        factor, unit = (100.0, ", %") if accuracy else (1.0, "")
+        yield Measure(
+            "accuracy" if accuracy else "score",
+            name,
+            f"{name} {row['metric']}{unit}",
+            quantized=_times(factor, row["quantized"]),
+            original=_times(factor, row["original"]),
+            stderr=_times(factor, row["stderr"]),
+            better="higher" if accuracy else "lower" if "perplexity" in row["metric"] else "",
+            digits=1 if accuracy else 2,
+            content=str(row.get("requests_sha256", row["rows"])),
+        )
+    if average := results.get("average_accuracy"):
+        yield Measure(
+            "average",
+            "accuracy",
+            "average accuracy, %",
+            quantized=_times(100.0, average["quantized"]),
+            original=_times(100.0, average["original"]),
+            better="higher",
+            digits=1,
+        )
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text or None
