@@ -23,7 +23,9 @@ USAGE = """\
 claq-exp [run] [OVERRIDES] [-m]        quantize a model and measure what it cost (default)
 claq-exp plan [OVERRIDES]              bits, bytes, memory and time before any work
 claq-exp evaluate checkpoint=FOLDER    measure an existing checkpoint
-claq-exp report FOLDER [--by KEY ...]  table and plots of the runs below a folder
+claq-exp report FOLDER ...             tables and plots of all runs below folders; --by KEY ...,
+                                       --rows KEY,... --columns KEY,... --metrics NAME,...,
+                                       --sort KEY, --seeds, --into FOLDER (docs/reports.md)
 claq-exp inspect FOLDER [--layers]     bits, bytes and outliers of a checkpoint; --plot FILE.png
 claq-exp dequantize FOLDER TARGET      write a checkpoint as a plain one; dtype=float16
 claq-exp bench runtime checkpoint=...  speed and memory of a checkpoint with each kernel
@@ -194,21 +196,9 @@ def _plan(overrides: list[str]) -> int:
 
 
 def _report(arguments: list[str]) -> int:
-    from claq_exp.reporting.report import make_report
-    from claq_exp.reporting.tables import frame_table
+    from claq_exp.reporting.command import report_command
 
-    keys: list[str] = []
-    if "--by" in arguments:
-        place = arguments.index("--by")
-        arguments, keys = arguments[:place], arguments[place + 1 :]
-    if len(arguments) != 1:
-        raise ConfigError("report needs one folder, e.g. claq-exp report outputs/default --by seed")
-    report = make_report(Path(arguments[0]), keys)
-    console = Console()
-    console.print(frame_table(report.frame))
-    for path in report.files:
-        console.print(str(path), highlight=False, markup=False, soft_wrap=True)
-    return 0
+    return report_command(arguments)
 
 
 def _evaluate(overrides: list[str]) -> int:

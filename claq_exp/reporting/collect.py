@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,12 @@ from claq_exp.run_folder import FINISHED, RESULTS_FILE, STATE_FILE, RunState, ru
 from claq_exp.sweep.record import JOBS, read_jobs
 
 CONFIG_FILE = "config.json"
+EVENTS_FILE = "events.jsonl"
 LAYERS_FILE = "layers.csv"
 ORIGINAL_BITS = 16.0
+RUN_FILES = {RESULTS_FILE, STATE_FILE, EVENTS_FILE}
+INSIDE = {"checkpoint", "work", "wandb"}  # of a run: no runs in there
+PARTS = ("run", "config", "bits", "size", "perplexity", "zero_shot")  # of every results.json
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,15 @@ class Run:
         """What tells the run from others: its folder's name, or its overrides."""
         return self.folder.name if self.folder else " ".join(self.overrides)
 
+    @cached_property
+    def measured(self) -> dict[str, Measure]:
+        """See `measures`."""
+        if self.results is None:
+            return {}
+        results = self.results
+        found = [*_costs(results), *_perplexities(results), *_scores(results)]
+        return {measure.key: measure for measure in found}
+
 
 @dataclass(frozen=True)
 class Measure:
@@ -50,7 +65,8 @@ class Measure:
     time or memory.  name: corpus, task or account.  label: a heading, with the unit.
     quantized, original: values in the label's unit; None where they were not measured.
     stderr: of `quantized`, where known.  better: lower, higher, or empty.  digits: decimals.
-    content: what it was measured on; numbers with other content do not compare.
+    content: what it was measured on, `AMOUNT:HASH`; numbers of another amount or hash do not
+    compare.  Older results have no hash.
     """
 
     kind: str
@@ -85,40 +101,39 @@ class Collection:
 def collect(folders: Sequence[Path]) -> Collection:
     """Return all runs below folders, finished or not, each once.
 
-    Finished ones come first, by model and linear bits.  Results of a newer schema, or that cannot
-    be read, are left out with a note.  Raises ConfigError when a folder does not exist, or when
-    there is no run below any.
+    Finished ones come first, by model and linear bits.  Results of a newer schema, of
+    `claq-exp evaluate` (they know no recipe), or that cannot be read, are left out with a note.
+    Raises ConfigError when a folder does not exist, or when there is no run below any.
     """
     found: dict[Path, Run] = {}
+    sweeps: set[Path] = set()
     failed: list[Run] = []
     notes: list[str] = []
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"report: '{folder}' is no folder")
-        files = [*folder.rglob(RESULTS_FILE), *folder.rglob(STATE_FILE)]
-        for place in sorted({path.parent for path in files}):
+        for place, names in _walk(folder):
             try:
-                found.setdefault(place.resolve(), _read(place))
+                if place.resolve() not in found and names & RUN_FILES:
+                    found[place.resolve()] = _read(place)
             except CheckpointError as error:
-                notes.append(str(error))
-        for jobs in sorted(folder.rglob(JOBS)):
-            failed += [
-                Run(None, job.state, {}, overrides=job.overrides)
-                for job in read_jobs(jobs.parent)
-                if job.folder is None and job.state.name != FINISHED
-            ]
+                notes.append(f"Left out: {error}.")
+            if JOBS in names and place.resolve() not in sweeps:
+                sweeps.add(place.resolve())
+                failed += [
+                    Run(None, job.state, {}, overrides=job.overrides)
+                    for job in read_jobs(place)
+                    if job.folder is None and job.state.name != FINISHED
+                ]
     if not found and not failed:
         where = ", ".join(f"'{folder}'" for folder in folders)
-        raise ConfigError(f"report: no run below {where}; {'; '.join(notes)}".removesuffix("; "))
+        raise ConfigError(" ".join([f"report: no finished run below {where}.", *notes]).rstrip("."))
     return Collection(sorted([*found.values(), *failed], key=_order), notes)
 
 
 def measures(run: Run) -> dict[str, Measure]:
     """Return everything that a finished run measured, by key; nothing for another."""
-    if run.results is None:
-        return {}
-    found = [*_costs(run.results), *_perplexities(run.results), *_scores(run.results)]
-    return {measure.key: measure for measure in found}
+    return run.measured
 
 
 def layers(run: Run) -> list[dict[str, Any]]:
@@ -137,9 +152,16 @@ def lookup(config: Any, key: str) -> Any:
     return config
 
 
+def _walk(folder: Path) -> Iterator[tuple[Path, set[str]]]:
+    """Go through the folders below one, itself first, with the names in each."""
+    for root, below, files in os.walk(folder):
+        names = {*below, *files}
+        below[:] = sorted(set(below) - INSIDE if names & RUN_FILES else below)
+        yield Path(root), names
+
+
 def _read(folder: Path) -> Run:
-    state = run_state(folder)
-    assert state is not None  # one of its two files is there
+    state = run_state(folder) or RunState("unknown", f"{STATE_FILE} is missing or damaged")
     if state.name != FINISHED:
         path = folder / CONFIG_FILE
         config = read_json(path).get("config", {}) if path.is_file() else {}
@@ -148,6 +170,10 @@ def _read(folder: Path) -> Run:
     schema = results.get("schema", 0)
     if not isinstance(schema, int) or schema > SCHEMA:
         raise CheckpointError(f"{folder} holds results of schema {schema}; update claq_exp")
+    if results.get("status") != FINISHED:
+        raise CheckpointError(f"{folder} holds no run but results that are {results.get('status')}")
+    if missing := [part for part in PARTS if not isinstance(results.get(part), dict)]:
+        raise CheckpointError(f"{folder / RESULTS_FILE} has no '{missing[0]}'")
     return Run(folder, state, results["config"], results)
 
 
@@ -181,10 +207,10 @@ def _perplexities(results: dict[str, Any]) -> Iterator[Measure]:
             f"{name} perplexity",
             row["quantized"],
             row["original"],
-            content=row["tokens_sha256"],
+            content=f"{row['tokens']}:{row.get('tokens_sha256') or ''}",
         )
     for name, row in results.get("kl", {}).items():
-        content = str(row["tokens"])  # the first so many of the corpus
+        content = f"{row['tokens']}:"  # the first so many of the corpus
         yield Measure("kl", name, f"{name} KL", row["mean"], 0.0, digits=3, content=content)
 
 
@@ -198,10 +224,10 @@ def _scores(results: dict[str, Any]) -> Iterator[Measure]:
             f"{name} {row['metric']}{unit}",
             quantized=_times(factor, row["quantized"]),
             original=_times(factor, row["original"]),
-            stderr=_times(factor, row["stderr"]),
+            stderr=_times(factor, row.get("stderr")),
             better="higher" if accuracy else "lower" if "perplexity" in row["metric"] else "",
             digits=1 if accuracy else 2,
-            content=str(row.get("requests_sha256", row["rows"])),
+            content=f"{row['rows']} by {row['metric']}:{row.get('requests_sha256') or ''}",
         )
     if average := results.get("average_accuracy"):
         yield Measure(
@@ -212,7 +238,13 @@ def _scores(results: dict[str, Any]) -> Iterator[Measure]:
             original=_times(100.0, average["original"]),
             better="higher",
             digits=1,
+            content=f"{' '.join(sorted(_with_accuracy(results)))}:",
         )
+
+
+def _with_accuracy(results: dict[str, Any]) -> list[str]:
+    tasks = results["zero_shot"].items()
+    return [name for name, row in tasks if is_accuracy(row["metric"])]
 
 
 def _times(factor: float, value: float | None) -> float | None:

@@ -10,8 +10,9 @@ class Cell:
     """One cell.
 
     text: as a person reads it, unescaped; empty where nothing was measured.  value: the number
-    behind it, for sorting and for CSV, or None for words.  deviation: standard deviation over
-    seeds.  count: runs that it stands for.  best: of its column.
+    behind it, for sorting and for CSV, or None for words.  deviation: sample standard deviation
+    over seeds.  count: runs that it stands for.  best: of its column.  mark: letter of the footnote
+    that says why the cell is blank, or what it leaves out.
     """
 
     text: str
@@ -19,6 +20,7 @@ class Cell:
     deviation: float | None = None
     count: int = 1
     best: bool = False
+    mark: str = ""
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,22 @@ class Row:
 
 @dataclass(frozen=True)
 class Grid:
-    """A table.  footnotes: sentences below it, e.g. what a blank cell means."""
+    """A table.
+
+    columns: headings.  numeric: whether a column holds numbers.  footnotes: sentences below it; one
+    that begins with a letter and a colon belongs to the cells with that mark.  groups: a heading
+    above each column, empty for none; equal neighbours stand together.
+    """
 
     title: str
     columns: list[str]
     numeric: list[bool]
     rows: list[Row]
     footnotes: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
+
+    def headings(self) -> list[str]:
+        """Return the headings in one line each, with the group in front."""
+        groups = self.groups or [""] * len(self.columns)
+        pairs = zip(groups, self.columns, strict=True)
+        return [f"{group}: {column}" if group else column for group, column in pairs]

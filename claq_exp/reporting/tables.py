@@ -5,12 +5,10 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from claq_exp.errors import ConfigError
 from claq_exp.evaluation.zero_shot import is_accuracy
 from claq_exp.quantize.layout import ROW_GRID
 
@@ -112,67 +110,6 @@ def _place(files: Sequence[Path]) -> str:
 
 def _file_size(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
-
-
-def runs_frame(runs: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return one row per run: recipe, bits, size, measures; NaN where a run has none."""
-    rows = []
-    for results in runs:
-        config = results["config"]
-        row: dict[str, Any] = {
-            "model": config["model"]["name"],
-            "codebook": codebook_label(config["codebook"]),
-            "precision": _precision(config),
-            "reservation": _described(config["reservation"], "ratio"),
-            "solver": config["solver"]["name"],
-            "nominal bits": results["bits"]["nominal"],
-            "linear bits": results["bits"]["linear"],
-            "model bits": results["bits"]["model"],
-            "MB": results["size"]["checkpoint_bytes"] / 1e6,
-        }
-        for name, measured in results["perplexity"].items():
-            row[f"{name} perplexity"] = measured["quantized"]
-        for name, measured in results.get("kl", {}).items():
-            row[f"{name} KL"] = measured["mean"]
-        for name, measured in results["zero_shot"].items():
-            row[f"{name} {measured['metric']}"] = measured["quantized"]
-        if average := results.get("average_accuracy"):
-            row["average accuracy"] = average["quantized"]
-        rows.append(row)
-    frame = pd.DataFrame(rows)
-    frame["run"] = [results["run"]["id"] for results in runs]  # last, whatever the first run lacks
-    return frame
-
-
-def with_keys(frame: pd.DataFrame, runs: list[dict[str, Any]], keys: list[str]) -> pd.DataFrame:
-    """Put config values, named by dotted keys, in front of a table of runs.
-
-    Raises ConfigError for a key that no run has.
-    """
-    chosen = [key for key in dict.fromkeys(keys) if key not in frame.columns]
-    values = {key: [_lookup(results["config"], key) for results in runs] for key in chosen}
-    if absent := [key for key in chosen if all(value is None for value in values[key])]:
-        raise ConfigError(f"report: no run has a config key '{absent[0]}'")
-    return pd.concat([pd.DataFrame(values, dtype=object), frame], axis=1)
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """Return a Markdown table; numbers with two decimals, missing cells empty, pipes escaped."""
-    header = [str(column) for column in frame.columns]
-    lines = [_line(header), _line(["---"] * len(header))]
-    lines += [_line([_cell(value) for value in row]) for row in frame.itertuples(index=False)]
-    return "\n".join(lines) + "\n"
-
-
-def frame_table(frame: pd.DataFrame) -> Table:
-    """Return a table of runs for the terminal."""
-    table = Table(header_style="bold")
-    for column in frame.columns:
-        number = pd.api.types.is_numeric_dtype(frame[column])
-        table.add_column(escape(str(column)), justify="right" if number else "left")
-    for row in frame.itertuples(index=False):
-        table.add_row(*[escape(_cell(value)) for value in row])
-    return table
 
 
 def plan_table(plan: Plan) -> Table:
@@ -341,44 +278,6 @@ def _duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and pd.isna(value)):
-        return ""
-    return f"{value:.3f}" if isinstance(value, float) and abs(value) < 1 else _plain(value)
-
-
-def _plain(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
-
-
-def codebook_label(codebook: dict[str, Any]) -> str:
-    """Return a codebook's name, with its group size where it has one."""
-    group_size = codebook.get("group_size")
-    return f"{codebook['name']} g{group_size}" if group_size else str(codebook["name"])
-
-
-def _precision(config: dict[str, Any]) -> str:
-    budget = config.get("budget") or {}
-    if budget.get("bits") is not None:
-        return f"{config['precision']['name']}, {budget['bits']:g} {budget['kind']}"
-    return _described(config["precision"], "target_bits", "bits")
-
-
-def _described(strategy: dict[str, Any], *fields: str) -> str:
-    values = [f"{strategy[field]:g}" for field in fields if field in strategy]
-    return " ".join([strategy["name"], *values[:1]])
-
-
-def _lookup(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = config.get(part) if isinstance(config, dict) else None
-    return config
 
 
 def _number(value: float | None, form: str, factor: float = 1.0) -> str:

@@ -520,7 +520,7 @@ def test_report_needs_a_folder_with_finished_runs(refusal, tmp_path):
     assert main(["report", str(tmp_path / "nothing")]) == REQUEST
     assert "nothing' is no folder" in refusal()
     assert main(["report"]) == REQUEST
-    assert "report needs one folder" in refusal()
+    assert "report needs a folder" in refusal()
 
 
 def test_report_names_a_key_that_no_run_has(refusal, checkpoint):

@@ -1,354 +1,125 @@
-"""A folder of runs becomes tables and plots that compare like with like."""
+"""`claq-exp report`: files, terminal and refusals."""
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
+import re
 
 import pandas as pd
 import pytest
+from run_samples import RESULTS, result, seeded, write_runs, write_state
 
 from claq_exp.cli import main
-from claq_exp.errors import CheckpointError, ConfigError
-from claq_exp.reporting.report import collect_runs, make_report
-from claq_exp.reporting.tables import markdown, overlap_notes, result_rows, runs_frame
-
-RESULTS = {
-    "schema": 1,
-    "status": "finished",
-    "run": {"id": "default-1234abcd"},
-    "config": {
-        "model": {"name": "small"},
-        "codebook": {"name": "kmeans"},
-        "precision": {"name": "outlier_order", "target_bits": 2.5},
-        "reservation": {"name": "outlier_order", "ratio": 0.005},
-        "solver": {"name": "gptq"},
-        "seed": 3,
-    },
-    "bits": {"nominal": 2.57, "linear": 3.4, "model": 4.0, "ledger": {}},
-    "size": {"checkpoint_bytes": 5_000_000, "original_bytes": 20_000_000},
-    "perplexity": {
-        "words": {
-            "original": 20.0,
-            "quantized": 25.25,
-            "seqlen": 64,
-            "tokens": 12_345,
-            "tokens_sha256": "aa",
-        }
-    },
-    "zero_shot": {
-        "piqa": {"metric": "acc", "original": 0.71, "quantized": 0.655, "stderr": 0.03, "rows": 200}
-    },
-}
-
-
-def result(changes: dict | None = None) -> dict:
-    """RESULTS with values at dotted keys replaced; None removes the key."""
-    results = copy.deepcopy(RESULTS)
-    for key, value in (changes or {}).items():
-        *path, last = key.split(".")
-        place = results
-        for part in path:
-            place = place[part]
-        if value is None:
-            del place[last]
-        else:
-            place[last] = value
-    return results
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Write results into run folders, and return the folder above them."""
-
-    def write(*runs: dict):
-        for number, results in enumerate(runs):
-            run = tmp_path / "outputs" / "name" / f"run-{number}"
-            run.mkdir(parents=True)
-            (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
-        return tmp_path / "outputs"
-
-    return write
+    return lambda *runs: write_runs(tmp_path / "outputs", *runs)
 
 
-def test_one_run_is_a_row_for_each_measure_with_both_models():
-    assert result_rows(result()) == [
-        ("nominal bits per weight", "16.00", "2.57"),
-        ("linear bits per weight", "16.00", "3.40"),
-        ("model bits per weight", "16.00", "4.00"),
-        ("checkpoint, MB", "20.0", "5.0"),
-        ("perplexity, words (12,345 tokens)", "20.00", "25.25"),
-        ("piqa acc (200 rows)", "71.0", "65.5 ± 3.0"),
-    ]
+@pytest.fixture
+def refusal(capfd):
+    """Return the one line of standard error."""
+
+    def read() -> str:
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("claq-exp: report")
+        return line
+
+    return read
 
 
-def test_what_was_not_measured_is_blank_in_the_table_of_a_run():
-    rows = result_rows(
-        result(
-            {
-                "perplexity.words.original": 20.0,
-                "perplexity.words.quantized": 0.0,
-                "zero_shot.piqa.stderr": 0.0,
-            }
-        )
-        | {"perplexity": {"words": {**RESULTS["perplexity"]["words"], "quantized": None}}}
-    )
-    assert rows[4] == ("perplexity, words (12,345 tokens)", "20.00", "")
-    assert rows[5] == ("piqa acc (200 rows)", "71.0", "65.5")
-
-
-KL = {"words": {"mean": 0.12345, "top1_agreement": 0.9, "tokens": 4_088}}
-
-
-def test_the_divergence_from_the_original_is_a_row_of_one_run():
-    rows = result_rows(result({"kl": KL}))
-    assert rows[4][0] == "perplexity, words (12,345 tokens)"
-    assert rows[5] == ("KL from original, words (4,088 tokens)", "", "0.1235")
-    infinite = {"words": {**KL["words"], "mean": None}}
-    assert result_rows(result({"kl": infinite}))[5][2] == ""
-    assert result_rows(result({"kl": {}})) == result_rows(result())
-
-
-def test_the_divergence_is_a_column_when_any_run_has_it(folder):
-    runs = folder(
-        result({"bits.linear": 3.5}),  # from before it was measured
-        result({"kl": KL, "bits.linear": 3.6}),
-        result({"kl": {}, "bits.linear": 3.7}),
-    )
-    make_report(runs, [])
-    with (runs / "report.csv").open() as file:
-        assert [row["words KL"] for row in csv.DictReader(file)] == ["", "0.12345", ""]
-    table = [line for line in (runs / "report.md").read_text().splitlines() if line[:1] == "|"]
-    assert table[0].endswith("| words KL | run |")
-    assert [line.split(" | ")[-2] for line in table[2:]] == ["", "0.123", ""]
-    assert "words KL" not in runs_frame([result(), result({"kl": {}})]).columns
-
-
-def test_divergences_over_different_tokens_are_refused(folder):
-    more = {"words": {**KL["words"], "tokens": 8_176}}
-    runs = folder(result({"kl": KL}), result({"kl": more}))
-    with pytest.raises(ConfigError, match="small measured the KL on 'words' on different tokens"):
-        make_report(runs, [])
-    assert not (runs / "report.md").exists()
-
-
-def test_the_table_of_runs_has_recipe_bits_size_and_measures():
-    frame = runs_frame([result()])
-    assert frame.iloc[0].to_dict() == {
-        "model": "small",
-        "codebook": "kmeans",
-        "precision": "outlier_order 2.5",
-        "reservation": "outlier_order 0.005",
-        "solver": "gptq",
-        "nominal bits": 2.57,
-        "linear bits": 3.4,
-        "model bits": 4.0,
-        "MB": 5.0,
-        "words perplexity": 25.25,
-        "piqa acc": 0.655,
-        "run": "default-1234abcd",
-    }
-
-
-def test_measures_that_a_run_lacks_are_blank_in_every_form(folder):
-    runs = folder(
-        result(),
-        result({"perplexity": {}, "bits.linear": 3.5}),
-        result({"zero_shot": {}, "bits.linear": 3.6}),
-    )
-    make_report(runs, [])
+def test_a_report_is_markdown_csv_latex_and_the_same_table_on_the_terminal(folder, capfd):
+    runs = folder(result(), result({"bits.linear": 3.5, "config.solver.name": "nearest"}))
+    assert main(["report", str(runs)]) == 0
+    output = capfd.readouterr().out
+    for name in ("report.md", "report.csv", "report.tex"):
+        assert str(runs / name) in output.splitlines()
+    assert "25.25" in output
     with (runs / "report.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["words perplexity"] for row in rows] == ["25.25", "", "25.25"]
-    assert [row["piqa acc"] for row in rows] == ["0.655", "0.655", ""]
-    table = [line for line in (runs / "report.md").read_text().splitlines() if "kmeans" in line]
-    assert "|  |" in table[1]
-    assert "nan" not in "".join(table).lower()
+    assert [row["original"] for row in rows] == ["true", "false", "false"]
+    assert [row["words perplexity"] for row in rows] == ["20.0", "25.25", "25.25"]
+    assert [row["run"] for row in rows] == ["", "run-0", "run-1"]
+    assert r"\begin{tabular}" in (runs / "report.tex").read_text()
 
 
-def test_an_infinite_perplexity_is_blank_and_does_not_break_the_plot(folder):
-    broken = {**RESULTS["perplexity"]["words"], "quantized": None}
-    runs = folder(result({"perplexity": {"words": broken}}), result())
-    report = make_report(runs, [])
-    assert runs / "words_perplexity.png" in report.files
-    with (runs / "report.csv").open() as file:
-        assert sorted(row["words perplexity"] for row in csv.DictReader(file)) == ["", "25.25"]
-
-
-def test_runs_are_ordered_by_model_and_linear_bits(folder):
-    runs = folder(
-        result({"bits.linear": 4.5}),
-        result({"config.model.name": "another"}),
-        result({"bits.linear": 2.5}),
-    )
-    frame = make_report(runs, []).frame
-    assert list(zip(frame["model"], frame["linear bits"], strict=True)) == [
-        ("another", 3.4),
-        ("small", 2.5),
-        ("small", 4.5),
-    ]
+def test_several_folders_are_one_report_in_the_first_or_where_it_is_wanted(tmp_path, capfd):
+    first = write_runs(tmp_path / "first", result())
+    second = write_runs(tmp_path / "second", result({"bits.linear": 3.5}))
+    assert main(["report", str(first), str(second)]) == 0
+    assert len(pd.read_csv(first / "report.csv")) == 3
+    assert not (second / "report.csv").exists()
+    into = tmp_path / "new" / "place"
+    assert main(["report", str(first), str(second), "--into", str(into)]) == 0
+    assert (into / "report.md").read_bytes() == (first / "report.md").read_bytes()
 
 
 def test_config_keys_become_the_first_columns(folder):
-    runs = folder(result(), result({"config.seed": 4, "bits.linear": 3.5}))
-    make_report(runs, ["seed", "precision.target_bits"])
-    header, *rows = (runs / "report.csv").read_text().splitlines()
+    runs = folder(seeded(3), seeded(4, {"bits.linear": 3.5}))
+    assert main(["report", str(runs), "--by", "seed", "precision.target_bits"]) == 0
+    header, original, *rows = (runs / "report.csv").read_text().splitlines()
     assert header.startswith("seed,precision.target_bits,model,")
+    assert original.startswith(",,small,original,")
     assert [row.split(",")[:2] for row in rows] == [["3", "2.5"], ["4", "2.5"]]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"zero_shot.piqa.rows": 100},
-        {"zero_shot.piqa.requests_sha256": "ee"},
-    ],
-    ids=["rows", "requests"],
-)
-def test_different_questions_under_one_task_are_refused(change, folder):
-    runs = folder(result(), result(change))
-    with pytest.raises(ConfigError, match="small scored 'piqa' on different questions"):
-        make_report(runs, [])
-
-
-def test_the_average_is_a_row_of_one_run_and_a_column_of_many(folder):
-    average = {"average_accuracy": {"original": 0.715, "quantized": 0.5}}
-    assert result_rows(result() | average)[-1] == ("average accuracy", "71.5", "50.0")
-    frame = runs_frame([result() | average, result(), result() | {"average_accuracy": None}])
-    assert frame["average accuracy"].tolist()[0] == 0.5
-    assert frame["average accuracy"].isna().tolist() == [False, True, True]
-    assert result_rows(result() | {"average_accuracy": None}) == result_rows(result())
-
-
-def test_a_task_that_measures_no_accuracy_is_not_shown_as_a_share():
-    task = {"metric": "word_perplexity", "original": 21.5, "quantized": 30.25, "stderr": None}
-    rows = result_rows(result({"zero_shot": {"wikitext": {**task, "rows": 62}}}))
-    assert rows[-1] == ("wikitext word_perplexity (62 rows)", "21.50", "30.25")
-
-
-def test_text_that_calibration_has_seen_is_noted():
-    assert overlap_notes(result()) == []
-    assert overlap_notes(result({"perplexity.words.overlap": 0.0005})) == []
-    row = RESULTS["perplexity"]["words"]
-    assert overlap_notes(result({"perplexity.words": {**row, "overlap": None}})) == []
-    (line,) = overlap_notes(result({"perplexity.words.overlap": 0.0525}))
-    assert line.startswith("5.2 % of the tokens of words are in passages")
-
-
-@pytest.mark.parametrize("keys", [["solver"], ["model"], ["seed", "seed"]], ids=" ".join)
-def test_a_key_that_is_a_column_already_is_no_traceback(keys, folder, capfd):
-    assert main(["report", str(folder(result())), "--by", *keys]) in (0, 2)
-    assert "Traceback" not in capfd.readouterr().err
-
-
-def test_different_tokens_under_one_name_are_refused(folder):
-    runs = folder(result(), result({"perplexity.words.tokens_sha256": "bb"}))
-    with pytest.raises(ConfigError, match="runs of small measured 'words' on different tokens"):
-        make_report(runs, [])
-    assert not (runs / "report.md").exists()
-
-
-def test_two_models_may_have_different_tokens_but_no_common_plot(folder):
+def test_a_pivot_is_asked_for_with_rows_columns_and_metrics(folder):
     runs = folder(
-        result(),
-        result({"config.model.name": "other|one", "perplexity.words.tokens_sha256": "bb"}),
+        *(
+            seeded(seed, {"config.precision.target_bits": bits, "bits.linear": bits})
+            for seed in (0, 1)
+            for bits in (2.1, 2.5)
+        )
     )
-    report = make_report(runs, [])
-    assert [path.name for path in report.files] == ["report.md", "report.csv"]
+    words = ["--rows", "precision.target_bits", "--columns", "reservation.name"]
+    assert main(["report", str(runs), *words, "--metrics", "perplexity.words,kl.words"]) == 0
+    frame = pd.read_csv(runs / "report.csv")
+    group = "reservation outlier_order"
+    assert list(frame.columns) == [
+        "precision.target_bits",
+        *(f"{group}: {name}" for name in ("linear bits", "linear bits std", "linear bits n")),
+        *(f"{group}: {name}" for name in ("nominal bits", "nominal bits std", "nominal bits n")),
+        f"{group}: words perplexity",
+        f"{group}: words perplexity std",
+        f"{group}: words perplexity n",
+        *(f"{group}: {name}" for name in ("words KL", "words KL std", "words KL n")),
+        f"{group}: n",
+        "original",
+    ]
+    assert frame["precision.target_bits"].tolist()[1:] == [2.1, 2.5]
+    assert frame[f"{group}: words perplexity n"].tolist()[1:] == [2, 2]
+
+
+def test_seeds_are_merged_on_request(folder):
+    runs = folder(seeded(0), seeded(1))
+    assert main(["report", str(runs), "--seeds"]) == 0
+    assert pd.read_csv(runs / "report.csv")["n"].tolist()[1:] == [2]
+
+
+def test_runs_without_results_and_notes_stand_below_the_table(folder, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    runs = folder(result())
+    write_state(runs / "name" / "bad", {"state": "failed", "reason": "NaN in layer_3"})
+    (runs / "name" / "new").mkdir()
+    (runs / "name" / "new" / "results.json").write_text(json.dumps(result({"schema": 2})))
+    assert main(["report", str(runs)]) == 0
+    output = capfd.readouterr().out
     text = (runs / "report.md").read_text()
-    assert "Original small: words perplexity 20.00, piqa acc 0.710." in text
-    assert "Original other|one:" in text
-
-
-def test_pipes_in_names_do_not_break_the_table(folder):
-    runs = folder(result({"config.model.name": "a|b", "run": {"id": "x|y"}}))
-    make_report(runs, [])
-    lines = [line for line in (runs / "report.md").read_text().splitlines() if line[:1] == "|"]
-    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
-    assert "a\\|b" in lines[2]
-    assert "x\\|y" in lines[2]
+    assert re.search(r"bad +│ failed +│ NaN in layer_3", output)
+    assert "| bad | failed | NaN in layer_3 |" in text
+    for shown in (output, text):
+        assert "schema 2; update claq_exp" in shown
 
 
 def test_values_in_brackets_are_shown_as_they_are(folder, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
-    runs = folder(result({"config.calibration": {"path": "/data/[old]/a.txt"}}))
+    path = {"config.calibration.path": "/data/[old]/a.txt"}
+    runs = folder(result(path), result({"bits.linear": 3.5}))
     assert main(["report", str(runs), "--by", "calibration.path"]) == 0
     assert "/data/[old]/a.txt" in capfd.readouterr().out
-
-
-def test_numbers_in_markdown_are_short_and_whole_numbers_stay_whole():
-    frame = pd.DataFrame({"a": [12.3456, 0.1234], "b": [7, 8], "c": [None, "x"]})
-    assert markdown(frame).splitlines() == [
-        "| a | b | c |",
-        "| --- | --- | --- |",
-        "| 12.35 | 7 |  |",
-        "| 0.123 | 8 | x |",
-    ]
-
-
-def test_a_whole_number_that_only_some_runs_have_stays_whole(folder):
-    fixed = {"config.precision": {"name": "fixed", "bits": 4}, "bits.linear": 5.0}
-    runs = folder(result(), result(fixed))
-    make_report(runs, ["precision.bits"])
-    table = [line for line in (runs / "report.md").read_text().splitlines() if "kmeans" in line]
-    assert table[0].startswith("|  |")
-    assert table[1].startswith("| 4 |")
-
-
-def test_results_of_a_newer_schema_are_refused(folder):
-    runs = folder(result(), result({"schema": 2}))
-    with pytest.raises(CheckpointError, match="schema 2; update claq_exp"):
-        collect_runs(runs)
-
-
-def test_unfinished_runs_and_evaluations_are_left_out(folder):
-    runs = folder(result(), result({"status": "evaluated", "config": None}))
-    assert len(collect_runs(runs)) == 1
-
-
-def test_a_broken_results_file_is_named(folder):
-    runs = folder(result())
-    broken = runs / "name" / "broken" / "results.json"
-    broken.parent.mkdir()
-    broken.write_text("{", encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"broken/results\.json cannot be read"):
-        collect_runs(runs)
-
-
-def test_the_plot_has_a_line_for_each_method_and_the_original(folder, monkeypatch):
-    from matplotlib.axes import Axes
-
-    drawn, horizontal = [], []
-    plot, line = Axes.plot, Axes.axhline
-
-    def keep_plot(self, x, y, **options):
-        drawn.append((options["label"], list(x), list(y)))
-        return plot(self, x, y, **options)
-
-    def keep_line(self, y, **options):
-        horizontal.append(y)
-        return line(self, y, **options)
-
-    monkeypatch.setattr(Axes, "plot", keep_plot)
-    monkeypatch.setattr(Axes, "axhline", keep_line)
-    runs = folder(
-        result({"bits.linear": 4.5}),
-        result(),
-        result(
-            {"config.precision": {"name": "fixed", "bits": 3}, "config.reservation.name": "none"}
-        ),
-    )
-    make_report(runs, [])
-    assert horizontal == [20.0]
-    assert drawn == [
-        ("kmeans", [3.4], [25.25]),
-        (
-            "kmeans + AP outlier_order + OR outlier_order 0.005",
-            [3.4, 4.5],
-            [25.25, 25.25],
-        ),
-    ]
 
 
 def test_the_report_fits_a_narrow_terminal(folder, monkeypatch, capfd):
@@ -362,7 +133,49 @@ def test_the_report_fits_a_narrow_terminal(folder, monkeypatch, capfd):
 
 def test_reporting_twice_gives_the_same_files(folder):
     runs = folder(result())
-    make_report(runs, [])
+    assert main(["report", str(runs)]) == 0
     first = {path.name: path.read_bytes() for path in runs.glob("report.*")}
-    make_report(runs, [])
+    assert main(["report", str(runs)]) == 0
     assert {path.name: path.read_bytes() for path in runs.glob("report.*")} == first
+
+
+def test_an_infinite_perplexity_is_blank_and_breaks_nothing(folder):
+    broken = {**RESULTS["perplexity"]["words"], "quantized": None}
+    runs = folder(result({"perplexity": {"words": broken}}), result({"bits.linear": 3.5}))
+    assert main(["report", str(runs)]) == 0
+    assert pd.read_csv(runs / "report.csv")["words perplexity"].isna().tolist() == [
+        False,
+        True,
+        False,
+    ]
+
+
+def test_numbers_that_do_not_compare_leave_no_report(folder, refusal):
+    runs = folder(result(), result({"perplexity.words.tokens_sha256": "bb"}))
+    assert main(["report", str(runs)]) == 2
+    assert "different tokens" in refusal()
+    assert list(runs.glob("report.*")) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "report needs a folder, e.g. claq-exp report outputs/default"),
+        (["FOLDER", "--colums", "seed"], "unrecognized arguments: --colums"),
+        (["FOLDER", "--rows"], "--rows: expected one argument"),
+        (["FOLDER", "--by", "seed", "--rows", "seed"], "add its keys to --rows"),
+        (["FOLDER", "--metrics", "speed"], "measure 'speed' is not known; choose one of"),
+        (["FOLDER", "--rows", "seeds"], "no run has a config key 'seeds'; did you mean seed?"),
+        (["FOLDER", "--sort", "size"], "no run has a config key 'size'"),
+        (["FOLDER/none"], "none' is no folder"),
+    ],
+)
+def test_wrong_words_are_one_line_and_exit_two(words, message, folder, refusal):
+    runs = folder(result())
+    assert main(["report", *(word.replace("FOLDER", str(runs)) for word in words)]) == 2
+    assert message in refusal()
+
+
+def test_help_names_the_command(capfd):
+    assert main(["report", "--help"]) == 0
+    assert "claq-exp report FOLDER" in capfd.readouterr().out

@@ -1,0 +1,125 @@
+"""Cells of measures: a number, a mean over seeds, or the reason why there is none."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from string import ascii_lowercase
+
+from claq_exp.reporting.collect import Run, measures
+from claq_exp.reporting.columns import Column
+from claq_exp.reporting.grid import Cell, Row
+
+NOT_MEASURED = "not measured"
+NOT_FINITE = "not finite"
+HUGE = 1e6  # from here in powers of ten
+
+
+@dataclass
+class Marks:
+    """Letters for the reasons below a table, in the order in which they are first needed."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def of(self, reason: str) -> str:
+        """Return the letter of a reason: a to z, then aa, ab and so on."""
+        if reason not in self.reasons:
+            place, letters = len(self.reasons), len(ascii_lowercase)
+            before = ascii_lowercase[place // letters - 1] if place >= letters else ""
+            self.reasons[reason] = before + ascii_lowercase[place % letters]
+        return self.reasons[reason]
+
+    def footnotes(self) -> list[str]:
+        """Return a line for each reason."""
+        return [f"{letter}: {reason}." for reason, letter in self.reasons.items()]
+
+
+def measured_cell(runs: Sequence[Run], column: Column, marks: Marks) -> Cell:
+    """Return a measure of one run, or mean and sample standard deviation over seeds.
+
+    Values that are not finite stay out of a mean, with a mark that says so.
+    """
+    found = [measures(run).get(column.key) for run in runs]
+    present = [measure for measure in found if measure is not None]
+    values = [measure.quantized for measure in present if measure.quantized is not None]
+    infinite = len(present) - len(values)
+    if not values:
+        return Cell("", mark=marks.of(NOT_FINITE if infinite else NOT_MEASURED))
+    mark = marks.of(f"{NOT_FINITE} in {infinite} of {len(runs)} runs, left out") if infinite else ""
+    mean = statistics.fmean(values)
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    text = number(mean, column.digits)
+    if deviation is not None and (column.kind != "bits" or float(f"{deviation:.{column.digits}f}")):
+        text += f" ± {number(deviation, column.digits)}"
+    if len(values) < len(runs):
+        text += f" (n={len(values)})"
+    return Cell(text, mean, deviation, len(values), mark=mark)
+
+
+def original_cell(runs: Sequence[Run], column: Column, marks: Marks) -> Cell:
+    """Return a measure of the model before quantization, as its runs found it."""
+    found = [measures(run).get(column.key) for run in runs]
+    values = [
+        measure.original
+        for measure in found
+        if measure is not None and measure.original is not None
+    ]
+    if not values:
+        return Cell("", mark=marks.of(NOT_MEASURED))
+    least, most = (number(value, column.digits) for value in (min(values), max(values)))
+    mark = marks.of(f"{least} to {most}, as runs measured it") if least != most else ""
+    return Cell(number(values[0], column.digits), values[0], mark=mark)
+
+
+def number(value: float, digits: int) -> str:
+    """Return a number with so many decimals, or two significant digits where they show nothing."""
+    if abs(value) >= HUGE:
+        return f"{value:.2e}"
+    if value and abs(value) < 0.5 * 10**-digits:
+        return f"{value:.1e}" if abs(value) < 1e-6 else f"{value:.2g}"
+    return f"{value:.{digits}f}"
+
+
+def mark_best(
+    rows: Sequence[Row], columns: Sequence[Column | None], models: Sequence[str]
+) -> list[Row]:
+    """Return rows with the best cells of each column marked, per model.
+
+    columns: the measure in each column, or None.  models: of each row.  Cells that read alike are
+    equally good; the original and incomplete means do not compete, nor does a lone value.
+    """
+    cells = [list(row.cells) for row in rows]
+    for place, column in enumerate(columns):
+        if column is None or not column.better:
+            continue
+        for model in dict.fromkeys(models):
+            values = {
+                index: float(number(row.cells[place].value or 0.0, column.digits))
+                for index, row in enumerate(rows)
+                if models[index] == model and not row.original and _competes(row.cells[place])
+            }
+            if len(values) < 2:
+                continue
+            best = (min if column.better == "lower" else max)(values.values())
+            for index, value in values.items():
+                cells[index][place] = replace(cells[index][place], best=value == best)
+    return [replace(row, cells=own) for row, own in zip(rows, cells, strict=True)]
+
+
+def _competes(cell: Cell) -> bool:
+    return cell.value is not None and math.isfinite(cell.value) and not cell.mark
+
+
+def standard_errors(runs: Sequence[Run], columns: Sequence[Column]) -> list[str]:
+    """Return a note on how sure the scores of tasks are."""
+    errors = [
+        measure.stderr
+        for run in runs
+        for measure in measures(run).values()
+        if measure.kind == "accuracy" and measure.stderr
+    ]
+    if not errors or not any(column.kind == "accuracy" for column in columns):
+        return []
+    return [f"Standard error of an accuracy over the task's rows: up to {max(errors):.1f} points."]

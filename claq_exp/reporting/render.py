@@ -1,0 +1,195 @@
+"""Tables as Markdown, CSV, LaTeX and HTML."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+from itertools import groupby
+
+from claq_exp.reporting.grid import Cell, Grid, Row
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "{": r"\{",
+    "}": r"\}",
+    "$": r"\$",
+    "&": r"\&",
+    "#": r"\#",
+    "%": r"\%",
+    "_": r"\_",
+    "^": r"\textasciicircum{}",
+    "~": r"\textasciitilde{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': r"\textquotedbl{}",
+    "[": "{[}",  # after a line break it would be an option
+    "]": "{]}",
+    "±": r"$\pm$",
+}
+
+
+def to_markdown(grid: Grid) -> str:
+    """Return a GitHub table with its footnotes below; best in bold, marks raised."""
+    lines = [_markdown_line([_markdown(heading) for heading in grid.headings()])]
+    lines.append(_markdown_line(["---:" if number else "---" for number in grid.numeric]))
+    lines += [_markdown_line([_markdown_cell(cell) for cell in row.cells]) for row in grid.rows]
+    notes = [line for note in grid.footnotes for line in ("", _markdown(note))]
+    return "\n".join([*lines, *notes]) + "\n"
+
+
+def to_csv(grid: Grid) -> str:
+    """Return plain numbers; empty where there is none.
+
+    Standard deviations and counts are columns of their own, `HEADING std` and `HEADING n`, where a
+    column has any; the last column, `original`, tells the models before quantization.
+    """
+    places = range(len(grid.columns))
+    spread = [any(row.cells[place].deviation is not None for row in grid.rows) for place in places]
+    header: list[str] = []
+    for heading, wide in zip(grid.headings(), spread, strict=True):
+        header += [heading, f"{heading} std", f"{heading} n"] if wide else [heading]
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*header, "original"])
+    for row in grid.rows:
+        fields: list[object] = []
+        for place in places:
+            cell = row.cells[place]
+            fields.append(_plain(cell.value) if grid.numeric[place] else cell.text)
+            if spread[place]:
+                count = "" if cell.value is None or row.original else cell.count
+                fields += [_plain(cell.deviation), count]
+        writer.writerow([*fields, str(row.original).lower()])
+    return text.getvalue()
+
+
+def to_latex(grid: Grid) -> str:
+    """Return a table for the package booktabs, footnotes under it, all names escaped."""
+    align = "".join("r" if number else "l" for number in grid.numeric)
+    body = [_latex_row([_latex_cell(cell) for cell in row.cells]) for row in grid.rows]
+    originals = sum(row.original for row in grid.rows)
+    if 0 < originals < len(body) and all(row.original for row in grid.rows[:originals]):
+        body.insert(originals, r"\midrule")
+    lines = [
+        r"% needs \usepackage{booktabs}",
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{_latex(grid.title)}}}",
+        rf"\begin{{tabular}}{{{align}}}",
+        r"\toprule",
+        *_latex_groups(grid),
+        _latex_row([_latex(heading) for heading in grid.columns]),
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    if grid.footnotes:
+        lines += ["", r"\smallskip", r"\begin{minipage}{\linewidth}", r"\footnotesize"]
+        lines += [rf"{_latex(note)}\par" for note in grid.footnotes]
+        lines.append(r"\end{minipage}")
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def to_html(grid: Grid) -> str:
+    """Return a <table>: `data-value` for sorting, classes number, best and original.
+
+    A row of one run has its name as `data-run`.  Footnotes are the table's foot.
+    """
+    rows = "\n".join(_html_row(grid, row) for row in grid.rows)
+    head = "".join(
+        f'<th scope="col"{_html_class(["number"] if number else [])}>{html.escape(heading)}</th>'
+        for heading, number in zip(grid.columns, grid.numeric, strict=True)
+    )
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in grid.footnotes)
+    foot = f'<tfoot><tr><td colspan="{len(grid.columns)}">{notes}</td></tr></tfoot>\n'
+    return (
+        f'<table class="grid">\n<caption>{html.escape(grid.title)}</caption>\n'
+        f"<thead>\n{_html_groups(grid)}<tr>{head}</tr>\n</thead>\n<tbody>\n{rows}\n</tbody>\n"
+        f"{foot if notes else ''}</table>\n"
+    )
+
+
+def _plain(value: float | None) -> str:
+    return "" if value is None else repr(value)
+
+
+def _markdown_line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _markdown_cell(cell: Cell) -> str:
+    text = _markdown(cell.text)
+    mark = f"<sup>{cell.mark}</sup>" if cell.mark else ""
+    return (f"**{text}**" if cell.best else text) + mark
+
+
+def _markdown(text: str) -> str:
+    """Escape what Markdown would take for itself; underscores inside words it leaves alone."""
+    text = re.sub(r"([\\|*`<>\[\]~])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(letter, letter) for letter in " ".join(text.split()))
+
+
+def _latex_cell(cell: Cell) -> str:
+    text = _latex(cell.text)
+    if cell.value is not None and text.startswith("-"):
+        text = f"$-${text[1:]}"
+    text = rf"\textbf{{{text}}}" if cell.best else text
+    return text + (rf"\textsuperscript{{{cell.mark}}}" if cell.mark else "")
+
+
+def _latex_row(cells: list[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _latex_groups(grid: Grid) -> list[str]:
+    if not any(grid.groups):
+        return []
+    cells, rules, place = [], [], 1
+    for name, width in _spans(grid):
+        cells.append(
+            rf"\multicolumn{{{width}}}{{c}}{{{_latex(name)}}}" if name else " & " * (width - 1)
+        )
+        if name:
+            rules.append(rf"\cmidrule(lr){{{place}-{place + width - 1}}}")
+        place += width
+    return [_latex_row(cells), "".join(rules)]
+
+
+def _spans(grid: Grid) -> list[tuple[str, int]]:
+    """Return each group's heading and its number of columns, from the left."""
+    return [(name, len(list(columns))) for name, columns in groupby(grid.groups)]
+
+
+def _html_groups(grid: Grid) -> str:
+    if not any(grid.groups):
+        return ""
+    cells = [
+        f'<th scope="colgroup" colspan="{width}">{html.escape(name)}</th>'
+        if name
+        else f'<td colspan="{width}"></td>'
+        for name, width in _spans(grid)
+    ]
+    return f"<tr>{''.join(cells)}</tr>\n"
+
+
+def _html_row(grid: Grid, row: Row) -> str:
+    cells = []
+    for cell, is_number in zip(row.cells, grid.numeric, strict=True):
+        classes = ["number"] * is_number + ["best"] * cell.best
+        value = "" if cell.value is None else f' data-value="{cell.value!r}"'
+        mark = f"<sup>{cell.mark}</sup>" if cell.mark else ""
+        cells.append(f"<td{_html_class(classes)}{value}>{html.escape(cell.text)}{mark}</td>")
+    run = f' data-run="{html.escape(row.run)}"' if row.run else ""
+    return f"<tr{_html_class(['original'] * row.original)}{run}>{''.join(cells)}</tr>"
+
+
+def _html_class(classes: list[str]) -> str:
+    return f' class="{" ".join(classes)}"' if classes else ""
