@@ -115,7 +115,7 @@ def collect(folders: Sequence[Path]) -> Collection:
         for place, names in _walk(folder):
             try:
                 if place.resolve() not in found and names & RUN_FILES:
-                    found[place.resolve()] = _read(place)
+                    found[place.resolve()] = read_run(place)
             except CheckpointError as error:
                 notes.append(f"Left out: {error}.")
             if JOBS in names and place.resolve() not in sweeps:
@@ -129,6 +129,30 @@ def collect(folders: Sequence[Path]) -> Collection:
         where = ", ".join(f"'{folder}'" for folder in folders)
         raise ConfigError(" ".join([f"report: no finished run below {where}.", *notes]).rstrip("."))
     return Collection(sorted([*found.values(), *failed], key=_order), notes)
+
+
+def read_run(folder: Path) -> Run:
+    """Return the run of a folder.
+
+    Raises ConfigError when it holds none, CheckpointError for results that cannot be shown: of a
+    newer schema, of `claq-exp evaluate` (they know no recipe), or damaged.
+    """
+    if not any((folder / name).is_file() for name in RUN_FILES):
+        raise ConfigError(f"report: '{folder}' is no run folder, there is no {RESULTS_FILE} in it")
+    state = run_state(folder) or RunState("unknown", f"{STATE_FILE} is missing or damaged")
+    if state.name != FINISHED:
+        path = folder / CONFIG_FILE
+        config = read_json(path).get("config", {}) if path.is_file() else {}
+        return Run(folder, state, config)
+    results = read_json(folder / RESULTS_FILE)
+    schema = results.get("schema", 0)
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise CheckpointError(f"{folder} holds results of schema {schema}; update claq_exp")
+    if results.get("status") != FINISHED:
+        raise CheckpointError(f"{folder} holds no run but results that are {results.get('status')}")
+    if missing := [part for part in PARTS if not isinstance(results.get(part), dict)]:
+        raise CheckpointError(f"{folder / RESULTS_FILE} has no '{missing[0]}'")
+    return Run(folder, state, results["config"], results)
 
 
 def measures(run: Run) -> dict[str, Measure]:
@@ -158,23 +182,6 @@ def _walk(folder: Path) -> Iterator[tuple[Path, set[str]]]:
         names = {*below, *files}
         below[:] = sorted(set(below) - INSIDE if names & RUN_FILES else below)
         yield Path(root), names
-
-
-def _read(folder: Path) -> Run:
-    state = run_state(folder) or RunState("unknown", f"{STATE_FILE} is missing or damaged")
-    if state.name != FINISHED:
-        path = folder / CONFIG_FILE
-        config = read_json(path).get("config", {}) if path.is_file() else {}
-        return Run(folder, state, config)
-    results = read_json(folder / RESULTS_FILE)
-    schema = results.get("schema", 0)
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise CheckpointError(f"{folder} holds results of schema {schema}; update claq_exp")
-    if results.get("status") != FINISHED:
-        raise CheckpointError(f"{folder} holds no run but results that are {results.get('status')}")
-    if missing := [part for part in PARTS if not isinstance(results.get(part), dict)]:
-        raise CheckpointError(f"{folder / RESULTS_FILE} has no '{missing[0]}'")
-    return Run(folder, state, results["config"], results)
 
 
 def _order(run: Run) -> tuple[bool, str, float, str]:

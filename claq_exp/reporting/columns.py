@@ -71,29 +71,33 @@ def check_same_content(runs: Sequence[Run], columns: Sequence[Column]) -> list[s
 
     Returns notes on what older results leave open.  Raises ConfigError.
     """
-    first: dict[tuple[str, str], tuple[Run, str, str]] = {}
+    first: dict[tuple[str, str], tuple[Run, str]] = {}
     unknown: dict[str, None] = {}
     for column in columns:
         for run in runs:
             measure = measures(run).get(column.key)
             if measure is None or not measure.content:
                 continue
-            amount, _, hash_ = measure.content.rpartition(":")
             model = run.config["model"]["name"]
-            other, other_amount, other_hash = first.setdefault(
-                (model, column.key), (run, amount, hash_)
-            )
-            if amount != other_amount or (hash_ and other_hash and hash_ != other_hash):
+            other, content = first.setdefault((model, column.key), (run, measure.content))
+            if not same_content(measure.content, content):
                 raise ConfigError(_refusal(model, measure, other, run))
-            if bool(hash_) != bool(other_hash):
+            if measure.content != content:
                 unknown[column.label] = None
-                first[model, column.key] = (run, amount, hash_ or other_hash)
+                first[model, column.key] = (run, max(measure.content, content, key=len))
     if not unknown:
         return []
     return [
         f"Some results do not say on which content {', '.join(unknown)} was measured; only its "
         "amount is known to be the same."
     ]
+
+
+def same_content(one: str, two: str) -> bool:
+    """Tell whether two contents of measures agree in amount, and in hash where both have one."""
+    amount, _, hash_ = one.rpartition(":")
+    other_amount, _, other_hash = two.rpartition(":")
+    return amount == other_amount and (not hash_ or not other_hash or hash_ == other_hash)
 
 
 def _refusal(model: str, measure: Measure, one: Run, other: Run) -> str:

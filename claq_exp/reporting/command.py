@@ -8,17 +8,22 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from claq_exp.checkpoint.files import write_bytes
 from claq_exp.errors import ConfigError
+from claq_exp.reporting.compare import compare_runs, comparison_markdown
 from claq_exp.reporting.report import Report, TableOptions, make_report
 from claq_exp.reporting.runs_table import SORT
 from claq_exp.reporting.terminal import slim, to_terminal
 
+COMPARISON = "compare.md"
 EXAMPLE = "claq-exp report outputs/default --by seed"
 
 
 def report_command(arguments: list[str]) -> int:
     """Run `claq-exp report` and return its exit code.  Raises ConfigError for wrong words."""
     asked = _parser().parse_args(arguments)
+    if asked.compare:
+        return _compare(asked)
     if not asked.folders:
         raise ConfigError(f"report needs a folder, e.g. {EXAMPLE}")
     folders = [Path(folder).expanduser() for folder in asked.folders]
@@ -34,6 +39,27 @@ def report_command(arguments: list[str]) -> int:
     if options.by and (options.rows or options.columns):
         raise ConfigError("report: --by is for the table of runs; add its keys to --rows")
     _show(make_report(folders, into, options))
+    return 0
+
+
+def _compare(asked: argparse.Namespace) -> int:
+    if asked.folders:
+        raise ConfigError(
+            f"report: --compare takes two runs, and nothing else; '{asked.folders[0]}'"
+        )
+    first, second = (Path(folder).expanduser() for folder in asked.compare)
+    grids = compare_runs(first, second)
+    console = Console()
+    for name, folder in (("A", first), ("B", second)):
+        console.print(f"{name}: {folder}", highlight=False, markup=False, soft_wrap=True)
+    for grid in grids:
+        console.print(grid.title, highlight=False, style="bold")
+        console.print(*to_terminal(grid, console.width))
+    if asked.into:
+        into = Path(asked.into).expanduser()
+        into.mkdir(parents=True, exist_ok=True)
+        write_bytes(into / COMPARISON, comparison_markdown(first, second, grids).encode())
+        console.print(str(into / COMPARISON), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -65,6 +91,7 @@ def _parser() -> _Parser:
     parser.add_argument("--sort", default=SORT)
     parser.add_argument("--seeds", action="store_true")
     parser.add_argument("--into")
+    parser.add_argument("--compare", nargs=2)
     return parser
 
 

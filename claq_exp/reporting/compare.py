@@ -1,0 +1,163 @@
+"""Two runs beside each other: what differs in their settings and in every number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from claq_exp.errors import ConfigError
+from claq_exp.reporting.cells import NOT_FINITE, NOT_MEASURED, Marks, number
+from claq_exp.reporting.collect import Measure, Run, layers, measures, read_run
+from claq_exp.reporting.columns import same_content
+from claq_exp.reporting.grid import Cell, Grid, Row
+from claq_exp.reporting.render import to_markdown
+from claq_exp.reporting.settings import flatten
+
+MOST = 10  # layers that are shown
+COLUMNS = ["", "A", "B", "difference", "ratio"]
+NUMERIC = [False, True, True, True, True]
+ABOUT = ("versions", "device", "git")
+PER_LAYER = {
+    "output_error": "relative output error on the calibration text",
+    "bits": "stored bits per weight",
+}
+
+
+def compare_runs(first: Path, second: Path) -> list[Grid]:
+    """Return tables of settings, circumstances, measures and layers in which two runs differ.
+
+    The first run is A, the second B; differences are B - A, ratios B / A.
+    Raises ConfigError for a folder that holds no finished run.
+    """
+    one, two = finished_run(first), finished_run(second)
+    columns = ["", "A", "B"]
+    settings = _differences(flatten(one.config), flatten(two.config))
+    about = _differences(_about(one), _about(two))
+    grids = [
+        Grid("Settings that differ", columns, [False] * 3, settings),
+        Grid("Made by what differs", columns, [False] * 3, about),
+        _measures(one, two),
+        _ledger(one, two),
+        *_layers(one, two),
+    ]
+    return [grid for grid in grids if grid.rows]
+
+
+def comparison_markdown(first: Path, second: Path, grids: list[Grid]) -> str:
+    """Return the tables as one Markdown text."""
+    parts = [f"# A and B\n\n* A: `{first}`\n* B: `{second}`\n"]
+    parts += [f"## {grid.title}\n\n{to_markdown(grid)}" for grid in grids]
+    return "\n".join(parts)
+
+
+def finished_run(folder: Path) -> Run:
+    """Return the run of a folder.  Raises ConfigError where it is none, or not finished."""
+    run = read_run(folder)
+    if run.results is None:
+        state = ": ".join(filter(None, (run.state.name, run.state.reason)))
+        raise ConfigError(f"report: the run in {folder} has no results, it is {state}")
+    return run
+
+
+def _differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for key in dict.fromkeys([*one, *two]):
+        before, after = (_text(values, key) for values in (one, two))
+        if before != after:
+            rows.append(Row([Cell(key), Cell(before), Cell(after)]))
+    return rows
+
+
+def _text(values: Mapping[str, Any], key: str) -> str:
+    if key not in values:
+        return ""
+    value = values[key]
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def _about(run: Run) -> dict[str, Any]:
+    about = (run.results or {}).get("run", {})
+    return flatten({key: about[key] for key in ABOUT if key in about})
+
+
+def _measures(one: Run, two: Run) -> Grid:
+    marks, rows = Marks(), []
+    before, after = measures(one), measures(two)
+    for key in dict.fromkeys([*before, *after]):
+        pair = before.get(key), after.get(key)
+        known = pair[0] or pair[1]
+        if known is None:
+            continue
+        alike = None in pair or same_content(*[item.content for item in pair if item])
+        values = [item.quantized if item else None for item in pair]
+        cells = [_value_cell(item, marks) for item in pair]
+        if alike:
+            cells += _change(values[0], values[1], known.digits)
+        else:
+            cells += [Cell("", mark=marks.of("measured on different content"))] * 2
+        rows.append(Row([Cell(known.label), *cells]))
+    return Grid("Measures", COLUMNS, NUMERIC, rows, marks.footnotes())
+
+
+def _value_cell(measure: Measure | None, marks: Marks) -> Cell:
+    if measure is None or (measure.quantized is None and measure.kind in ("time", "memory")):
+        return Cell("", mark=marks.of(NOT_MEASURED))
+    if measure.quantized is None:
+        return Cell("", mark=marks.of(NOT_FINITE))
+    return Cell(number(measure.quantized, measure.digits), measure.quantized)
+
+
+def _change(before: float | None, after: float | None, digits: int) -> list[Cell]:
+    """Return difference and ratio; blank where a value is missing, or a division by zero."""
+    if before is None or after is None:
+        return [Cell(""), Cell("")]
+    difference = after - before
+    sign = "+" if difference > 0 else ""
+    ratio = after / before if before else math.inf
+    cells = [Cell(sign + number(difference, digits), difference)]
+    return [*cells, Cell(number(ratio, 3), ratio) if math.isfinite(ratio) else Cell("")]
+
+
+def _layers(one: Run, two: Run) -> list[Grid]:
+    """Return, for error and bits, the layers in which runs differ most."""
+    before, after = ({row["name"]: row for row in layers(run)} for run in (one, two))
+    shared = [name for name in before if name in after]
+    notes = []
+    if alone := len(before) + len(after) - 2 * len(shared):
+        notes.append(f"Layers in one of the runs only: {alone}.")
+    grids = []
+    for field, label in PER_LAYER.items():
+        pairs: dict[str, tuple[Any, Any]] = {
+            name: (before[name].get(field), after[name].get(field)) for name in shared
+        }
+        rows = [_numbers(name, *pair, digits=4) for name, pair in pairs.items() if _differ(*pair)]
+        rows.sort(key=lambda row: -abs(row.cells[3].value or 0.0))
+        title = f"Layers that differ most in {label}"
+        more = [f"{len(rows) - MOST} more layers differ."] if len(rows) > MOST else []
+        grids.append(Grid(title, COLUMNS, NUMERIC, rows[:MOST], [*more, *notes]))
+    return grids
+
+
+def _differ(before: Any, after: Any) -> bool:
+    """Tell numbers that differ; a missing one is no difference."""
+    return isinstance(before, (int, float)) and isinstance(after, (int, float)) and before != after
+
+
+def _numbers(name: str, before: float, after: float, digits: int) -> Row:
+    values = [Cell(number(value, digits), value) for value in (before, after)]
+    return Row([Cell(name), *values, *_change(before, after, digits)])
+
+
+def _ledger(one: Run, two: Run) -> Grid:
+    """Return the megabytes by purpose."""
+    before, after = ((run.results or {})["bits"].get("ledger", {}) for run in (one, two))
+    rows = [
+        _numbers(account, before[account] / 8e6, after[account] / 8e6, digits=3)
+        for account in before
+        if account in after and _differ(before[account], after[account])
+    ]
+    return Grid("Stored megabytes by purpose", COLUMNS, NUMERIC, rows)
