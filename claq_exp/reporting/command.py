@@ -9,11 +9,12 @@ from typing import NoReturn
 from rich.console import Console
 
 from claq_exp.checkpoint.files import write_bytes
-from claq_exp.errors import ConfigError
+from claq_exp.errors import ClaqError, ConfigError
 from claq_exp.reporting.compare import compare_runs, comparison_markdown
 from claq_exp.reporting.report import Report, TableOptions, make_report
 from claq_exp.reporting.runs_table import SORT
 from claq_exp.reporting.terminal import slim, to_terminal
+from claq_exp.reporting.wandb_table import log_report
 
 COMPARISON = "compare.md"
 EXAMPLE = "claq-exp report outputs/default --by seed"
@@ -22,8 +23,12 @@ EXAMPLE = "claq-exp report outputs/default --by seed"
 def report_command(arguments: list[str]) -> int:
     """Run `claq-exp report` and return its exit code.  Raises ConfigError for wrong words."""
     asked = _parser().parse_args(arguments)
+    if (asked.project or asked.online) and not (asked.wandb or asked.replay):
+        raise ConfigError("report: --project and --online are for --wandb and --replay; add one")
     if asked.compare:
         return _compare(asked)
+    if asked.replay:
+        return _replay(asked)
     if not asked.folders:
         raise ConfigError(f"report needs a folder, e.g. {EXAMPLE}")
     folders = [Path(folder).expanduser() for folder in asked.folders]
@@ -38,7 +43,10 @@ def report_command(arguments: list[str]) -> int:
     )
     if options.by and (options.rows or options.columns):
         raise ConfigError("report: --by is for the table of runs; add its keys to --rows")
-    _show(make_report(folders, into, options))
+    report = make_report(folders, into, options)
+    _show(report)
+    if asked.wandb:
+        _say(log_report(report, into, project=asked.project, mode=_mode(asked)))
     return 0
 
 
@@ -51,7 +59,7 @@ def _compare(asked: argparse.Namespace) -> int:
     grids = compare_runs(first, second)
     console = Console()
     for name, folder in (("A", first), ("B", second)):
-        console.print(f"{name}: {folder}", highlight=False, markup=False, soft_wrap=True)
+        _say(f"{name}: {folder}")
     for grid in grids:
         console.print(grid.title, highlight=False, style="bold")
         console.print(*to_terminal(grid, console.width))
@@ -59,8 +67,32 @@ def _compare(asked: argparse.Namespace) -> int:
         into = Path(asked.into).expanduser()
         into.mkdir(parents=True, exist_ok=True)
         write_bytes(into / COMPARISON, comparison_markdown(first, second, grids).encode())
-        console.print(str(into / COMPARISON), highlight=False, markup=False, soft_wrap=True)
+        _say(str(into / COMPARISON))
     return 0
+
+
+def _replay(asked: argparse.Namespace) -> int:
+    from claq_exp.tracking.replay import replay
+
+    if asked.folders:
+        raise ConfigError(f"report: --replay takes runs, and nothing else; '{asked.folders[0]}'")
+    code = 0
+    for folder in map(Path, asked.replay):
+        try:
+            replay(folder.expanduser(), project=asked.project, mode=_mode(asked))
+            _say(str(folder / "wandb"))
+        except ClaqError as error:
+            _say(f"claq-exp: {error}", stderr=True)
+            code = max(code, error.exit_code)
+    return code
+
+
+def _say(line: str, *, stderr: bool = False) -> None:
+    Console(stderr=stderr).print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _mode(asked: argparse.Namespace) -> str:
+    return "online" if asked.online else "offline"
 
 
 def _show(report: Report) -> None:
@@ -72,7 +104,7 @@ def _show(report: Report) -> None:
         console.print(report.unfinished.title, highlight=False)
         console.print(*to_terminal(report.unfinished, console.width))
     for line in (*report.notes, *map(str, report.files)):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        _say(line)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -92,6 +124,10 @@ def _parser() -> _Parser:
     parser.add_argument("--seeds", action="store_true")
     parser.add_argument("--into")
     parser.add_argument("--compare", nargs=2)
+    parser.add_argument("--replay", nargs="+")
+    parser.add_argument("--wandb", action="store_true")
+    parser.add_argument("--project")
+    parser.add_argument("--online", action="store_true")
     return parser
 
 

@@ -7,6 +7,7 @@ import html
 import io
 import re
 from itertools import groupby
+from typing import Any
 
 from claq_exp.reporting.grid import Cell, Grid, Row
 
@@ -41,7 +42,18 @@ def to_markdown(grid: Grid) -> str:
 
 
 def to_csv(grid: Grid) -> str:
-    """Return plain numbers; empty where there is none.
+    """Return `plain_rows` as CSV: plain numbers, empty where there is none."""
+    header, rows = plain_rows(grid)
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    for row in rows:
+        writer.writerow([_plain(value) for value in row])
+    return text.getvalue()
+
+
+def plain_rows(grid: Grid) -> tuple[list[str], list[list[Any]]]:
+    """Return headings and rows for machines: numbers, words, and None where there is no number.
 
     Standard deviations and counts are columns of their own, `HEADING std` and `HEADING n`, where a
     column has any; the last column, `original`, tells the models before quantization.
@@ -51,19 +63,17 @@ def to_csv(grid: Grid) -> str:
     header: list[str] = []
     for heading, wide in zip(grid.headings(), spread, strict=True):
         header += [heading, f"{heading} std", f"{heading} n"] if wide else [heading]
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*header, "original"])
+    rows = []
     for row in grid.rows:
-        fields: list[object] = []
+        values: list[Any] = []
         for place in places:
             cell = row.cells[place]
-            fields.append(_plain(cell.value) if grid.numeric[place] else cell.text)
+            values.append(cell.value if grid.numeric[place] else cell.text)
             if spread[place]:
-                count = "" if cell.value is None or row.original else cell.count
-                fields += [_plain(cell.deviation), count]
-        writer.writerow([*fields, str(row.original).lower()])
-    return text.getvalue()
+                counts = cell.value is not None and not row.original
+                values += [cell.deviation, cell.count if counts else None]
+        rows.append([*values, row.original])
+    return [*header, "original"], rows
 
 
 def to_latex(grid: Grid) -> str:
@@ -113,8 +123,10 @@ def to_html(grid: Grid) -> str:
     )
 
 
-def _plain(value: float | None) -> str:
-    return "" if value is None else repr(value)
+def _plain(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value is None else repr(value).lower()
 
 
 def _markdown_line(cells: list[str]) -> str:

@@ -33,8 +33,9 @@ class TableOptions:
 
 @dataclass(frozen=True)
 class Report:
-    """The main table, that of unfinished runs, notes on what was left out, and the files."""
+    """The runs, the main table, that of unfinished runs, notes on what was left out, the files."""
 
+    runs: list[Run]
     grid: Grid
     unfinished: Grid | None
     notes: list[str]
@@ -63,7 +64,8 @@ def make_report(folders: Sequence[Path], into: Path, options: TableOptions) -> R
     for name, text in contents.items():
         write_bytes(into / name, text.encode())
     files = [into / name for name in contents]
-    return Report(grid, unfinished, collection.notes, files + _plots(collection.finished, into))
+    files += _plots(collection.finished, into)
+    return Report(collection.finished, grid, unfinished, collection.notes, files)
 
 
 def make_grid(collection: Collection, title: str, options: TableOptions) -> Grid:

@@ -167,6 +167,7 @@ def test_numbers_that_do_not_compare_leave_no_report(folder, refusal):
         (["FOLDER", "--metrics", "speed"], "measure 'speed' is not known; choose one of"),
         (["FOLDER", "--rows", "seeds"], "no run has a config key 'seeds'; did you mean seed?"),
         (["FOLDER", "--sort", "size"], "no run has a config key 'size'"),
+        (["FOLDER", "--online"], "--project and --online are for --wandb and --replay"),
         (["FOLDER/none"], "none' is no folder"),
     ],
 )
