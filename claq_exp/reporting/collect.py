@@ -118,8 +118,8 @@ def collect(folders: Sequence[Path]) -> Collection:
                     found[place.resolve()] = read_run(place)
             except CheckpointError as error:
                 notes.append(f"Left out: {error}.")
-            if JOBS in names and place.resolve() not in sweeps:
-                sweeps.add(place.resolve())
+            if JOBS in names and sweeps.isdisjoint([place.resolve(), *place.resolve().parents]):
+                sweeps.add(place.resolve())  # records further down are of single calls, and older
                 failed += [
                     Run(None, job.state, {}, overrides=job.overrides)
                     for job in read_jobs(place)

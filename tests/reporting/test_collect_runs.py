@@ -144,6 +144,14 @@ def test_jobs_that_failed_before_they_had_a_folder_are_there(tmp_path):
     assert found[1].overrides == words
 
 
+def test_records_of_single_calls_below_a_sweep_are_no_more_jobs(tmp_path):
+    write_runs(tmp_path, result())
+    for place in (tmp_path / "name", tmp_path / "name" / "calls" / "first"):
+        write_job(place, Job(0, ("seed=9",), RunState(FAILED, "reason")))
+    write_job(tmp_path / "other", Job(0, ("seed=9",), RunState(FAILED, "reason")))
+    assert [run.name for run in collect([tmp_path]).runs] == ["run-0", "seed=9", "seed=9"]
+
+
 def test_a_run_below_two_of_the_folders_is_there_once(tmp_path):
     folder = write_runs(tmp_path, result())
     write_job(folder / "name", Job(0, ("seed=9",), RunState(FAILED, "reason")))
