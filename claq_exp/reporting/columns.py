@@ -11,6 +11,7 @@ from claq_exp.reporting.collect import Measure, Run, measures
 BITS = ("bits.linear", "bits.nominal")  # of every table, side by side
 SIZES = ("bits.model", "size.checkpoint")
 QUALITY = ("perplexity", "kl", "accuracy", "score", "average")
+GIVEN = ("bits", "size")  # follow from a budget, so that none is the best
 KINDS = ("bits", "size", *QUALITY, "time", "memory")
 
 
@@ -38,7 +39,7 @@ def known_columns(runs: Sequence[Run]) -> list[Column]:
     order = {kind: place for place, kind in enumerate(KINDS)}
     chosen = sorted(found.values(), key=lambda measure: order[measure.kind])
     return [
-        Column(item.key, item.label, "" if item.kind == "bits" else item.better, item.digits)
+        Column(item.key, item.label, "" if item.kind in GIVEN else item.better, item.digits)
         for item in chosen
     ]
 

@@ -142,9 +142,10 @@ def _layers(one: Run, two: Run) -> list[Grid]:
     return grids
 
 
-def _differ(before: Any, after: Any) -> bool:
-    """Tell numbers that differ; a missing one is no difference."""
-    return isinstance(before, (int, float)) and isinstance(after, (int, float)) and before != after
+def _differ(*pair: Any) -> bool:
+    """Tell two numbers that differ; a missing one or one that is not finite does not compare."""
+    known = all(isinstance(value, (int, float)) and math.isfinite(value) for value in pair)
+    return known and pair[0] != pair[1]
 
 
 def _numbers(name: str, before: float, after: float, digits: int) -> Row:

@@ -74,14 +74,15 @@ def pivot_grid(
     frame = _Frame(row_keys, column_keys, cells, shown, absent)
     marks = Marks()
     counted = any(len(group) > 1 for group in cells.values())
-    down = sorted(frame.down, key=lambda values: order_by(runs, sort)(_row_runs(frame, values)))
+    order, apart = order_by(runs, sort), MODEL in column_keys
+    down = sorted(frame.down, key=lambda values: order(_row_runs(frame, values))[apart:])
     body, models = _originals(frame, runs, marks, counted=counted)
     for values in down:
         own = [key_cell(value) for value in values]
         for across in frame.across:
             own += _cells(frame, values, across, marks, counted=counted)
         body.append(Row(own, run=_only_run(frame, values)))
-        models.append("" if MODEL in column_keys else model_of(_row_runs(frame, values)[0]))
+        models.append("" if apart else model_of(_row_runs(frame, values)[0]))
     labels, groups = _headings(frame, counted=counted)
     width = len(shown) + counted
     placed = [None] * len(row_keys) + ([*shown] + [None] * counted) * len(frame.across)
@@ -120,7 +121,8 @@ def _absent(
         down, across = (
             tuple(setting(config, key) for key in keys) for keys in (row_keys, column_keys)
         )
-        found[down, across] = run.state
+        if run.config or None not in (*down, *across):  # else the overrides do not tell the place
+            found[down, across] = run.state
     return found
 
 
@@ -142,8 +144,10 @@ def _from_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        named = not path and isinstance(value, str)
-        place[last] = {"name": value, **place.get(last, {})} if named else value
+        known = place.get(last)
+        fields = known if isinstance(known, dict) else {}
+        named = not path and isinstance(value, str)  # a group's option is called like its strategy
+        place[last] = {**fields, "name": value} if named else value
     return config
 
 

@@ -25,7 +25,6 @@ LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
-    '"': r"\textquotedbl{}",
     "[": "{[}",  # after a line break it would be an option
     "]": "{]}",
     "±": r"$\pm$",

@@ -121,6 +121,14 @@ def test_the_layers_that_differ_most_come_first(pair):
     assert grid.footnotes == ["3 more layers differ.", "Layers in one of the runs only: 1."]
 
 
+def test_a_layer_without_a_finite_error_does_not_compare(pair):
+    first, second = pair(result(), result())
+    write_layers(first, {"a": (2.0, "nan"), "b": (2.0, ""), "c": (2.0, 0.1), "d": (2.0, "inf")})
+    write_layers(second, {"a": (2.0, "nan"), "b": (2.0, 0.2), "c": (2.0, 0.3), "d": (2.0, 0.1)})
+    (grid,) = [grid for grid in compare_runs(first, second) if grid.title.startswith("Layers")]
+    assert [row.cells[0].text for row in grid.rows] == ["c"]
+
+
 def test_a_run_with_itself_differs_in_nothing(pair):
     first, _ = pair(result(), result())
     assert [grid.title for grid in compare_runs(first, first)] == ["Measures"]

@@ -162,7 +162,14 @@ def test_a_job_that_failed_without_a_folder_is_the_reason_of_its_cell(tmp_path):
     words = ("precision.target_bits=3.0", "reservation=none")
     write_job(tmp_path / "name", Job(0, words, RunState(FAILED, "killed it")))
     grid = pivot(tmp_path)
-    assert "failed: killed it." in " ".join(grid.footnotes)
+    blank = cell(grid, "3", "reservation none", "words perplexity")
+    assert f"{blank.mark}: failed: killed it." in grid.footnotes
+
+
+def test_a_job_that_does_not_tell_its_place_gives_no_cell_a_reason(tmp_path):
+    write_runs(tmp_path, run(2.5, "none", 50.0), run(3.0, "outlier_order", 40.0))
+    write_job(tmp_path / "name", Job(0, ("experiment=rtn_4bit",), RunState(FAILED, "gone")))
+    assert "gone" not in " ".join(pivot(tmp_path).footnotes)
 
 
 def test_several_models_become_rows_with_an_original_each(tmp_path):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
+import string
+import subprocess
 
 import pandas as pd
 import pytest
@@ -152,6 +155,29 @@ def test_latex_has_booktabs_rules_groups_bold_marks_and_footnotes():
     assert r"x & 4.00 & 26.00 & $-$1.00 & 7 \\" in lines
     assert r"a: failed: 100 \% of \{memory\}.\par" in lines
     assert text.index(r"\end{tabular}") < text.index("a: failed")
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
+def test_latex_compiles_whatever_names_hold(tmp_path):
+    odd = Grid(
+        f"all of {string.printable.strip()}",
+        ["[x]", "*", "n"],
+        [False, False, True],
+        [
+            Row([Cell("[1mm] a"), Cell("*"), Cell("1", 1)], original=True),
+            Row([Cell(r"\input{x} $x^2$"), Cell("“ü” ±"), Cell("-2 ± 1", -2, best=True)]),
+        ],
+        ["a: [x]."],
+    )
+    text = "".join(to_latex(grid) for grid in (GRID, odd))
+    (tmp_path / "all.tex").write_text(
+        "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n"
+        f"{text}\\end{{document}}\n"
+    )
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", "all"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert (tmp_path / "all.pdf").stat().st_size > 1000
 
 
 def test_html_has_values_to_sort_by_classes_and_everything_escaped():

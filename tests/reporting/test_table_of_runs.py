@@ -91,11 +91,18 @@ def test_ties_are_all_best_and_neither_bits_nor_the_original_nor_a_lone_value(ta
     grid = table(
         result({"bits.linear": 3.1}),
         result({"bits.linear": 3.2, "perplexity": perplexity(25.2512), "kl": {}}),
-        result({"bits.linear": 3.3, "perplexity": perplexity(26.0), "kl": {}}),
+        result(
+            {
+                "bits.linear": 3.3,
+                "size.checkpoint_bytes": 4_000_000,
+                "perplexity": perplexity(26.0),
+                "kl": {},
+            }
+        ),
     )
     assert best(grid, "words perplexity") == [False, True, True, False]
     assert best(grid, "words KL") == [False] * 4
-    for heading in ("linear bits", "nominal bits", "model bits"):
+    for heading in ("linear bits", "nominal bits", "model bits", "checkpoint, MB"):
         assert best(grid, heading) == [False] * 4
 
 
