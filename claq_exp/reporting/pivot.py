@@ -14,6 +14,7 @@ from claq_exp.reporting.runs_table import (
     SORT,
     finished_runs,
     key_cell,
+    mixed_notes,
     model_of,
     order_by,
     rank,
@@ -89,7 +90,12 @@ def pivot_grid(
     body = mark_best(body, placed, models)
     numeric = [_numbers(down, place) for place in range(len(row_keys))]
     numeric += [True] * (width * len(frame.across))
-    notes = [*marks.footnotes(), *notes, *_mixed(cells), *table_notes(runs, shown, body)]
+    notes = [
+        *marks.footnotes(),
+        *notes,
+        *mixed_notes(cells.values()),
+        *table_notes(runs, shown, body),
+    ]
     return Grid(title, labels, numeric, body, notes, groups if column_keys else [])
 
 
@@ -215,17 +221,6 @@ def _named(key: str, value: Any) -> str:
     if last == "name" and value is not None:
         return f"{parents[-1] if parents else key} {value}"
     return f"{last} {key_cell(value).text}" if value is not None else f"no {last}"
-
-
-def _mixed(cells: dict[tuple[Values, Values], list[Run]]) -> list[str]:
-    """Say where runs of one mean were made by different code or on different machines."""
-    found: dict[str, None] = {}
-    for group in cells.values():
-        about = [(run.results or {}).get("run", {}) for run in group]
-        for what in ("versions", "device", "git"):
-            if any(row.get(what) != about[0].get(what) for row in about):
-                found[what] = None
-    return [f"Some means are over runs that differ in {', '.join(found)}."] if found else []
 
 
 def _numbers(down: Sequence[Values], place: int) -> bool:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from claq_exp.checkpoint.files import read_json
 from claq_exp.errors import ConfigError
 from claq_exp.reporting.cells import (
     Marks,
@@ -14,7 +15,7 @@ from claq_exp.reporting.cells import (
     original_cell,
     standard_errors,
 )
-from claq_exp.reporting.collect import Collection, Run, measures
+from claq_exp.reporting.collect import CONFIG_FILE, Collection, Run, measures
 from claq_exp.reporting.columns import Column, check_same_content, choose_columns, known_columns
 from claq_exp.reporting.grid import Cell, Grid, Row
 from claq_exp.reporting.labels import RECIPE, recipe_labels
@@ -70,7 +71,13 @@ def runs_grid(
     rows = mark_best(rows, placed, models)
     numeric = [_all_numbers(rows, place) for place in range(len(keys))]
     numeric += [False] * len(own) + [True] * (len(columns) + len(count)) + [False]
-    notes = [*marks.footnotes(), *notes, *_alike(groups), *table_notes(runs, columns, rows)]
+    notes = [
+        *marks.footnotes(),
+        *notes,
+        *_alike(groups),
+        *mixed_notes(groups),
+        *table_notes(runs, columns, rows),
+    ]
     return Grid(title, [*keys, *own, *labels, *count, "run"], numeric, rows, notes)
 
 
@@ -156,6 +163,23 @@ def table_notes(runs: Sequence[Run], columns: Sequence[Column], rows: Sequence[R
         notes += [f"{model}: {remark}."] if remark else []
     notes += dict.fromkeys(f"{note}." for run in runs for note in overlap_notes(run.results or {}))
     return notes
+
+
+def mixed_notes(groups: Iterable[Sequence[Run]]) -> list[str]:
+    """Say where runs of one mean had other inputs, code or machines."""
+    found: dict[str, None] = {}
+    for group in groups:
+        about = [_about(run) for run in group] if len(group) > 1 else []
+        found |= {what: None for row in about for what in row if row[what] != about[0][what]}
+    return [f"Some means are over runs that differ in {', '.join(found)}."] if found else []
+
+
+def _about(run: Run) -> dict[str, Any]:
+    """Return what runs of one mean should share; `inputs` are the hashes of models and texts."""
+    about = (run.results or {}).get("run", {})
+    path = run.folder / CONFIG_FILE if run.folder else None
+    inputs = read_json(path).get("contents") if path and path.is_file() else None
+    return {"inputs": inputs, **{what: about.get(what) for what in ("versions", "device", "git")}}
 
 
 def _groups(runs: Sequence[Run], *, seeds: bool) -> list[list[Run]]:

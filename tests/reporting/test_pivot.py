@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import tempfile
 from pathlib import Path
@@ -242,6 +243,10 @@ def test_means_over_different_machines_are_told(tmp_path):
         run(2.5, "none", 51.0, 1, **{"run.device": "GPU"}),
     )
     assert "Some means are over runs that differ in device." in grid.footnotes
+    for number in (0, 1):
+        content = json.dumps({"contents": {"calibration": f"hash {number}"}})
+        (tmp_path / "name" / f"run-{number}" / "config.json").write_text(content)
+    assert "Some means are over runs that differ in inputs, device." in pivot(tmp_path).footnotes
 
 
 VALUES = st.floats(1.0, 1e5).map(lambda value: round(value, 3))
