@@ -177,10 +177,11 @@ def lookup(config: Any, key: str) -> Any:
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, set[str]]]:
-    """Go through the folders below one, itself first, with the names in each."""
+    """Go through the folders below one, itself first, with the names in each; not hidden ones."""
     for root, below, files in os.walk(folder):
         names = {*below, *files}
-        below[:] = sorted(set(below) - INSIDE if names & RUN_FILES else below)
+        inside = INSIDE if names & RUN_FILES else set()
+        below[:] = sorted(name for name in below if name not in inside and name[0] != ".")
         yield Path(root), names
 
 

@@ -105,6 +105,9 @@ def _show(report: Report) -> None:
         console.print(*to_terminal(report.unfinished, console.width))
     for line in (*report.notes, *map(str, report.files)):
         _say(line)
+    if report.pictures:
+        folder, count = report.pictures[0].png.parent, len(report.pictures)
+        _say(f"{folder} ({count} pictures, PNG and SVG)")
 
 
 class _Parser(argparse.ArgumentParser):

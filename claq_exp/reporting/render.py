@@ -33,10 +33,10 @@ LATEX = {
 
 def to_markdown(grid: Grid) -> str:
     """Return a GitHub table with its footnotes below; best in bold, marks raised."""
-    lines = [_markdown_line([_markdown(heading) for heading in grid.headings()])]
+    lines = [_markdown_line([escaped(heading) for heading in grid.headings()])]
     lines.append(_markdown_line(["---:" if number else "---" for number in grid.numeric]))
     lines += [_markdown_line([_markdown_cell(cell) for cell in row.cells]) for row in grid.rows]
-    notes = [line for note in grid.footnotes for line in ("", _markdown(note))]
+    notes = [line for note in grid.footnotes for line in ("", escaped(note))]
     return "\n".join([*lines, *notes]) + "\n"
 
 
@@ -133,12 +133,12 @@ def _markdown_line(cells: list[str]) -> str:
 
 
 def _markdown_cell(cell: Cell) -> str:
-    text = _markdown(cell.text)
+    text = escaped(cell.text)
     mark = f"<sup>{cell.mark}</sup>" if cell.mark else ""
     return (f"**{text}**" if cell.best else text) + mark
 
 
-def _markdown(text: str) -> str:
+def escaped(text: str) -> str:
     """Escape what Markdown would take for itself; underscores inside words it leaves alone."""
     text = re.sub(r"([\\|*`<>\[\]~])", r"\\\1", " ".join(text.split()))
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text)

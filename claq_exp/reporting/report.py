@@ -6,17 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from claq_exp.checkpoint.files import write_bytes
-from claq_exp.reporting.collect import Collection, Run, collect, measures
+from claq_exp.reporting.collect import Collection, Run, collect
 from claq_exp.reporting.grid import Grid
-from claq_exp.reporting.labels import method_label
+from claq_exp.reporting.page import write_page
+from claq_exp.reporting.pictures import Picture, draw_report
 from claq_exp.reporting.pivot import pivot_grid
-from claq_exp.reporting.plots import plot_tradeoff
-from claq_exp.reporting.render import to_csv, to_latex, to_markdown
-from claq_exp.reporting.runs_table import SORT, model_of, runs_grid, unfinished_grid
+from claq_exp.reporting.render import escaped, to_csv, to_latex, to_markdown
+from claq_exp.reporting.runs_table import SORT, runs_grid, unfinished_grid
 from claq_exp.reporting.terminal import slim
+
+PAGE = "report.html"
+PICTURES = "pictures"
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,22 @@ class TableOptions:
 
 @dataclass(frozen=True)
 class Report:
-    """The runs, the main table, that of unfinished runs, notes on what was left out, the files."""
+    """What a report shows and has written.
+
+    runs: the finished ones.  grid: the main table.  unfinished: that of the others.  notes: on what
+    was left out.  files: report.*, the Markdown first.
+    """
 
     runs: list[Run]
     grid: Grid
     unfinished: Grid | None
     notes: list[str]
     files: list[Path]
+    pictures: list[Picture]
 
 
 def make_report(folders: Sequence[Path], into: Path, options: TableOptions) -> Report:
-    """Write report.md, report.csv, report.tex and plots of all runs below folders.
+    """Write report.md, report.csv, report.tex, report.html and pictures of all runs below folders.
 
     Raises ConfigError when there is no finished run, for unknown keys, and for runs whose numbers
     do not compare: other tokens or questions under one name.
@@ -51,21 +57,29 @@ def make_report(folders: Sequence[Path], into: Path, options: TableOptions) -> R
     collection = collect(folders)
     grid = make_grid(collection, " and ".join(_name(folder) for folder in folders), options)
     unfinished = unfinished_grid(collection)
-    into.mkdir(parents=True, exist_ok=True)
-    parts = [to_markdown(grid)]
-    if unfinished:
-        parts.append(f"{unfinished.title}:\n\n{to_markdown(unfinished)}")
-    parts += [f"{note}\n" for note in collection.notes]
+    (into / PICTURES).mkdir(parents=True, exist_ok=True)
+    pictures = draw_report(collection.runs, into / PICTURES)
     contents = {
-        "report.md": "\n".join(parts),
+        "report.md": _markdown(grid, unfinished, collection.notes, pictures),
         "report.csv": to_csv(grid),
         "report.tex": to_latex(slim(grid, without=("run",))),
     }
     for name, text in contents.items():
         write_bytes(into / name, text.encode())
-    files = [into / name for name in contents]
-    files += _plots(collection.finished, into)
-    return Report(collection.finished, grid, unfinished, collection.notes, files)
+    write_page(into / PAGE, grid.title, collection, [grid], pictures)
+    files = [into / name for name in (*contents, PAGE)]
+    return Report(collection.finished, grid, unfinished, collection.notes, files, pictures)
+
+
+def _markdown(
+    grid: Grid, unfinished: Grid | None, notes: Sequence[str], pictures: Sequence[Picture]
+) -> str:
+    parts = [to_markdown(grid)]
+    if unfinished:
+        parts.append(f"{unfinished.title}:\n\n{to_markdown(unfinished)}")
+    parts += [f"{escaped(note)}\n" for note in notes]
+    parts += [f"![{escaped(item.title)}]({PICTURES}/{item.png.name})\n" for item in pictures]
+    return "\n".join(parts)
 
 
 def make_grid(collection: Collection, title: str, options: TableOptions) -> Grid:
@@ -91,27 +105,3 @@ def make_grid(collection: Collection, title: str, options: TableOptions) -> Grid
 
 def _name(folder: Path) -> str:
     return folder.resolve().name or str(folder)
-
-
-def _plots(runs: list[Run], folder: Path) -> list[Path]:
-    """Draw each perplexity over linear bits, where there is one model."""
-    if len({model_of(run) for run in runs}) > 1:
-        return []
-    files = []
-    keys = dict.fromkeys(key for run in runs for key in measures(run) if key[:11] == "perplexity.")
-    for key in keys:
-        found = [(run, measures(run)[key]) for run in runs if key in measures(run)]
-        rows = [
-            {
-                "method": method_label(run.config),
-                "linear bits": measures(run)["bits.linear"].quantized,
-                found[0][1].label: measure.quantized,
-            }
-            for run, measure in found
-            if measure.quantized is not None
-        ]
-        if rows:
-            files.append(folder / f"{found[0][1].name}_perplexity.png")
-            original = next((m.original for _, m in found if m.original is not None), None)
-            plot_tradeoff(pd.DataFrame(rows), found[0][1].label, original, files[-1])
-    return files

@@ -146,7 +146,8 @@ def test_jobs_that_failed_before_they_had_a_folder_are_there(tmp_path):
 
 def test_records_of_single_calls_below_a_sweep_are_no_more_jobs(tmp_path):
     write_runs(tmp_path, result())
-    for place in (tmp_path / "name", tmp_path / "name" / "calls" / "first"):
+    calls = (tmp_path / "name" / "calls" / "first", tmp_path / ".multirun" / "first")
+    for place in (tmp_path / "name", *calls):
         write_job(place, Job(0, ("seed=9",), RunState(FAILED, "reason")))
     write_job(tmp_path / "other", Job(0, ("seed=9",), RunState(FAILED, "reason")))
     assert [run.name for run in collect([tmp_path]).runs] == ["run-0", "seed=9", "seed=9"]

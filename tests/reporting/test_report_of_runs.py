@@ -35,8 +35,13 @@ def test_a_report_is_markdown_csv_latex_and_the_same_table_on_the_terminal(folde
     runs = folder(result(), result({"bits.linear": 3.5, "config.solver.name": "nearest"}))
     assert main(["report", str(runs)]) == 0
     output = capfd.readouterr().out
-    for name in ("report.md", "report.csv", "report.tex"):
+    for name in ("report.md", "report.csv", "report.tex", "report.html"):
         assert str(runs / name) in output.splitlines()
+        assert (runs / name).stat().st_size > 0
+    linked = re.findall(r"!\[.+\]\((.+)\)", (runs / "report.md").read_text())
+    assert "pictures/words_perplexity.png" in linked
+    assert all((runs / path).is_file() for path in linked)
+    assert f"{runs / 'pictures'} ({len(linked)} pictures, PNG and SVG)" in output.splitlines()
     assert "25.25" in output
     with (runs / "report.csv").open() as file:
         rows = list(csv.DictReader(file))
