@@ -6,7 +6,7 @@ import contextlib
 import csv
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 from claq_exp.checkpoint.files import read_json
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.evaluation.zero_shot import is_accuracy
+from claq_exp.reporting.overrides import agree
 from claq_exp.reporting.results import SCHEMA
-from claq_exp.run_folder import FINISHED, RESULTS_FILE, STATE_FILE, RunState, run_state
-from claq_exp.sweep.record import JOBS, read_jobs
+from claq_exp.run_folder import FAILED, FINISHED, RESULTS_FILE, STATE_FILE, RunState, run_state
+from claq_exp.sweep.record import JOBS, Job, read_jobs
 
 CONFIG_FILE = "config.json"
 EVENTS_FILE = "events.jsonl"
@@ -106,25 +107,21 @@ def collect(folders: Sequence[Path]) -> Collection:
     Raises ConfigError when a folder does not exist, or when there is no run below any.
     """
     found: dict[Path, Run] = {}
-    sweeps: set[Path] = set()
-    failed: list[Run] = []
+    sweeps: dict[Path, list[Job]] = {}
     notes: list[str] = []
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"report: '{folder}' is no folder")
         for place, names in _walk(folder):
+            own = place.resolve()
             try:
-                if place.resolve() not in found and names & RUN_FILES:
-                    found[place.resolve()] = read_run(place)
+                if own not in found and names & RUN_FILES:
+                    found[own] = read_run(place)
             except CheckpointError as error:
                 notes.append(f"Left out: {error}.")
-            if JOBS in names and sweeps.isdisjoint([place.resolve(), *place.resolve().parents]):
-                sweeps.add(place.resolve())  # records further down are of single calls, and older
-                failed += [
-                    Run(None, job.state, {}, overrides=job.overrides)
-                    for job in read_jobs(place)
-                    if job.folder is None and job.state.name != FINISHED
-                ]
+            if JOBS in names and sweeps.keys().isdisjoint([own, *own.parents]):
+                sweeps[own] = read_jobs(place)  # records further down are of single calls
+    failed = [run for place, jobs in sweeps.items() for run in _failed_jobs(place, jobs, found)]
     if not found and not failed:
         where = ", ".join(f"'{folder}'" for folder in folders)
         raise ConfigError(" ".join([f"report: no finished run below {where}.", *notes]).rstrip("."))
@@ -174,6 +171,32 @@ def lookup(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config.get(part) if isinstance(config, dict) else None
     return config
+
+
+def _failed_jobs(place: Path, jobs: Sequence[Job], found: dict[Path, Run]) -> list[Run]:
+    """Return the jobs that did not get as far as a folder; give the others' runs their overrides.
+
+    A record names the folder of a finished job alone: an unfinished run beside it is that of a job
+    where state and settings agree.
+    """
+    failed = []
+    for job in jobs:
+        if job.folder is not None or job.state.name == FINISHED:
+            continue
+        for folder, run in found.items():
+            if folder.parent == place and not run.overrides and _is_of_job(run, job):
+                found[folder] = replace(run, overrides=job.overrides, state=job.state)
+                break
+        else:
+            failed.append(Run(None, job.state, {}, overrides=job.overrides))
+    return failed
+
+
+def _is_of_job(run: Run, job: Job) -> bool:
+    alike = run.results is None and run.state.name == job.state.name
+    if job.state.name == FAILED and run.state.reason != job.state.reason:
+        return False
+    return alike and agree(job.overrides, run.config)
 
 
 def _walk(folder: Path) -> Iterator[tuple[Path, set[str]]]:

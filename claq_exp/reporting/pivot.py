@@ -10,6 +10,7 @@ from claq_exp.reporting.cells import Marks, mark_best, measured_cell, original_c
 from claq_exp.reporting.collect import Collection, Run
 from claq_exp.reporting.columns import Column, check_same_content, choose_columns
 from claq_exp.reporting.grid import Cell, Grid, Row
+from claq_exp.reporting.overrides import config_of
 from claq_exp.reporting.runs_table import (
     SORT,
     finished_runs,
@@ -123,38 +124,13 @@ def _absent(
     for run in collection.runs:
         if run.results is not None:
             continue
-        config = run.config or _from_overrides(run.overrides)
+        config = run.config or config_of(run.overrides)
         down, across = (
             tuple(setting(config, key) for key in keys) for keys in (row_keys, column_keys)
         )
         if run.config or None not in (*down, *across):  # else the overrides do not tell the place
             found[down, across] = run.state
     return found
-
-
-def _from_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return what overrides say of a config: `a.b=1` a value, `reservation=none` a name."""
-    import yaml
-
-    config: dict[str, Any] = {}
-    for word in overrides:
-        key, equals, text = word.lstrip("+").partition("=")
-        if not equals:
-            continue
-        *path, last = key.split(".")
-        place = config
-        for part in path:
-            inner = place.setdefault(part, {})
-            place = inner if isinstance(inner, dict) else {}
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            value = text
-        known = place.get(last)
-        fields = known if isinstance(known, dict) else {}
-        named = not path and isinstance(value, str)  # a group's option is called like its strategy
-        place[last] = {**fields, "name": value} if named else value
-    return config
 
 
 def _row_runs(frame: _Frame, down: Values) -> list[Run]:
