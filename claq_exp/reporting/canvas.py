@@ -150,6 +150,12 @@ def plain_number(value: float) -> str:
     return f"{value:,g}" if value == 0 or 1e-4 <= abs(value) < 1e6 else f"{value:.0e}"
 
 
+def short_name(row: dict[str, Any]) -> str:
+    """Return the layer's name inside its block."""
+    _, _, inside = str(row["name"]).partition(f".{row['block']}.")
+    return inside or str(row["name"])
+
+
 def spread_out(items: Sequence[Item], count: int) -> list[Item]:
     """Return at most so many items, evenly from the first to the last."""
     if len(items) <= count:

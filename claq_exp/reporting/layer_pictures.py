@@ -22,6 +22,7 @@ from claq_exp.reporting.canvas import (
     log_ticks,
     new_figure,
     panel_grid,
+    short_name,
     spread_out,
     wrapped,
 )
@@ -162,9 +163,3 @@ def _left_out(runs: int, chosen: int) -> list[str]:
     if runs == chosen:
         return []
     return [f"{chosen} of {runs} runs, evenly chosen from the fewest to the most linear bits."]
-
-
-def short_name(row: dict[str, Any]) -> str:
-    """Return the layer's name inside its block."""
-    _, _, inside = str(row["name"]).partition(f".{row['block']}.")
-    return inside or str(row["name"])

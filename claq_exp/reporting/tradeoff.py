@@ -100,6 +100,8 @@ def _draw(
     for original in panel.originals[:1]:
         if original > 0 or not logarithmic:
             axis.axhline(original, **ORIGINAL)
+            axis.update_datalim([(0.0, original)], updatex=False)  # a margin for this line too
+            axis.autoscale_view()
             values.append(original)
     if logarithmic:
         log_ticks(axis.yaxis, max(values) / min(values))
