@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shlex
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from claq_exp import __version__
 from claq_exp.errors import ClaqError, ConfigError
+from claq_exp.tracking.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from claq_exp.config import ExperimentConfig
@@ -53,7 +51,7 @@ INTERRUPTED = 130
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong request."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    _quiet_libraries()
+    quiet_libraries()
     try:
         return _dispatch(arguments)
     except ClaqError as error:
@@ -94,28 +92,28 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(overrides: list[str]) -> int:
-    from claq_exp.compose import check_jobs, check_words, compose_config, is_multirun
+    from claq_exp.compose import check_words, compose_config, is_multirun
 
     flags = [word for word in overrides if word.startswith("-")]
     multirun = any(flag in ("-m", "--multirun") for flag in flags)
     words = [word for word in overrides if word not in ("-m", "--multirun")]
     if any(flag in HYDRA_FLAGS for flag in flags):
         check_words([word for word in words if "=" in word])
-        return _with_hydra(overrides)
+        return _print_config(overrides)
     if flags and not multirun:
         raise ConfigError(f"'{flags[0]}' is no option; see claq-exp --help")
     if multirun or is_multirun(words):
-        jobs = check_jobs(words)
-        Console(stderr=True).print(f"{jobs} runs", highlight=False)
-        return _with_hydra([*words, "--multirun"])
+        from claq_exp.sweep.run import run_sweep
+
+        return run_sweep(words, _command(overrides))
     _run_one(compose_config(words), _command(overrides))
     if not words:
         Console().print("Next: claq-exp experiment=claq_2.12", highlight=False)
     return 0
 
 
-def _run_one(config: ExperimentConfig, command: str) -> float:
-    """Run one experiment, print its table, and return a sweeper's objective."""
+def _run_one(config: ExperimentConfig, command: str) -> None:
+    """Run one experiment and print its table."""
     from claq_exp.reporting.tables import overlap_notes, result_table
     from claq_exp.runner import run
 
@@ -135,51 +133,12 @@ def _run_one(config: ExperimentConfig, command: str) -> float:
         console.print(f"Note: {line}", highlight=False, markup=False, soft_wrap=True)
     for name in ("results.json", "layers.csv", "layers.png", "checkpoint"):
         console.print(f"{outcome.folder / name}", highlight=False, markup=False, soft_wrap=True)
-    return _objective(outcome.results)
 
 
-def _objective(results: dict[str, Any]) -> float:
-    """Return the first perplexity: 1e9 for an infinite one (a sweeper stops at NaN), 0 for none."""
-    for row in results["perplexity"].values():
-        return 1e9 if row["quantized"] is None else float(row["quantized"])
-    return 0.0
+def _print_config(arguments: list[str]) -> int:
+    from claq_exp.sweep.run import with_hydra
 
-
-def _with_hydra(arguments: list[str]) -> int:
-    """Hand over to Hydra: grids, launchers, and printing of configs."""
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
-
-    from claq_exp.compose import PRIMARY, VERSION_BASE, experiment_part, register_sweeps
-    from claq_exp.config import config_from_omegaconf
-    from claq_exp.places import packaged_folder
-
-    register_sweeps()
-    command = _command(arguments)
-
-    @hydra.main(
-        version_base=VERSION_BASE, config_path=str(packaged_folder("conf")), config_name=PRIMARY
-    )
-    def job(composed: DictConfig) -> float:
-        try:
-            return _run_one(config_from_omegaconf(experiment_part(composed)), command)
-        except ClaqError as error:
-            chosen = " ".join(HydraConfig.get().overrides.task)
-            _complain(f"job failed ({chosen}): {error}")
-            raise
-
-    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = [argv[0], *arguments]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hands exceptions to us, in place of a printed traceback
-    try:
-        job()
-    except ClaqError:
-        return 1  # each failed job has said why
-    finally:
-        sys.argv = argv
-        if full_error is None:
-            del os.environ["HYDRA_FULL_ERROR"]
+    with_hydra(arguments, lambda composed: 0.0)
     return 0
 
 
@@ -316,22 +275,6 @@ def _help() -> int:
             f"{group:<12} {', '.join(options)}", highlight=False, markup=False, soft_wrap=True
         )
     return 0
-
-
-def _quiet_libraries() -> None:
-    """Keep the warnings and progress bars of third parties off the terminal."""
-    warnings.filterwarnings("ignore")
-    logging.captureWarnings(capture=True)
-    for name in (
-        "TOKENIZERS_PARALLELISM",
-        "TRANSFORMERS_VERBOSITY",
-        "HF_HUB_DISABLE_PROGRESS_BARS",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS",
-        "HF_HUB_VERBOSITY",
-        "DATASETS_VERBOSITY",
-    ):
-        value = "error" if name.endswith("VERBOSITY") else "1"
-        os.environ.setdefault(name, "false" if name == "TOKENIZERS_PARALLELISM" else value)
 
 
 def _command(arguments: list[str]) -> str:

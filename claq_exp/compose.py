@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -22,13 +19,18 @@ from claq_exp.places import packaged_folder
 
 VERSION_BASE = "1.3"
 PRIMARY = "config"
+LAUNCHER = "hydra/launcher"
+EXTRAS = {  # option of Hydra's that a package brings -> our extra with that package
+    "hydra/launcher/joblib": "joblib",
+    "hydra/launcher/submitit_slurm": "slurm",
+    "hydra/launcher/submitit_local": "slurm",
+    "hydra/launcher/ray": "ray",
+    "hydra/sweeper/optuna": "optuna",
+}
 
 
 def register_sweeps() -> None:
-    """Make every file of `sweeps/` an option of the group `sweep`, and `~` known to Hydra."""
-    OmegaConf.register_new_resolver(
-        "expanduser", lambda path: str(Path(path).expanduser()), replace=True
-    )
+    """Make every file of `sweeps/` an option of the group `sweep`."""
     store = ConfigStore.instance()
     for path in sorted(packaged_folder("sweeps").glob("*.yaml")):
         node = OmegaConf.load(path)
@@ -40,51 +42,41 @@ def compose_config(overrides: list[str]) -> ExperimentConfig:
 
     Raises ConfigError with one line that names the alternatives.
     """
-    if several := [text for text in overrides if _is_sweep(text)]:
+    if several := [text for text in overrides if is_swept(text)]:
         raise ConfigError(f"'{several[0]}' lists several values; add -m to run each of them")
-    return config_from_omegaconf(experiment_part(_compose(overrides)))
+    return config_from_omegaconf(experiment_part(compose_all(overrides)))
 
 
 def check_words(overrides: list[str]) -> None:
     """Raise ConfigError unless the overrides compose; their values are not looked at."""
-    _compose([text for text in overrides if not _is_sweep(text)])
+    compose_all([text for text in overrides if not is_swept(text)])
 
 
 def is_multirun(overrides: list[str]) -> bool:
     """Tell whether the overrides name a sweep by themselves."""
-    mode = _compose([text for text in overrides if not _is_sweep(text)]).hydra.mode
+    mode = compose_all([text for text in overrides if not is_swept(text)]).hydra.mode
     return mode is not None and mode.name == "MULTIRUN"
-
-
-def check_jobs(overrides: list[str]) -> int:
-    """Compose and check every job of a grid before the first one starts; return their number.
-
-    Distributions, which only a sweeper can draw from, are left out.
-    """
-    plain = [text for text in overrides if not _is_sweep(text)]
-    params = _compose(plain).hydra.sweeper.get("params") or {}
-    grid = [f"{key}={value}" for key, value in params.items()]
-    jobs = list(_combinations([*grid, *overrides]))
-    for job in jobs:
-        compose_config(job)
-    return len(jobs)
 
 
 def groups() -> dict[str, list[str]]:
     """Return config group -> its options."""
     conf = packaged_folder("conf")
+    folders = [folder for folder in conf.iterdir() if folder.is_dir() and folder.name != "hydra"]
     found = {
-        folder.name: sorted(
+        folder.relative_to(conf).as_posix(): sorted(
             path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")
         )
-        for folder in sorted(conf.iterdir())
-        if folder.is_dir()
+        for folder in [*sorted(folders), conf / LAUNCHER]
     }
     found["sweep"] = sorted(path.stem for path in packaged_folder("sweeps").glob("*.yaml"))
     return found
 
 
-def _compose(overrides: list[str]) -> DictConfig:
+def compose_all(overrides: list[str]) -> DictConfig:
+    """Compose an experiment with Hydra's own part, unchecked.
+
+    Raises ConfigError with one line that names the alternatives.
+    """
     register_sweeps()
     GlobalHydra.instance().clear()
     conf = str(packaged_folder("conf"))
@@ -105,21 +97,8 @@ def experiment_part(composed: DictConfig) -> DictConfig:
     return copy
 
 
-def _combinations(overrides: list[str]) -> Iterator[list[str]]:
-    """Yield the overrides of every job; as in Hydra, a later override of a key replaces it."""
-    parser = OverridesParser.create()
-    choices: dict[str, list[str]] = {}
-    for text in overrides:
-        override = parser.parse_override(text)
-        key = override.get_key_element()
-        if override.is_discrete_sweep():
-            choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
-        elif not override.is_sweep_override():
-            choices[key] = [text]
-    return (list(job) for job in itertools.product(*choices.values()))
-
-
-def _is_sweep(text: str) -> bool:
+def is_swept(text: str) -> bool:
+    """Tell whether an override lists several values.  Raises ConfigError for what is none."""
     try:
         return bool(OverridesParser.create().parse_override(text).is_sweep_override())
     except HydraException as error:
@@ -134,8 +113,8 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     text = str(error)
     if isinstance(error, ValueError):  # Hydra's own, for a group whose option is no word
         return _explain_option(overrides)
-    if match := re.search(r"Could not find '(hydra/[^']+)/([^'/]+)'", text):
-        return f"{match[1]}={match[2]} is not installed; pip install 'claq-exp[{match[2]}]'"
+    if "Could not find 'hydra/" in text:
+        return _explain_plugin(text)
     if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
         options = groups().get(match[1], [])
         there = f"there are: {', '.join(options)}"
@@ -143,6 +122,18 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     if match := re.search(r"Could not override '([^']+)'", text):
         return _explain_key(match[1], overrides)
     return one_line(error)
+
+
+def _explain_plugin(text: str) -> str:
+    missing = re.findall(r"hydra/\w+/\w+", text)[-1]
+    group, _, option = missing.rpartition("/")
+    if missing in EXTRAS:
+        return f"{group}={option} is not installed; pip install 'claq-exp[{EXTRAS[missing]}]'"
+    others = [known.rpartition("/")[2] for known in EXTRAS if known.startswith(group)]
+    options = ["basic", *groups().get(group, []), *others]
+    return (
+        f"{group}={option}: no such option{_near(option, options)}; there are: {', '.join(options)}"
+    )
 
 
 def _explain_option(overrides: list[str]) -> str:
@@ -156,7 +147,7 @@ def _explain_option(overrides: list[str]) -> str:
 
 def _explain_key(key: str, overrides: list[str]) -> str:
     others = [text for text in overrides if text.lstrip("+~").partition("=")[0] != key]
-    node = experiment_part(_compose(others))
+    node = experiment_part(compose_all(others))
     *parents, wrong = key.split(".")
     for part in parents:
         child = OmegaConf.select(node, part)

@@ -26,6 +26,7 @@ NEUTRAL = (
     "checkpoint",
     "threads",
 )  # these change no result
+LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again
 RESULTS_FILE = "results.json"
 STATE_FILE = "state.json"
 LOCK_FILE = ".lock"
@@ -112,13 +113,16 @@ class RunFolder:
         write_json(self.path / RESULTS_FILE, results)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder.  Raises ClaqError that names the holder when another process has it."""
+    def locked(self, *, wait: bool = False) -> Iterator[None]:
+        """Hold the folder, and `wait` for it where another process has it.
+
+        Raises ClaqError that names the holder where this does not wait.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         holder = self.path / ".lock-holder"
         lock = filelock.FileLock(self.path / LOCK_FILE)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=-1 if wait else LOOK_SECONDS)
         except filelock.Timeout as error:
             name = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
             raise ClaqError(f"{self.path} is in use by {name}; wait for it or stop it") from error

@@ -58,11 +58,18 @@ class Outcome:
 
 
 def run(
-    config: ExperimentConfig, command: str, say: Callable[[str], None] = lambda _: None
+    config: ExperimentConfig,
+    command: str,
+    say: Callable[[str], None] = lambda _: None,
+    *,
+    progress: Callable[[dict[str, float]], RunProgress] = RunProgress,
+    wait: bool = False,
 ) -> Outcome:
     """Run an experiment, or continue it, or find it finished.
 
     command: what a person typed, for the record.  say: shows a line while no progress bar is up.
+    progress: makes the progress bar from estimates.  wait: for another process that has the same
+    run, where this would raise else.
     """
     device = choose_device(config.device)
     if config.tracking.name == "wandb":
@@ -80,7 +87,7 @@ def run(
     plan = make_plan(config, model_config, device)
     with noise_to(fetch_log()):
         tokens = tokenize_inputs(config, fetched.model)
-    with folder.locked():
+    with folder.locked(wait=wait):
         finished = folder.results()  # another process may have been first
         if finished is not None and config.resume != "never":
             return Outcome(folder.path, finished, found=True)
@@ -93,13 +100,11 @@ def run(
             write_json(folder.path / "config.json", {"command": command, **identity})
             tracker = _tracker(config, folder)
             with (
-                RunProgress(plan.seconds) as progress,
+                progress(plan.seconds) as bar,
                 noise_to(folder.path / "third_party.log"),
                 EventLog(folder.path / EVENTS_FILE, [tracker] if tracker else []) as events,
             ):
-                job = _Job(
-                    config, folder, fetched, model_config, tokens, plan, device, progress, events
-                )
+                job = _Job(config, folder, fetched, model_config, tokens, plan, device, bar, events)
                 results = job.results(command)
                 events.results(results)
                 events.event("finished", seconds=results["run"]["seconds"])

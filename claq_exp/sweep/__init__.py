@@ -1,1 +1,1 @@
-"""Many experiments as one piece of work."""
+"""Many experiments as one: their jobs, records and view."""

@@ -11,7 +11,8 @@ import contextlib
 import hashlib
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,14 @@ import filelock
 
 from claq_exp.checkpoint.files import read_json, write_json
 from claq_exp.errors import CheckpointError, ClaqError, first_line
-from claq_exp.run_folder import FAILED, INTERRUPTED, KILLED, RUNNING, RunState, is_held
+from claq_exp.run_folder import FAILED, FINISHED, INTERRUPTED, KILLED, RUNNING, RunState, is_held
 
 JOBS = "jobs"
+QUIET_SECONDS = 2.0  # between two notes of how far a job is
+
+
+class JobKilledError(ClaqError):
+    """A job whose process is gone without a word of its own."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class Job:
     number: its place in the sweep that ran it last.  overrides: what a person would type for it.
     folder: name of its run folder beside `jobs`, or None where it failed before it had one.
     found: the run was finished before.  objective: what a sweeper looks at.  seconds: of this try.
+    share: how much of a running job is done, 0 to 1.  stage: what it is at.  notes: what a reader
+    of its results must know.
     """
 
     number: int
@@ -41,6 +49,9 @@ class Job:
     found: bool = False
     objective: float | None = None
     seconds: float | None = None
+    share: float = 0.0
+    stage: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -67,37 +78,93 @@ def write_job(folder: Path, job: Job) -> None:
         "found": job.found,
         "objective": job.objective,
         "seconds": job.seconds,
+        "share": job.share,
+        "stage": job.stage,
+        "notes": list(job.notes),
     }
     write_json(path, content)
 
 
+class JobRecord:
+    """The record of one job while it runs, in each of the folders that keep one."""
+
+    def __init__(self, folders: Sequence[Path], job: Job) -> None:
+        self._folders, self._job = folders, job
+        self._started = self._noted = time.monotonic()
+
+    def progress(self, share: float, stage: str) -> None:
+        """Note how far the job is, now and then."""
+        now = time.monotonic()
+        if stage.partition(" ")[0] != self._job.stage.partition(" ")[0] or (
+            now - self._noted > QUIET_SECONDS
+        ):
+            self.note(RunState(RUNNING, self._job.state.reason), share=share, stage=stage)
+            self._noted = now
+
+    def finish(
+        self, *, folder: str, found: bool, objective: float | None, notes: tuple[str, ...]
+    ) -> None:
+        """Note that the job's run is finished."""
+        self.note(
+            RunState(FINISHED),
+            folder=folder,
+            found=found,
+            objective=objective,
+            notes=notes,
+            share=1.0,
+            stage="",
+        )
+
+    def note(self, state: RunState, **changes: Any) -> None:
+        """Replace the record."""
+        seconds = round(time.monotonic() - self._started, 3)
+        self._job = replace(self._job, state=state, seconds=seconds, **changes)
+        for folder in self._folders:
+            write_job(folder, self._job)
+
+
 @contextlib.contextmanager
-def recorded_job(folder: Path, job: Job) -> Iterator[None]:
+def recorded_job(
+    folders: Sequence[Path], job: Job, check: Callable[[], None] = lambda: None
+) -> Iterator[JobRecord]:
     """Hold a job, note that it runs, and how it failed if it does; the caller notes its success.
 
-    Raises ClaqError when another process runs the same job.
+    folders: `outputs/NAME`, and others that keep the same record.  Where another process runs the
+    same job, this waits for its end, and calls `check` now and then, which may raise.
     """
-    (folder / JOBS).mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / JOBS / f"{job.key}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ClaqError(f"another process runs the job {' '.join(job.overrides)}") from error
-    try:
-        process = f"process {os.getpid()} on {socket.gethostname()}"
-        write_job(folder, replace(job, state=RunState(RUNNING, process)))
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            held.enter_context(_held(folder / JOBS / f"{job.key}.lock", check))
+        record = JobRecord(folders, job)
+        record.note(RunState(RUNNING, f"process {os.getpid()} on {socket.gethostname()}"))
         try:
-            yield
-        except KeyboardInterrupt:
-            write_job(folder, replace(job, state=RunState(INTERRUPTED)))
+            yield record
+        except (KeyboardInterrupt, SystemExit):
+            record.note(RunState(INTERRUPTED))
+            raise
+        except JobKilledError as error:
+            record.note(RunState(KILLED, str(error)))
             raise
         except BaseException as error:
-            with contextlib.suppress(OSError):
-                write_job(folder, replace(job, state=RunState(FAILED, first_line(error))))
+            with contextlib.suppress(OSError):  # a full disk: the error itself matters more
+                record.note(RunState(FAILED, first_line(error)))
             raise
+
+
+@contextlib.contextmanager
+def _held(path: Path, check: Callable[[], None]) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    while not lock.is_locked:
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire(timeout=1.0)
+        if not lock.is_locked:
+            check()
+    try:
+        yield
     finally:
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Job | None:
@@ -112,6 +179,9 @@ def _read(path: Path) -> Job | None:
             content["found"],
             content["objective"],
             content["seconds"],
+            content["share"],
+            content["stage"],
+            tuple(content["notes"]),
         )
     except (CheckpointError, KeyError):
         return None

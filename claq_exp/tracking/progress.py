@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,9 +22,15 @@ class RunProgress:
 
     estimates: stage -> expected seconds.  A stage that takes longer or shorter changes the speed at
     which the bar moves, and with it the time left.
+    on_share: called with the share that is done (0 to 1) and the stage, in place of any output.
     """
 
-    def __init__(self, estimates: dict[str, float], console: Console | None = None) -> None:
+    def __init__(
+        self,
+        estimates: dict[str, float],
+        console: Console | None = None,
+        on_share: Callable[[float, str], None] | None = None,
+    ) -> None:
         self._estimates = {stage: max(seconds, 0.1) for stage, seconds in estimates.items()}
         self._console = console or Console(file=own_stderr())
         self._bar = Progress(
@@ -36,9 +42,10 @@ class RunProgress:
             TimeRemainingColumn(),
             console=self._console,
             speed_estimate_period=120,
-            disable=not self._console.is_terminal,
+            disable=on_share is not None or not self._console.is_terminal,
         )
         self._task = self._bar.add_task("", total=sum(self._estimates.values()))
+        self._on_share = on_share
         self._stage = ""
         self._done = 0.0
         self._spoke = 0.0
@@ -76,6 +83,9 @@ class RunProgress:
 
     def _show(self, text: str, *, always: bool = False) -> None:
         self._bar.update(self._task, description=text)
+        if self._on_share is not None:
+            self._on_share(self._bar.tasks[0].percentage / 100, text)
+            return
         now = time.monotonic()
         if not self._console.is_terminal and (always or now - self._spoke > QUIET_SECONDS):
             percent = self._bar.tasks[0].percentage

@@ -174,11 +174,24 @@ def test_a_key_below_an_empty_part_says_that_there_is_nothing(run, refusal):
     assert not line.endswith("there are: ")
 
 
-def test_a_missing_launcher_says_what_to_install(run, refusal):
-    assert run("-m", "hydra/launcher=joblib", "seed=1,2") == REQUEST
+@pytest.mark.skipif(
+    importlib.util.find_spec("ray") is not None,
+    reason="the Ray launcher is installed",
+)
+@pytest.mark.parametrize("launcher", ["ray_cluster", "ray"])
+def test_a_missing_launcher_says_what_to_install(launcher, run, refusal):
+    assert run("-m", f"hydra/launcher={launcher}", "seed=1,2") == REQUEST
     line = refusal()
-    assert "hydra/launcher=joblib" in line
-    assert not line.endswith("there are: ")
+    assert "hydra/launcher=ray is not installed" in line
+    assert "pip install 'claq-exp[ray]'" in line
+
+
+def test_an_unknown_launcher_names_those_that_there_are(run, refusal):
+    assert run("-m", "hydra/launcher=proceses", "seed=1,2") == REQUEST
+    line = refusal()
+    assert "did you mean 'processes'?" in line
+    for launcher in ("basic", "joblib", "slurm", "slurm_local", "ray_cluster"):
+        assert launcher in line
 
 
 def test_the_fields_of_a_strategy_are_those_that_can_be_set(run, refusal):

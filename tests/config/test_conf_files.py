@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
 import re
 import subprocess
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
-from claq_exp.compose import check_jobs, compose_config, groups, is_multirun
+from claq_exp.compose import compose_all, compose_config, groups, is_multirun
 from claq_exp.config import (
     FAMILIES,
     CalibrationConfig,
@@ -24,10 +26,16 @@ from claq_exp.config import (
 )
 from claq_exp.errors import ConfigError
 from claq_exp.places import packaged_folder
+from claq_exp.sweep.grid import check_grid
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF, SWEEPS = ROOT / "conf", ROOT / "sweeps"
-OPTIONS = sorted(path.relative_to(CONF).as_posix() for path in CONF.glob("*/**/*.yaml"))
+LAUNCHERS = sorted(path.stem for path in CONF.glob("hydra/launcher/*.yaml"))
+OPTIONS = sorted(
+    path.relative_to(CONF).as_posix()
+    for path in CONF.glob("*/**/*.yaml")
+    if not path.is_relative_to(CONF / "hydra")
+)
 STRATEGIES = [name for name in OPTIONS if name.partition("/")[0] in FAMILIES]
 EXPERIMENTS = sorted(
     name.removeprefix("experiment/").removesuffix(".yaml")
@@ -133,20 +141,44 @@ def test_every_strategy_is_an_option_and_every_option_a_strategy(family):
 
 
 def test_groups_lists_every_folder_and_the_sweeps():
-    folders = {path.name for path in CONF.iterdir() if path.is_dir()}
-    assert set(groups()) == folders | {"sweep"}
+    folders = {path.name for path in CONF.iterdir() if path.is_dir()} - {"hydra"}
+    assert set(groups()) == folders | {"sweep", "hydra/launcher"}
     assert groups()["sweep"] == SWEEP_NAMES
+    assert groups()["hydra/launcher"] == LAUNCHERS
+
+
+def test_hydra_has_no_presets_but_those_of_launchers():
+    assert {path.parent for path in (CONF / "hydra").rglob("*.yaml")} == {CONF / "hydra/launcher"}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_launcher_composes_with_the_values_of_its_file_on_top_of_the_plugins(name):
+    text = (CONF / f"hydra/launcher/{name}.yaml").read_text(encoding="utf-8")
+    plugin, own = yaml.safe_load(text)["defaults"]
+    assert own == "_self_"
+    if plugin == "ray" and not importlib.util.find_spec("ray"):
+        pytest.skip("the Ray launcher is not installed")
+    composed = compose_all([f"hydra/launcher={name}"]).hydra.launcher
+    plain = compose_all([f"hydra/launcher={plugin}"]).hydra.launcher
+    assert composed._target_ == plain._target_
+    values = flat(OmegaConf.to_container(composed))
+    for key, value in flat(content(CONF / f"hydra/launcher/{name}.yaml")).items():
+        assert values[key] == value, key
 
 
 @pytest.mark.parametrize("name", SWEEP_NAMES)
 def test_every_job_of_every_sweep_is_valid_and_its_comment_counts_them(name):
     text = (SWEEPS / f"{name}.yaml").read_text(encoding="utf-8")
-    params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
-    expected = math.prod(len(str(values).split(",")) for values in params.values())
+    sweeper = yaml.safe_load(text)["hydra"]["sweeper"]
+    lists = [str(values).split(",") for values in sweeper["params"].values()]
+    expected = sweeper.get("n_trials") or math.prod(map(len, lists))
     assert is_multirun([f"sweep={name}"])
-    assert check_jobs([f"sweep={name}"]) == expected
+    grid = check_grid([f"sweep={name}"])
+    assert grid.jobs == expected
+    assert grid.search == ("n_trials" in sweeper)
     assert re.search(r"\((\d+) runs\)", text)[1] == str(expected)
-    assert f"claq-exp report outputs/{yaml.safe_load(text)['name']}" in text
+    assert f"claq-exp report outputs/{name}" in text
+    assert grid.base.name == name
 
 
 def test_a_single_run_is_no_multirun():

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import json
+from collections.abc import Callable
 
 import pytest
 
 from claq_exp.cli import main
-from claq_exp.compose import check_jobs
+from claq_exp.run_folder import RunState
+from claq_exp.sweep.grid import check_grid
+from claq_exp.sweep.record import read_jobs
+from claq_exp.sweep.run import run_sweep
+from claq_exp.sweep.work import Done, OnShare, Order, run_here
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
     gc.freeze()  # or each run goes through all objects of all imported libraries
+
+
+def here(order: Order, on_share: OnShare, check: Callable[[], None]) -> Done:
+    return run_here(order, on_share)
 
 
 @pytest.fixture
@@ -67,7 +75,7 @@ def test_a_bad_value_that_replaces_a_sweeps_own_is_refused(tiny_run, outputs, ca
     ids=lambda case: " ".join(case) if isinstance(case, list) else "",
 )
 def test_the_number_of_jobs_is_that_of_the_combinations(grid, jobs):
-    assert check_jobs(grid) == jobs
+    assert check_grid(grid).jobs == jobs
 
 
 def test_one_failing_job_of_three_stops_no_other_and_is_named(run, outputs, capfd):
@@ -91,7 +99,7 @@ def test_every_failing_job_is_told_from_the_others(run, outputs, capfd):
     assert "seed=8" in lines[1]
 
 
-def test_an_error_nobody_expected_stops_no_other_job_either(run, outputs, monkeypatch, capfd):
+def test_an_error_nobody_expected_stops_no_other_job_either(tiny_run, outputs, monkeypatch, capfd):
     from claq_exp import runner
 
     plot = runner.plot_layers
@@ -104,11 +112,14 @@ def test_an_error_nobody_expected_stops_no_other_job_either(run, outputs, monkey
         return plot(*args)
 
     monkeypatch.setattr(runner, "plot_layers", fail_first)
-    with contextlib.suppress(RuntimeError):  # an error in the program may end in a traceback
-        assert run("-m", "seed=7,8") == 1
+    words = [*tiny_run, "experiment=rtn_4bit", "threads=1", "~evaluation.corpora.wikipedia"]
+    assert run_sweep([*words, "seed=7,8"], "as typed", run_job=here) == 1
     finished = [json.loads(path.read_text()) for path in outputs.rglob("results.json")]
     assert [row["config"]["seed"] for row in finished] == [8]
-    assert "seed=7" in capfd.readouterr().err
+    failed, finished = read_jobs(outputs / "default")
+    assert failed.state == RunState("failed", "the plotter is broken")
+    assert finished.state == RunState("finished")
+    assert "failed (seed=7): the plotter is broken" in capfd.readouterr().err
 
 
 def test_a_grid_makes_no_folder_called_tilde(run, tmp_path, monkeypatch):

@@ -51,8 +51,8 @@ def test_every_readme_command_runs(tiny_run, tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_readme_overrides_compose_as_they_stand(line):
-    from claq_exp.compose import check_jobs
+    from claq_exp.sweep.grid import check_grid
 
     words = shlex.split(line)[1:]
     if words[0] not in WITHOUT_OVERRIDES:
-        assert check_jobs([word for word in words if "=" in word]) >= 1
+        assert check_grid([word for word in words if "=" in word]).jobs >= 1

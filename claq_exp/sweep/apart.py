@@ -1,0 +1,137 @@
+"""A job in a process of its own: its memory, seeds and threads are its own, and so is its death."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
+
+from claq_exp.errors import ClaqError, first_line
+from claq_exp.sweep.record import JobKilledError
+from claq_exp.sweep.work import Done, OnShare, Order, run_here
+from claq_exp.tracking.progress import noise_to
+from claq_exp.tracking.quiet import quiet_libraries
+
+LOOK_SECONDS = 0.5  # between two looks at whether the sweep was stopped
+PATIENCE_SECONDS = 20.0  # for a job to close its files after an interruption
+
+
+@dataclass(frozen=True)
+class _Failed:
+    reason: str
+
+
+def run_apart(order: Order, on_share: OnShare, check: Callable[[], None] = lambda: None) -> Done:
+    """Run a job in a child process and wait for it.
+
+    check: called now and then, to raise where the job is to be given up.  Raises ClaqError with
+    the job's own reason, or JobKilledError when the child ended without a word.  Whatever is
+    raised, the child is gone; and it ends by itself when this process is gone.
+    """
+    context = _context()
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_child, args=(theirs, order))
+    child.start()
+    theirs.close()
+    try:
+        last = _listen(ours, on_share, check)
+        child.join()
+    except BaseException:
+        _end(child)
+        raise
+    finally:
+        ours.close()
+    if isinstance(last, Done):
+        return last
+    if isinstance(last, _Failed):
+        raise ClaqError(last.reason)
+    code = child.exitcode or 0
+    if code >= 0:
+        raise ClaqError(f"its process ended without a word, with exit code {code}; see {order.log}")
+    name = signal.Signals(-code).name
+    hint = " (memory ran out, or a person did it)" if name == "SIGKILL" else ""
+    raise JobKilledError(f"{name}{hint}")
+
+
+def _context() -> ForkServerContext | SpawnContext:
+    """Return how children are made: of a server that has imported everything and run nothing."""
+    if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
+        multiprocessing.set_start_method("spawn", force=True)  # joblib's own, which no child knows
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "lm_eval.tasks", "datasets"])
+    return context
+
+
+def _listen(
+    ours: Connection, on_share: OnShare, check: Callable[[], None]
+) -> Done | _Failed | None:
+    """Return the child's last word, or None where it had none."""
+    last = None
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        while True:
+            check()
+            if ours.poll(LOOK_SECONDS):
+                message = ours.recv()
+                if isinstance(message, tuple):
+                    on_share(*message)
+                else:
+                    last = message
+    return last
+
+
+def _end(child: multiprocessing.process.BaseProcess) -> None:
+    """End a child: as Ctrl-C does, and by force if that takes long or is interrupted."""
+    try:
+        if child.is_alive() and child.pid:
+            os.kill(child.pid, signal.SIGINT)
+        child.join(PATIENCE_SECONDS)
+    finally:
+        child.kill()
+        child.join()
+
+
+def _child(connection: Connection, order: Order) -> None:
+    """Do the work and send what became of it; progress goes the same way."""
+    with contextlib.suppress(OSError):
+        os.setsid()  # Ctrl-C reaches the sweep, which passes it on once
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(order.environment)
+    threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
+    quiet_libraries()
+    order.log.parent.mkdir(parents=True, exist_ok=True)
+    with noise_to(order.log):
+        word = _work(order, lambda share, stage: connection.send((share, stage)))
+    if not order.log.stat().st_size:
+        order.log.unlink()
+    connection.send(word)
+
+
+def _work(order: Order, on_share: OnShare) -> Done | _Failed:
+    try:
+        return run_here(order, on_share)
+    except ClaqError as error:
+        return _Failed(str(error))
+    except OSError as error:
+        traceback.print_exc()
+        return _Failed(f"{error.filename or 'a file'}: {error.strerror or error}")
+    except Exception as error:  # noqa: BLE001 - a fault in the program must not stop other jobs
+        traceback.print_exc()
+        return _Failed(f"{type(error).__name__}: {first_line(error)}; traceback in {order.log}")
+
+
+def _end_with(connection: Connection) -> None:
+    """End this process at once when the one that started it is gone."""
+    with contextlib.suppress(EOFError, OSError):
+        connection.recv()
+    os._exit(1)

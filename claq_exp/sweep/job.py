@@ -1,0 +1,92 @@
+"""What a launcher calls for each job of a sweep, in whatever process and on whatever machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from claq_exp.compose import experiment_part
+from claq_exp.config import ExperimentConfig, config_from_omegaconf
+from claq_exp.run_folder import RUNNING, RunState
+from claq_exp.sweep.apart import run_apart
+from claq_exp.sweep.record import Job, JobRecord, recorded_job
+from claq_exp.sweep.share import one_gpu, threads_of_job
+from claq_exp.sweep.work import WORST, Done, OnShare, Order
+
+RunJob = Callable[[Order, OnShare, Callable[[], None]], Done]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What all jobs of a sweep know.
+
+    command: what a person typed.  folder: of this one call, for the records of its jobs and a file
+    that stops them.  run_job: how a job is run; by default in a process of its own.
+    """
+
+    command: str
+    folder: Path
+    run_job: RunJob = run_apart
+
+    @property
+    def stop_file(self) -> Path:
+        """Tells jobs on any machine to end."""
+        return self.folder / "stop"
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt when the sweep was stopped."""
+        if self.stop_file.exists():
+            raise KeyboardInterrupt
+
+
+def run_sweep_job(sweep: Sweep, composed: DictConfig) -> float:
+    """Run one job and return its objective, or `WORST` where it failed: the record says why.
+
+    Raises KeyboardInterrupt when the sweep is stopped, and nothing else.
+    """
+    hydra = HydraConfig.get()
+    number, overrides = hydra.job.num, tuple(hydra.overrides.task)
+    launcher = OmegaConf.to_container(hydra.launcher)
+    assert isinstance(launcher, dict)
+    results = Path(composed.outputs).expanduser() / composed.name
+    job = Job(number, overrides, RunState(RUNNING))
+    try:
+        with (
+            one_gpu(composed.device, launcher.get("_target_", ""), sweep.check) as environment,
+            recorded_job((results, sweep.folder), job, sweep.check) as record,
+        ):
+            return _run(sweep, composed, launcher, environment, record, number)
+    except Exception:  # noqa: BLE001 - it is on record, and must stop neither sweeper nor launcher
+        return WORST
+
+
+def _run(
+    sweep: Sweep,
+    composed: DictConfig,
+    launcher: dict[Any, Any],
+    environment: dict[str, str],
+    record: JobRecord,
+    number: int,
+) -> float:
+    config = in_a_sweep(config_from_omegaconf(experiment_part(composed)), launcher)
+    log = sweep.folder / f"{number}.log"
+    order = Order(config, sweep.command, {**os.environ, **environment}, log)
+    done = sweep.run_job(order, record.progress, sweep.check)
+    record.finish(folder=done.folder, found=done.found, objective=done.objective, notes=done.notes)
+    return WORST if done.objective is None else done.objective
+
+
+def in_a_sweep(config: ExperimentConfig, launcher: dict[Any, Any]) -> ExperimentConfig:
+    """Fill in what a job of a sweep has where a person gave nothing: W&B's group, threads."""
+    group = config.name if config.tracking.group is None else config.tracking.group
+    return replace(
+        config,
+        tracking=replace(config.tracking, group=group),
+        threads=threads_of_job(config.threads, launcher),
+    )

@@ -1,0 +1,122 @@
+"""A sweep from words to its summary.  Hydra's sweeper and launcher do what lies between."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from claq_exp.compose import PRIMARY, VERSION_BASE, register_sweeps
+from claq_exp.errors import ClaqError, first_line
+from claq_exp.places import packaged_folder
+from claq_exp.run_folder import INTERRUPTED, KILLED, RunState
+from claq_exp.sweep.apart import run_apart
+from claq_exp.sweep.grid import Grid, check_grid
+from claq_exp.sweep.job import RunJob, Sweep, run_sweep_job
+from claq_exp.sweep.record import read_jobs, write_job
+from claq_exp.sweep.view import Standing, SweepView, jobs_table
+
+MULTIRUNS = ".multirun"
+
+
+def run_sweep(overrides: list[str], command: str, run_job: RunJob = run_apart) -> int:
+    """Run all jobs of a sweep and return the exit code: 1 if any is not finished.
+
+    overrides: without `-m`.  command: what a person typed.  run_job: how one job is run.  Raises
+    ConfigError before anything is started, and KeyboardInterrupt once all jobs have stopped.
+    """
+    grid = check_grid(overrides)
+    note = Console(stderr=True)
+    _line(note, f"{grid.jobs} runs")
+    if grid.base.model.remark:
+        _line(note, f"Note: {grid.base.model.remark}.")
+    sweep = Sweep(command, _own_folder(grid.results.parent), run_job)
+
+    def job(composed: DictConfig) -> float:
+        return run_sweep_job(sweep, composed)
+
+    words = [*overrides, f"hydra.sweep.dir='{_quoted(sweep.folder)}'", "--multirun"]
+    stopped = False
+
+    def read() -> Standing:
+        return Standing(grid.jobs, tuple(read_jobs(sweep.folder)), grid.fixed)
+
+    with SweepView(read, note):
+        try:
+            with_hydra(words, job)
+        except KeyboardInterrupt:
+            sweep.stop_file.touch()
+            stopped = True
+        except Exception as error:  # noqa: BLE001 - a launcher's own; the jobs are on record
+            _line(note, f"claq-exp: the launcher failed: {first_line(error)}")
+        if stopped:
+            _note_interruptions(sweep, grid.results)
+    standing = read()
+    _summarize(grid, standing, command)
+    if stopped:
+        raise KeyboardInterrupt
+    return 0 if standing.count("finished") == standing.total else ClaqError.exit_code
+
+
+def with_hydra(arguments: list[str], job: Callable[[DictConfig], float]) -> None:
+    """Hand over to Hydra: grids, launchers, and printing of configs."""
+    register_sweeps()
+    conf = str(packaged_folder("conf"))
+    argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [argv[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hands exceptions to us, in place of a printed traceback
+    try:
+        hydra.main(version_base=VERSION_BASE, config_path=conf, config_name=PRIMARY)(job)()
+    finally:
+        sys.argv = argv
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _own_folder(outputs: Path) -> Path:
+    """Make a folder that no other call has, whatever the clock says."""
+    while True:
+        now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        folder = outputs.absolute() / MULTIRUNS / f"{now}-{os.getpid()}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+
+
+def _quoted(path: Path) -> str:
+    return str(path).replace("'", "\\'")
+
+
+def _note_interruptions(sweep: Sweep, results: Path) -> None:
+    """Correct the record of jobs whose process an interrupted launcher has killed."""
+    for job in read_jobs(sweep.folder):
+        if job.state.name == KILLED and job.state.reason.startswith("process "):
+            interrupted = replace(job, state=RunState(INTERRUPTED))
+            for folder in (sweep.folder, results):
+                write_job(folder, interrupted)
+
+
+def _summarize(grid: Grid, standing: Standing, command: str) -> None:
+    console = Console()
+    corpora = grid.base.evaluation.corpora
+    console.print(jobs_table(standing, f"{next(iter(corpora))} perplexity" if corpora else ""))
+    finished = standing.count("finished")
+    _line(console, standing.line())
+    if finished < standing.total:
+        _line(console, f"To run what is missing: {command}")
+    if finished:
+        _line(console, f"For tables and plots: claq-exp report {grid.results}")
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
