@@ -23,7 +23,9 @@ claq-exp plan [OVERRIDES]              bits, bytes, memory and time before any w
 claq-exp evaluate checkpoint=FOLDER    measure an existing checkpoint
 claq-exp report FOLDER ...             tables and plots of all runs below folders; --by KEY ...,
                                        --rows KEY,... --columns KEY,... --metrics NAME,...,
-                                       --sort KEY, --seeds, --into FOLDER (docs/reports.md)
+                                       --sort NAME, --seeds, --into FOLDER, --wandb
+claq-exp report --compare RUN RUN      two runs beside each other; --replay RUN ... logs them to
+                                       Weights & Biases again; docs/reports.md has the whole
 claq-exp inspect FOLDER [--layers]     bits, bytes and outliers of a checkpoint; --plot FILE.png
 claq-exp dequantize FOLDER TARGET      write a checkpoint as a plain one; dtype=float16
 claq-exp bench runtime checkpoint=...  speed and memory of a checkpoint with each kernel

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from string import ascii_lowercase
 
 from claq_exp.reporting.collect import Run, measures
-from claq_exp.reporting.columns import Column
+from claq_exp.reporting.columns import GIVEN, Column
 from claq_exp.reporting.grid import Cell, Row
 
 NOT_MEASURED = "not measured"
@@ -51,7 +51,8 @@ def measured_cell(runs: Sequence[Run], column: Column, marks: Marks) -> Cell:
     mean = statistics.fmean(values)
     deviation = statistics.stdev(values) if len(values) > 1 else None
     text = number(mean, column.digits)
-    if deviation is not None and (column.kind != "bits" or float(f"{deviation:.{column.digits}f}")):
+    is_given = column.kind in GIVEN and not float(f"{deviation or 0.0:.{column.digits}f}")
+    if deviation is not None and not is_given:
         text += f" ± {number(deviation, column.digits)}"
     if len(values) < len(runs):
         text += f" (n={len(values)})"

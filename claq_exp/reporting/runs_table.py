@@ -82,14 +82,20 @@ def runs_grid(
 
 
 def unfinished_grid(collection: Collection) -> Grid | None:
-    """Return a table of the runs and jobs without results, and why; None where there are none."""
+    """Return a table of the runs and jobs without results, and why; None where there are none.
+
+    Jobs without a folder go by the overrides that not all of them share.
+    """
     open_ = [run for run in collection.runs if run.results is None]
     if not open_:
         return None
-    rows = [
-        Row([Cell(run.name), Cell(run.state.name), Cell(run.state.reason)], run=run.name)
-        for run in open_
-    ]
+    jobs = [set(run.overrides) for run in open_ if run.folder is None]
+    shared = set.intersection(*jobs) if len(jobs) > 1 else set()
+    rows = []
+    for run in open_:
+        own = " ".join(word for word in run.overrides if word not in shared)
+        name = own if run.folder is None and own else run.name
+        rows.append(Row([Cell(name), Cell(run.state.name), Cell(run.state.reason)], run=run.name))
     return Grid("Without results", ["run", "state", "reason"], [False] * 3, rows)
 
 

@@ -10,6 +10,8 @@ from run_samples import RESULTS, result, seeded, write_runs, write_state
 from claq_exp.errors import ConfigError
 from claq_exp.reporting.collect import collect
 from claq_exp.reporting.runs_table import runs_grid, unfinished_grid
+from claq_exp.run_folder import FAILED, RunState
+from claq_exp.sweep.record import Job, write_job
 
 
 @pytest.fixture
@@ -237,6 +239,7 @@ def test_runs_that_differ_in_seeds_only_become_a_mean_with_deviation_and_number(
     assert cell.text == "26.08 ± 0.88"
     assert texts(grid, "words perplexity")[2] == "25.25"
     assert texts(grid, "linear bits") == ["16.00", "3.40", "3.50"]
+    assert texts(grid, "checkpoint, MB") == ["20.0", "5.0", "5.0"]
     assert texts(grid, "run") == ["", "run-0 and 2 more", "run-3"]
     assert any("sample standard deviation" in note for note in grid.footnotes)
 
@@ -335,6 +338,16 @@ def test_runs_without_results_are_listed_with_state_and_reason(tmp_path):
         ["one", "failed", "no memory"],
         ["two", "killed", "process 1 on vm"],
     ]
+
+
+def test_jobs_without_a_folder_go_by_what_tells_them_apart(tmp_path):
+    words = ("model=hf", "seed=0", "budget.bits=1")
+    write_job(tmp_path / "a", Job(0, words, RunState(FAILED, "x")))
+    assert unfinished_grid(collect([tmp_path])).rows[0].cells[0].text == " ".join(words)
+    write_job(tmp_path / "a", Job(1, ("model=hf", "seed=1", "budget.bits=1"), RunState(FAILED)))
+    write_job(tmp_path / "b", Job(0, ("model=hf",), RunState(FAILED)))
+    names = [row.cells[0].text for row in unfinished_grid(collect([tmp_path])).rows]
+    assert names == ["model=hf", "seed=0 budget.bits=1", "seed=1 budget.bits=1"]
 
 
 def test_huge_and_tiny_values_stay_readable(table):
