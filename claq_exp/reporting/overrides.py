@@ -7,27 +7,33 @@ from typing import Any
 
 import yaml
 
+from claq_exp.reporting.labels import RECIPE
+
+STRATEGIES = (*RECIPE, "tracking")  # groups whose options are called like what they choose
+
 
 def config_of(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return what overrides say of a config: `a.b=1` a value, `reservation=none` a name."""
+    """Return what overrides say of a config: `a.b=1` a value, `reservation=none` a strategy.
+
+    An option of another group, e.g. `model=hf`, is only its text.
+    """
     config: dict[str, Any] = {}
     for word in overrides:
         key, equals, text = word.lstrip("+").partition("=")
         if not equals:
             continue
-        *path, last = key.split(".")
-        place = config
-        for part in path:
-            inner = place.setdefault(part, {})
-            place = inner if isinstance(inner, dict) else {}
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
             value = text
-        known = place.get(last)
-        fields = known if isinstance(known, dict) else {}
-        named = not path and isinstance(value, str)  # a group's option is called like its strategy
-        place[last] = {**fields, "name": value} if named else value
+        *path, last = f"{key}.name".split(".") if key in STRATEGIES else key.split(".")
+        place = config
+        for part in path:
+            if not isinstance(place.get(part), dict):
+                place[part] = {}
+            place = place[part]
+        if not isinstance(place.get(last), dict):
+            place[last] = value
     return config
 
 
@@ -40,8 +46,7 @@ def agree(overrides: Sequence[str], config: dict[str, Any]) -> bool:
 
 
 def _agree(said: Any, found: Any) -> bool:
-    if isinstance(said, dict) and isinstance(found, dict):
-        return all(_agree(value, found[key]) for key, value in said.items() if key in found)
-    if isinstance(said, dict):
-        return "name" not in said or said["name"] == found
+    if isinstance(found, dict):
+        values = said.items() if isinstance(said, dict) else ()
+        return all(_agree(value, found[key]) for key, value in values if key in found)
     return bool(said == found)

@@ -19,6 +19,7 @@ from claq_exp.reporting.collect import CONFIG_FILE, Collection, Run, measures
 from claq_exp.reporting.columns import Column, check_same_content, choose_columns, known_columns
 from claq_exp.reporting.grid import Cell, Grid, Row
 from claq_exp.reporting.labels import RECIPE, recipe_labels
+from claq_exp.reporting.overrides import agree
 from claq_exp.reporting.settings import (
     check_seeds_only,
     differing,
@@ -84,13 +85,15 @@ def runs_grid(
 def unfinished_grid(collection: Collection) -> Grid | None:
     """Return a table of the runs and jobs without results, and why; None where there are none.
 
-    Jobs without a folder go by the overrides that not all of them share.
+    Jobs without a folder go by the overrides in which they differ, or from finished runs.
     """
     open_ = [run for run in collection.runs if run.results is None]
     if not open_:
         return None
     jobs = [set(run.overrides) for run in open_ if run.folder is None]
-    shared = set.intersection(*jobs) if len(jobs) > 1 else set()
+    common = set.intersection(*jobs) if len(jobs) > 1 else set()
+    configs = [run.config for run in collection.finished]
+    shared = {word for word in common if all(agree([word], config) for config in configs)}
     rows = []
     for run in open_:
         own = " ".join(word for word in run.overrides if word not in shared)

@@ -146,8 +146,14 @@ def test_jobs_that_failed_before_they_had_a_folder_are_there(tmp_path):
 
 def test_a_job_that_failed_with_a_folder_is_there_once_with_its_overrides(tmp_path):
     below = tmp_path / "name"
-    config = {"precision": {"name": "fixed", "target_bits": 2.5}, "seed": 1, "name": "name"}
+    config = {
+        "model": {"name": "tiny", "source": "a/b"},
+        "precision": {"name": "fixed", "target_bits": 2.5},
+        "seed": 1,
+        "name": "name",
+    }
     words = ("precision.target_bits=2.5", "+precision=fixed", "experiment=x", "name=name")
+    words += ("model=hf", "model.source=a/b", "~tracking")
     failed = {"state": "failed", "reason": "no memory"}
     write_state(below / "bad", failed, config)
     write_state(below / "also", failed, {**config, "seed": 2})
@@ -156,11 +162,13 @@ def test_a_job_that_failed_with_a_folder_is_there_once_with_its_overrides(tmp_pa
     write_job(below, Job(1, (*words, "seed=3"), RunState(FAILED, "no memory")))
     write_job(below, Job(2, (*words, "seed=1", "a=2"), RunState(KILLED, "signal 9")))
     write_job(below, Job(3, (*words, "seed=2"), RunState(FAILED, "another reason")))
+    write_job(below, Job(4, (*words, "model.source=c", "seed=2"), RunState(FAILED, "no memory")))
     found = [(run.name, run.state.reason, run.overrides[-1:]) for run in collect([below]).runs]
     assert found == [
         ("also", "no memory", ()),
         ("bad", "no memory", ("seed=1",)),
         ("gone", "signal 9", ("a=2",)),
+        (" ".join((*words, "model.source=c", "seed=2")), "no memory", ("seed=2",)),
         (" ".join((*words, "seed=2")), "another reason", ("seed=2",)),
         (" ".join((*words, "seed=3")), "no memory", ("seed=3",)),
     ]

@@ -345,9 +345,13 @@ def test_jobs_without_a_folder_go_by_what_tells_them_apart(tmp_path):
     write_job(tmp_path / "a", Job(0, words, RunState(FAILED, "x")))
     assert unfinished_grid(collect([tmp_path])).rows[0].cells[0].text == " ".join(words)
     write_job(tmp_path / "a", Job(1, ("model=hf", "seed=1", "budget.bits=1"), RunState(FAILED)))
-    write_job(tmp_path / "b", Job(0, ("model=hf",), RunState(FAILED)))
-    names = [row.cells[0].text for row in unfinished_grid(collect([tmp_path])).rows]
-    assert names == ["model=hf", "seed=0 budget.bits=1", "seed=1 budget.bits=1"]
+
+    def names():
+        return [row.cells[0].text for row in unfinished_grid(collect([tmp_path])).rows]
+
+    assert names() == ["seed=0", "seed=1"]
+    write_runs(tmp_path, result({"config.budget": {"bits": 2}}))
+    assert names() == ["seed=0 budget.bits=1", "seed=1 budget.bits=1"]
 
 
 def test_huge_and_tiny_values_stay_readable(table):
