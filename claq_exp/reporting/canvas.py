@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,8 @@ def add_below(figure: Figure, handles: Sequence[Artist], notes: Sequence[str]) -
 
 def save(figure: Figure, folder: Path, name: str, title: str) -> Picture:
     """Write NAME.png and NAME.svg; the same figure gives the same bytes."""
-    with style():
+    with style(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")  # a letter that the font lacks: a box
         figure.canvas.draw()
         figure.set_layout_engine("none")
         for artist in [*figure.legends, *figure.texts]:  # what `add_below` kept out of the layout

@@ -70,7 +70,7 @@ def _values(rows: Sequence[dict[str, Any]]) -> dict[str, dict[tuple[int, str], f
     }
     for row in rows:
         name = short_name(row)
-        place = (int(row["block"]), re.sub(r"\d+", "*", name) if merge else name)
+        place = (int(row["block"]), re.sub(r"(?<=\.)\d+(?=\.)", "*", name) if merge else name)
         for key in MEASURES:
             value = row.get(key)
             if isinstance(value, (int, float)) and math.isfinite(value):
@@ -123,7 +123,8 @@ def _maps_figure(model: str, runs: Sequence[Layered], key: str, label: str) -> F
     names = list(dict.fromkeys(name for run in chosen for _, name in run.values[key]))
     across = 1 if len(chosen) == 1 else 2
     width = min(9.0, max(4.6, 1.5 + 0.1 * len(blocks)))
-    figure, axes = panel_grid(len(chosen), width, 0.75 + 0.19 * len(names), across)
+    height = max(0.75 + 0.19 * len(names), 2.4 / -(-len(chosen) // across))  # of the bar's words
+    figure, axes = panel_grid(len(chosen), width, height, across)
     norm = _norm([value for run in chosen for value in run.values[key].values()], key)
     for place, (axis, run) in enumerate(zip(axes, chosen, strict=True)):
         grid = np.full((len(names), len(blocks)), np.nan)

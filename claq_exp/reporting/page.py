@@ -81,7 +81,7 @@ def _gallery(pictures: Sequence[Picture]) -> str:
         title = html.escape(picture.title)
         source = _data_address(picture.svg.read_text(encoding="utf-8"))
         figures.append(
-            f'<figure><img alt="{title}" loading="lazy" src="{source}">'
+            f'<figure><img alt="{title}" src="{source}">'
             f"<figcaption><span>{title}</span></figcaption></figure>"
         )
     return "\n".join(['<div class="gallery">', *figures, "</div>"]) if figures else "<p>None.</p>"
@@ -116,7 +116,7 @@ def _runs_table(runs: Sequence[Run]) -> str:
             f'<td class="state state-{html.escape(run.state.name)}">'
             f"{html.escape(run.state.name)}</td>",
             f"<td>{html.escape(_model(run))}</td>",
-            f"<td>{html.escape(_method(run))}</td>",
+            f'<td class="wide">{html.escape(_method(run))}</td>',
             _number_cell(costs["bits.linear"].quantized if costs else None, 2),
             _number_cell(costs["time.total"].quantized if costs else None, 0),
             f'<td class="wide">{html.escape(run.state.reason)}</td>',

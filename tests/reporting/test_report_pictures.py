@@ -262,6 +262,23 @@ def test_models_have_panels_and_names_of_any_letters(tmp_path, figures):
     assert all(picture.svg.is_file() and picture.png.is_file() for picture in drawn)
 
 
+def test_experts_of_a_mixture_share_a_row(tmp_path, figures):
+    (run,) = runs_of(tmp_path, result())
+    assert run.folder is not None
+    lines = [",".join(LAYER_FIELDS)]
+    for expert in range(30):
+        row = dict.fromkeys(LAYER_FIELDS, "1")
+        row |= {"block": "0", "name": f"model.layers.0.mlp.experts.{expert}.w1"}
+        row |= {"output_error": f"{expert + 1}", "bits": "2"}
+        lines.append(",".join(row[field] for field in LAYER_FIELDS))
+    (run.folder / "layers.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    draw_report([run], tmp_path)
+    figure = figures["Relative output error of every layer, small"]
+    assert figure.axes[0].images[0].get_array().tolist() == [[15.5]]
+    assert "mlp.experts.*.w1" in texts(figure)
+    assert any(text.startswith("A star stands for any number") for text in texts(figure))
+
+
 def test_devices_do_not_share_a_picture_of_time(tmp_path, figures):
     runs = runs_of(tmp_path, at(2.0, 9.0), result({"run.device": "NVIDIA H100"}))
     draw_report(runs, tmp_path)
