@@ -23,6 +23,7 @@ CONFIG_FILE = "config.json"
 EVENTS_FILE = "events.jsonl"
 LAYERS_FILE = "layers.csv"
 ORIGINAL_BITS = 16.0
+NUMBER_STARTS = frozenset("0123456789+-.ni")  # nan and inf are numbers too
 RUN_FILES = {RESULTS_FILE, STATE_FILE, EVENTS_FILE}
 INSIDE = {"checkpoint", "work", "wandb"}  # of a run: no runs in there
 PARTS = ("run", "config", "bits", "size", "perplexity", "zero_shot")  # of every results.json
@@ -56,6 +57,17 @@ class Run:
         results = self.results
         found = [*_costs(results), *_perplexities(results), *_scores(results)]
         return {measure.key: measure for measure in found}
+
+    @cached_property
+    def layer_rows(self) -> list[dict[str, Any]]:
+        """See `layers`."""
+        path = self.folder / LAYERS_FILE if self.folder else None
+        if path is None or not path.is_file():
+            return []
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                {key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)
+            ]
 
 
 @dataclass(frozen=True)
@@ -159,11 +171,7 @@ def measures(run: Run) -> dict[str, Measure]:
 
 def layers(run: Run) -> list[dict[str, Any]]:
     """Return the rows of layers.csv with numbers as numbers, None for what is missing."""
-    path = run.folder / LAYERS_FILE if run.folder else None
-    if path is None or not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [{key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    return run.layer_rows
 
 
 def lookup(config: Any, key: str) -> Any:
@@ -283,7 +291,9 @@ def _times(factor: float, value: float | None) -> float | None:
 
 
 def _value(text: str) -> Any:
+    if not text or text[0] not in NUMBER_STARTS:
+        return text or None
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
-    return text or None
+    return text

@@ -224,10 +224,15 @@ def test_no_folder_and_no_run_are_refused(tmp_path):
 
 
 def test_rows_of_layers_hold_numbers_and_none(tmp_path):
-    run = one(tmp_path, result())
-    assert layers(run) == []
-    (run.folder / "layers.csv").write_text("block,name,bits,damping\n0,q_proj,2.5,\n")
-    assert layers(run) == [{"block": 0, "name": "q_proj", "bits": 2.5, "damping": None}]
+    assert layers(one(tmp_path, result())) == []
+    text = "block,name,bits,damping\n0,q_proj,2.5,\n-1,in_proj,1e-05,inf\n"
+    (tmp_path / "name" / "run-0" / "layers.csv").write_text(text)
+    (run,) = collect([tmp_path]).runs
+    assert layers(run) == [
+        {"block": 0, "name": "q_proj", "bits": 2.5, "damping": None},
+        {"block": -1, "name": "in_proj", "bits": 1e-05, "damping": float("inf")},
+    ]
+    assert isinstance(layers(run)[0]["block"], int)
 
 
 def test_dotted_keys_are_looked_up():
