@@ -23,7 +23,8 @@ def draw_report(runs: list[Run], folder: Path) -> list[Picture]:
     """Draw everything that runs have to show, and return the pictures.
 
     Quality over linear bits, errors of layers, widths and reserved entries of columns, time and
-    memory; unfinished runs are left out.  The same runs give the same bytes.
+    memory; unfinished runs are left out.  The same runs give the same bytes.  Pictures of an
+    earlier report that are none of this one's are deleted.
     """
     finished = [run for run in runs if run.results is not None]
     pictures: list[Picture] = []
@@ -32,6 +33,11 @@ def draw_report(runs: list[Run], folder: Path) -> list[Picture]:
         for name, title, figure in _figures(finished):
             unique = _file_name(name, taken)
             pictures.append(save(figure, folder, unique, title))
+    drawn = {picture.png for picture in pictures}
+    for png in folder.glob("*.png"):
+        if png not in drawn and png.with_suffix(".svg").is_file():  # a pair, as `save` leaves
+            png.with_suffix(".svg").unlink()
+            png.unlink()
     return pictures
 
 

@@ -12,6 +12,7 @@ from claq_exp.reporting.grid import Cell, Grid, Row
 
 PADDING = 3  # of a column and its border
 LEAST = 4  # columns that are always shown
+SPARE = ("model bits", "checkpoint, MB")  # no one compares runs by these first
 
 
 def slim(grid: Grid, *, without: tuple[str, ...] = ()) -> Grid:
@@ -54,26 +55,39 @@ def to_terminal(grid: Grid, width: int, where: str = "") -> list[Table]:
 
 
 def _table(grid: Grid, width: int, where: str) -> Table:
-    needed = 1
-    for place in range(len(grid.columns)):
-        texts = [row.cells[place].text + row.cells[place].mark for row in grid.rows]
-        longest = max(map(len, [*texts, *grid.headings()[place].split()]))
-        needed += longest + PADDING
-        if needed > width and place >= LEAST:
-            left = len(grid.columns) - place
-            note = f"{left} more column{'s' * (left > 1)}{f' in {where}' if where else ''}."
-            grid = replace(_select(grid, list(range(place))), footnotes=[*grid.footnotes, note])
-            break
+    grid = _fitting(grid, width, where)
     table = Table(header_style="bold", title=None)
-    for heading, is_number in zip(grid.headings(), grid.numeric, strict=True):
+    for place, (heading, is_number) in enumerate(zip(grid.headings(), grid.numeric, strict=True)):
         side: Any = "right" if is_number else "left"
-        table.add_column(escape(heading), justify=side, overflow="fold")
+        least = min(_longest(grid, place), width // LEAST) if is_number else None
+        table.add_column(escape(heading), justify=side, overflow="fold", width=least)
     for row in grid.rows:
         table.add_row(*map(_cell, row.cells), style="dim" if row.original else None)
     if grid.footnotes:
         table.caption = escape("\n".join(grid.footnotes))
         table.caption_justify = "left"
     return table
+
+
+def _fitting(grid: Grid, width: int, where: str) -> Grid:
+    """Return a table without the columns that do not fit: sizes go first, then the last ones."""
+    widths = [PADDING + _longest(grid, place) for place in range(len(grid.columns))]
+    kept = list(range(len(widths)))
+    spare = [place for place in kept if grid.headings()[place] in SPARE]
+    while 1 + sum(widths[place] for place in kept) > width and len(kept) > LEAST:
+        kept.remove(spare.pop() if spare else kept[-1])
+    left = len(widths) - len(kept)
+    if not left:
+        return grid
+    note = f"{left} more column{'s' * (left > 1)}{f' in {where}' if where else ''}."
+    return replace(_select(grid, kept), footnotes=[*grid.footnotes, note])
+
+
+def _longest(grid: Grid, place: int) -> int:
+    """Return the length of a column's longest number, or word of its heading or of its cells."""
+    texts = [row.cells[place].text + row.cells[place].mark for row in grid.rows]
+    words = texts if grid.numeric[place] else [word for text in texts for word in text.split()]
+    return max(map(len, [*grid.headings()[place].split(), *words]), default=0)
 
 
 def _cell(cell: Cell) -> str:

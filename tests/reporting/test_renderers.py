@@ -253,6 +253,20 @@ def test_columns_that_do_not_fit_are_counted(width):
         assert any(re.search(r"\d more columns", line) for line in lines)
 
 
+def test_quality_stays_in_a_narrow_terminal_and_sizes_go():
+    columns = ["run", "linear bits", "nominal bits", "model bits", "checkpoint, MB", "a perplexity"]
+    row = Row([Cell("one"), *(Cell("12.34", 12.34) for _ in columns[1:])])
+    grid = Grid("t", columns, [False] + [True] * 5, [row])
+    text = " ".join(lines_of(to_terminal(grid, 50, "f"), 50))
+    assert "perplexity" in text
+    assert "checkpoint" not in text
+    assert "1 more column in f" in text
+    text = " ".join(lines_of(to_terminal(grid, 44, "f"), 44))
+    assert "perplexity" in text
+    assert "model" not in text
+    assert "2 more columns in f" in text
+
+
 def test_words_that_all_rows_share_go_below_and_the_original_is_still_told():
     rows = [
         Row([Cell("m"), Cell("original"), Cell(""), Cell("16", 16)], original=True),

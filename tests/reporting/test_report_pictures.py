@@ -285,6 +285,16 @@ def test_devices_do_not_share_a_picture_of_time(tmp_path, figures):
     assert {"Time and memory on CPU", "Time and memory on NVIDIA H100"} <= set(figures)
 
 
+def test_pictures_of_an_earlier_report_go_and_other_files_stay(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("words_kl.png", "words_kl.svg", "mine.png"):
+        (folder / name).write_bytes(b"old")
+    drawn = draw_report(runs_of(tmp_path / "runs", at(2.5, 30.0)), folder)
+    left = {path.name for path in folder.iterdir()}
+    assert left == {path.name for item in drawn for path in (item.png, item.svg)} | {"mine.png"}
+
+
 def test_unfinished_runs_alone_make_no_picture(tmp_path):
     assert draw_report([], tmp_path) == []
 
