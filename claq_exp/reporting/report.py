@@ -66,7 +66,7 @@ def make_report(folders: Sequence[Path], into: Path, options: TableOptions) -> R
     }
     for name, text in contents.items():
         write_bytes(into / name, text.encode())
-    write_page(into / PAGE, grid.title, collection, [grid], pictures)
+    write_page(into / PAGE, grid.title, collection, [slim(grid)], pictures)
     files = [into / name for name in (*contents, PAGE)]
     return Report(collection.finished, grid, unfinished, collection.notes, files, pictures)
 
