@@ -21,7 +21,7 @@ from claq_exp.tracking.progress import noise_to
 from claq_exp.tracking.quiet import quiet_libraries
 
 LOOK_SECONDS = 0.5  # between two looks at whether the sweep was stopped
-PATIENCE_SECONDS = 20.0  # for a job to close its files after an interruption
+PATIENCE_SECONDS = 30.0  # for a job to close its files after an interruption
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def _child(connection: Connection, order: Order) -> None:
     threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
     quiet_libraries()
     order.log.parent.mkdir(parents=True, exist_ok=True)
-    with noise_to(order.log):
+    word = None
+    with contextlib.suppress(KeyboardInterrupt), noise_to(order.log):
         word = _work(order, lambda share, stage: connection.send((share, stage)))
     if not order.log.stat().st_size:
         order.log.unlink()

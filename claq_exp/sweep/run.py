@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -16,8 +19,8 @@ from rich.console import Console
 from claq_exp.compose import PRIMARY, VERSION_BASE, register_sweeps
 from claq_exp.errors import ClaqError, first_line
 from claq_exp.places import packaged_folder
-from claq_exp.run_folder import INTERRUPTED, KILLED, RunState
-from claq_exp.sweep.apart import run_apart
+from claq_exp.run_folder import INTERRUPTED, KILLED, RUNNING, RunState
+from claq_exp.sweep.apart import LOOK_SECONDS, PATIENCE_SECONDS, run_apart
 from claq_exp.sweep.grid import Grid, check_grid
 from claq_exp.sweep.job import RunJob, Sweep, run_sweep_job
 from claq_exp.sweep.record import read_jobs, write_job
@@ -33,6 +36,8 @@ def run_sweep(overrides: list[str], command: str, run_job: RunJob = run_apart) -
     ConfigError before anything is started, and KeyboardInterrupt once all jobs have stopped.
     """
     grid = check_grid(overrides)
+    if grid.search:
+        _quiet_optuna()
     note = Console(stderr=True)
     _line(note, f"{grid.jobs} runs")
     if grid.base.model.remark:
@@ -52,12 +57,11 @@ def run_sweep(overrides: list[str], command: str, run_job: RunJob = run_apart) -
         try:
             with_hydra(words, job)
         except KeyboardInterrupt:
-            sweep.stop_file.touch()
             stopped = True
         except Exception as error:  # noqa: BLE001 - a launcher's own; the jobs are on record
             _line(note, f"claq-exp: the launcher failed: {first_line(error)}")
         if stopped:
-            _note_interruptions(sweep, grid.results)
+            _stop(sweep, grid.results)
     standing = read()
     _summarize(grid, standing, command)
     if stopped:
@@ -80,28 +84,38 @@ def with_hydra(arguments: list[str], job: Callable[[DictConfig], float]) -> None
             del os.environ["HYDRA_FULL_ERROR"]
 
 
+def _quiet_optuna() -> None:
+    with contextlib.suppress(ImportError):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
 def _own_folder(outputs: Path) -> Path:
     """Make a folder that no other call has, whatever the clock says."""
-    while True:
-        now = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-        folder = outputs.absolute() / MULTIRUNS / f"{now}-{os.getpid()}"
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
+    parent = outputs.absolute() / MULTIRUNS
+    parent.mkdir(parents=True, exist_ok=True)
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = Path(tempfile.mkdtemp(prefix=f"{now}-", dir=parent))
+    folder.chmod(0o755)
+    return folder
 
 
 def _quoted(path: Path) -> str:
     return str(path).replace("'", "\\'")
 
 
-def _note_interruptions(sweep: Sweep, results: Path) -> None:
-    """Correct the record of jobs whose process an interrupted launcher has killed."""
+def _stop(sweep: Sweep, results: Path) -> None:
+    """Have all jobs end, wherever they run, and put on record that a person ended them."""
+    sweep.stop_file.touch()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while any(job.state.name == RUNNING for job in read_jobs(sweep.folder)):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(LOOK_SECONDS)
     for job in read_jobs(sweep.folder):
         if job.state.name == KILLED and job.state.reason.startswith("process "):
-            interrupted = replace(job, state=RunState(INTERRUPTED))
+            interrupted = replace(job, state=RunState(INTERRUPTED))  # its launcher was quicker
             for folder in (sweep.folder, results):
                 write_job(folder, interrupted)
 

@@ -83,12 +83,12 @@ class Standing:
 
     def line(self) -> str:
         """Say it in one line."""
-        broken, running = self.count(*BROKEN), self.count(RUNNING)
+        running = self.count(RUNNING)
         parts = [f"{self.count(FINISHED)} of {self.total} done"]
         parts += [f"{self.found} of them found"] if self.found else []
-        parts += [f"{broken} failed"] if broken else []
+        parts += [f"{self.count(state)} {state}" for state in BROKEN if self.count(state)]
         parts += [f"{running} running", f"{self.waiting} waiting"]
-        if self.left is not None and (running or self.waiting):
+        if self.left is not None and running:
             parts.append(f"{clock(self.left)} left")
         if self.best is not None:
             parts.append(f"best {self.best.objective:.4g} ({self.names()[self.best.key]})")

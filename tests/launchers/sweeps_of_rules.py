@@ -1,0 +1,30 @@
+"""Sweeps on the tiny model in which a job does something odd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from claq_exp.sweep.record import Job, read_jobs
+
+DEADLY = [
+    "experiment=kmeans_3bit",
+    "precision.name=deadly_rules:Rule",
+    "~precision.bits",
+    "~evaluation.corpora.wikipedia",
+    "threads=1",
+]
+
+
+def words_for(tiny_run: list[str], place: Path, *more: str) -> list[str]:
+    """Return overrides of a run with the deadly rule, which leaves its marks in `place`."""
+    return [*tiny_run, *DEADLY, f"+precision.place={place}", *more]
+
+
+def by_how(folder: Path) -> dict[str, Job]:
+    """Return what the rule did -> the job on record."""
+    return {
+        word.partition("=")[2]: job
+        for job in read_jobs(folder)
+        for word in job.overrides
+        if word.startswith("+precision.how=")
+    }
