@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 
+import filelock
 import pytest
 from sweeps_of_rules import by_how, words_for
 
@@ -169,3 +170,15 @@ def test_no_child_outlives_a_killed_sweep(tiny_run, outputs, place):
     job = by_how(outputs)["sleep"]
     assert job.state.name == "killed"
     assert f"process {sweep.pid} on " in job.state.reason
+
+
+def test_a_job_sees_the_one_gpu_that_it_holds(tiny_run, place, tmp_path, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("claq_exp.sweep.share.torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("claq_exp.sweep.share._lock_folder", lambda: tmp_path / "gpus")
+    held = filelock.FileLock(tmp_path / "gpus" / "gpu-0.lock")
+    (tmp_path / "gpus").mkdir()
+    with held:
+        assert main(["-m", *words_for(tiny_run, place, "+precision.how=look", "device=auto")]) == 0
+    assert json.loads((place / "seen.json").read_text())["devices"] == "1"
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
