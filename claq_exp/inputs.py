@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import tokenizers
+import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -17,8 +19,22 @@ from claq_exp.evaluation.tasks import check_tasks, local_file, task_content
 from claq_exp.models.bos import bos_rule, bos_token
 from claq_exp.models.context import check_context, context_length
 from claq_exp.models.load import load_config, load_tokenizer, tokenize
-from claq_exp.sources.model import fingerprint, model_folder
+from claq_exp.sources.kept import code_of, kept_tensors
+from claq_exp.sources.model import CODE, fingerprint, model_folder
 from claq_exp.sources.text import read_documents, text_content, text_files
+
+NOT_READ = (  # fields of a text that its content or its draw stands for
+    *("source", "path", "sha256", "revision", "files"),
+    *("windows", "seqlen", "batch_size", "seed", "bos"),
+)
+WINDOW_CODE = (
+    "inputs.py",
+    "calibration/windows.py",
+    "models/bos.py",
+    "models/load.py",
+    "sources/tables.py",
+    "sources/text.py",
+)
 
 
 @dataclass(frozen=True)
@@ -90,30 +106,45 @@ def _task_input(name: str, task: TaskConfig) -> Input:
     return Input(task.data or "the hub", task_content(name, task), there)
 
 
-def tokenize_inputs(config: ExperimentConfig, folder: Path) -> Tokens:
-    """Cut all token windows.  Raises ConfigError when a text is too short or a window too long."""
+@dataclass(frozen=True)
+class Origin:
+    """What windows are made of.  tokenizer: a hash of its files.  contents: as in `Fetched`."""
+
+    tokenizer: str
+    contents: Mapping[str, str]
+
+
+def tokenize_inputs(
+    config: ExperimentConfig, folder: Path, contents: Mapping[str, str] | None = None
+) -> Tokens:
+    """Cut all token windows, or find those that were cut before.
+
+    contents: as in `Fetched`, where windows are to be kept.  Raises ConfigError when a text is too
+    short or a window too long.
+    """
     remote = config.model.trust_remote_code
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
     model_config = load_config(folder, trust_remote_code=remote)
+    origin = None if contents is None else Origin(fingerprint(folder, CODE), contents)
     calibration = config.calibration
     check_context("calibration.seqlen", calibration.seqlen, model_config)
-    windows = _windows(
-        calibration,
-        Draw(calibration.windows, calibration.seqlen, calibration.seed, "calibration"),
-        tokenizer,
-        bos_rule(calibration.bos, model_config),
-    )
+    draw = Draw(calibration.windows, calibration.seqlen, calibration.seed, "calibration")
+    rule = bos_rule(calibration.bos, model_config)
+    windows = _windows(calibration, draw, tokenizer, rule, origin)
     corpora = {
         name: Corpus(corpus.windows, corpus.bos, shared_share(corpus.windows, windows))
-        for name, corpus in corpus_windows(config, tokenizer, model_config).items()
+        for name, corpus in corpus_windows(config, tokenizer, model_config, origin).items()
     }
     return Tokens(tokenizer, windows, corpora)
 
 
 def corpus_windows(
-    config: ExperimentConfig, tokenizer: PreTrainedTokenizerBase, model_config: PretrainedConfig
+    config: ExperimentConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model_config: PretrainedConfig,
+    origin: Origin | None = None,
 ) -> dict[str, Corpus]:
-    """Return the corpora by name.
+    """Return the corpora by name; their windows are kept where `origin` says what they depend on.
 
     Raises ConfigError when a text is too short or a window too long.
     """
@@ -125,11 +156,38 @@ def corpus_windows(
     corpora = {}
     for name, corpus in evaluation.corpora.items():
         draw = Draw(corpus.windows, seqlen, corpus.seed, f"evaluation.corpora.{name}")
-        corpora[name] = Corpus(_windows(corpus, draw, tokenizer, rule), rule)
+        corpora[name] = Corpus(_windows(corpus, draw, tokenizer, rule, origin), rule)
     return corpora
 
 
-def _windows(text: DrawnText, draw: Draw, tokenizer: PreTrainedTokenizerBase, rule: str) -> Tensor:
+def _windows(
+    text: DrawnText,
+    draw: Draw,
+    tokenizer: PreTrainedTokenizerBase,
+    rule: str,
+    origin: Origin | None,
+) -> Tensor:
+    if origin is None:
+        return _cut_windows(text, draw, tokenizer, rule)
+    key = {
+        "text": origin.contents[draw.where.removeprefix("evaluation.")],
+        "kinds": [path.suffixes for path in text_files(text) or ()],
+        "reading": {name: value for name, value in vars(text).items() if name not in NOT_READ},
+        "draw": [draw.windows, draw.seqlen, draw.seed],
+        "bos": rule,
+        "tokenizer": origin.tokenizer,
+        "versions": [transformers.__version__, tokenizers.__version__],
+        "code": code_of(Path(__file__).parent / name for name in WINDOW_CODE),
+    }
+    kept = kept_tensors(
+        "tokens", key, lambda: {"windows": _cut_windows(text, draw, tokenizer, rule).contiguous()}
+    )
+    return kept["windows"]
+
+
+def _cut_windows(
+    text: DrawnText, draw: Draw, tokenizer: PreTrainedTokenizerBase, rule: str
+) -> Tensor:
     token = bos_token(rule, tokenizer, draw.where.partition(".")[0])
     begun = token is not None
 

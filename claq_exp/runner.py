@@ -86,7 +86,7 @@ def run(
         return Outcome(folder.path, finished, found=True)
     plan = make_plan(config, model_config, device)
     with noise_to(fetch_log()):
-        tokens = tokenize_inputs(config, fetched.model)
+        tokens = tokenize_inputs(config, fetched.model, fetched.contents)
     with folder.locked(wait=wait):
         finished = folder.results()  # another process may have been first
         if finished is not None and config.resume != "never":

@@ -41,7 +41,8 @@ def own_cache_of_scores() -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def no_scores_of_other_tests(own_cache_of_scores: Path) -> None:
-    shutil.rmtree(own_cache_of_scores / "originals", ignore_errors=True)
+    for kept in ("originals", "tokens", "surveys"):
+        shutil.rmtree(own_cache_of_scores / kept, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,66 @@
+"""Tensors that were computed before, found by everything that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from claq_exp.checkpoint.files import write_bytes
+from claq_exp.sources.cache import cache_folder, sha256_of
+
+
+def kept_tensors(
+    kind: str, key: Mapping[str, Any], make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return what `make` returned for the same key before, or call it and keep the result.
+
+    kind: folder of the cache.  key: JSON data of all that the tensors depend on: hashes of content
+    and code, versions and settings, never names or times.  What cannot be read, or is not what was
+    written, is made again.
+    """
+    text = json.dumps(key, sort_keys=True)
+    path = cache_folder() / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
+    found = _read(path, text)
+    if found is not None:
+        return found
+    tensors = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, save(tensors, {"key": text, "sha256": _digest(tensors)}))
+    return tensors
+
+
+def code_of(files: Iterable[Path]) -> str:
+    """Return a hash of source files: what code has made must not outlive a change of it."""
+    return hashlib.sha256("".join(map(sha256_of, sorted(files))).encode()).hexdigest()
+
+
+def digest_of(tensor: Tensor) -> str:
+    """Return a hash of a tensor's shape and content."""
+    return _digest({"": tensor})
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except Exception:  # noqa: BLE001 - missing, cut short or another file: it is made again
+        return None
+    if metadata.get("key") != key or metadata.get("sha256") != _digest(tensors):
+        return None
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
