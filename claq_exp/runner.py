@@ -38,6 +38,7 @@ from claq_exp.reporting.results import build_results, with_few_tokens, write_lay
 from claq_exp.run_folder import RESULTS_FILE, RunFolder, run_identity
 from claq_exp.runtime.load import load_checkpoint
 from claq_exp.sources.cache import cache_folder, fetch_log
+from claq_exp.sources.kept import code_of, kept_tensors
 from claq_exp.sources.model import fingerprint, weight_bytes
 from claq_exp.tracking.events import EventLog
 from claq_exp.tracking.progress import RunProgress, noise_to
@@ -45,6 +46,7 @@ from claq_exp.tracking.wandb import WandbTracker, check_wandb
 
 EVENTS_FILE = "events.jsonl"
 ALLOCATION = "allocation.safetensors"
+SURVEY_CODE = ("models/*.py", "calibration/*.py", "quantize/*.py", "quantize/solver/*.py")
 
 
 @dataclass(frozen=True)
@@ -240,6 +242,7 @@ class _Job:
                 recipe,
                 blocks_path=self.config.model.blocks,
                 overhead=self.plan.description,
+                keep=lambda key, make: kept_tensors("surveys", {**self._subject(), **key}, make),
                 on_share=self.progress.advance,
             ),
         )
@@ -283,6 +286,17 @@ class _Job:
         store = self._scores(self.folder.work / "scores", fingerprint(self.folder.checkpoint))
         wanted = self._original_logits().windows
         return self._measure(model, "quantized", store, wanted, comparison.add)
+
+    def _subject(self) -> dict[str, Any]:
+        """Return what a survey of the original depends on, besides how it is made."""
+        package = Path(__file__).parent
+        return {
+            "model": self.fetched.contents["model"],
+            "dtype": self.config.model.dtype,
+            "device": device_name(self.device),
+            "versions": versions(),
+            "code": code_of(path for part in SURVEY_CODE for path in package.glob(part)),
+        }
 
     def _scores(self, folder: Path, model: str) -> ScoreStore:
         """Return the scores that are known of a model with this content."""

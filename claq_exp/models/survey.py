@@ -87,6 +87,39 @@ def survey_model(
     return statistics
 
 
+def statistics_tensors(statistics: Mapping[str, ColumnStatistics]) -> dict[str, Tensor]:
+    """Return what a survey has measured, without the weights: `statistics_of` puts them back."""
+    tensors = {}
+    for number, (name, found) in enumerate(statistics.items()):
+        parts = {
+            "distortion_weight": found.distortion_weight,
+            "order": found.order,
+            "row_weights": found.row_weights,
+        }
+        for part, tensor in parts.items():
+            if tensor is not None:
+                tensors[f"{number:06}/{name}/{part}"] = tensor.clone(
+                    memory_format=torch.contiguous_format
+                )
+    return tensors
+
+
+def statistics_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, ColumnStatistics]:
+    """Return a survey of a model from its weights and what was measured, in the survey's order."""
+    measured: dict[str, dict[str, Tensor]] = {}
+    for key in sorted(tensors):
+        _, name, part = key.split("/")
+        measured.setdefault(name, {})[part] = tensors[key]
+    return {
+        name: ColumnStatistics(
+            linear_weight(model.get_submodule(name)).detach().to("cpu", torch.float32),
+            name=name,
+            **parts,
+        )
+        for name, parts in measured.items()
+    }
+
+
 @dataclass(frozen=True)
 class GroupHessian:
     """A group of linears, the Hessian of its input, and the share of all tokens that it saw."""
