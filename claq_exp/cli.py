@@ -94,6 +94,12 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _run(overrides: list[str]) -> int:
+    from claq_exp.sweep.server import start_server
+
+    swept = any(word in ("-m", "--multirun") or word.startswith("sweep=") for word in overrides)
+    if swept and not any(word.startswith("hydra/launcher=") for word in overrides):
+        start_server()  # a launcher's processes have servers of their own
+
     from claq_exp.compose import check_words, compose_config, is_multirun
 
     flags = [word for word in overrides if word.startswith("-")]

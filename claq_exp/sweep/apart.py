@@ -6,16 +6,15 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, SpawnContext
 
 from claq_exp.errors import ClaqError, first_line
 from claq_exp.sweep.record import JobKilledError
+from claq_exp.sweep.server import process_maker
 from claq_exp.sweep.work import Done, OnShare, Order, run_here
 from claq_exp.tracking.progress import noise_to
 from claq_exp.tracking.quiet import quiet_libraries
@@ -36,7 +35,7 @@ def run_apart(order: Order, on_share: OnShare, check: Callable[[], None] = lambd
     the job's own reason, or JobKilledError when the child ended without a word.  Whatever is
     raised, the child is gone; and it ends by itself when this process is gone.
     """
-    context = _context()
+    context = process_maker()
     ours, theirs = context.Pipe()
     child = context.Process(target=_child, args=(theirs, order))
     child.start()
@@ -59,17 +58,6 @@ def run_apart(order: Order, on_share: OnShare, check: Callable[[], None] = lambd
     name = signal.Signals(-code).name
     hint = " (memory ran out, or a person did it)" if name == "SIGKILL" else ""
     raise JobKilledError(f"{name}{hint}")
-
-
-def _context() -> ForkServerContext | SpawnContext:
-    """Return how children are made: of a server that has imported everything and run nothing."""
-    if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
-        multiprocessing.set_start_method("spawn", force=True)  # joblib's own, which no child knows
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "lm_eval.tasks", "datasets"])
-    return context
 
 
 def _listen(
