@@ -55,7 +55,7 @@ def check_grid(overrides: list[str]) -> Grid:
         raise ConfigError(
             "a search needs a perplexity to go by, and evaluation.corpora is empty; add a corpus"
         )
-    count = base.hydra.sweeper.n_trials if search else len(jobs)
+    count = base.hydra.sweeper.n_trials if search else len(set(map(tuple, jobs)))
     fixed = frozenset(key for key, values in choices.items() if len(values) == 1)
     return Grid(count, configs[0], search, fixed)
 

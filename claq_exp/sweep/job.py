@@ -51,7 +51,7 @@ def run_sweep_job(sweep: Sweep, composed: DictConfig) -> float:
     Raises KeyboardInterrupt when the sweep is stopped, and nothing else.
     """
     hydra = HydraConfig.get()
-    number, overrides = hydra.job.num, tuple(hydra.overrides.task)
+    number, overrides = hydra.job.num, tuple(map(_as_typed, hydra.overrides.task))
     launcher = OmegaConf.to_container(hydra.launcher)
     assert isinstance(launcher, dict)
     results = Path(composed.outputs).expanduser() / composed.name
@@ -64,6 +64,11 @@ def run_sweep_job(sweep: Sweep, composed: DictConfig) -> float:
             return _run(sweep, composed, launcher, environment, record, number)
     except Exception:  # noqa: BLE001 - it is on record, and must stop neither sweeper nor launcher
         return WORST
+
+
+def _as_typed(override: str) -> str:
+    """Return an override as a person writes it: Hydra's sweeper gives a deletion a value."""
+    return override.removesuffix("=null") if override.startswith("~") else override
 
 
 def _run(

@@ -48,20 +48,26 @@ def run_sweep(overrides: list[str], command: str, run_job: RunJob = run_apart) -
         return run_sweep_job(sweep, composed)
 
     words = [*overrides, f"hydra.sweep.dir='{_quoted(sweep.folder)}'", "--multirun"]
-    stopped = False
+    stopped = complete = False
 
     def read() -> Standing:
-        return Standing(grid.jobs, tuple(read_jobs(sweep.folder)), grid.fixed)
+        jobs = tuple(read_jobs(sweep.folder))
+        total = len(jobs) if complete and grid.search else grid.jobs  # it may try a job twice
+        return Standing(total, jobs, grid.fixed)
 
     with SweepView(read, note):
         try:
             with_hydra(words, job)
+            complete = True
         except KeyboardInterrupt:
             stopped = True
         except Exception as error:  # noqa: BLE001 - a launcher's own; the jobs are on record
             _line(note, f"claq-exp: the launcher failed: {first_line(error)}")
         if stopped:
             _stop(sweep, grid.results)
+    for folder in sweep.folder.iterdir():
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()  # Hydra makes one for each job
     standing = read()
     _summarize(grid, standing, command)
     if stopped:

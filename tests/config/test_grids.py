@@ -68,6 +68,7 @@ def test_a_bad_value_that_replaces_a_sweeps_own_is_refused(tiny_run, outputs, ca
     [
         (["seed=1,2", "precision.target_bits=2.1,2.5,3"], 6),
         (["seed=range(1,5)"], 4),
+        (["seed=1,2,1"], 2),
         (["seed=choice(1,2,3)", "precision=fixed"], 3),
         (["sweep=bit_widths", "precision.target_bits=2.5"], 2),
         (["sweep=bit_widths", "reservation=none,fixed", "precision.target_bits=2.5,3"], 4),
@@ -120,6 +121,14 @@ def test_an_error_nobody_expected_stops_no_other_job_either(tiny_run, outputs, m
     assert failed.state == RunState("failed", "the plotter is broken")
     assert finished.state == RunState("finished")
     assert "failed (seed=7): the plotter is broken" in capfd.readouterr().err
+
+
+def test_a_value_that_is_listed_twice_is_one_job(run, outputs, capfd):
+    assert run("-m", "seed=7,7") == 0
+    (job,) = read_jobs(outputs / "default")
+    assert job.state == RunState("finished")
+    assert len(list(outputs.rglob("results.json"))) == 1
+    assert "1 of 1 done" in capfd.readouterr().out
 
 
 def test_a_grid_makes_no_folder_called_tilde(run, tmp_path, monkeypatch):

@@ -81,6 +81,14 @@ def test_a_search_goes_on_after_a_failed_job_and_repeats_itself(tiny_run, output
     assert all(found)
 
 
+def test_a_search_that_tries_a_job_twice_is_complete(tiny_run, outputs, capfd):
+    words = ["-m", *tiny_run, "experiment=rtn_4bit", "threads=1", "hydra/sweeper=optuna"]
+    words += ["hydra.sweeper.sampler.seed=1", "hydra.sweeper.n_trials=3", "seed=choice(1,2)"]
+    assert main([*words, "hydra.sweeper.n_jobs=1"]) == 0
+    assert 1 <= len(read_jobs(outputs)) <= 2
+    assert "3 of" not in capfd.readouterr().out
+
+
 def test_a_search_without_a_perplexity_is_refused(tiny_run, capfd):
     words = ["-m", *tiny_run, "hydra/sweeper=optuna", "~evaluation.corpora.wikipedia"]
     assert main([*words, "seed=choice(1,2)"]) == 2
