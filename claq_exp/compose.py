@@ -113,7 +113,7 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     text = str(error)
     if isinstance(error, ValueError):  # Hydra's own, for a group whose option is no word
         return _explain_option(overrides)
-    if "Could not find 'hydra/" in text:
+    if re.search(r"Could not (find|load) 'hydra/", text):
         return _explain_plugin(text)
     if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
         options = groups().get(match[1], [])
