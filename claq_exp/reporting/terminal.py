@@ -59,7 +59,7 @@ def _table(grid: Grid, width: int, where: str) -> Table:
     table = Table(header_style="bold", title=None)
     for place, (heading, is_number) in enumerate(zip(grid.headings(), grid.numeric, strict=True)):
         side: Any = "right" if is_number else "left"
-        least = min(_longest(grid, place), width // LEAST) if is_number else None
+        least = min(_longest(grid, place), width // 2) if is_number else None
         table.add_column(escape(heading), justify=side, overflow="fold", width=least)
     for row in grid.rows:
         table.add_row(*map(_cell, row.cells), style="dim" if row.original else None)
