@@ -19,8 +19,10 @@ from claq_exp.quantize.recipe import planned_layout, planned_layouts
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "experiment"
 PRESETS = groups()["experiment"]
 REFERENCE = [name for name in PRESETS if name.startswith("claq_reference/")]
-LINEAR = [name for name in PRESETS if name.startswith("linear/")]
-OWN = [name for name in PRESETS if name not in REFERENCE + LINEAR]
+FITTED = [name for name in PRESETS if name.startswith("linear/or_")]  # by their share alone
+LINEAR = [name for name in PRESETS if name.startswith("linear/") and name not in FITTED]
+OWN = [name for name in PRESETS if name not in REFERENCE + LINEAR + FITTED]
+DEFAULT_BLOCK = [(576, 576), (192, 576), (192, 576), (576, 576), *[(1536, 576)] * 2, (576, 1536)]
 SMALL_LLAMA = {  # the shapes of a block of SmolLM2-135M
     **{name: (576, 576) for name in ("q", "o")},
     **{name: (192, 576) for name in ("k", "v")},
@@ -76,6 +78,15 @@ def test_the_linear_bits_are_close_below_those_of_the_name(name):
     stored = sum(layout.ledger().total for layout in layouts)
     bits = stored / sum(layout.weights for layout in layouts)
     assert bits_in_name(name) - 0.01 < bits <= bits_in_name(name)
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_a_share_that_was_fitted_to_the_default_model_is_close_below_the_bits_of_the_name(name):
+    shapes = {str(number): shape for number, shape in enumerate(DEFAULT_BLOCK)}
+    layouts = planned_layouts(preset(name).recipe(), shapes).values()
+    stored = sum(layout.ledger().total for layout in layouts)
+    bits = stored / sum(layout.weights for layout in layouts)
+    assert bits_in_name(name) - 0.02 < bits <= bits_in_name(name)  # the header is not in it
 
 
 @pytest.mark.parametrize("name", REFERENCE)
