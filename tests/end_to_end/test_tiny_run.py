@@ -118,9 +118,9 @@ def test_a_grid_runs_every_combination_and_reports(tiny_run, outputs, capfd):
     capfd.readouterr()
     assert main(["report", str(outputs), "--by", "precision.target_bits"]) == 0
     table = (outputs / "report.md").read_text()
-    assert table.count("kmeans") == 4
+    assert table.count("| kmeans |") == 4
     assert (outputs / "report.csv").read_text().startswith("precision.target_bits,")
-    assert (outputs / "wikipedia_perplexity.png").stat().st_size > 5000
+    assert (outputs / "pictures" / "wikipedia_perplexity.png").stat().st_size > 5000
 
 
 def test_plan_agrees_with_the_run(tiny_run, outputs, capfd):
