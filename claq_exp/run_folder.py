@@ -28,6 +28,9 @@ NEUTRAL = (
 )  # these change no result
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again
 RESULTS_FILE = "results.json"
+CONFIG_FILE = "config.json"
+EVENTS_FILE = "events.jsonl"
+LAYERS_FILE = "layers.csv"
 STATE_FILE = "state.json"
 LOCK_FILE = ".lock"
 RUNNING, FINISHED, FAILED, INTERRUPTED, KILLED = (
@@ -127,18 +130,16 @@ class RunFolder:
             name = holder.read_text(encoding="utf-8") if holder.is_file() else "another process"
             raise ClaqError(f"{self.path} is in use by {name}; wait for it or stop it") from error
         try:
-            write_bytes(holder, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            write_bytes(holder, this_process().encode())
             yield
         finally:
             holder.unlink(missing_ok=True)
-            lock.release()
-            (self.path / LOCK_FILE).unlink(missing_ok=True)
+            lock.release()  # the file stays: whoever waits for it must not hold a deleted one
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[None]:
         """Write down how the run stands, and how it ends: `run_state` tells."""
-        process = f"process {os.getpid()} on {socket.gethostname()}"
-        self._note({"state": RUNNING, "process": process})
+        self._note({"state": RUNNING, "process": this_process()})
         try:
             yield
         except KeyboardInterrupt:
@@ -152,6 +153,11 @@ class RunFolder:
 
     def _note(self, state: dict[str, str]) -> None:
         write_json(self.path / STATE_FILE, state)
+
+
+def this_process() -> str:
+    """Return what a person needs to find this process."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def is_held(path: Path) -> bool:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,16 @@ import filelock
 
 from claq_exp.checkpoint.files import read_json, write_json
 from claq_exp.errors import CheckpointError, ClaqError, first_line
-from claq_exp.run_folder import FAILED, FINISHED, INTERRUPTED, KILLED, RUNNING, RunState, is_held
+from claq_exp.run_folder import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    KILLED,
+    RUNNING,
+    RunState,
+    is_held,
+    this_process,
+)
 
 JOBS = "jobs"
 QUIET_SECONDS = 2.0  # between two notes of how far a job is
@@ -69,20 +76,7 @@ def write_job(folder: Path, job: Job) -> None:
     """Put a job on record in `outputs/NAME`."""
     path = folder / JOBS / f"{job.key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {
-        "number": job.number,
-        "overrides": list(job.overrides),
-        "state": job.state.name,
-        "reason": job.state.reason,
-        "folder": job.folder,
-        "found": job.found,
-        "objective": job.objective,
-        "seconds": job.seconds,
-        "share": job.share,
-        "stage": job.stage,
-        "notes": list(job.notes),
-    }
-    write_json(path, content)
+    write_json(path, asdict(job))
 
 
 class JobRecord:
@@ -136,7 +130,7 @@ def recorded_job(
         for folder in folders:
             held.enter_context(_held(folder / JOBS / f"{job.key}.lock", check))
         record = JobRecord(folders, job)
-        record.note(RunState(RUNNING, f"process {os.getpid()} on {socket.gethostname()}"))
+        record.note(RunState(RUNNING, this_process()))
         try:
             yield record
         except (KeyboardInterrupt, SystemExit):
@@ -163,27 +157,16 @@ def _held(path: Path, check: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        path.unlink(missing_ok=True)
+        lock.release()  # the file stays: whoever waits for it must not hold a deleted one
 
 
 def _read(path: Path) -> Job | None:
     try:
         content = read_json(path)
-        state = RunState(content["state"], content["reason"])
-        job = Job(
-            content["number"],
-            tuple(content["overrides"]),
-            state,
-            content["folder"],
-            content["found"],
-            content["objective"],
-            content["seconds"],
-            content["share"],
-            content["stage"],
-            tuple(content["notes"]),
-        )
-    except (CheckpointError, KeyError):
+        state = RunState(**content.pop("state"))
+        overrides, notes = (tuple(content.pop(key)) for key in ("overrides", "notes"))
+        job = Job(overrides=overrides, state=state, notes=notes, **content)
+    except (CheckpointError, KeyError, TypeError):
         return None
     if state.name == RUNNING and not is_held(path.with_suffix(".lock")):
         return replace(job, state=RunState(KILLED, state.reason))

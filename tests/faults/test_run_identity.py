@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from pathlib import Path
 
@@ -132,7 +134,19 @@ def test_a_held_folder_names_its_holder_and_is_free_afterwards(tmp_path):
             pass
     with folder.locked():
         pass
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_who_waited_for_a_folder_and_who_comes_later_do_not_both_hold_it(tmp_path):
+    folder = RunFolder(tmp_path / "run", "0" * 64)
+    with folder.locked():
+        waiting = os.open(folder.path / ".lock", os.O_RDWR)
+    fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with pytest.raises(ClaqError), folder.locked():
+        pass
+    os.close(waiting)
+    with folder.locked():
+        pass
 
 
 def test_a_lock_that_a_killed_process_left_is_no_obstacle(tmp_path):

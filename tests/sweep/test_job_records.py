@@ -30,7 +30,7 @@ def test_a_job_is_on_record_in_every_folder_from_its_start(tmp_path):
         assert job.state == RunState("finished")
         assert (job.folder, job.objective, job.notes, job.share) == ("run-1", 12.5, ("few",), 1.0)
         assert job.seconds >= 0
-        assert [path.suffix for path in (folder / "jobs").iterdir()] == [".json"]
+        assert {path.suffix for path in (folder / "jobs").iterdir()} == {".json", ".lock"}
 
 
 @pytest.mark.parametrize(
