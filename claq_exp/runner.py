@@ -35,7 +35,14 @@ from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.precision import RateDistortion
 from claq_exp.reporting.plots import plot_layers
 from claq_exp.reporting.results import build_results, with_few_tokens, write_layers
-from claq_exp.run_folder import RESULTS_FILE, RunFolder, run_identity
+from claq_exp.run_folder import (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    LAYERS_FILE,
+    RESULTS_FILE,
+    RunFolder,
+    run_identity,
+)
 from claq_exp.runtime.load import load_checkpoint
 from claq_exp.sources.cache import cache_folder, fetch_log
 from claq_exp.sources.kept import code_of, kept_tensors
@@ -44,7 +51,6 @@ from claq_exp.tracking.events import EventLog
 from claq_exp.tracking.progress import RunProgress, noise_to
 from claq_exp.tracking.wandb import WandbTracker, check_wandb
 
-EVENTS_FILE = "events.jsonl"
 ALLOCATION = "allocation.safetensors"
 SURVEY_CODE = ("models/*.py", "calibration/*.py", "quantize/*.py", "quantize/solver/*.py")
 
@@ -99,7 +105,7 @@ def run(
                 f"{plan.sizes.nominal:.2f} nominal / {plan.sizes.linear:.2f} linear bits planned; "
                 f"{folder.path}"
             )
-            write_json(folder.path / "config.json", {"command": command, **identity})
+            write_json(folder.path / CONFIG_FILE, {"command": command, **identity})
             tracker = _tracker(config, folder)
             with (
                 progress(plan.seconds) as bar,
@@ -215,7 +221,7 @@ class _Job:
             on_event=lambda name, data: self.events.event(name, **data),
             on_share=self.progress.advance,
         )
-        write_layers(self.folder.path / "layers.csv", quantized.report)
+        write_layers(self.folder.path / LAYERS_FILE, quantized.report)
         if few := with_few_tokens(quantized.report):
             fewest = min(row["tokens"] for row in few)
             self.events.event("few_tokens", layers=len(few), fewest=fewest)
@@ -242,12 +248,20 @@ class _Job:
                 recipe,
                 blocks_path=self.config.model.blocks,
                 overhead=self.plan.description,
-                keep=lambda key, make: kept_tensors("surveys", {**self._subject(), **key}, make),
+                keep=self._keep_survey,
                 on_share=self.progress.advance,
             ),
         )
         save_allocation(path, plans)
         return plans
+
+    def _keep_survey(
+        self, key: dict[str, Any], make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        package = Path(__file__).parent
+        code = code_of(path for part in SURVEY_CODE for path in package.glob(part))
+        subject = self._subject(self.fetched.contents["model"], code)
+        return kept_tensors("surveys", {**subject, **key}, make)
 
     def _load_original(self) -> Any:
         model = self.config.model
@@ -287,28 +301,20 @@ class _Job:
         wanted = self._original_logits().windows
         return self._measure(model, "quantized", store, wanted, comparison.add)
 
-    def _subject(self) -> dict[str, Any]:
-        """Return what a survey of the original depends on, besides how it is made."""
-        package = Path(__file__).parent
-        return {
-            "model": self.fetched.contents["model"],
-            "dtype": self.config.model.dtype,
-            "device": device_name(self.device),
-            "versions": versions(),
-            "code": code_of(path for part in SURVEY_CODE for path in package.glob(part)),
-        }
-
     def _scores(self, folder: Path, model: str) -> ScoreStore:
         """Return the scores that are known of a model with this content."""
-        subject = {
+        subject = self._subject(model, code_content())
+        return ScoreStore(folder, {**subject, "kernel": self.config.runtime.kernel})
+
+    def _subject(self, model: str, code: str) -> dict[str, Any]:
+        """Return what everything measured of a model depends on.  model, code: hashes of both."""
+        return {
             "model": model,
             "dtype": self.config.model.dtype,
-            "kernel": self.config.runtime.kernel,
             "device": device_name(self.device),
             "versions": versions(),
-            "code": code_content(),
+            "code": code,
         }
-        return ScoreStore(folder, subject)
 
     def _measure(
         self,

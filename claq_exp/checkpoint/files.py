@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,17 @@ from claq_exp.errors import CheckpointError
 def write_json(path: Path, data: Any, indent: int | None = 2) -> None:
     """Replace a file by JSON: written beside it, synced, renamed.  NaN and infinity are refused."""
     write_bytes(path, (json.dumps(data, indent=indent, allow_nan=False) + "\n").encode())
+
+
+def json_safe(value: Any) -> Any:
+    """Return data as JSON can say it: null for NaN and infinity, text for keys."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): json_safe(own) for key, own in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_safe(own) for own in value]
+    return value
 
 
 def write_bytes(path: Path, content: bytes) -> None:

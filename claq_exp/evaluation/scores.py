@@ -11,6 +11,7 @@ from typing import Any
 
 from claq_exp.checkpoint.files import read_json, write_json
 from claq_exp.errors import CheckpointError
+from claq_exp.sources.kept import code_of
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,5 @@ class ScoreStore:
 
 def code_content() -> str:
     """Return a hash of the code that measures: a score must not outlive a change of it."""
-    digest = hashlib.sha256()
     package = Path(__file__).parent
-    sources = [*package.glob("*.py"), package.parent / "models" / "load.py"]
-    for path in sorted(sources):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return code_of([*package.glob("*.py"), package.parent / "models" / "load.py"])

@@ -16,12 +16,19 @@ from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.evaluation.zero_shot import is_accuracy
 from claq_exp.reporting.overrides import agree
 from claq_exp.reporting.results import SCHEMA
-from claq_exp.run_folder import FAILED, FINISHED, RESULTS_FILE, STATE_FILE, RunState, run_state
+from claq_exp.run_folder import (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    FAILED,
+    FINISHED,
+    LAYERS_FILE,
+    RESULTS_FILE,
+    STATE_FILE,
+    RunState,
+    run_state,
+)
 from claq_exp.sweep.record import JOBS, Job, read_jobs
 
-CONFIG_FILE = "config.json"
-EVENTS_FILE = "events.jsonl"
-LAYERS_FILE = "layers.csv"
 ORIGINAL_BITS = 16.0
 NUMBER_STARTS = frozenset("0123456789+-.ni")  # nan and inf are numbers too
 RUN_FILES = {RESULTS_FILE, STATE_FILE, EVENTS_FILE}

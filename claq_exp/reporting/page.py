@@ -15,7 +15,7 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from claq_exp.checkpoint.files import write_bytes
+from claq_exp.checkpoint.files import json_safe, write_bytes
 from claq_exp.reporting.canvas import Picture
 from claq_exp.reporting.collect import Collection, Run, layers, measures
 from claq_exp.reporting.grid import Grid
@@ -196,7 +196,7 @@ def _entry(run: Run, shared: dict[str, int]) -> dict[str, Any]:
             [measure.label, *map(_short, (measure.original, measure.quantized, measure.stderr))]
             for measure in measures(run).values()
         ],
-        "config": _plain(run.config),
+        "config": json_safe(run.config),
         "layers": _layers(run, shared),
     }
 
@@ -220,7 +220,7 @@ def _layers(run: Run, shared: dict[str, int]) -> dict[str, Any] | None:
     if not rows:
         return None
     columns = {
-        key: [_plain(row.get(key)) for row in rows] for key in LAYER_FIELDS if key in rows[0]
+        key: [json_safe(row.get(key)) for row in rows] for key in LAYER_FIELDS if key in rows[0]
     }
     common = {key: columns.pop(key) for key in SHARED if key in columns}
     number = shared.setdefault(json.dumps(common), len(shared))
@@ -229,14 +229,3 @@ def _layers(run: Run, shared: dict[str, int]) -> dict[str, Any] | None:
 
 def _short(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
-
-
-def _plain(value: Any) -> Any:
-    """Return a value as JSON can say it: without NaN and infinity."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _plain(own) for key, own in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(own) for own in value]
-    return value

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
+
+from claq_exp.checkpoint.files import json_safe
 
 TIMED = ("stage", "block")  # events whose numbers are seconds, by kind of work
 
@@ -36,7 +38,7 @@ class EventLog:
 
     def event(self, event: str, /, **data: Any) -> None:
         """Write one line: time in seconds since 1970, event, data; NaN and infinity become null."""
-        clean = _finite(data)
+        clean = json_safe(data)
         line = {"time": round(time.time(), 3), "event": event, **clean}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
@@ -46,21 +48,16 @@ class EventLog:
     def spent(self) -> dict[str, float]:
         """Return seconds by kind of work and the largest `peak_memory_bytes`.
 
-        Earlier tries at the run are included.  A last line that a killed process left unfinished is
-        skipped.
+        Earlier tries at the run are included.
         """
         totals: dict[str, float] = {}
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                continue
-            if entry["event"] not in TIMED:
+        for event, entry in read_events(self._path):
+            if event not in TIMED:
                 continue
             for key, value in entry.items():
                 if key == "peak_memory_bytes":
                     totals[key] = max(totals.get(key, 0), value)
-                elif key not in ("time", "event", "stage", "block"):
+                elif key not in ("stage", "block"):
                     totals[key] = totals.get(key, 0.0) + value
         return totals
 
@@ -81,11 +78,12 @@ class EventLog:
             tracker.finish(self._results if error is None else None)
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+def read_events(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and data of each event; lines that a killed process cut short are skipped."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and "event" in entry:
+            yield entry["event"], {k: v for k, v in entry.items() if k not in ("time", "event")}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +9,16 @@ from typing import Any
 from claq_exp.checkpoint.files import read_json
 from claq_exp.config import TrackingConfig
 from claq_exp.errors import ClaqError, ConfigError
-from claq_exp.run_folder import FINISHED, RESULTS_FILE, RUNNING, run_state
+from claq_exp.run_folder import (
+    CONFIG_FILE,
+    EVENTS_FILE,
+    FINISHED,
+    RESULTS_FILE,
+    RUNNING,
+    run_state,
+)
+from claq_exp.tracking.events import read_events
 from claq_exp.tracking.wandb import WandbTracker, check_wandb
-
-EVENTS_FILE = "events.jsonl"
-CONFIG_FILE = "config.json"
 
 
 def replay(folder: Path, *, project: str | None = None, mode: str = "offline") -> None:
@@ -42,17 +45,6 @@ def replay(folder: Path, *, project: str | None = None, mode: str = "offline") -
     tracker.finish(results)
     if tracker.failure:
         raise ClaqError(f"report: {folder}: {tracker.failure}")
-
-
-def read_events(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and data of each event; lines that a killed process cut short are skipped."""
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict) and "event" in entry:
-            yield entry["event"], {k: v for k, v in entry.items() if k not in ("time", "event")}
 
 
 def _tracking(values: dict[str, Any], mode: str) -> TrackingConfig:
