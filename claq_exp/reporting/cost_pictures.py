@@ -90,8 +90,7 @@ def _stages(run: Run) -> dict[str, float]:
 
 def _notes(runs: int, chosen: int, peaks: Sequence[float | None]) -> list[str]:
     notes = [
-        "Scores of the original are shared: the run that measured them first evaluated longer. "
-        "Peak memory is the process's; jobs of a sweep in one process share it."
+        "Scores of the original are shared: the run that measured them first evaluated longer."
     ]
     if unknown := sum(peak is None for peak in peaks):
         notes.append(f"The peak memory of {unknown} runs is not known.")

@@ -15,7 +15,7 @@ from claq_exp.reporting.cells import (
     original_cell,
     standard_errors,
 )
-from claq_exp.reporting.collect import CONFIG_FILE, Collection, Run, measures
+from claq_exp.reporting.collect import Collection, Run, measures
 from claq_exp.reporting.columns import Column, check_same_content, choose_columns, known_columns
 from claq_exp.reporting.grid import Cell, Grid, Row
 from claq_exp.reporting.labels import RECIPE, recipe_labels
@@ -29,6 +29,7 @@ from claq_exp.reporting.settings import (
     setting,
 )
 from claq_exp.reporting.tables import overlap_notes
+from claq_exp.run_folder import CONFIG_FILE
 
 SORT = "bits.linear"
 COUNTED = "Linear bits count all that is stored for the quantized layers, nominal bits the codes."
@@ -244,7 +245,12 @@ def _alike(groups: Sequence[Sequence[Run]]) -> list[str]:
         run = group[0]
         labels = tuple(recipe_labels(run.config).values())
         found.setdefault((model_of(run), *labels), []).append(run)
-    keys = dict.fromkeys(key for runs in found.values() for key in differing(runs))
+    keys = dict.fromkeys(
+        key
+        for runs in found.values()
+        for key in differing(runs)
+        if not key.startswith("evaluation.")  # blank cells tell what was not measured
+    )
     if not keys:
         return []
     named = [key for key in keys if not is_seed(key)] or list(keys)

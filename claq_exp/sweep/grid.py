@@ -24,8 +24,8 @@ class Grid:
     """A checked sweep.
 
     jobs: how many there will be.  base: the experiment without what the jobs change.  search: a
-    sweeper decides on the jobs from the objectives of others.  fixed: keys
-    that have one value in all jobs.
+    sweeper decides on the jobs from the objectives of others.  fixed: keys that have one value in
+    all jobs.
     """
 
     jobs: int

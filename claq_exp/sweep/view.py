@@ -27,8 +27,8 @@ BROKEN = (FAILED, KILLED, INTERRUPTED)
 class Standing:
     """How a sweep stands.
 
-    total: how many jobs there will be.  jobs: those on record.  fixed: keys
-    that have one value in all jobs.
+    total: how many jobs there will be.  jobs: those on record.  fixed: keys that have one value in
+    all jobs.
     """
 
     total: int
