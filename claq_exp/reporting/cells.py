@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from string import ascii_lowercase
 
-from claq_exp.reporting.collect import Run, measures
+from claq_exp.reporting.collect import Run
 from claq_exp.reporting.columns import GIVEN, Column
 from claq_exp.reporting.grid import Cell, Row
 
@@ -41,7 +41,7 @@ def measured_cell(runs: Sequence[Run], column: Column, marks: Marks) -> Cell:
 
     Values that are not finite stay out of a mean, with a mark that says so.
     """
-    found = [measures(run).get(column.key) for run in runs]
+    found = [run.measures.get(column.key) for run in runs]
     present = [measure for measure in found if measure is not None]
     values = [measure.quantized for measure in present if measure.quantized is not None]
     infinite = len(present) - len(values)
@@ -61,7 +61,7 @@ def measured_cell(runs: Sequence[Run], column: Column, marks: Marks) -> Cell:
 
 def original_cell(runs: Sequence[Run], column: Column, marks: Marks) -> Cell:
     """Return a measure of the model before quantization, as its runs found it."""
-    found = [measures(run).get(column.key) for run in runs]
+    found = [run.measures.get(column.key) for run in runs]
     values = [
         measure.original
         for measure in found
@@ -118,7 +118,7 @@ def standard_errors(runs: Sequence[Run], columns: Sequence[Column]) -> list[str]
     errors = [
         measure.stderr
         for run in runs
-        for measure in measures(run).values()
+        for measure in run.measures.values()
         if measure.kind == "accuracy" and measure.stderr
     ]
     if not errors or not any(column.kind == "accuracy" for column in columns):

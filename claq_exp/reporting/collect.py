@@ -57,8 +57,8 @@ class Run:
         return self.folder.name if self.folder else " ".join(self.overrides)
 
     @cached_property
-    def measured(self) -> dict[str, Measure]:
-        """See `measures`."""
+    def measures(self) -> dict[str, Measure]:
+        """Everything that a finished run measured, by key; nothing for another."""
         if self.results is None:
             return {}
         results = self.results
@@ -66,8 +66,8 @@ class Run:
         return {measure.key: measure for measure in found}
 
     @cached_property
-    def layer_rows(self) -> list[dict[str, Any]]:
-        """See `layers`."""
+    def layers(self) -> list[dict[str, Any]]:
+        """The rows of layers.csv with numbers as numbers, None for what is missing."""
         path = self.folder / LAYERS_FILE if self.folder else None
         if path is None or not path.is_file():
             return []
@@ -169,16 +169,6 @@ def read_run(folder: Path) -> Run:
     if missing := [part for part in PARTS if not isinstance(results.get(part), dict)]:
         raise CheckpointError(f"{folder / RESULTS_FILE} has no '{missing[0]}'")
     return Run(folder, state, results["config"], results)
-
-
-def measures(run: Run) -> dict[str, Measure]:
-    """Return everything that a finished run measured, by key; nothing for another."""
-    return run.measured
-
-
-def layers(run: Run) -> list[dict[str, Any]]:
-    """Return the rows of layers.csv with numbers as numbers, None for what is missing."""
-    return run.layer_rows
 
 
 def lookup(config: Any, key: str) -> Any:

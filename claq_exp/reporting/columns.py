@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from claq_exp.errors import ConfigError, one_of
-from claq_exp.reporting.collect import Measure, Run, measures
+from claq_exp.reporting.collect import Measure, Run
 
 BITS = ("bits.linear", "bits.nominal")  # of every table, side by side
 SIZES = ("bits.model", "size.checkpoint")
@@ -34,7 +34,7 @@ def known_columns(runs: Sequence[Run]) -> list[Column]:
     """Return a column for everything that any run measured, kind by kind."""
     found: dict[str, Measure] = {}
     for run in runs:
-        for key, measure in measures(run).items():
+        for key, measure in run.measures.items():
             found.setdefault(key, measure)
     order = {kind: place for place, kind in enumerate(KINDS)}
     chosen = sorted(found.values(), key=lambda measure: order[measure.kind])
@@ -76,7 +76,7 @@ def check_same_content(runs: Sequence[Run], columns: Sequence[Column]) -> list[s
     unknown: dict[str, None] = {}
     for column in columns:
         for run in runs:
-            measure = measures(run).get(column.key)
+            measure = run.measures.get(column.key)
             if measure is None or not measure.content:
                 continue
             model = run.config["model"]["name"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from claq_exp.errors import ConfigError
 from claq_exp.reporting.cells import NOT_FINITE, NOT_MEASURED, Marks, number
-from claq_exp.reporting.collect import Measure, Run, layers, measures, read_run
+from claq_exp.reporting.collect import Measure, Run, read_run
 from claq_exp.reporting.columns import same_content
 from claq_exp.reporting.grid import Cell, Grid, Row
 from claq_exp.reporting.render import to_markdown
@@ -86,7 +86,7 @@ def _about(run: Run) -> dict[str, Any]:
 
 def _measures(one: Run, two: Run) -> Grid:
     marks, rows = Marks(), []
-    before, after = measures(one), measures(two)
+    before, after = one.measures, two.measures
     for key in dict.fromkeys([*before, *after]):
         pair = before.get(key), after.get(key)
         known = pair[0] or pair[1]
@@ -124,7 +124,7 @@ def _change(before: float | None, after: float | None, digits: int) -> list[Cell
 
 def _layers(one: Run, two: Run) -> list[Grid]:
     """Return, for error and bits, the layers in which runs differ most."""
-    before, after = ({row["name"]: row for row in layers(run)} for run in (one, two))
+    before, after = ({row["name"]: row for row in run.layers} for run in (one, two))
     shared = [name for name in before if name in after]
     notes = []
     if alone := len(before) + len(after) - 2 * len(shared):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from claq_exp.reporting.canvas import HATCHES, add_below, new_figure, spread_out, wrapped
-from claq_exp.reporting.collect import Run, measures
+from claq_exp.reporting.collect import Run
 from claq_exp.reporting.lines import run_labels
 from claq_exp.reporting.results import TIMINGS
 
@@ -63,7 +63,7 @@ def _figure(device: str, runs: Sequence[tuple[str, Run]]) -> Figure:
         time.barh(range(len(chosen)), values, 0.75, left=left, **look)
         left = [start + value for start, value in zip(left, values, strict=True)]
         handles.append(Patch(label=stage, **look))
-    peaks = [measures(run)["memory.peak"].quantized for _, run in chosen]
+    peaks = [run.measures["memory.peak"].quantized for _, run in chosen]
     memory.barh(range(len(chosen)), [peak or 0.0 for peak in peaks], 0.75, color="#56B4E9")
     time.set_yticks(range(len(chosen)), [wrapped(label, 3.6, 7) for label, _ in chosen], fontsize=7)
     time.set_ylim(len(chosen) - 0.4, -0.6)

@@ -26,7 +26,7 @@ from claq_exp.reporting.canvas import (
     spread_out,
     wrapped,
 )
-from claq_exp.reporting.collect import Run, layers
+from claq_exp.reporting.collect import Run
 from claq_exp.reporting.lines import run_labels
 
 MOST_LINES = 8
@@ -48,7 +48,7 @@ def layer_figures(runs: Sequence[Run]) -> Iterator[tuple[str, str, Figure]]:
     """Yield, for each model: errors over blocks with a line per run, then maps of a few runs."""
     models: dict[str, list[Layered]] = defaultdict(list)
     for run, label in zip(runs, run_labels(runs), strict=True):
-        if rows := layers(run):
+        if rows := run.layers:
             model = str(run.config["model"]["name"])
             models[model].append(Layered(label.removeprefix(f"{model}: "), _values(rows)))
     for model, own in list(models.items())[:MOST_MODELS]:

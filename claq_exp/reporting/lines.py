@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from claq_exp.reporting.collect import Measure, Run, measures
+from claq_exp.reporting.collect import Measure, Run
 from claq_exp.reporting.labels import method_label
 from claq_exp.reporting.settings import flatten, is_neutral, is_seed, seedless
 
@@ -88,8 +88,8 @@ def panels(runs: Sequence[Run], key: str, labels: dict[str, str]) -> list[Panel]
     """
     found: dict[tuple[str, str], list[Run]] = defaultdict(list)
     for run in runs:
-        measure = measures(run).get(key)
-        if measure is not None and measures(run)["bits.linear"].quantized is not None:
+        measure = run.measures.get(key)
+        if measure is not None and run.measures["bits.linear"].quantized is not None:
             found[str(run.config["model"]["name"]), measure.content].append(run)
     return [
         _panel(model, content, chosen, key, labels)
@@ -104,7 +104,7 @@ def run_labels(runs: Sequence[Run]) -> list[str]:
     names = []
     for run in runs:
         model = f"{run.config['model']['name']}: " if several else ""
-        bits = measures(run)["bits.linear"].quantized
+        bits = run.measures["bits.linear"].quantized
         names.append(f"{model}{lines[_id(run)]}, {bits:.2f} bits")
     count = Counter(names)
     names = [
@@ -168,7 +168,7 @@ def _panel(model: str, content: str, runs: list[Run], key: str, labels: dict[str
         draw = (seedless(run), tuple(seeds))
         repeats[draw] += 1  # the same seeds again are no other draw: a point of its own
         lines[labels[_id(run)]][seedless(run), repeats[draw]].append(run)
-    own = [measures(run)[key] for run in runs]
+    own = [run.measures[key] for run in runs]
     originals = sorted({measure.original for measure in own if measure.original is not None})
     return Panel(
         model,
@@ -182,10 +182,10 @@ def _panel(model: str, content: str, runs: list[Run], key: str, labels: dict[str
 
 
 def _point(runs: list[Run], key: str) -> Point:
-    own: list[Measure] = [measures(run)[key] for run in runs]
+    own: list[Measure] = [run.measures[key] for run in runs]
     values = [m.quantized for m in own if m.quantized is not None and math.isfinite(m.quantized)]
     return Point(
-        bits=statistics.fmean(measures(run)["bits.linear"].quantized or 0.0 for run in runs),
+        bits=statistics.fmean(run.measures["bits.linear"].quantized or 0.0 for run in runs),
         value=statistics.fmean(values) if values else None,
         deviation=statistics.stdev(values) if len(values) > 1 else None,
         runs=len(runs),

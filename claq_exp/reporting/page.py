@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 from claq_exp.checkpoint.files import json_safe, write_bytes
 from claq_exp.reporting.canvas import Picture
-from claq_exp.reporting.collect import Collection, Run, layers, measures
+from claq_exp.reporting.collect import Collection, Run
 from claq_exp.reporting.grid import Grid
 from claq_exp.reporting.labels import method_label
 from claq_exp.reporting.render import to_html
@@ -110,7 +110,7 @@ def _runs_table(runs: Sequence[Run]) -> str:
     )
     rows = []
     for number, run in enumerate(runs):
-        costs = measures(run)
+        costs = run.measures
         cells = [
             f'<td class="wide">{html.escape(run.name)}</td>',
             f'<td class="state state-{html.escape(run.state.name)}">'
@@ -194,7 +194,7 @@ def _entry(run: Run, shared: dict[str, int]) -> dict[str, Any]:
         "facts": _facts(run),
         "measures": [
             [measure.label, *map(_short, (measure.original, measure.quantized, measure.stderr))]
-            for measure in measures(run).values()
+            for measure in run.measures.values()
         ],
         "config": json_safe(run.config),
         "layers": _layers(run, shared),
@@ -216,7 +216,7 @@ def _facts(run: Run) -> list[list[str]]:
 
 def _layers(run: Run, shared: dict[str, int]) -> dict[str, Any] | None:
     """Return the columns of layers.csv, those that runs have in common by number."""
-    rows = layers(run)
+    rows = run.layers
     if not rows:
         return None
     columns = {

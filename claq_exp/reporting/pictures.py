@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from claq_exp.reporting.canvas import Picture, save, style
-from claq_exp.reporting.collect import Measure, Run, measures
+from claq_exp.reporting.collect import Measure, Run
 from claq_exp.reporting.column_pictures import column_figures
 from claq_exp.reporting.cost_pictures import cost_figures
 from claq_exp.reporting.layer_pictures import layer_figures
@@ -45,7 +45,7 @@ def quality_measures(runs: list[Run]) -> list[Measure]:
     """Return what is drawn over bits: perplexities, KL, and the average accuracy or each task's."""
     found: dict[str, Measure] = {}
     for run in runs:
-        for key, measure in measures(run).items():
+        for key, measure in run.measures.items():
             found.setdefault(key, measure)
     of_kind: dict[str, list[Measure]] = {}
     for measure in found.values():

@@ -15,7 +15,7 @@ from claq_exp.reporting.cells import (
     original_cell,
     standard_errors,
 )
-from claq_exp.reporting.collect import Collection, Run, measures
+from claq_exp.reporting.collect import Collection, Run
 from claq_exp.reporting.columns import Column, check_same_content, choose_columns, known_columns
 from claq_exp.reporting.grid import Cell, Grid, Row
 from claq_exp.reporting.labels import RECIPE, recipe_labels
@@ -260,7 +260,7 @@ def _alike(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def _values(group: Sequence[Run], column: Column) -> list[float]:
-    found = [measures(run).get(column.key) for run in group]
+    found = [run.measures.get(column.key) for run in group]
     return [item.quantized for item in found if item is not None and item.quantized is not None]
 
 

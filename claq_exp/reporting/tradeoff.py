@@ -18,7 +18,7 @@ from claq_exp.reporting.canvas import (
     panel_grid,
     wrapped,
 )
-from claq_exp.reporting.collect import Measure, Run, measures
+from claq_exp.reporting.collect import Measure, Run
 from claq_exp.reporting.lines import Line, Panel, front, panels
 
 MOST_LINES = 16  # in colour; the others are grey dots
@@ -33,7 +33,7 @@ def tradeoff_figure(runs: Sequence[Run], key: str, labels: dict[str, str]) -> Fi
 
     runs: of which at least one has the measure.  labels: run -> line, as from `line_labels`.
     """
-    measure = next(measures(run)[key] for run in runs if key in measures(run))
+    measure = next(run.measures[key] for run in runs if key in run.measures)
     all_panels = panels(runs, key, labels)
     shown = all_panels[:MOST_PANELS]
     single = len(shown) == 1
@@ -183,18 +183,18 @@ def _notes(runs: Sequence[Run], key: str, shown: Sequence[Panel]) -> list[str]:
     infinite = sum(point.infinite for point in points)
     if infinite:
         notes.append(f"{infinite} of {sum(p.runs for p in points)} values are not finite.")
-    missing = sum(key not in measures(run) for run in runs)
+    missing = sum(key not in run.measures for run in runs)
     if missing:
         notes.append(f"{missing} of {len(runs)} finished runs did not measure it.")
     for panel in shown:
         low, high = (panel.originals[0], panel.originals[-1]) if panel.originals else (0.0, 0.0)
-        digits = measures(next(run for run in runs if key in measures(run)))[key].digits
+        digits = next(run for run in runs if key in run.measures).measures[key].digits
         if f"{low:.{digits}f}" != f"{high:.{digits}f}":
             notes.append(
                 f"Runs measured the original {panel.model} at {low:.{digits}f} to "
                 f"{high:.{digits}f}; the line is the lowest."
             )
-    errors = [m.stderr for run in runs if (m := measures(run).get(key)) and m.stderr]
+    errors = [m.stderr for run in runs if (m := run.measures.get(key)) and m.stderr]
     if errors:
         notes.append(f"Standard error over the task's rows: up to {max(errors):.1f} points.")
     return notes

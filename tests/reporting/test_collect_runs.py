@@ -8,7 +8,7 @@ import pytest
 from run_samples import RESULTS, result, write_runs, write_state
 
 from claq_exp.errors import ConfigError
-from claq_exp.reporting.collect import collect, layers, lookup, measures
+from claq_exp.reporting.collect import collect, lookup
 from claq_exp.run_folder import FAILED, FINISHED, KILLED, RunState
 from claq_exp.sweep.record import Job, write_job
 
@@ -19,7 +19,7 @@ def one(tmp_path, results):
 
 
 def test_every_number_of_a_run_is_a_measure_with_its_original(tmp_path):
-    found = measures(one(tmp_path, result()))
+    found = one(tmp_path, result()).measures
     values = {key: (measure.quantized, measure.original) for key, measure in found.items()}
     assert values == {
         "bits.linear": (3.4, 16.0),
@@ -44,7 +44,7 @@ def test_a_task_without_accuracy_keeps_its_unit_and_the_average_is_a_measure(tmp
     average = {"original": 0.715, "quantized": 0.5}
     results = result({"average_accuracy": average})
     results["zero_shot"]["wikitext"] = {**task, "stderr": None}
-    found = measures(one(tmp_path, results))
+    found = one(tmp_path, results).measures
     assert found["score.wikitext"].quantized == 30.25
     assert found["score.wikitext"].better == "lower"
     assert found["average.accuracy"].quantized == 50.0
@@ -65,7 +65,7 @@ def test_older_results_have_the_measures_that_they_have(tmp_path):
             "schema": None,
         }
     )
-    found = measures(one(tmp_path, old))
+    found = one(tmp_path, old).measures
     assert "kl.words" not in found
     assert "average.accuracy" not in found
     assert found["perplexity.words"].quantized == 25.25
@@ -107,7 +107,7 @@ def test_failed_killed_interrupted_and_running_are_told_apart(tmp_path):
     assert found["killed"].state.reason == "process 7 on vm"
     assert found["failed"].config == config
     assert found["killed"].config == {}
-    assert all(measures(run) == {} for run in found.values())
+    assert all(run.measures == {} for run in found.values())
 
 
 def test_a_run_whose_state_is_lost_is_still_there(tmp_path):
@@ -224,15 +224,15 @@ def test_no_folder_and_no_run_are_refused(tmp_path):
 
 
 def test_rows_of_layers_hold_numbers_and_none(tmp_path):
-    assert layers(one(tmp_path, result())) == []
+    assert one(tmp_path, result()).layers == []
     text = "block,name,bits,damping\n0,q_proj,2.5,\n-1,in_proj,1e-05,inf\n"
     (tmp_path / "name" / "run-0" / "layers.csv").write_text(text)
     (run,) = collect([tmp_path]).runs
-    assert layers(run) == [
+    assert run.layers == [
         {"block": 0, "name": "q_proj", "bits": 2.5, "damping": None},
         {"block": -1, "name": "in_proj", "bits": 1e-05, "damping": float("inf")},
     ]
-    assert isinstance(layers(run)[0]["block"], int)
+    assert isinstance(run.layers[0]["block"], int)
 
 
 def test_dotted_keys_are_looked_up():

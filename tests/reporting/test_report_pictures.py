@@ -12,7 +12,7 @@ from checkpoint.packed_models import Written
 from run_samples import result, seeded, write_runs
 
 from claq_exp.reporting import canvas, pictures
-from claq_exp.reporting.collect import Run, collect, layers
+from claq_exp.reporting.collect import Run, collect
 from claq_exp.reporting.column_pictures import read_columns
 from claq_exp.reporting.lines import front, line_labels, panels, run_labels
 from claq_exp.reporting.pictures import draw_report, quality_measures
@@ -327,7 +327,7 @@ def test_layers_csv_is_what_the_maps_show(tmp_path, figures):
     draw_report([run], tmp_path)
     figure = figures["Relative output error of every layer, small"]
     shown = figure.axes[0].images[0].get_array().tolist()
-    rows = layers(run)
+    rows = run.layers
     assert shown == [
         [row["output_error"] for row in rows if row["name"].endswith(name)]
         for name in ("q_proj", "down_proj")
