@@ -29,6 +29,14 @@ def place(tmp_path) -> Path:
     return tmp_path / "marks"
 
 
+@pytest.fixture
+def heeds_interruptions():
+    """A shell starts what runs in its background with SIGINT ignored, and tests inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def gone(pid: int) -> bool:
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
@@ -114,6 +122,7 @@ def interrupt_when(mark: Path) -> threading.Thread:
     return thread
 
 
+@pytest.mark.usefixtures("heeds_interruptions")
 def test_an_interruption_stops_child_and_sweep_and_the_same_command_goes_on(
     tiny_run, outputs, place, capfd
 ):
