@@ -22,7 +22,7 @@ from claq_exp.inputs import fetch, tokenize_inputs
 from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, run_until
 from claq_exp.models.discover import LinearGroup, find_blocks, find_groups, linear_weight
 from claq_exp.models.load import load_model
-from claq_exp.models.quantize import solve_group
+from claq_exp.models.solve import solve_group
 from claq_exp.models.survey import block_hessians
 from claq_exp.quantize.codebook import KMeans, Uniform
 from claq_exp.quantize.precision import Fixed

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +16,11 @@ from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import NumericalError
 from claq_exp.models.blocks import BlockInputs, capture_inputs, feed, run_block
 from claq_exp.models.discover import LinearGroup, Stage, find_blocks, find_stages, linear_weight
+from claq_exp.models.solve import report_row, solve_group
 from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.device import solve_on_device
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.recipe import Recipe, Solved, quantize_weight
-from claq_exp.quantize.solver.columns import ColumnSystem
+from claq_exp.quantize.recipe import Recipe, Solved
 
-CPU = torch.device("cpu")
 EventSink = Callable[[str, dict[str, Any]], None]
 ShareSink = Callable[[float, str], None]
 
@@ -112,7 +109,7 @@ class _Block:
                     full_name = f"{self.path}.{name}"
                     quantized = solved.quantized
                     packed[full_name] = PackedWeight(quantized.layout(), quantized.pack())
-                    report.append(_report_row(self.index, full_name, solved, tokens, seconds))
+                    report.append(report_row(self.index, full_name, solved, tokens, seconds))
                     on_event("layer", report[-1])
                     on_share(self._weight(name).numel() / weights, full_name)
         return packed, report
@@ -174,63 +171,3 @@ class _Block:
 
     def _weight(self, name: str) -> Tensor:
         return linear_weight(self.module.get_submodule(name))
-
-
-def solve_group(
-    problems: list[LinearProblem],
-    system: ColumnSystem,
-    recipe: Recipe,
-    plans: Mapping[str, MatrixPlan] | None = None,
-    device: torch.device = CPU,
-) -> list[tuple[Solved, float]]:
-    """Solve matrices that share their input side by side; return (solution, seconds) of each.
-
-    plans: what was decided before of the matrices of these names.  device: where to solve, if the
-    recipe can be solved there; the CPU takes what a GPU cannot.
-    """
-    plans = plans or {}
-    if device != CPU:
-        started = time.perf_counter()
-        together = solve_on_device(problems, system, recipe, plans, device)
-        if together is not None:
-            each = (time.perf_counter() - started) / len(problems)
-            return [(solved, each) for solved in together]
-        system = system.cpu()
-
-    def solve(problem: LinearProblem) -> tuple[Solved, float]:
-        started = time.perf_counter()
-        try:
-            solved = quantize_weight(problem, system, recipe, plans.get(problem.name))
-        except NumericalError as error:
-            raise NumericalError(f"{problem.name}: {error}") from error
-        return solved, time.perf_counter() - started
-
-    threads = torch.get_num_threads()
-    each = max(1, threads // len(problems))
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(each,))
-    try:
-        with pool:
-            return list(pool.map(solve, problems))
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _report_row(
-    index: int, name: str, solved: Solved, tokens: int, seconds: float
-) -> dict[str, Any]:
-    layout = solved.quantized.layout()
-    return {
-        "block": index,
-        "name": name,
-        "rows": layout.rows,
-        "cols": layout.columns,
-        "nominal_bits": layout.nominal_bits(),
-        "bits": layout.ledger().total / layout.weights,
-        "reserved": layout.reserved,
-        "output_error": solved.output_error,
-        "weight_error": solved.weight_error,
-        "damping": solved.damping,
-        "dead_columns": solved.dead_columns,
-        "tokens": tokens,
-        "seconds": seconds,
-    }

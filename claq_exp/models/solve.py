@@ -1,0 +1,80 @@
+"""Solves the linears of a group side by side, and describes each solution."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from claq_exp.errors import NumericalError
+from claq_exp.quantize.allocation import MatrixPlan
+from claq_exp.quantize.device import solve_on_device
+from claq_exp.quantize.problem import LinearProblem
+from claq_exp.quantize.recipe import Recipe, Solved, quantize_weight
+from claq_exp.quantize.solver.columns import ColumnSystem
+
+CPU = torch.device("cpu")
+
+
+def solve_group(
+    problems: list[LinearProblem],
+    system: ColumnSystem,
+    recipe: Recipe,
+    plans: Mapping[str, MatrixPlan] | None = None,
+    device: torch.device = CPU,
+) -> list[tuple[Solved, float]]:
+    """Solve matrices that share their input side by side; return (solution, seconds) of each.
+
+    plans: what was decided before of the matrices of these names.  device: where to solve, if the
+    recipe can be solved there; the CPU takes what a GPU cannot.
+    """
+    plans = plans or {}
+    if device != CPU:
+        started = time.perf_counter()
+        together = solve_on_device(problems, system, recipe, plans, device)
+        if together is not None:
+            each = (time.perf_counter() - started) / len(problems)
+            return [(solved, each) for solved in together]
+        system = system.cpu()
+
+    def solve(problem: LinearProblem) -> tuple[Solved, float]:
+        started = time.perf_counter()
+        try:
+            solved = quantize_weight(problem, system, recipe, plans.get(problem.name))
+        except NumericalError as error:
+            raise NumericalError(f"{problem.name}: {error}") from error
+        return solved, time.perf_counter() - started
+
+    threads = torch.get_num_threads()
+    each = max(1, threads // len(problems))
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(each,))
+    try:
+        with pool:
+            return list(pool.map(solve, problems))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def report_row(
+    index: int, name: str, solved: Solved, tokens: int, seconds: float
+) -> dict[str, Any]:
+    """Return the row of layers.csv of a linear.  index: of its block."""
+    layout = solved.quantized.layout()
+    return {
+        "block": index,
+        "name": name,
+        "rows": layout.rows,
+        "cols": layout.columns,
+        "nominal_bits": layout.nominal_bits(),
+        "bits": layout.ledger().total / layout.weights,
+        "reserved": layout.reserved,
+        "output_error": solved.output_error,
+        "weight_error": solved.weight_error,
+        "damping": solved.damping,
+        "dead_columns": solved.dead_columns,
+        "tokens": tokens,
+        "seconds": seconds,
+    }
