@@ -44,6 +44,7 @@ def test_one_token_by_hand():
     assert accumulated(torch.tensor([[1.0, 3.0]])).tolist() == [[2.0, 6.0], [6.0, 18.0]]
 
 
+@pytest.mark.case(39)
 @pytest.mark.parametrize("sizes", [[90], [1] * 90, [1, 89], [30, 30, 30], [64, 25, 1]])
 def test_how_tokens_are_split_into_batches_changes_nothing(sizes):
     tokens = inputs(90, 6)
@@ -63,6 +64,7 @@ def test_inputs_of_any_float_dtype_are_summed_in_float32_or_better(dtype):
     assert accumulated(tokens).numpy() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+@pytest.mark.case(23)
 def test_many_batches_lose_no_digits():
     # in float32 the sum would stop growing at 2**24
     accumulator = HessianAccumulator(1)
@@ -72,6 +74,7 @@ def test_many_batches_lose_no_digits():
     assert accumulator.hessian().item() == 2 / 1001 * (2.0**26 + 1000)
 
 
+@pytest.mark.case(26)
 def test_large_float16_inputs_do_not_overflow():
     tokens = torch.full((64, 2), 60000.0, dtype=torch.float16)
     assert accumulated(tokens)[0, 1].item() == pytest.approx(2 * tokens[0, 0].item() ** 2, rel=1e-5)
@@ -84,6 +87,7 @@ def test_it_is_symmetric_and_has_no_negative_eigenvalue_beyond_rounding():
     assert eigenvalues[0] > -1e-6 * eigenvalues[-1]
 
 
+@pytest.mark.case(21)
 def test_a_dead_input_has_an_exactly_zero_row_and_column():
     tokens = inputs(30, 4)
     tokens[:, 2] = 0
@@ -93,6 +97,7 @@ def test_a_dead_input_has_an_exactly_zero_row_and_column():
     assert found.diagonal().count_nonzero() == 3
 
 
+@pytest.mark.case(24)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_input_that_is_no_number_is_refused_by_its_place(bad, dtype):

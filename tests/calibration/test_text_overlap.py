@@ -30,6 +30,7 @@ def slow(windows: torch.Tensor, calibration: torch.Tensor) -> float:
     return sum(map(sum, covered)) / windows.numel()
 
 
+@pytest.mark.case(63)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     vocabulary=st.sampled_from([2, 50_000]),

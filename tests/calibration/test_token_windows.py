@@ -50,6 +50,7 @@ def test_shuffled_windows_are_distinct_pieces_of_the_text(seqlen, windows, spare
     assert int(sampled.max()) < count
 
 
+@pytest.mark.case(40)
 @pytest.mark.parametrize("name", ["shuffled", "positions", "documents"])
 def test_the_same_seed_draws_the_same_windows_and_leaves_global_generators_alone(name):
     documents = sentences(50)
@@ -63,6 +64,7 @@ def test_the_same_seed_draws_the_same_windows_and_leaves_global_generators_alone
     assert torch.equal(draw(name, 5, 20, 3, documents), first)
 
 
+@pytest.mark.case(40)
 @pytest.mark.parametrize("name", ["shuffled", "positions", "documents"])
 def test_other_seeds_draw_other_windows(name):
     documents = sentences(50)
@@ -85,6 +87,7 @@ def test_asking_for_all_windows_gives_all_of_them():
     assert sorted(sampled[:, 0].tolist()) == list(range(0, 100, 10))
 
 
+@pytest.mark.case(59, 92)
 @pytest.mark.parametrize("name", ["first", "shuffled"])
 @pytest.mark.parametrize(("tokens", "available"), [(0, 0), (19, 0), (99, 4)])
 def test_a_short_text_is_refused_with_the_counts(name, tokens, available):
@@ -97,6 +100,7 @@ def test_a_short_text_is_refused_with_the_counts(name, tokens, available):
     assert "calibration.windows" in message
 
 
+@pytest.mark.case(92)
 def test_first_windows_start_at_the_beginning_and_drop_the_rest():
     text = [" ".join(map(str, range(39)))]
     assert torch.equal(draw("first", 2, 10, 0, text), torch.arange(20).reshape(2, 10))
@@ -139,6 +143,7 @@ def test_a_document_of_just_a_window_is_too_short_as_the_papers_loop_would_trip_
     assert set(draw("documents", 30, 20, 0, documents)[:, 0].tolist()) == {100}
 
 
+@pytest.mark.case(59)
 @pytest.mark.parametrize("documents", [sentences(30), [], [""]], ids=["short", "none", "empty"])
 def test_documents_that_are_all_too_short_end_in_one_line_and_not_in_a_loop(documents):
     with pytest.raises(ConfigError, match=r"none of more than 40 tokens.*draw=shuffled") as caught:

@@ -110,6 +110,7 @@ def test_files_without_a_state_are_no_blocks(tmp_path):
     assert store.load_blocks()[1] == report(0)
 
 
+@pytest.mark.case(7)
 def test_a_block_that_cannot_be_recorded_is_not_counted(tmp_path):
     store = fill(tmp_path, 1)
     with pytest.raises(ValueError, match="JSON"):
@@ -127,6 +128,7 @@ def test_clear_removes_everything(tmp_path):
     assert BlockStore(tmp_path / "blocks", "run").open() == 0
 
 
+@pytest.mark.case(10)
 def test_the_store_of_another_experiment_is_refused(tmp_path):
     fill(tmp_path, 1)
     with pytest.raises(CheckpointError, match="identity") as caught:
@@ -134,6 +136,7 @@ def test_the_store_of_another_experiment_is_refused(tmp_path):
     assert "resume=never" in str(caught.value)
 
 
+@pytest.mark.case(9)
 def test_the_store_of_another_version_is_refused(tmp_path):
     fill(tmp_path, 1)
     state = json.loads((tmp_path / "state.json").read_text())
@@ -149,6 +152,7 @@ def read_all(folder: Path) -> None:
     store.load_activations()
 
 
+@pytest.mark.case(9)
 @pytest.mark.parametrize("keep", [0, 1, 40, -3])
 def test_a_cut_state_is_refused(tmp_path, keep):
     fill(tmp_path, 2)
@@ -176,6 +180,7 @@ def test_a_state_without_one_of_its_facts_is_refused(tmp_path, key):
         read_all(tmp_path)
 
 
+@pytest.mark.case(8)
 @pytest.mark.parametrize("file", ["block_0000", "block_0001", "activations_0002"])
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing"])
 def test_a_damaged_file_is_refused_by_name(tmp_path, file, damage):

@@ -139,6 +139,7 @@ def mutated(originals: list[Path], mutation: Any, seed: int, target: Path) -> Pa
     return folder
 
 
+@pytest.mark.case(72)
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_a_damaged_checkpoint_is_refused_or_does_no_harm(mutation, originals, expected, tmp_path):
     for seed in range(2 * ROUNDS):

@@ -66,6 +66,7 @@ def test_the_loaded_model_computes_what_the_written_one_computes(written, origin
     assert not loaded.training
 
 
+@pytest.mark.case(69)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_weights_load_in_the_wanted_dtype(written, original, dtype):
     weight = load_model(original, dtype=dtype).get_submodule(SOME_LINEAR).weight
@@ -81,6 +82,7 @@ def test_weights_come_back_bit_by_bit(written, original):
         assert weight.dequantize().numpy().tobytes() == expected.numpy().tobytes()
 
 
+@pytest.mark.case(51)
 def test_tied_weights_are_stored_once_and_tied_again(original):
     with safe_open(original / "model.safetensors", framework="pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - not a dict
@@ -88,6 +90,7 @@ def test_tied_weights_are_stored_once_and_tied_again(original):
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
 
 
+@pytest.mark.case(45)
 def test_the_ledger_is_the_bytes_on_disk(written, original):
     layouts = read_layouts(original)
     parameters = sum(parameter.numel() for parameter in written.model.parameters())
@@ -135,6 +138,7 @@ def test_every_tensor_of_the_dense_model_is_read_once_packed_or_as_stored(writte
     assert sorted(kept + packed) == sorted(set(written.model.state_dict()) - {"lm_head.weight"})
 
 
+@pytest.mark.case(18)
 def test_an_existing_folder_is_refused_and_left_alone(written, tmp_path):
     target = tmp_path / "checkpoint"
     target.mkdir()
@@ -151,6 +155,7 @@ class FailingTokenizer:
         raise OSError("no space left on device")
 
 
+@pytest.mark.case(17)
 def test_a_write_that_fails_leaves_nothing_behind(written, tmp_path):
     target = tmp_path / "new" / "checkpoint"
     with pytest.raises(OSError, match="no space left"):
@@ -319,6 +324,7 @@ CONTENT_TAMPERINGS = {
 }
 
 
+@pytest.mark.case(66, 67, 73)
 @pytest.mark.parametrize("tampering", CONTENT_TAMPERINGS)
 def test_content_that_contradicts_itself_is_refused_though_the_manifest_agrees(
     tampering, checkpoint
@@ -363,6 +369,7 @@ FILE_TAMPERINGS = {
 }
 
 
+@pytest.mark.case(68)
 @pytest.mark.parametrize("tampering", FILE_TAMPERINGS)
 def test_a_file_that_is_not_the_one_written_is_refused(tampering, checkpoint):
     FILE_TAMPERINGS[tampering](checkpoint)

@@ -150,6 +150,7 @@ TAMPERINGS = {
 }
 
 
+@pytest.mark.case(66)
 @pytest.mark.parametrize("rewrite", [True, False], ids=["manifest agrees", "manifest as written"])
 @pytest.mark.parametrize("tampering", TAMPERINGS)
 def test_an_index_that_does_not_fit_its_shards_is_refused(tampering, rewrite, checkpoint):
@@ -198,6 +199,7 @@ FORGED = {
 }
 
 
+@pytest.mark.case(73)
 @pytest.mark.parametrize("case", FORGED)
 def test_a_forged_header_is_refused(case, tmp_path):
     path = tmp_path / "model.safetensors"

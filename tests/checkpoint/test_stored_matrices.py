@@ -83,6 +83,7 @@ def test_a_matrix_of_many_widths_comes_back(shape, payload, tmp_path):
     assert torch.equal(found.dequantize(), weight.dequantize())
 
 
+@pytest.mark.case(66)
 @pytest.mark.parametrize(
     ("payload", "suffix"),
     [
@@ -103,6 +104,7 @@ def test_a_padding_bit_that_is_set_is_refused(payload, suffix):
         unpack_weight(weight.layout(), tensors)
 
 
+@pytest.mark.case(66)
 def test_a_reserved_entry_with_a_code_is_refused():
     weight = random_weight("columns", 49, 31, (3,), 0.1)
     weight.codes[weight.reserved.rows[0], weight.reserved.columns()[0]] = 1
@@ -110,6 +112,7 @@ def test_a_reserved_entry_with_a_code_is_refused():
         unpack_weight(weight.layout(), weight.pack())
 
 
+@pytest.mark.case(66)
 def test_an_entry_that_is_reserved_twice_is_refused():
     weight = random_weight("columns", 49, 31, (3,), 0.1)
     weight.reserved.rows[1] = weight.reserved.rows[0]

@@ -128,6 +128,7 @@ VALUES = [
 ]
 
 
+@pytest.mark.case(74)
 @pytest.mark.parametrize(("words", "fragments"), WORDS, ids=lambda case: " ".join(case)[:60])
 def test_a_wrong_override_is_one_line_that_names_it_and_the_alternatives(
     words, fragments, run, refusal, outputs
@@ -139,6 +140,7 @@ def test_a_wrong_override_is_one_line_that_names_it_and_the_alternatives(
     assert not outputs.exists()
 
 
+@pytest.mark.case(40, 41, 43, 74, 76)
 @pytest.mark.parametrize(("words", "fragments"), VALUES, ids=lambda case: " ".join(case)[:60])
 def test_a_wrong_value_is_one_line_that_says_what_may_stand_there(words, fragments, run, refusal):
     assert run(*words, command="plan") == REQUEST  # as `run`, in half the time
@@ -147,6 +149,7 @@ def test_a_wrong_value_is_one_line_that_says_what_may_stand_there(words, fragmen
         assert fragment in line
 
 
+@pytest.mark.case(74, 75)
 @pytest.mark.parametrize("words", [["=3"], ["precision=null"]], ids=" ".join)
 def test_an_override_that_hydra_itself_trips_over_is_one_line(words, run, refusal, outputs):
     assert run(*words) == REQUEST
@@ -154,6 +157,7 @@ def test_an_override_that_hydra_itself_trips_over_is_one_line(words, run, refusa
     assert not outputs.exists()
 
 
+@pytest.mark.case(75)
 def test_several_values_without_the_flag_for_a_grid_point_to_that_flag(run, refusal, outputs):
     assert run("seed=1,2") == REQUEST
     line = refusal()
@@ -234,6 +238,7 @@ def test_a_device_that_is_not_there(device, run, refusal, outputs):
     assert not outputs.exists()
 
 
+@pytest.mark.case(94)
 def test_wandb_asked_for_and_not_installed(run, refusal, outputs, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -246,6 +251,7 @@ def test_wandb_asked_for_and_not_installed(run, refusal, outputs, monkeypatch):
     assert not outputs.exists()
 
 
+@pytest.mark.case(61)
 def test_a_text_file_that_is_missing(run, refusal, outputs, tmp_path):
     assert run(f"calibration.path={tmp_path}/nothing.txt") == REQUEST
     assert "nothing.txt' does not exist" in refusal()
@@ -269,6 +275,7 @@ def test_task_rows_of_another_content_than_pinned(run, refusal, outputs, tmp_pat
     assert not outputs.exists()
 
 
+@pytest.mark.case(89)
 def test_a_task_that_lm_eval_does_not_have(run, refusal, outputs):
     assert run("+evaluation.zero_shot.piqaa.rows=5") == REQUEST
     line = refusal()
@@ -277,6 +284,7 @@ def test_a_task_that_lm_eval_does_not_have(run, refusal, outputs):
     assert not outputs.exists()
 
 
+@pytest.mark.case(58, 59)
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
@@ -301,6 +309,7 @@ def test_windows_that_text_or_model_do_not_give(words, fragments, run, failure, 
     assert left_behind(outputs) == []
 
 
+@pytest.mark.case(14)
 def test_an_outputs_folder_that_is_a_file(run, failure, tmp_path):
     (tmp_path / "taken").write_text("mine", encoding="utf-8")
     assert run(f"outputs={tmp_path}/taken") in (REQUEST, RUN)
@@ -343,6 +352,7 @@ def test_a_model_folder_that_is_missing(run, refusal, outputs, tmp_path):
     assert not outputs.exists()
 
 
+@pytest.mark.case(55)
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_a_model_folder_without_a_needed_file(file, run, refusal, outputs, tiny_model, tmp_path):
     source = changed(tiny_model, tmp_path / "model", lambda folder: (folder / file).unlink())
@@ -352,6 +362,7 @@ def test_a_model_folder_without_a_needed_file(file, run, refusal, outputs, tiny_
     assert not outputs.exists()
 
 
+@pytest.mark.case(55)
 def test_a_model_without_tokenizer(run, failure, tiny_model, tmp_path):
     def remove(folder: Path) -> None:
         for path in folder.glob("tok*"):
@@ -387,11 +398,13 @@ def test_a_tensor_of_another_shape_is_named(run, failure, tiny_model, tmp_path):
     assert "up_proj" in failure()
 
 
+@pytest.mark.case(53)
 def test_a_model_that_is_no_causal_language_model(run, failure, tiny_model, tmp_path):
     assert run(changed(tiny_model, tmp_path / "model", config_with(model_type="t5"))) != 0
     assert str(tmp_path / "model") in failure()
 
 
+@pytest.mark.case(25)
 def test_a_weight_that_is_nan_is_named_with_its_place(run, failure, tiny_model, tmp_path):
     change = set_entry("model.layers.1.mlp.up_proj.weight", (3, 5), float("nan"))
     source = changed(tiny_model, tmp_path / "model", change)
@@ -401,6 +414,7 @@ def test_a_weight_that_is_nan_is_named_with_its_place(run, failure, tiny_model, 
     assert "weight[3, 5] is nan" in line
 
 
+@pytest.mark.case(25)
 def test_a_weight_that_is_nan_is_named_where_nothing_is_measured(
     run, failure, tiny_model, tmp_path
 ):
@@ -412,6 +426,7 @@ def test_a_weight_that_is_nan_is_named_where_nothing_is_measured(
     assert "weight[3, 5] is nan" in line
 
 
+@pytest.mark.case(25)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_weight_outside_linear_layers_that_is_not_finite_is_named(
     value, run, failure, tiny_model, tmp_path
@@ -452,6 +467,7 @@ def planted(tiny_model, tmp_path) -> tuple[Path, Path]:
     return folder, mark
 
 
+@pytest.mark.case(56)
 @pytest.mark.parametrize("command", ["run", "plan"])
 def test_code_that_comes_with_a_model_is_not_run(command, planted, run, refusal):
     folder, mark = planted

@@ -69,6 +69,7 @@ def flat(values: dict, prefix: str = "") -> dict:
     return found
 
 
+@pytest.mark.case(77)
 @pytest.mark.parametrize("file", [name for name in OPTIONS if not name.startswith("experiment/")])
 def test_every_option_of_every_group_composes_with_the_values_of_its_file(file):
     group, option = file.removesuffix(".yaml").split("/")
@@ -84,6 +85,7 @@ def test_every_option_of_every_group_composes_with_the_values_of_its_file(file):
             assert composed[key] == value, key
 
 
+@pytest.mark.case(77, 78)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_beats_the_defaults(name):
     text = (CONF / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -166,6 +168,7 @@ def test_a_launcher_composes_with_the_values_of_its_file_on_top_of_the_plugins(n
         assert values[key] == value, key
 
 
+@pytest.mark.case(77)
 @pytest.mark.parametrize("name", SWEEP_NAMES)
 def test_every_job_of_every_sweep_is_valid_and_its_comment_counts_them(name):
     text = (SWEEPS / f"{name}.yaml").read_text(encoding="utf-8")
@@ -185,6 +188,7 @@ def test_a_single_run_is_no_multirun():
     assert not is_multirun(["precision.target_bits=2.5"])
 
 
+@pytest.mark.case(78)
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_value_on_the_command_line_beats_the_experiment_wherever_it_stands(order):
     words = ["experiment=kmeans_3bit", "precision.bits=5"][::order]
@@ -193,6 +197,7 @@ def test_a_value_on_the_command_line_beats_the_experiment_wherever_it_stands(ord
     assert config.reservation == {"name": "none"}
 
 
+@pytest.mark.case(78)
 @pytest.mark.parametrize(
     "words",
     [

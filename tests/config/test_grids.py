@@ -37,6 +37,7 @@ def run(tiny_run):
     return lambda *more: main([*tiny_run, *words, *more])
 
 
+@pytest.mark.case(74)
 @pytest.mark.parametrize(
     "grid",
     [
@@ -79,6 +80,7 @@ def test_the_number_of_jobs_is_that_of_the_combinations(grid, jobs):
     assert check_grid(grid).jobs == jobs
 
 
+@pytest.mark.case(80)
 def test_one_failing_job_of_three_stops_no_other_and_is_named(run, outputs, capfd):
     assert run("-m", "calibration.windows=2,5000,3") == 1
     finished = [json.loads(path.read_text()) for path in outputs.rglob("results.json")]
@@ -100,6 +102,7 @@ def test_every_failing_job_is_told_from_the_others(run, outputs, capfd):
     assert "seed=8" in lines[1]
 
 
+@pytest.mark.case(80)
 def test_an_error_nobody_expected_stops_no_other_job_either(tiny_run, outputs, monkeypatch, capfd):
     from claq_exp import runner
 
@@ -123,6 +126,7 @@ def test_an_error_nobody_expected_stops_no_other_job_either(tiny_run, outputs, m
     assert "failed (seed=7): the plotter is broken" in capfd.readouterr().err
 
 
+@pytest.mark.case(83)
 def test_a_value_that_is_listed_twice_is_one_job(run, outputs, capfd):
     assert run("-m", "seed=7,7") == 0
     (job,) = read_jobs(outputs / "default")

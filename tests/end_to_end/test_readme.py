@@ -31,6 +31,7 @@ def test_readme_holds_the_commands_that_are_tested():
     assert sum(line.endswith("pip install -e . && claq-exp") for line in lines) == 1
 
 
+@pytest.mark.case(77)
 def test_every_readme_command_runs(tiny_run, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert main(shrunk([], tiny_run)) == 0
@@ -49,6 +50,7 @@ def test_every_readme_command_runs(tiny_run, tmp_path, monkeypatch, capfd):
     assert (tmp_path / "outputs" / "budgets" / "report.md").is_file()
 
 
+@pytest.mark.case(77)
 @pytest.mark.parametrize("line", COMMANDS)
 def test_readme_overrides_compose_as_they_stand(line):
     from claq_exp.sweep.grid import check_grid

@@ -132,6 +132,7 @@ def test_plan_agrees_with_the_run(tiny_run, outputs, capfd):
     assert f"{results['bits']['nominal']:.3f}" in printed
 
 
+@pytest.mark.case(45)
 @pytest.mark.parametrize(("kind", "bits"), [("linear", 13.0), ("nominal", 2.3)])
 def test_a_budget_is_kept_by_what_is_on_disk(kind, bits, tiny_run, outputs):
     words = [f"budget.bits={bits}", f"budget.kind={kind}"]
@@ -141,6 +142,7 @@ def test_a_budget_is_kept_by_what_is_on_disk(kind, bits, tiny_run, outputs):
     assert results["config"]["budget"] == {"bits": bits, "kind": kind}
 
 
+@pytest.mark.case(41)
 def test_an_impossible_budget_is_refused_before_any_work(tiny_run, outputs, capfd):
     assert main([*tiny_run, "budget.bits=1.5"]) == 2
     error = capfd.readouterr().err

@@ -187,6 +187,7 @@ def test_a_first_token_that_the_tokenizer_does_not_have_is_refused(files):
         corpora(files, "papers", "evaluation.bos=window")
 
 
+@pytest.mark.case(63)
 def test_text_that_calibration_has_seen_is_reported(files, tiny_model):
     words = ["calibration=wikitext2", f"calibration.path={files / 'wiki.raw'}"]
     words += ["calibration.draw=first", "calibration.windows=5", "calibration.seqlen=64"]

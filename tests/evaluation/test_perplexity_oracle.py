@@ -109,6 +109,7 @@ def test_ticks_count_every_window_once():
     assert done == [3, 3, 1]
 
 
+@pytest.mark.case(92)
 def test_beyond_float64_it_is_infinite():
     model, tokens = table(), torch.tensor([[0, 1, 2]])
     model.logits[:] = 0.0
@@ -122,6 +123,7 @@ def test_logits_that_are_nan_do_not_pass_for_an_infinite_perplexity():
     assert math.isnan(perplexity(model, torch.tensor([[3, 1, 2]]), 1, "cpu").value)
 
 
+@pytest.mark.case(92, 97)
 def test_an_infinite_perplexity_is_null_in_the_results():
     corpora = {"words": Corpus(windows(1, 8), "window", 0.25)}
     measured = Measurement({"words": Perplexity(math.inf, 8, 7, "abc")})
@@ -188,6 +190,7 @@ def test_logits_of_a_known_corpus_cost_only_their_own_windows(tmp_path):
         assert torch.equal(logits, model.logits[CORPORA["one"].windows[number, :-1]])
 
 
+@pytest.mark.case(93)
 @pytest.mark.parametrize(
     "other", [Corpus(windows(3, 5, seed=9), "text"), Corpus(windows(3, 5)[:2], "text")]
 )
@@ -206,6 +209,7 @@ def test_a_batch_takes_what_the_device_is_good_for():
     assert windows_at_once("auto", 100_000, 32_000, "cpu") == 1
 
 
+@pytest.mark.case(92)
 def test_a_run_whose_perplexity_overflows_finishes_with_null(
     tiny_run, tiny_model, tmp_path, monkeypatch
 ):

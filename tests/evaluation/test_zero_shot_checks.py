@@ -86,6 +86,7 @@ def test_the_presets_hold_the_six_tasks_of_the_paper_and_every_wheel_is_pinned()
         assert re.fullmatch(r"[0-9a-f]{64}", task.sha256)
 
 
+@pytest.mark.case(89)
 def test_an_unknown_name_lists_similar_ones():
     message = refusal(ConfigError, "piqaa")
     assert "lm-eval has no task 'piqaa'" in message
@@ -159,6 +160,7 @@ def test_one_bad_row_among_many_is_found(change, fragment, tmp_path):
         assert fragment in message
 
 
+@pytest.mark.case(89)
 def test_a_hub_that_cannot_be_reached_is_one_line_with_the_way_out(monkeypatch):
     no_hub(monkeypatch)
     message = refusal(SourceError)

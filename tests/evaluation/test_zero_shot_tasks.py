@@ -219,6 +219,7 @@ def test_a_standard_error_without_a_formula_needs_no_other_process(
     assert "DISABLE_MULTIPROC" not in os.environ
 
 
+@pytest.mark.case(91)
 def test_lm_eval_keeps_no_requests(model, tokenizer, data, tmp_path, monkeypatch):
     kept = Path(lm_eval_cache.PATH)
     before = sorted(kept.rglob("*")) if kept.exists() else []
@@ -234,6 +235,7 @@ def test_only_the_first_rows_are_scored_where_fewer_are_asked_for(model, tokeniz
     assert found.value == pytest.approx(accuracies(model, tokenizer, rows[:5])["acc"])
 
 
+@pytest.mark.case(91)
 @pytest.mark.parametrize("keep_time", [False, True], ids=["touched", "same time stamp"])
 def test_edited_rows_are_not_served_stale(keep_time, model, tokenizer, data, rows):
     before = score(model, tokenizer, data).value

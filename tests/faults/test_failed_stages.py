@@ -81,6 +81,7 @@ def identity_of(file: Path) -> tuple[int, int]:
     return file.stat().st_ino, file.stat().st_mtime_ns
 
 
+@pytest.mark.case(16, 90)
 def test_a_failed_evaluation_keeps_the_checkpoint(run, outputs, failing, measured, capfd):
     repair = failing("load_checkpoint", SourceError("no luck"))
     assert run() == 1
@@ -149,6 +150,7 @@ def test_a_kill_before_the_original_is_measured_leaves_no_logits_that_count(
     assert json.loads((folder / "results.json").read_text())["kl"] == whole["kl"]
 
 
+@pytest.mark.case(90)
 def test_what_was_measured_of_the_checkpoint_is_kept_when_a_later_measure_fails(
     run, outputs, measured, monkeypatch, text_file, capfd
 ):
@@ -201,6 +203,7 @@ def test_an_allocation_is_made_once_and_its_budget_kept(run, outputs, failing):
     assert results["timings"]["allocate"] > 0
 
 
+@pytest.mark.case(16)
 def test_a_failed_export_keeps_the_blocks(run, outputs, failing):
     repair = failing("write_checkpoint", SourceError("no luck"))
     assert run() == 1
@@ -212,6 +215,7 @@ def test_a_failed_export_keeps_the_blocks(run, outputs, failing):
     assert events.count('"event": "block"') == 3
 
 
+@pytest.mark.case(17)
 def test_what_a_kill_left_of_an_unpublished_checkpoint_is_removed(run, outputs, failing):
     repair = failing("write_checkpoint", SourceError("no luck"))
     assert run() == 1
@@ -236,6 +240,7 @@ def test_resume_required_needs_an_unfinished_run(run, outputs, failing, measured
     assert measured == [2, 2]
 
 
+@pytest.mark.case(18)
 def test_a_finished_run_is_found_and_resume_never_starts_it_over(run, outputs, capfd):
     assert run() == 0
     assert run("resume=required") == 0
@@ -264,6 +269,7 @@ def test_resume_never_that_is_interrupted_is_not_found_finished(run, outputs, fa
     assert (only_folder(outputs) / "checkpoint" / "model.safetensors").is_file()
 
 
+@pytest.mark.case(8)
 def test_a_damaged_store_names_the_way_out(run, outputs, failing, capfd):
     repair = failing("write_checkpoint", SourceError("no luck"))
     assert run() == 1

@@ -55,6 +55,7 @@ def words(tiny_run, model, text_file, tmp_path) -> list[str]:
     ]
 
 
+@pytest.mark.case(10)
 @pytest.mark.parametrize(
     "change",
     [
@@ -79,6 +80,7 @@ def test_what_changes_results_leads_to_another_folder(change, base):
     assert after.path != base.path
 
 
+@pytest.mark.case(11)
 @pytest.mark.parametrize(
     "change",
     [
@@ -104,6 +106,7 @@ def test_outputs_and_name_say_where_the_folder_is():
     assert home.is_relative_to(Path.home() / "runs")
 
 
+@pytest.mark.case(10)
 @pytest.mark.parametrize(
     "file", ["model/model.safetensors", "model/config.json", "model/tokenizer.json", "text.txt"]
 )
@@ -122,6 +125,7 @@ def test_another_version_or_another_content_leads_to_another_folder(base):
     assert folder_of(WORDS, {"calibration": "abc"}).hash != base.hash
 
 
+@pytest.mark.case(12)
 def test_a_held_folder_names_its_holder_and_is_free_afterwards(tmp_path):
     folder = RunFolder(tmp_path / "run", "0" * 64)
     with folder.locked():
@@ -149,6 +153,7 @@ def test_who_waited_for_a_folder_and_who_comes_later_do_not_both_hold_it(tmp_pat
         pass
 
 
+@pytest.mark.case(13)
 def test_a_lock_that_a_killed_process_left_is_no_obstacle(tmp_path):
     folder = RunFolder(tmp_path / "run", "0" * 64)
     folder.path.mkdir()

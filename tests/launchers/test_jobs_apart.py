@@ -50,6 +50,7 @@ def gone(pid: int) -> bool:
     return False
 
 
+@pytest.mark.case(80, 81, 82)
 def test_killed_failed_and_aborted_jobs_stop_no_other_and_run_again_alone(
     tiny_run, outputs, place, capfd
 ):
@@ -92,6 +93,7 @@ def test_killed_failed_and_aborted_jobs_stop_no_other_and_run_again_alone(
     assert "5 of 5 done, 1 of them found" in capfd.readouterr().out
 
 
+@pytest.mark.case(38, 84)
 def test_a_job_does_not_see_what_an_earlier_one_did_to_its_process(tiny_run, outputs, place):
     words = ["-m", *words_for(tiny_run, place, "seed=5")]
     assert main([*words, "name=alone", "+precision.how=look"]) == 0
@@ -122,6 +124,7 @@ def interrupt_when(mark: Path) -> threading.Thread:
     return thread
 
 
+@pytest.mark.case(82)
 @pytest.mark.usefixtures("heeds_interruptions")
 def test_an_interruption_stops_child_and_sweep_and_the_same_command_goes_on(
     tiny_run, outputs, place, capfd
@@ -181,6 +184,7 @@ def test_no_child_outlives_a_killed_sweep(tiny_run, outputs, place):
     assert f"process {sweep.pid} on " in job.state.reason
 
 
+@pytest.mark.case(85)
 def test_a_job_sees_the_one_gpu_that_it_holds(tiny_run, place, tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr("claq_exp.sweep.share.torch.cuda.device_count", lambda: 2)

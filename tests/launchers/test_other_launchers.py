@@ -34,6 +34,7 @@ def rules_for_new_processes(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, folders)))
 
 
+@pytest.mark.case(80)
 @pytest.mark.parametrize("launcher", ["processes", "slurm_local"])
 def test_two_of_four_jobs_finish_beside_one_that_fails_and_one_that_is_killed(
     launcher, tiny_run, outputs, place, capfd
@@ -58,6 +59,7 @@ def test_two_of_four_jobs_finish_beside_one_that_fails_and_one_that_is_killed(
     assert results["run"]["device"].startswith(f"CPU, {threads} threads of ")
 
 
+@pytest.mark.case(86)
 def test_a_search_goes_on_after_a_failed_job_and_repeats_itself(tiny_run, outputs, place, capfd):
     words = [word for word in words_for(tiny_run, place) if not word.startswith("~evaluation")]
     words += ["hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=1", "hydra.sweeper.n_trials=4"]
@@ -108,6 +110,7 @@ def test_every_value_of_a_search_is_checked_before_it_starts(values, fragment, t
     assert fragment in capfd.readouterr().err
 
 
+@pytest.mark.case(87)
 @pytest.mark.parametrize("engine", ["launcher: joblib", "sweeper: optuna"])
 def test_an_engine_inside_an_experiment_that_is_swept_is_refused(engine, tmp_path, capfd):
     group, _, option = engine.partition(": ")
@@ -124,6 +127,7 @@ def test_an_engine_inside_an_experiment_that_is_swept_is_refused(engine, tmp_pat
     assert check_grid([words[0], "experiment=inside", "seed=choice(1,2)"]).base.seed == 1
 
 
+@pytest.mark.case(78)
 def test_what_a_sweep_lists_beats_experiment_and_defaults_and_experiments_beat_defaults():
     grid = check_grid(["sweep=ablation_components", "experiment=kmeans_4bit,ap_2.1", "seed=3,4"])
     assert (grid.jobs, grid.base.name) == (4, "ablation_components")
@@ -134,6 +138,7 @@ def test_what_a_sweep_lists_beats_experiment_and_defaults_and_experiments_beat_d
     assert compose_all(["sweep=bit_widths"]).name == "bit_widths"
 
 
+@pytest.mark.case(15, 83)
 def test_three_sweeps_started_together_keep_all_their_files(tiny_run, outputs, tmp_path):
     words = ["experiment=rtn_4bit", "threads=1", "~evaluation.corpora.wikipedia", "seed=1,2"]
     command = [sys.executable, "-m", "claq_exp", "-m", *tiny_run, *words]

@@ -153,12 +153,14 @@ def test_blocks_can_be_named():
     assert find_blocks(model, "model.layers")[1] is model.model.layers
 
 
+@pytest.mark.case(53)
 def test_a_wrong_name_is_refused_with_the_lists_that_exist():
     model = ARCHITECTURES["llama"].build()
     with pytest.raises(ConfigError, match=r"model\.blocks 'model\.blocks'.*model\.layers"):
         find_blocks(model, "model.blocks")
 
 
+@pytest.mark.case(53)
 def test_a_model_without_blocks_is_refused_by_its_class():
     with pytest.raises(ConfigError, match=r"Sequential.*nn\.ModuleList.*model\.blocks"):
         find_blocks(nn.Sequential(nn.Linear(2, 2)))
@@ -193,6 +195,7 @@ def test_weights_outside_of_linear_layers_are_refused_by_name():
         linears_of(block)
 
 
+@pytest.mark.case(52)
 def test_a_state_space_model_is_refused_by_what_is_no_linear():
     sizes = {"hidden_size": 24, "state_size": 8, "vocab_size": 64, "num_hidden_layers": 2}
     model = MambaForCausalLM(MambaConfig(**sizes))

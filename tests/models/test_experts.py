@@ -217,6 +217,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.case(20, 52)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_an_expert_that_saw_nothing_is_rounded_to_nearest(recipe, tmp_path):
     model, original = lazy_mixtral(), lazy_mixtral()

@@ -29,6 +29,7 @@ def folder(tiny_model: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
+@pytest.mark.case(54)
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_a_model_loads_in_the_wanted_dtype_ready_to_evaluate(tiny_model, dtype):
     model = load_model(tiny_model, dtype=dtype, device="cpu")
@@ -56,6 +57,7 @@ def test_weights_of_another_shape_are_refused(folder):
         load_model(folder, dtype="float32", device="cpu")
 
 
+@pytest.mark.case(54)
 def test_a_model_that_is_already_quantized_is_refused(folder):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
@@ -70,12 +72,14 @@ def test_a_folder_that_is_no_model_is_refused_by_its_path(read, tmp_path):
         read(tmp_path)
 
 
+@pytest.mark.case(53)
 def test_an_unknown_architecture_is_refused_by_its_path(folder):
     (folder / "config.json").write_text(json.dumps({"model_type": "galaxy"}))
     with pytest.raises(SourceError, match=str(folder)):
         load_config(folder)
 
 
+@pytest.mark.case(56)
 def test_code_of_a_model_does_not_run_unasked(folder):
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "galaxy", "auto_map": {"AutoConfig": "galaxy.GalaxyConfig"}}

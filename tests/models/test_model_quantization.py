@@ -180,6 +180,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.case(48)
 @pytest.mark.parametrize(
     ("event", "count"), [("layer", 3), ("block", 1), ("layer", 10), ("block", 2), ("block", 3)]
 )
@@ -221,12 +222,14 @@ def test_a_run_that_is_stopped_after_every_block_ends_the_same(name, tmp_path):
     assert_same_packed(again, whole)
 
 
+@pytest.mark.case(40)
 def test_the_same_command_twice_gives_the_same_tensors(tmp_path):
     results = [quantized(ARCHITECTURES["gemma2"].build(), tmp_path / str(run)) for run in (1, 2)]
     assert_same_packed(*results)
     assert without_seconds(results[0]) == without_seconds(results[1])
 
 
+@pytest.mark.case(39)
 def test_threads_change_nothing(tmp_path):
     results = []
     for threads in (1, 2):
@@ -277,6 +280,7 @@ def test_report_rows_hold_what_the_layers_cost(tmp_path):
         assert row["seconds"] > 0
 
 
+@pytest.mark.case(25)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_weight_is_reported_by_layer_and_entry(bad, tmp_path):
     model = ARCHITECTURES["llama"].build()
@@ -286,6 +290,7 @@ def test_a_bad_weight_is_reported_by_layer_and_entry(bad, tmp_path):
     assert BlockStore(tmp_path, "run").open() == 1
 
 
+@pytest.mark.case(24)
 def test_a_bad_activation_is_reported_by_layer_and_batch(tmp_path):
     model = ARCHITECTURES["llama"].build()
     token = int(BATCHES[2][1, 4])
@@ -296,6 +301,7 @@ def test_a_bad_activation_is_reported_by_layer_and_batch(tmp_path):
         quantized(model, tmp_path)
 
 
+@pytest.mark.case(21)
 def test_an_input_that_is_always_zero_is_counted_as_dead(tmp_path):
     model = ARCHITECTURES["llama"].build()
     model.model.layers[0].input_layernorm.weight.data[7] = 0

@@ -56,6 +56,7 @@ def written(request, tmp_path_factory, tiny_model) -> Written:
     return Written(folder, architecture.linears(), logits_of(model))
 
 
+@pytest.mark.case(50, 52)
 @pytest.mark.parametrize("kernel", ["dense", "reference", "auto"])
 def test_the_packages_own_loader_gives_the_same_logits(written, kernel):
     loaded = claq_exp.load(written.folder, kernel=kernel)

@@ -36,6 +36,7 @@ def with_outlier_counts(counts: list[int], rows: int = 40) -> torch.Tensor:
 two_widths = pytest.mark.parametrize("rule", [OutlierOrder, Hessian, Magnitude, Random])
 
 
+@pytest.mark.case(42)
 @two_widths
 @QUICK
 @given(target=st.floats(2, 4), columns=st.integers(1, 200), seed=st.integers(0, 100))
@@ -92,6 +93,7 @@ def test_an_outlier_reaches_the_threshold_times_the_matrix_mean():
     assert statistics_of(-weight).outlier_counts(13.0)[3] == 1
 
 
+@pytest.mark.case(30)
 def test_ties_go_to_the_larger_saliency_and_then_to_the_lower_index():
     weight = torch.ones(4, 6)
     distortion = torch.tensor([1.0, 3.0, 2.0, 3.0, 1.0, 0.5])
@@ -99,6 +101,7 @@ def test_ties_go_to_the_larger_saliency_and_then_to_the_lower_index():
     assert order.tolist() == [1, 3, 2, 0, 4, 5]
 
 
+@pytest.mark.case(30)
 @QUICK
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3)), min_size=1, max_size=30))
 def test_the_outlier_order_is_a_stable_sort_by_count_and_saliency(columns):

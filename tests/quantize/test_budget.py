@@ -37,6 +37,7 @@ def fit(chosen: Recipe, bits: float | None, kind: str = "linear") -> Recipe:
     return fit_budget(chosen, BudgetConfig(bits, kind), SHAPES, beside)
 
 
+@pytest.mark.case(42)
 @QUICK
 @given(
     st.sampled_from(
@@ -102,6 +103,7 @@ def test_more_bits_never_give_less_precision():
     assert targets == sorted(targets)
 
 
+@pytest.mark.case(41, 44)
 def test_an_impossible_budget_is_refused_with_the_range_that_can_be_reached():
     lowest, highest = (bits_of(recipe(precision=Fixed(bits)), "linear") for bits in (1, 8))
     with pytest.raises(ConfigError) as caught:
@@ -115,6 +117,7 @@ def test_a_precision_without_a_range_cannot_follow_a_budget():
         fit(recipe(precision=LayerMap()), 3.0)
 
 
+@pytest.mark.case(41)
 @pytest.mark.parametrize("bits", [0.0, -1.0, 16.0, 99.0])
 def test_a_budget_that_is_none_is_refused(bits):
     with pytest.raises(ConfigError, match=r"budget\.bits"):

@@ -112,6 +112,7 @@ def test_nearest_weighs_an_error_by_the_hessian_diagonal_and_keeps_the_order():
     assert system.damping is None
 
 
+@pytest.mark.case(36)
 @pytest.mark.parametrize("act_order", [True, False])
 def test_an_identity_hessian_leaves_nothing_to_compensate(act_order):
     weight, _ = random_problem(rows=31, columns=13, seed=4)
@@ -122,6 +123,7 @@ def test_an_identity_hessian_leaves_nothing_to_compensate(act_order):
     assert torch.equal(gptq.quantized.dequantize(), nearest.quantized.dequantize())
 
 
+@pytest.mark.case(36)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_compensation_lowers_the_output_error_on_average(bits):
     errors = {"gptq": [], "nearest": []}
@@ -148,6 +150,7 @@ def output_error(weight: torch.Tensor, hessian: torch.Tensor, dense: torch.Tenso
     return (wrong / torch.trace(exact @ hessian @ exact.t())).item()
 
 
+@pytest.mark.case(37)
 @pytest.mark.parametrize("dead", [[], [2, 7]])
 @pytest.mark.parametrize(
     "codebook",
@@ -221,6 +224,7 @@ class Rounded:
         values[:] = block
 
 
+@pytest.mark.case(35)
 @pytest.mark.parametrize("block_size", [1, 3, 7, 128])
 @pytest.mark.parametrize("columns", [1, 6, 7, 8, 20, 21, 22, 127, 128, 129, 257])
 def test_looking_ahead_changes_nothing(columns, block_size):
@@ -240,6 +244,7 @@ def test_looking_ahead_changes_nothing(columns, block_size):
     assert loss == pytest.approx((expected**2).sum(), rel=0.02)
 
 
+@pytest.mark.case(21)
 @pytest.mark.parametrize("act_order", [True, False])
 def test_a_dead_column_neither_takes_nor_gives_error(act_order):
     weight, hessian = random_problem(rows=25, columns=10, seed=6)
@@ -259,6 +264,7 @@ def test_a_dead_column_neither_takes_nor_gives_error(act_order):
     )
 
 
+@pytest.mark.case(20)
 def test_an_all_zero_hessian_rounds_every_column_to_nearest():
     weight, _ = random_problem(rows=25, columns=6, seed=8)
     hessian = torch.zeros(6, 6, dtype=torch.float64)
@@ -270,6 +276,7 @@ def test_an_all_zero_hessian_rounds_every_column_to_nearest():
     assert 0 < solved.weight_error < 0.1
 
 
+@pytest.mark.case(22)
 def test_duplicated_inputs_are_compensated_by_one_another():
     weight, hessian = random_problem(rows=40, columns=8, seed=9)
     twice = torch.arange(16) % 8
@@ -282,6 +289,7 @@ def test_duplicated_inputs_are_compensated_by_one_another():
     assert solved.output_error < 0.5 * rounded.output_error
 
 
+@pytest.mark.case(22)
 def test_fewer_tokens_than_inputs_still_give_a_finite_result():
     weight, hessian = random_problem(rows=20, columns=16, seed=10, tokens=3)
     solved = solve(weight, hessian, recipe())
@@ -289,6 +297,7 @@ def test_fewer_tokens_than_inputs_still_give_a_finite_result():
     assert math.isfinite(solved.output_error)
 
 
+@pytest.mark.case(22, 23)
 @pytest.mark.parametrize(
     ("smallest", "damping", "used"),
     [(0.1, 0.01, 0.01), (-0.03, 0.01, 0.1), (-0.3, 0.01, 1.0), (-0.7, 0.5, 1.0)],
@@ -306,6 +315,7 @@ def test_damping_rises_until_the_hessian_is_positive_definite_and_is_recorded(
     assert torch.isfinite(solved.quantized.dequantize()).all()
 
 
+@pytest.mark.case(23)
 @pytest.mark.parametrize(
     "diagonal", [[1.0, 1.0, -5.0], [-1.0, -1.0, -1.0], [1.0, -1.0, 0.0]], ids=str
 )

@@ -68,6 +68,7 @@ def excess(values: np.ndarray, entries: int) -> float:
     return found / best - 1
 
 
+@pytest.mark.case(32)
 @pytest.mark.parametrize("kind", SMOOTH)
 @pytest.mark.parametrize("rows", [192, 288, 576, 768, 1536])
 @pytest.mark.parametrize("entries", [4, 8, 16])
@@ -101,6 +102,7 @@ def test_small_columns_get_the_best_of_all_partitions(fit, kind):
         assert found == pytest.approx(best, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.case(32)
 @pytest.mark.parametrize("kind", COLUMNS)
 @pytest.mark.parametrize(("rows", "entries"), [(40, 2), (301, 4), (500, 16), (700, 7), (300, 64)])
 def test_the_exact_fit_is_the_global_optimum_of_kmeans1d(kind, rows, entries):
@@ -194,6 +196,7 @@ def test_more_than_one_level_never_costs_more_than_the_mean_alone(fit, values, e
     assert found <= mean * (1 + 1e-6) + 1e-9
 
 
+@pytest.mark.case(27)
 @least_squares
 @QUICK
 @given(
@@ -206,6 +209,7 @@ def test_no_more_distinct_values_than_entries_gives_zero_error(fit, distinct, re
     assert squared_error(values, levels) <= 1e-20 * float(np.square(values, dtype=float).sum())
 
 
+@pytest.mark.case(27)
 @all_fits
 def test_a_constant_column_gets_its_value_as_every_level(fit):
     levels = fitted(fit, np.full(37, -0.375, dtype=np.float32), 8)
@@ -226,6 +230,7 @@ def test_a_value_that_is_no_number_leads_to_no_crash(fit, bad):
     assert fitted(fit, values, 8).shape == (8,)
 
 
+@pytest.mark.case(28)
 @pytest.mark.parametrize("entries", [4, 8, 16])
 def test_one_huge_outlier_gets_a_level_of_its_own_and_leaves_the_rest_well_covered(entries):
     rest = column("normal", np.random.default_rng(3), 300)
@@ -293,6 +298,7 @@ def test_weighted_quantiles_share_the_weight():
     assert fitted(fit_quantiles, values, 2, weights) == pytest.approx(expected)
 
 
+@pytest.mark.case(29)
 @QUICK
 @given(
     st.lists(st.integers(-40, 40), max_size=50),
@@ -307,6 +313,7 @@ def test_codes_name_the_nearest_level_and_the_lower_one_on_a_tie(numerators, lev
     assert codes.tolist() == nearest.tolist()
 
 
+@pytest.mark.case(33)
 def test_codes_of_repeated_levels_still_name_a_nearest_one():
     levels = np.array([-1, 0, 0, 2, 2, 2], dtype=np.float32)
     values = np.array([-3, -0.5, 0, 0.25, 1, 1.5, 2, 9], dtype=np.float32)

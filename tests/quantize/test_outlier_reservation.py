@@ -28,6 +28,7 @@ def flat_statistics(rows: int, columns: int) -> ColumnStatistics:
     return ColumnStatistics(torch.ones(rows, columns), torch.ones(columns), torch.arange(columns))
 
 
+@pytest.mark.case(43)
 @pytest.mark.parametrize("strategy", [Fixed, OutlierOrder, Hessian, Random])
 @QUICK
 @given(ratio=ratios, rows=st.integers(1, 60), columns=st.integers(1, 60))
@@ -117,6 +118,7 @@ def test_more_entries_than_the_matrix_has_are_refused():
         counts_from_shares(torch.ones(2).double(), 7, limit=3)
 
 
+@pytest.mark.case(43)
 @pytest.mark.parametrize("strategy", [Fixed, OutlierOrder, Hessian, Random])
 @pytest.mark.parametrize("ratio", [-0.1, 1.1, math.nan])
 def test_an_impossible_ratio_is_refused_by_name(strategy, ratio):

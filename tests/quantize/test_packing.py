@@ -102,6 +102,7 @@ weights = st.builds(
 )
 
 
+@pytest.mark.case(49)
 @pytest.mark.parametrize("width", range(1, 17))
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(rows=st.integers(1, 70), count=st.sampled_from([1, 2, 7, 8, 9, 49, 70]), seed=seeds)
@@ -137,6 +138,7 @@ def test_work_in_chunks_changes_nothing(monkeypatch):
     assert torch.equal(unpack(whole, 3, 11), values.int())
 
 
+@pytest.mark.case(45)
 @QUICK
 @given(weights)
 def test_stored_tensors_are_what_the_layout_says_and_the_ledger_counts_every_byte(weight):
@@ -156,6 +158,7 @@ def test_stored_tensors_are_what_the_layout_says_and_the_ledger_counts_every_byt
     assert weight.ledger().total == 8 * sum(tensor.nbytes for tensor in tensors.values())
 
 
+@pytest.mark.case(49)
 @QUICK
 @given(weights)
 def test_a_weight_comes_back_bit_by_bit_from_safetensors(weight):
@@ -292,6 +295,7 @@ def test_the_examples_below_hold_every_suffix():
     }
 
 
+@pytest.mark.case(66)
 @pytest.mark.parametrize("weight", EXAMPLES.values(), ids=EXAMPLES)
 def test_a_missing_extra_or_misshapen_tensor_is_refused_by_name(weight):
     layout, tensors = weight.layout(), weight.pack()
@@ -329,6 +333,7 @@ def test_reserved_counts_that_do_not_add_up_are_refused():
         unpack_weight(MIXED.layout(), tampered)
 
 
+@pytest.mark.case(66)
 def test_column_bits_that_contradict_the_layout_are_refused():
     position = (MIXED.column_bits == 4).long()
     position[0] = 1 - position[0]

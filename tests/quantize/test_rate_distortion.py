@@ -298,6 +298,7 @@ def beside(layouts) -> float:
     return 1000.0 + sum(300.0 * len(layout.columns_per_width) for layout in layouts.values())
 
 
+@pytest.mark.case(45)
 @pytest.mark.parametrize("count", ["linear", "nominal"])
 @pytest.mark.parametrize("target", [2.0, 2.6, 3.3])
 def test_a_model_keeps_its_budget_to_the_bit_and_uses_it(count, target):

@@ -75,6 +75,7 @@ def assert_well_formed(result: QuantizedWeight, rows: int, columns: int) -> None
     assert torch.equal(again.dequantize(), dequantized)
 
 
+@pytest.mark.case(27)
 @every_strategy
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
 def test_any_shape_gives_a_well_formed_matrix_that_packs_and_unpacks(family, name, rows, columns):
@@ -104,6 +105,7 @@ def test_weights_and_hessian_are_left_as_they_were(family, name):
     assert torch.equal(hessian, before[1])
 
 
+@pytest.mark.case(27)
 @every_strategy
 @pytest.mark.parametrize("value", [0.0, 0.7, -1.3])
 def test_equal_weights_come_back_to_float16_precision(family, name, value):
@@ -114,6 +116,7 @@ def test_equal_weights_come_back_to_float16_precision(family, name, value):
     assert solved.output_error < 1e-5
 
 
+@pytest.mark.case(27)
 @every_strategy
 @pytest.mark.parametrize("value", [0.0, 0.25])
 def test_a_constant_column_among_others_is_no_obstacle(family, name, value):
@@ -124,6 +127,7 @@ def test_a_constant_column_among_others_is_no_obstacle(family, name, value):
     assert solved.output_error < 0.2
 
 
+@pytest.mark.case(21)
 @every_strategy
 def test_dead_inputs_are_no_obstacle(family, name):
     weight, hessian = random_problem(30, 8, seed=6)
@@ -134,6 +138,7 @@ def test_dead_inputs_are_no_obstacle(family, name):
     assert solved.dead_columns == 1
 
 
+@pytest.mark.case(25)
 @every_strategy
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_weight_that_is_no_number_is_refused_by_its_place(family, name, bad):
@@ -158,6 +163,7 @@ def test_the_bits_that_were_planned_are_the_bits_that_are_used(family, name, row
     assert solved.quantized.layout().nominal_bits() == planned.nominal_bits()
 
 
+@pytest.mark.case(39)
 @every_strategy
 def test_the_result_does_not_depend_on_threads(family, name):
     threads = torch.get_num_threads()

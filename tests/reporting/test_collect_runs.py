@@ -51,6 +51,7 @@ def test_a_task_without_accuracy_keeps_its_unit_and_the_average_is_a_measure(tmp
     assert found["average.accuracy"].content.startswith("piqa")
 
 
+@pytest.mark.case(88)
 def test_older_results_have_the_measures_that_they_have(tmp_path):
     old = result(
         {
@@ -89,6 +90,7 @@ def test_finished_runs_come_first_by_model_and_linear_bits(tmp_path):
     assert found.notes == []
 
 
+@pytest.mark.case(81)
 def test_failed_killed_interrupted_and_running_are_told_apart(tmp_path):
     import filelock
 

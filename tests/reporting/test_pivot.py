@@ -74,6 +74,7 @@ def test_rows_and_columns_are_settings_with_bits_beside_each_metric(tmp_path):
     assert grid.rows[0].original
 
 
+@pytest.mark.case(99)
 def test_one_run_of_a_cell_shows_no_deviation_and_several_show_it_with_their_number(tmp_path):
     values = [50.0, 53.0, 49.5]
     grid = pivot(

@@ -58,6 +58,7 @@ def test_markdown_is_a_table_of_one_width_with_bold_marks_and_escapes():
     assert lines[5:] == ["", "a: failed: 100 % of {memory}.", "", "Bold: best of its column."]
 
 
+@pytest.mark.case(100)
 def test_markdown_reads_back_through_a_markdown_parser():
     from markdown_it import MarkdownIt
 
@@ -157,6 +158,7 @@ def test_latex_has_booktabs_rules_groups_bold_marks_and_footnotes():
     assert text.index(r"\end{tabular}") < text.index("a: failed")
 
 
+@pytest.mark.case(100)
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
 def test_latex_compiles_whatever_names_hold(tmp_path):
     odd = Grid(
@@ -180,6 +182,7 @@ def test_latex_compiles_whatever_names_hold(tmp_path):
     assert (tmp_path / "all.pdf").stat().st_size > 1000
 
 
+@pytest.mark.case(100)
 def test_html_has_values_to_sort_by_classes_and_everything_escaped():
     text = to_html(GRID)
     table = html.fragment_fromstring(text)
@@ -208,6 +211,7 @@ def test_html_has_values_to_sort_by_classes_and_everything_escaped():
 WORDS = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12)
 
 
+@pytest.mark.case(100)
 @given(st.lists(WORDS, min_size=3, max_size=3), st.floats(allow_nan=False, allow_infinity=False))
 def test_any_words_and_any_number_survive_every_form(words, value):
     name, other, note = words

@@ -104,6 +104,7 @@ def test_seeds_are_merged_on_request(folder):
     assert pd.read_csv(runs / "report.csv")["n"].tolist()[1:] == [2]
 
 
+@pytest.mark.case(88)
 def test_runs_without_results_and_notes_stand_below_the_table(folder, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
     runs = folder(result())
@@ -144,6 +145,7 @@ def test_reporting_twice_gives_the_same_files(folder):
     assert {path.name: path.read_bytes() for path in runs.glob("report.*")} == first
 
 
+@pytest.mark.case(97)
 def test_an_infinite_perplexity_is_blank_and_breaks_nothing(folder):
     broken = {**RESULTS["perplexity"]["words"], "quantized": None}
     runs = folder(result({"perplexity": {"words": broken}}), result({"bits.linear": 3.5}))
@@ -155,6 +157,7 @@ def test_an_infinite_perplexity_is_blank_and_breaks_nothing(folder):
     ]
 
 
+@pytest.mark.case(93)
 def test_numbers_that_do_not_compare_leave_no_report(folder, refusal):
     runs = folder(result(), result({"perplexity.words.tokens_sha256": "bb"}))
     assert main(["report", str(runs)]) == 2

@@ -175,6 +175,7 @@ def test_run_labels_are_short_and_tell_every_run(tmp_path):
     assert any(label.endswith("seed 4") for label in labels)
 
 
+@pytest.mark.case(98)
 def test_pictures_come_in_both_forms_and_repeat_byte_by_byte(tmp_path, figures):
     runs = runs_of(tmp_path, at(2.0, 90.0), at(3.0, None), at(4.0, 12.0))
     for run in runs:
@@ -221,6 +222,7 @@ def test_a_zero_original_does_not_stretch_a_logarithmic_axis(tmp_path, figures):
     assert axis.get_ylim()[0] > 0.05
 
 
+@pytest.mark.case(98)
 def test_many_runs_stay_readable_and_say_what_is_left_out(tmp_path, figures):
     books = ("kmeans", "uniform", "quantile", "normal_float", "kmeans_exact")
     rules = ("outlier_order", "hessian", "random", "magnitude")

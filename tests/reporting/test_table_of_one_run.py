@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from run_samples import RESULTS, result
 
 from claq_exp.reporting.tables import overlap_notes, result_rows
@@ -45,6 +46,7 @@ def test_a_task_that_measures_no_accuracy_is_not_shown_as_a_share():
     assert rows[-1] == ("wikitext word_perplexity (62 rows)", "21.50", "30.25")
 
 
+@pytest.mark.case(63)
 def test_text_that_calibration_has_seen_is_noted():
     assert overlap_notes(result()) == []
     assert overlap_notes(result({"perplexity.words.overlap": 0.0005})) == []

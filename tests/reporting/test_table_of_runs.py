@@ -115,6 +115,7 @@ def test_higher_accuracy_is_better(table):
     assert any("up to 3.0 points" in note for note in grid.footnotes)
 
 
+@pytest.mark.case(88)
 def test_blank_cells_have_a_footnote_with_the_reason(table):
     grid = table(
         result({"kl": None, "bits.linear": 3.1}),
@@ -264,6 +265,7 @@ def test_a_seed_that_diverged_is_told_and_its_row_is_never_best(table):
     assert best(grid, "words perplexity") == [False, False, True, True]
 
 
+@pytest.mark.case(93)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -127,6 +127,7 @@ def test_every_width(kernel: CpuKernel, width: int, kind: str) -> None:
         check(kernel, weight, torch.randn(batch, 150))
 
 
+@pytest.mark.case(71)
 @pytest.mark.parametrize("widths", [[2, 4], [1, 3, 5], [3, 8], [4, 2, 6]])
 def test_mixed_widths(kernel: CpuKernel, widths: list[int]) -> None:
     """Columns of several widths in any order."""
@@ -136,6 +137,7 @@ def test_mixed_widths(kernel: CpuKernel, widths: list[int]) -> None:
             check(kernel, weight, torch.randn(batch, 200))
 
 
+@pytest.mark.case(71)
 @pytest.mark.parametrize("batch", [0, 1, 2, 3, 4, 5, 16, 33])
 def test_batches(kernel: CpuKernel, batch: int) -> None:
     """Any number of activation rows, none included."""
@@ -143,6 +145,7 @@ def test_batches(kernel: CpuKernel, batch: int) -> None:
     check(kernel, matrix(96, 130, [4], "grid", group_size=48), torch.randn(batch, 130))
 
 
+@pytest.mark.case(71)
 @pytest.mark.parametrize(
     "shape", [(1, 1), (1, 70), (49, 1), (49, 576), (7, 64), (576, 33), (130, 128)]
 )
@@ -189,6 +192,7 @@ def test_threads_are_those_of_torch(native: CpuKernel) -> None:
         assert 1 <= multiply(*places, torch.get_num_threads()) <= most
 
 
+@pytest.mark.case(71)
 @pytest.mark.skipif(sys.platform != "linux", reason="protects a page through Linux's libc")
 @pytest.mark.parametrize("width", range(1, 9))
 def test_nothing_is_read_beyond_the_codes(kernel: CpuKernel, width: int) -> None:

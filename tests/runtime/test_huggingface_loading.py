@@ -49,6 +49,7 @@ def test_it_computes_what_the_dense_model_computes(checkpoint, dtype):
     assert torch.allclose(logits(loaded), logits(dense), atol=64 * eps, rtol=64 * eps)
 
 
+@pytest.mark.case(69)
 def test_a_bfloat16_model_keeps_float16_codebooks(checkpoint):
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     layer = loaded.model.layers[0].mlp.up_proj
@@ -58,6 +59,7 @@ def test_a_bfloat16_model_keeps_float16_codebooks(checkpoint):
     assert loaded.lm_head.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.case(51)
 def test_tied_embeddings_stay_tied(checkpoint):
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -75,6 +77,7 @@ def test_a_device_map_and_generation(checkpoint):
     assert torch.equal(found, dense.generate(**prompt, **options))
 
 
+@pytest.mark.case(69)
 def test_saving_again_gives_the_same_bytes(checkpoint, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
     loaded.save_pretrained(tmp_path / "again")
@@ -139,6 +142,7 @@ def test_the_hook_acts_at_once_on_what_is_imported_and_once_on_what_is_not(tmp_p
     assert seen == ["later", "at once"]
 
 
+@pytest.mark.case(50)
 def test_gpt2_and_its_conv1d_layers(tmp_path, tiny_model):
     from transformers import GPT2Config, GPT2LMHeadModel
 

@@ -46,6 +46,7 @@ def test_the_reference_expands_the_very_same_numbers(form, rows, width):
     assert torch.equal(torch.cat(chunks), whole)
 
 
+@pytest.mark.case(71)
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     rows=st.integers(1, 40),
@@ -61,6 +62,7 @@ def test_any_mix_of_widths_multiplies(rows, columns, widths, reserved, batch):
     assert bool((misses <= rounding_bound(weight, inputs)).all())
 
 
+@pytest.mark.case(71)
 @pytest.mark.parametrize("kernel", ["auto", "reference"])
 @pytest.mark.parametrize("shape", [(30,), (1, 30), (2, 3, 30), (0, 30), (33, 30)])
 def test_leading_dimensions_and_bias(kernel, shape):
@@ -73,6 +75,7 @@ def test_leading_dimensions_and_bias(kernel, shape):
     assert torch.allclose(found.double().reshape(-1, 17), expected, atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.case(71)
 def test_views_that_are_not_contiguous():
     weight = random_weight(9, 12, (3,))
     inputs = torch.randn(12, 5, generator=torch.Generator().manual_seed(3)).t()
@@ -88,6 +91,7 @@ def test_the_reference_works_in_chunks_of_rows(monkeypatch):
     assert torch.allclose(whole, parts, atol=1e-5)
 
 
+@pytest.mark.case(69, 70)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_casts_leave_what_is_stored_alone(dtype):
     weight = random_weight(16, 24, (2, 4), reserved=0.05, row_scales=True)
@@ -108,6 +112,7 @@ def test_numbers_that_change_in_place_are_noticed():
     assert torch.allclose(layer(inputs), layer_of(second)(inputs))
 
 
+@pytest.mark.case(70)
 def test_copies_and_pickles_multiply_alike():
     layer = layer_of(random_weight(16, 24, (2, 4), reserved=0.05))
     inputs = torch.randn(2, 24)
@@ -137,6 +142,7 @@ def test_levels_beyond_float16_are_cut_off():
     assert torch.allclose(found.double(), exact_product(weight, inputs), rtol=1e-6)
 
 
+@pytest.mark.case(66)
 def test_damaged_tensors_are_refused():
     weight = random_weight(16, 24, (2, 4), reserved=0.05)
     stored = weight.pack()

@@ -91,6 +91,7 @@ def test_batches_and_dtypes(device, dtype, n):
     check(weight, inputs, TritonKernel().multiply(operand(weight, device), inputs))
 
 
+@pytest.mark.case(71)
 @pytest.mark.parametrize("n", [1, 5, 17])
 @pytest.mark.parametrize(
     ("rows", "columns", "widths"), [(1, 5, [3]), (49, 1, [2]), (1, 1, [8]), (576, 3, [1, 2])]
@@ -174,6 +175,7 @@ def test_the_same_product_twice_is_the_same(device, n):
     assert torch.equal(kernel.multiply(packed, inputs), kernel.multiply(packed, inputs))
 
 
+@pytest.mark.case(71)
 def test_inputs_need_not_be_contiguous(device):
     weight = random_weight(40, 20, [4])
     inputs = activations(20, 3, torch.float32, device).t()

@@ -242,6 +242,7 @@ def test_splits_and_patterns_are_read_with_the_hub_and_found_without_it(client):
 TRAIN = "en/c4-train.00000-of-01024.json.gz"
 
 
+@pytest.mark.case(61)
 @pytest.mark.parametrize(
     ("given", "fragments"),
     [
@@ -277,6 +278,7 @@ def refusals(client) -> dict[str, str]:
     return dict(zip(keys, client.ask(READ, asked), strict=True))
 
 
+@pytest.mark.case(61)
 def test_a_data_set_out_of_reach_is_one_line_with_a_way_out(client, tmp_path):
     stranger = Client(client.hub, tmp_path)
     asked = [{"source": "allenai/c4", "files": TRAIN}, {"source": "owner/folders"}]

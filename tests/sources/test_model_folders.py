@@ -44,6 +44,7 @@ def test_the_fingerprint_changes_with_the_config(model):
     assert fingerprint(model) != before
 
 
+@pytest.mark.case(64)
 @pytest.mark.parametrize(
     "name",
     ["tokenizer.json", "special_tokens_map.json", "vocab.json", "merges.txt", "spiece.model"],

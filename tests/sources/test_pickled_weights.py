@@ -139,6 +139,7 @@ class Bomb:
         return Path.touch, (self.witness,)
 
 
+@pytest.mark.case(55)
 def test_code_in_a_pickle_does_not_run(single, tmp_path):
     witness = tmp_path / "ran"
     torch.save({"weight": Bomb(witness)}, single / "pytorch_model.bin")
@@ -177,6 +178,7 @@ def test_a_damaged_file_is_one_line(content, single):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.case(57)
 def test_a_missing_shard_is_named(sharded):
     (sharded / "pytorch_model-00002-of-00002.bin").unlink()
     with pytest.raises(SourceError, match=r"index\.json names pytorch_model-00002-of-00002\.bin"):
@@ -189,6 +191,7 @@ def test_an_index_without_files_is_named(sharded):
         model_folder(ModelSource(str(sharded)))
 
 
+@pytest.mark.case(57)
 def test_a_tensor_in_two_shards_is_named(sharded):
     first, second = sorted(sharded.glob("*.bin"))
     shutil.copy(first, second)

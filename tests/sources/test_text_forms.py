@@ -30,6 +30,7 @@ def source(tmp_path):
     return write
 
 
+@pytest.mark.case(60)
 @pytest.mark.parametrize(
     ("name", "content"),
     [
@@ -49,6 +50,7 @@ def test_every_form_of_a_plain_file_gives_the_same_text(name, content, source):
     assert read_text(source(name, content)) == TEXT
 
 
+@pytest.mark.case(60)
 def test_bytes_that_are_no_utf8_are_replaced_and_the_rest_is_kept(source):
     assert read_text(source("latin.txt", b"caf\xe9 and tea")) == "caf� and tea"
 
@@ -83,6 +85,7 @@ def test_only_a_newline_ends_a_line_of_jsonl(odd, source):
     )
 
 
+@pytest.mark.case(62)
 @pytest.mark.parametrize(
     "line",
     [b'{"text": "cut', b'["a list"]', b'"a string"', b'{"body": "another field"}', b"5"],
@@ -124,6 +127,7 @@ def test_the_pin_of_a_source_does_not_bind_a_file_that_takes_its_place(source):
     assert read_text(text) == TEXT
 
 
+@pytest.mark.case(61)
 def test_a_missing_file_is_told_from_a_data_set_of_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in ("nothing.txt", "./nothing", "/nothing/at/all", "~/nothing"):
@@ -160,6 +164,7 @@ def test_a_data_set_that_the_hub_does_not_give_is_one_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.case(61)
 def test_documents_of_a_data_set_are_joined_and_a_wrong_field_names_the_others(monkeypatch):
     import datasets
 
@@ -198,6 +203,7 @@ def test_only_the_first_documents_are_joined_where_fewer_are_asked_for(source):
     )
 
 
+@pytest.mark.case(61)
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
 def test_tables_give_their_field_and_name_the_others(kind, tmp_path):
     import datasets

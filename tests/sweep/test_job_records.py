@@ -107,6 +107,7 @@ def test_looking_on_all_the_time_keeps_no_job_from_starting(tmp_path):
             looker.join()
 
 
+@pytest.mark.case(15)
 def test_sweeps_started_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     class Frozen:
         @staticmethod
@@ -121,6 +122,7 @@ def test_sweeps_started_in_the_same_second_have_folders_of_their_own(tmp_path, m
     assert all(folder.is_dir() for folder in folders)
 
 
+@pytest.mark.case(86)
 @pytest.mark.parametrize(
     ("value", "expected"),
     [(12.5, 12.5), (None, WORST), (float("nan"), WORST), (float("inf"), WORST), (3e12, WORST)],

@@ -25,6 +25,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(share, "LOOK_SECONDS", 0.01)
 
 
+@pytest.mark.case(85)
 def test_jobs_side_by_side_get_different_gpus_and_a_third_one_waits():
     order: list[tuple[str, str]] = []
     first_done = threading.Event()
@@ -46,6 +47,7 @@ def test_jobs_side_by_side_get_different_gpus_and_a_third_one_waits():
         assert order == [("third", "1")]
 
 
+@pytest.mark.case(85)
 def test_a_slot_is_free_again_when_its_job_has_failed():
     with pytest.raises(RuntimeError), one_gpu("auto", JOBLIB):
         raise RuntimeError

@@ -101,6 +101,7 @@ def add_bos(model: Path) -> None:
     tokenizer.save_pretrained(model)
 
 
+@pytest.mark.case(64)
 def test_other_text_or_another_tokenizer_is_cut_again(words, cuts, tmp_path):
     tokens_of(words)
     text = tmp_path / "words.txt"

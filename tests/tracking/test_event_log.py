@@ -50,6 +50,7 @@ def test_a_line_is_on_disk_before_the_next_thing_happens(path):
         assert len(lines(path)) == 1
 
 
+@pytest.mark.case(97)
 def test_what_json_cannot_say_becomes_null_at_any_depth(path):
     recorder = Recorder()
     with EventLog(path, [recorder]) as log:
@@ -72,6 +73,7 @@ def test_seconds_add_up_over_several_tries_and_memory_is_the_largest(path):
     assert spent == {"load": 2.5, "solve": 5.0, "hessian": 0.75, "peak_memory_bytes": 70}
 
 
+@pytest.mark.case(6)
 @pytest.mark.parametrize("cut", ["", "{", '{"time": 1, "event": "block", "solve": 9', "\0\0\0"])
 def test_a_line_that_a_kill_left_unfinished_is_skipped_and_ended(cut, path):
     whole = '{"time": 1, "event": "block", "block": 0, "solve": 2.0}\n'

@@ -71,6 +71,7 @@ def test_an_offline_run_holds_config_layers_summary_and_exit_code(overrides, tmp
     ] == [0]
 
 
+@pytest.mark.case(94)
 def test_a_wandb_that_fails_to_start_leaves_the_run_and_a_note(
     overrides, tmp_path, monkeypatch, capfd
 ):
@@ -116,6 +117,7 @@ def tracker(monkeypatch, tmp_path, run: FakeRun) -> WandbTracker:
 LAYER = {"name": "q", "bits": 3.0, "output_error": None, "seconds": 0.1, "block": 0}
 
 
+@pytest.mark.case(94)
 def test_after_the_first_failure_the_rest_is_skipped_and_told_once(monkeypatch, tmp_path):
     run = FakeRun(calls=2)
     mirror = tracker(monkeypatch, tmp_path, run)
@@ -125,6 +127,7 @@ def test_after_the_first_failure_the_rest_is_skipped_and_told_once(monkeypatch, 
     assert mirror.failure == "Weights & Biases failed and was left out: connection lost"
 
 
+@pytest.mark.case(94)
 def test_a_run_that_broke_down_is_still_closed(monkeypatch, tmp_path):
     run = FakeRun(calls=0)
     mirror = tracker(monkeypatch, tmp_path, run)

@@ -10,6 +10,7 @@ from wandb_files import records
 from claq_exp.cli import main
 
 
+@pytest.mark.case(96)
 @pytest.mark.parametrize(
     ("more", "group"), [([], "pair"), (["tracking.group=mine"], "mine")], ids=["sweep", "own"]
 )

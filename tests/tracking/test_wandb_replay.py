@@ -100,6 +100,7 @@ def lost(tracked, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.case(95)
 def test_a_replayed_run_is_the_run_that_was_lost(tracked, lost, tmp_path):
     result = command("report", "--replay", str(lost), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -146,6 +147,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(lost, tmp_path):
     assert len(layers) == 3 * 7
 
 
+@pytest.mark.case(95)
 def test_a_killed_run_is_replayed_as_far_as_it_came(lost, tmp_path):
     (lost / "results.json").unlink()
     (lost / "state.json").write_text('{"state": "running", "process": "process 1 on vm"}')
