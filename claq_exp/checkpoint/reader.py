@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from claq_exp.quantize.layout import WeightLayout
 from claq_exp.quantize.quantized import QuantizedWeight, unpack_weight
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 CONFIG_KEYS = {"quant_method", "format_version", "modules"}
 LAYOUT_KEYS = {field.name for field in fields(WeightLayout)}
@@ -82,13 +83,31 @@ def _parse_layout(name: str, data: Any) -> WeightLayout:
 def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> dict[str, WeightLayout]:
     """Check everything that needs no model, and return linear name -> layout.
 
-    Format version, layouts, manifest, files that could run code.  Raises ConfigError for a folder
-    that is no checkpoint or needs `trust_remote_code`, CheckpointError for one that is damaged.
+    Format version, layouts and their tensors, manifest, files that could run code.  Raises
+    ConfigError for a folder that is no checkpoint or needs `trust_remote_code`, CheckpointError for
+    one that is damaged.
     """
     layouts = read_layouts(folder)
     check_harmless(folder, trust_remote_code=trust_remote_code)
     check_manifest(folder)
+    _check_packed(folder, layouts)
     return layouts
+
+
+def _check_packed(folder: Path, layouts: Mapping[str, WeightLayout]) -> None:
+    """Compare the tensors of quantized weights with their layouts, by the headers alone."""
+    spans = {name: span for shard in read_spans(folder).values() for name, span in shard.items()}
+    for linear, layout in layouts.items():
+        for suffix, spec in layout.stored_tensors().items():
+            name = f"{linear}.{suffix}"
+            if name not in spans:
+                raise CheckpointError(f"{folder} lacks the tensor {name}")
+            found, asked = (spans[name].dtype, spans[name].shape), (spec.dtype, spec.shape)
+            if found != asked:
+                raise CheckpointError(
+                    f"{folder}: {name} is {found[0]} {found[1]}, its layout asks for {asked[0]} "
+                    f"{asked[1]}"
+                )
 
 
 def read_weights(folder: Path) -> Iterator[tuple[str, QuantizedWeight]]:
@@ -145,34 +164,58 @@ def load_model(
     CheckpointError for one that is damaged: a file that differs from the manifest, a tensor that is
     missing, left over or of another shape.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     from claq_exp.models.experts import split_experts
     from claq_exp.models.load import DTYPES
-    from claq_exp.models.skeleton import skeleton
 
     folder = Path(folder)
     layouts = check_checkpoint(folder, trust_remote_code=trust_remote_code)
-    kept = unquantized_shapes(folder, layouts)
-    try:
-        config = _read_config(folder, layers=len(layouts) + len(kept), trust=trust_remote_code)
-        _check_shapes(skeleton(config), layouts, kept)  # before memory is taken
+    config, generation = check_model(folder, layouts, trust_remote_code=trust_remote_code)
+    with _making_a_model(folder):
         model: Any = AutoModelForCausalLM.from_config(
             config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
         )
-        if (folder / "generation_config.json").is_file():
-            generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
-            model.generation_config = generation
+    if generation is not None:
+        model.generation_config = generation
+    split_experts(model)
+    _fill(model, folder)
+    model.tie_weights()
+    return model.to(device).eval()
+
+
+def check_model(
+    folder: Path, layouts: Mapping[str, WeightLayout], *, trust_remote_code: bool = False
+) -> tuple[PretrainedConfig, GenerationConfig | None]:
+    """Build the model of config.json without its memory, and compare it with the stored tensors.
+
+    Returns config.json and generation_config.json.  Raises CheckpointError where config.json makes
+    no model, or another one than the tensors belong to.
+    """
+    from transformers import GenerationConfig
+
+    from claq_exp.models.skeleton import skeleton
+
+    kept = unquantized_shapes(folder, layouts)
+    with _making_a_model(folder):
+        config = _read_config(folder, layers=len(layouts) + len(kept), trust=trust_remote_code)
+        _check_shapes(skeleton(config), layouts, kept)
+        if not (folder / "generation_config.json").is_file():
+            return config, None
+        return config, GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+@contextmanager
+def _making_a_model(folder: Path) -> Iterator[None]:
+    """Turn whatever a config leads to into a CheckpointError that names the folder."""
+    try:
+        yield
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     except Exception as error:
         raise CheckpointError(
             f"{folder}/config.json makes no model: {first_line(error)}"
         ) from error
-    split_experts(model)
-    _fill(model, folder)
-    model.tie_weights()
-    return model.to(device).eval()
 
 
 def _read_config(folder: Path, *, layers: int, trust: bool) -> PretrainedConfig:

@@ -46,3 +46,17 @@ def unpack(packed: Tensor, width: int, count: int) -> Tensor:
             word |= parts[..., first + more].to(dtype) << (8 * more)
         values[..., place] = (word >> shift) & ((1 << width) - 1)
     return values.reshape(*packed.shape[:-1], -1)[..., :count]
+
+
+def unpack_some(packed: Tensor, width: int, lines: Tensor, places: Tensor) -> Tensor:
+    """Return single integers of packed lines, on the device of `packed`.
+
+    packed: uint8 [lines, bytes].  lines, places: [n] int64, which line and which of its integers.
+    Returns [n] int64.
+    """
+    first, shift = places * width // 8, places * width % 8
+    values = torch.zeros_like(places)
+    for more in range(packed_bytes(1, 7 + width)):  # an integer may begin at any bit of a byte
+        byte = (first + more).clamp(max=packed.shape[1] - 1)  # beyond the line it has no bits
+        values |= packed[lines, byte].long() << (8 * more)
+    return (values >> shift) & ((1 << width) - 1)

@@ -17,7 +17,7 @@ from claq_exp.quantize.layout import (
     WeightLayout,
     index_width,
 )
-from claq_exp.quantize.packing import pack, unpack
+from claq_exp.quantize.packing import pack, unpack, unpack_some
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,9 @@ def unpack_side_tensors(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> 
     }
     column_bits = _unpack_column_bits(layout, small)
     levels = _unpack_levels(layout, small, column_bits)
-    return SideTensors(column_bits, levels, _unpack_reserved(layout, small))
+    reserved = _unpack_reserved(layout, small)
+    _check_reserved_codes(tensors, column_bits, reserved)
+    return SideTensors(column_bits, levels, reserved)
 
 
 def unpack_weight(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -248,8 +250,6 @@ def unpack_weight(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Quanti
     for width in layout.columns_per_width:
         unpacked = unpack(tensors[f"codes_{width}"], width, layout.rows)
         codes[side.column_bits == width] = unpacked.to(torch.uint8)
-    if bool(codes[side.reserved.columns(), side.reserved.rows].any()):
-        raise CheckpointError("a reserved entry has a code other than 0")
     return QuantizedWeight(codes.t(), side.column_bits, side.levels, side.reserved)
 
 
@@ -338,3 +338,17 @@ def _unpack_reserved(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Res
     if int(rows.max()) >= layout.rows or bool((places.diff() <= 0).any()):
         raise CheckpointError("reserved_rows lie outside the matrix or do not ascend in a column")
     return reserved
+
+
+def _check_reserved_codes(
+    tensors: Mapping[str, Tensor], column_bits: Tensor, reserved: Reserved
+) -> None:
+    """Raise CheckpointError unless the code of every reserved entry is 0, as kernels count on."""
+    owners = reserved.columns()
+    for width in column_bits[owners].unique().tolist():
+        codes = tensors[f"codes_{width}"]
+        lines = torch.cumsum(column_bits == width, 0) - 1  # column -> its line of codes
+        own = column_bits[owners] == width
+        places = lines[owners[own]].to(codes.device), reserved.rows[own].to(codes.device)
+        if bool(unpack_some(codes, width, *places).any()):
+            raise CheckpointError("a reserved entry has a code other than 0")

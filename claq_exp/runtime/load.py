@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 import claq_exp.runtime.huggingface  # noqa: F401 - teaches transformers the format
-from claq_exp.checkpoint.reader import check_checkpoint, load_model
+from claq_exp.checkpoint.reader import check_checkpoint, check_model, load_model
 from claq_exp.errors import CheckpointError, ConfigError, first_line, one_of
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.runtime.linear import quantized_linears
@@ -42,6 +40,7 @@ def load_checkpoint(
     if kernel not in (AUTO, *KERNEL):
         raise ConfigError(one_of("kernel", kernel, [AUTO, DENSE, *KERNEL]))
     layouts = check_checkpoint(folder, trust_remote_code=trust_remote_code)
+    check_model(folder, layouts, trust_remote_code=trust_remote_code)
     model = _from_pretrained(folder, dtype, trust_remote_code)
     layers = quantized_linears(model)
     if set(layers) != set(layouts):
@@ -71,7 +70,7 @@ def _from_pretrained(folder: Path, dtype: str, trust_remote_code: bool) -> Any:
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # what a config asks for can fail anywhere in a model's code
         raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if wrong := sorted(map(str, report[what])):

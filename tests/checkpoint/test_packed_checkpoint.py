@@ -34,6 +34,7 @@ from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.errors import CheckpointError, ClaqError, ConfigError
 from claq_exp.models.load import load_model as load_original
 from claq_exp.quantize.packing import pack, unpack
+from claq_exp.runtime.load import load_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -325,15 +326,16 @@ CONTENT_TAMPERINGS = {
 
 
 @pytest.mark.case(66, 67, 73)
+@pytest.mark.parametrize("kernel", ["dense", "reference"])
 @pytest.mark.parametrize("tampering", CONTENT_TAMPERINGS)
 def test_content_that_contradicts_itself_is_refused_though_the_manifest_agrees(
-    tampering, checkpoint
+    tampering, kernel, checkpoint
 ):
     tamper, named = CONTENT_TAMPERINGS[tampering]
     tamper(checkpoint)
     with pytest.raises((CheckpointError, ConfigError)) as caught:
         write_manifest(checkpoint)
-        load_model(checkpoint)
+        load_checkpoint(checkpoint, kernel=kernel)
     assert named in str(caught.value)
     assert str(checkpoint) in str(caught.value)
 

@@ -18,6 +18,7 @@ from claq_exp.quantize.quantized import (
     SharedCodebooks,
     unpack_weight,
 )
+from claq_exp.runtime.operand import operand_of
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 SHAPES = [(1, 1), (1, 576), (49, 1), (49, 31), (7, 576)]  # [rows, columns]
@@ -105,11 +106,15 @@ def test_a_padding_bit_that_is_set_is_refused(payload, suffix):
 
 
 @pytest.mark.case(66)
-def test_a_reserved_entry_with_a_code_is_refused():
-    weight = random_weight("columns", 49, 31, (3,), 0.1)
-    weight.codes[weight.reserved.rows[0], weight.reserved.columns()[0]] = 1
+@pytest.mark.parametrize("read", [unpack_weight, operand_of])
+@pytest.mark.parametrize("entry", [0, 7, -1])
+@pytest.mark.parametrize(("payload", "widths"), [("columns", (3, 2)), ("grid", (5,))])
+def test_a_reserved_entry_with_a_code_is_refused(payload, widths, entry, read):
+    weight = random_weight(payload, 49, 31, widths, 0.1)
+    read(weight.layout(), weight.pack())
+    weight.codes[weight.reserved.rows[entry], weight.reserved.columns()[entry]] = 1
     with pytest.raises(CheckpointError, match="code other than 0"):
-        unpack_weight(weight.layout(), weight.pack())
+        read(weight.layout(), weight.pack())
 
 
 @pytest.mark.case(66)

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from claq_exp.errors import CheckpointError
 from claq_exp.quantize import packing
 from claq_exp.quantize.layout import Ledger, WeightLayout, index_width, packed_bytes
-from claq_exp.quantize.packing import pack, unpack
+from claq_exp.quantize.packing import pack, unpack, unpack_some
 from claq_exp.quantize.quantized import (
     ColumnCodebooks,
     QuantizedWeight,
@@ -114,6 +114,8 @@ def test_packed_integers_come_back_and_stand_least_significant_bit_first(width, 
     whole = sum(int(value) << (index * width) for index, value in enumerate(values[0]))
     assert packed[0].numpy().tobytes() == whole.to_bytes(packed.shape[1], "little")
     assert unpack(packed, width, count).tolist() == values.tolist()
+    lines, places = torch.arange(rows).repeat_interleave(count), torch.arange(count).repeat(rows)
+    assert unpack_some(packed, width, lines, places).tolist() == values.reshape(-1).tolist()
 
 
 @pytest.mark.parametrize("width", [17, 24, 31])

@@ -1,0 +1,68 @@
+"""Checkpoints that earlier releases wrote load for ever, with the numbers that they had."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from claq_exp.checkpoint.reader import read_layouts, read_weights
+from claq_exp.checkpoint.writer import FORMAT_VERSION
+from claq_exp.runtime.load import load_checkpoint
+
+DATA = Path(__file__).parents[1] / "data"
+TOKENS = 7 * torch.arange(12).reshape(1, 12)
+
+# Of the release that wrote the checkpoint: sha256 over the name of each matrix and its dequantized
+# entries, and logits of `TOKENS` at tokens 0, 3, 7, 11 and vocabulary entries 1, 50, 123, 255.
+GOLDEN = {
+    2: (
+        "19b6af1c56e97abc66ed85514f9031cb01da3655f5ffaf41e570900ecc162c73",
+        [
+            [-0.8479, 0.5222, -0.5270, -0.6198],
+            [0.2092, 0.5168, -0.5994, -0.2235],
+            [-1.2206, -0.4332, -1.2454, 0.5139],
+            [-0.9534, -0.1872, -1.6029, -0.3366],
+        ],
+    )
+}
+
+
+def test_there_is_a_checkpoint_of_every_version_that_can_be_read():
+    assert {path.name for path in DATA.iterdir()} == {f"format_{version}" for version in GOLDEN}
+    assert max(GOLDEN) == FORMAT_VERSION
+    for version in GOLDEN:
+        size = sum(path.stat().st_size for path in (DATA / f"format_{version}").iterdir())
+        assert size < 100_000
+
+
+@pytest.mark.case(69)
+@pytest.mark.parametrize("version", GOLDEN)
+def test_its_matrices_are_those_that_were_written_to_the_bit(version):
+    digest = hashlib.sha256()
+    for name, weight in sorted(read_weights(DATA / f"format_{version}")):
+        digest.update(name.encode() + weight.dequantize().contiguous().numpy().tobytes())
+    assert digest.hexdigest() == GOLDEN[version][0]
+
+
+@pytest.mark.parametrize("kernel", ["dense", "reference", "auto"])
+@pytest.mark.parametrize("version", GOLDEN)
+def test_its_logits_are_those_that_were_written(version, kernel):
+    model = load_checkpoint(DATA / f"format_{version}", kernel=kernel)
+    with torch.inference_mode():
+        found = model(TOKENS).logits[0, [0, 3, 7, 11]][:, [1, 50, 123, 255]]
+    assert torch.allclose(found, torch.tensor(GOLDEN[version][1]), atol=2e-4, rtol=0)
+
+
+def test_the_last_version_has_all_kinds_of_payload_two_files_and_a_tokenizer():
+    folder = DATA / f"format_{max(GOLDEN)}"
+    layouts = read_layouts(folder).values()
+    assert {layout.kind for layout in layouts} == {"column_codebooks", "row_grid"}
+    assert {layout.shared_codebooks for layout in layouts} == {True, False}
+    assert {layout.row_scaled for layout in layouts} == {True, False}
+    assert any(len(layout.columns_per_width) > 1 and layout.reserved for layout in layouts)
+    assert len(list(folder.glob("*.safetensors"))) == 2
+    assert AutoTokenizer.from_pretrained(folder).decode([65, 66])
