@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from claq_exp import __version__
+from claq_exp import __version__, interruption
 from claq_exp.errors import ClaqError, ConfigError
 from claq_exp.tracking.quiet import quiet_libraries
 
@@ -47,15 +47,18 @@ HYDRA_FLAGS = (
     "--shell-completion",
     "-sc",
 )
-INTERRUPTED = 130
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 1 failed, 2 wrong request."""
+    """Run the command line and return its exit code.
+
+    0 done, 1 failed, 2 wrong request, 75 interrupted by Ctrl-C or SIGTERM.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
     try:
-        return _dispatch(arguments)
+        with interruption.graceful():
+            return _dispatch(arguments)
     except ClaqError as error:
         _complain(str(error))
         return error.exit_code
@@ -64,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
         return ClaqError.exit_code
     except KeyboardInterrupt:
         again = _command(arguments)
-        _complain(f"interrupted; the same command goes on from the last finished block: {again}")
-        return INTERRUPTED
+        _complain(f"interrupted; the same command goes on where this one stopped: {again}")
+        return interruption.EXIT_CODE
 
 
 def _dispatch(arguments: list[str]) -> int:

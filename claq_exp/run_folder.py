@@ -57,8 +57,9 @@ def run_identity(
 class RunState:
     """How far a run has come.
 
-    name: running, finished, failed (an error, which `reason` gives), interrupted (by a person), or
-    killed (the process is gone without a word: by the system, for memory, with the machine).
+    name: running, finished, failed (an error, which `reason` gives), interrupted (by a person or a
+    scheduler), or killed (the process is gone without a word: by the system, for memory, with the
+    machine).
     """
 
     name: str
@@ -143,7 +144,8 @@ class RunFolder:
         try:
             yield
         except KeyboardInterrupt:
-            self._note({"state": INTERRUPTED})
+            with contextlib.suppress(OSError):
+                self._note({"state": INTERRUPTED})
             raise
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk: the error itself matters more

@@ -142,7 +142,7 @@ def test_a_kill_before_the_original_is_measured_leaves_no_logits_that_count(
         record(store, corpus, window, logits)
 
     monkeypatch.setattr(LogitStore, "record", stop)
-    assert run("resume=never") == 130
+    assert run("resume=never") == 75
     assert seen == [0, 1]
     assert [path.name for path in (folder / "work").iterdir()] == [".original_logits_0.npy"]
     monkeypatch.setattr(LogitStore, "record", record)
@@ -261,7 +261,7 @@ def test_a_finished_run_is_found_and_resume_never_starts_it_over(run, outputs, c
 def test_resume_never_that_is_interrupted_is_not_found_finished(run, outputs, failing, capfd):
     assert run() == 0
     repair = failing("quantize_model", KeyboardInterrupt())
-    assert run("resume=never") == 130
+    assert run("resume=never") == 75
     repair()
     capfd.readouterr()
     assert run() == 0

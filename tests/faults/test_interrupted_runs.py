@@ -247,7 +247,7 @@ def test_ctrl_c_tells_to_repeat_the_command_which_goes_on(start, command, undist
     child = start(command(outputs))
     wait_for(outputs, "block", 2)
     child.signal(signal.SIGINT)
-    assert child.exit_code() == 130
+    assert child.exit_code() == 75
     output = child.output()
     assert "Traceback" not in output
     last = output.splitlines()[-1]

@@ -132,7 +132,7 @@ def test_an_interruption_stops_child_and_sweep_and_the_same_command_goes_on(
     words = ["-m", *words_for(tiny_run, place, "+precision.how=nothing,sleep,look")]
     words.append("+precision.once=true")
     thread = interrupt_when(place / "sleep")
-    assert main(words) == 130
+    assert main(words) == 75
     thread.join()
     assert gone(int((place / "sleep").read_text()))
     jobs = by_how(outputs)
@@ -144,7 +144,7 @@ def test_an_interruption_stops_child_and_sweep_and_the_same_command_goes_on(
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err
     assert captured.err.splitlines()[-1].startswith(
-        "claq-exp: interrupted; the same command goes on from the last finished block: claq-exp -m"
+        "claq-exp: interrupted; the same command goes on where this one stopped: claq-exp -m"
     )
     assert "1 of 3 done, 1 interrupted, 0 running, 1 waiting" in captured.out
 
