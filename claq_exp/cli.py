@@ -12,7 +12,7 @@ from rich.console import Console
 
 from claq_exp import __version__, interruption
 from claq_exp.errors import ClaqError, ConfigError
-from claq_exp.tracking.quiet import quiet_libraries
+from claq_exp.tracking.quiet import quiet_libraries, show_what_can_be_shown
 
 if TYPE_CHECKING:
     from claq_exp.config import ExperimentConfig
@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
+    show_what_can_be_shown()
     try:
         with interruption.graceful():
             return _dispatch(arguments)

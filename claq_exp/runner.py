@@ -49,7 +49,7 @@ from claq_exp.sources.kept import code_of, kept_tensors
 from claq_exp.sources.model import fingerprint, weight_bytes
 from claq_exp.tracking.events import EventLog
 from claq_exp.tracking.progress import RunProgress, noise_to
-from claq_exp.tracking.wandb import WandbTracker, check_wandb
+from claq_exp.tracking.wandb import WandbTracker
 
 ALLOCATION = "allocation.safetensors"
 SURVEY_CODE = ("models/*.py", "calibration/*.py", "quantize/*.py", "quantize/solver/*.py")
@@ -80,8 +80,6 @@ def run(
     run, where this would raise else.
     """
     device = choose_device(config.device)
-    if config.tracking.name == "wandb":
-        check_wandb()
     settle(config.seed, config.threads)
     with noise_to(fetch_log()):
         fetched = fetch(config)

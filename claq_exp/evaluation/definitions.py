@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.metadata
-import importlib.util
 import logging
 import re
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from claq_exp.errors import ConfigError
+from claq_exp.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -78,10 +77,14 @@ def quiet() -> None:
 
 
 def _tasks_folder() -> Path:
-    package = importlib.util.find_spec("lm_eval")
-    if package is None or package.origin is None:
-        raise ConfigError("zero-shot tasks need lm-eval; pip install 'lm-eval>=0.4.13'")
-    return Path(package.origin).parent / "tasks"
+    try:
+        import lm_eval.tasks
+    except Exception as error:
+        raise ConfigError(
+            f"evaluation.zero_shot needs lm-eval, which cannot be imported ({first_line(error)}); "
+            "pip install lm-eval, or use evaluation=perplexity"
+        ) from error
+    return Path(lm_eval.tasks.__file__).parent
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -28,25 +29,34 @@ class ScoreStore:
     def find(self, measure: Mapping[str, Any]) -> dict[str, Any] | None:
         """Return the score of a measure (JSON data of all that defines it), or None.
 
-        A file that cannot be read, or holds another subject or measure, counts as none.
+        A file that cannot be read, or is not what was written, or holds another subject or measure,
+        counts as none.
         """
         path, key = self._place(measure)
         try:
             found = read_json(path)
         except CheckpointError:
             return None
-        return found["score"] if found.get("key") == key and "score" in found else None
+        score = found.get("score")
+        if found.get("key") != key or found.get("sha256") != _digest(score):
+            return None
+        return score
 
     def keep(self, measure: Mapping[str, Any], score: Mapping[str, Any]) -> None:
-        """Write a score down, at once and whole."""
+        """Write a score down, at once and whole, where there is room for it."""
         path, key = self._place(measure)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"key": key, "score": dict(score)})
+        with contextlib.suppress(OSError):  # what is not kept will be measured again
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = dict(score)
+            write_json(path, {"key": key, "score": kept, "sha256": _digest(kept)})
 
     def _place(self, measure: Mapping[str, Any]) -> tuple[Path, dict[str, Any]]:
         key = json.loads(json.dumps({"subject": self.subject, "measure": measure}))
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return self.folder / f"{digest[:32]}.json", key
+        return self.folder / f"{_digest(key)[:32]}.json", key
+
+
+def _digest(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def code_content() -> str:

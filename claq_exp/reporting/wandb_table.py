@@ -11,7 +11,7 @@ from claq_exp.errors import first_line
 from claq_exp.reporting.collect import lookup
 from claq_exp.reporting.render import plain_rows
 from claq_exp.reporting.report import Report
-from claq_exp.tracking.wandb import check_wandb
+from claq_exp.tracking.wandb import check_wandb, limits
 
 JOB_TYPE = "report"
 
@@ -45,6 +45,7 @@ def _log(report: Report, folder: Path, project: str, mode: Any) -> None:
         dir=folder,
         job_type=JOB_TYPE,
         config={"runs": [run.name for run in report.runs], "footnotes": report.grid.footnotes},
+        settings=limits(),
     )
     try:
         run.log({"report": wandb.Table(columns=columns, data=data)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
@@ -31,8 +32,9 @@ def kept_tensors(
     if found is not None:
         return found
     tensors = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, save(tensors, {"key": text, "sha256": _digest(tensors)}))
+    with contextlib.suppress(OSError):  # a cache that is full or cannot be written keeps nothing
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, save(tensors, {"key": text, "sha256": _digest(tensors)}))
     return tensors
 
 

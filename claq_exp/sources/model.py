@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from claq_exp.errors import ConfigError, SourceError
-from claq_exp.sources.cache import cache_folder, published, sha256_of
+from claq_exp.sources.cache import cached_folder, sha256_of
 from claq_exp.sources.hub import not_given
 from claq_exp.sources.pickled import (
     PICKLED,
@@ -136,12 +136,12 @@ def _in_safetensors(folder: Path, source: str) -> Path:
             f"model '{source}' has no weights: looked for {WEIGHTS} and {PICKLED} in {folder}"
         )
     name = source.rstrip("/").rpartition("/")[2]
-    target = cache_folder() / "models" / f"{name}-{fingerprint(folder, PICKLED)[:16]}"
-    if not target.is_dir():
-        with published(target) as new:
-            convert_pickled(files, new)
-            copy_descriptions(folder, new, (*DESCRIPTIONS, CODE))
-    return target
+
+    def convert(new: Path) -> None:
+        convert_pickled(files, new)
+        copy_descriptions(folder, new, (*DESCRIPTIONS, CODE))
+
+    return cached_folder(f"models/{name}-{fingerprint(folder, PICKLED)[:16]}", convert)
 
 
 def _converted(gguf: Path, sha256: str | None) -> Path:
@@ -149,11 +149,9 @@ def _converted(gguf: Path, sha256: str | None) -> Path:
     content = sha256_of(gguf)
     if sha256 and content != sha256:
         raise SourceError(f"{gguf} has sha256 {content}, the config asks for {sha256}")
-    target = cache_folder() / "models" / f"{gguf.stem}-{content[:16]}"
-    if not target.is_dir():
-        with published(target) as folder:
-            _convert_gguf(gguf, folder)
-    return target
+    return cached_folder(
+        f"models/{gguf.stem}-{content[:16]}", lambda folder: _convert_gguf(gguf, folder)
+    )
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:

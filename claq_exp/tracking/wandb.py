@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from claq_exp.errors import ConfigError
+from claq_exp.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from claq_exp.config import TrackingConfig
 
+LIMITS: dict[str, Any] = {  # seconds that W&B may take, where its release knows the setting
+    "init_timeout": 30.0,
+    "finish_timeout": 60.0,
+    "finish_timeout_raises": True,
+}
+FINISH_SECONDS = 90.0  # after which W&B is left alone, whatever it does
+
 
 def check_wandb() -> None:
-    """Raise ConfigError when wandb is not installed."""
+    """Raise ConfigError when wandb is not installed, for a command that is about nothing else."""
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "tracking=wandb needs the package wandb; pip install wandb, or use tracking=none"
@@ -24,7 +33,8 @@ def check_wandb() -> None:
 class WandbTracker:
     """One W&B run per experiment: config, a step per layer, the results as summary and table.
 
-    After the first failure of W&B the rest is skipped, and `failure` says why.
+    After the first failure of W&B, be it that it is not installed, the rest is skipped, and
+    `failure` says why.
     """
 
     def __init__(
@@ -48,11 +58,8 @@ class WandbTracker:
         if results is not None:
             self._guard(self._summarize, results)
         if self._run is not None:
-            failure, self.failure = (
-                self.failure,
-                None,
-            )  # a run that broke down is closed all the same
-            self._guard(lambda: self._run.finish(exit_code=0 if results is not None else 1))
+            failure, self.failure = self.failure, None  # one that broke down is closed all the same
+            self._guard(self._close, 0 if results is not None else 1)
             self.failure = failure or self.failure
 
     def _start(
@@ -70,7 +77,11 @@ class WandbTracker:
             dir=folder,
             config=config,
             job_type="quantize",
+            settings=limits(),
         )
+
+    def _close(self, exit_code: int) -> None:
+        within(FINISH_SECONDS, lambda: self._run.finish(exit_code=exit_code))
 
     def _summarize(self, results: dict[str, Any]) -> None:
         import wandb
@@ -86,7 +97,34 @@ class WandbTracker:
         try:
             call(*args)
         except Exception as error:  # noqa: BLE001 - a mirror must not end the run
-            self.failure = f"Weights & Biases failed and was left out: {error}"
+            self.failure = f"Weights & Biases failed and was left out: {first_line(error)}"
+
+
+def limits() -> Any:
+    """Return W&B's settings that keep it from waiting without end."""
+    import wandb
+
+    known = wandb.Settings.model_fields
+    return wandb.Settings(**{name: value for name, value in LIMITS.items() if name in known})
+
+
+def within(seconds: float, call: Callable[[], object]) -> None:
+    """Call in a thread of its own.  Raises TimeoutError after `seconds`, else what it raises."""
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - raised again below
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)  # must not keep the process alive
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"it was not done after {seconds:g} s")
+    if errors:
+        raise errors[0]
 
 
 def comparison_rows(results: dict[str, Any]) -> list[dict[str, Any]]:

@@ -238,19 +238,6 @@ def test_a_device_that_is_not_there(device, run, refusal, outputs):
     assert not outputs.exists()
 
 
-@pytest.mark.case(94)
-def test_wandb_asked_for_and_not_installed(run, refusal, outputs, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name)
-    )
-    assert run("tracking=wandb") == REQUEST
-    line = refusal()
-    assert "pip install wandb" in line
-    assert "tracking=none" in line
-    assert not outputs.exists()
-
-
 @pytest.mark.case(61)
 def test_a_text_file_that_is_missing(run, refusal, outputs, tmp_path):
     assert run(f"calibration.path={tmp_path}/nothing.txt") == REQUEST

@@ -188,7 +188,7 @@ def test_a_published_folder_appears_whole_or_not_at_all(tmp_path):
     assert list(target.parent.iterdir()) == []
     with published(target) as folder:
         (folder / "whole").write_text("first")
-    with published(target) as folder:
+    with pytest.raises(FileExistsError), published(target) as folder:
         (folder / "whole").write_text("second")
     assert (target / "whole").read_text() == "first"
     assert list(target.parent.iterdir()) == [target]
