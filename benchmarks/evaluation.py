@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from claq_exp.compose import compose_config
 from claq_exp.evaluation.perplexity import Corpus, perplexity, windows_at_once
+from claq_exp.evaluation.predict import in_memory
 from claq_exp.inputs import corpus_windows, fetch
 from claq_exp.machine import choose_device, device_name, settle
 from claq_exp.models.load import load_config, load_model, load_tokenizer
@@ -53,7 +54,7 @@ def compare(
     ours, plain = [], []
     for _ in range(rounds + 1):
         started = time.perf_counter()
-        value = perplexity(model, corpus, at_once, device).value
+        value = perplexity(in_memory(model, device), corpus, at_once).value
         ours.append(time.perf_counter() - started)
         started = time.perf_counter()
         expected = plain_loop(model, corpus.windows, device)

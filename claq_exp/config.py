@@ -85,6 +85,8 @@ class CalibrationConfig(DrawnText):
 
     windows: how many, of `seqlen` tokens each; `batch_size` of them go through the model at a time.
     bos: where the beginning-of-text token stands (`claq_exp.models.bos`).
+    keep_in: type of hidden states between two blocks; auto is that of the forward passes up to 1
+        GiB, and beyond it 16 bits, of the kind that the model is stored in.
     """
 
     draw: str = "shuffled"
@@ -92,9 +94,11 @@ class CalibrationConfig(DrawnText):
     seqlen: int = 512
     batch_size: int = 4
     bos: str = "auto"
+    keep_in: str = AUTO
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_choice("calibration.keep_in", self.keep_in, DTYPES)
         _check_positive("calibration", self, "windows", "seqlen", "batch_size")
         _check_choice("calibration.bos", self.bos, BOS_RULES)
 
@@ -223,6 +227,8 @@ class ExperimentConfig:
     device: auto, cpu, cuda or cuda:N, for forward passes, and for columns where a GPU
         can solve them.
     threads: CPU threads (null: PyTorch's default).
+    stream: read the model block by block while it is measured too, slower and in less memory; auto
+        where it would not fit as a whole.
     outputs: folder of all runs, relative to the working directory.
     resume: auto (continue or start), required (never start over), never (start over).
     checkpoint: an existing checkpoint, for `claq-exp evaluate` and `claq-exp bench runtime`.
@@ -242,6 +248,7 @@ class ExperimentConfig:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
+    stream: bool | str = AUTO
     outputs: str = "outputs"
     resume: str = "auto"
     checkpoint: str | None = None
@@ -250,6 +257,8 @@ class ExperimentConfig:
         _check_name("name", self.name)
         _check_choice("resume", self.resume, RESUME)
         _check_positive("", self, "threads")
+        if not isinstance(self.stream, bool) and self.stream != AUTO:
+            raise ConfigError(one_of("stream", self.stream, (AUTO, "true", "false")))
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; give a whole number from 0 to {2**32 - 1}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):

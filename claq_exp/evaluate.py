@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from claq_exp.checkpoint.files import write_json
-from claq_exp.checkpoint.reader import read_layouts
+from claq_exp.checkpoint.reader import open_checkpoint, read_layouts
 from claq_exp.checkpoint.writer import checkpoint_sizes
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.measure import Meter
+from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore, code_content
 from claq_exp.evaluation.tasks import check_tasks, task_content
 from claq_exp.inputs import corpus_windows
@@ -60,20 +61,22 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
         tokenizer = load_tokenizer(folder, trust_remote_code=remote)
         corpora = corpus_windows(config, tokenizer, model_config)
     target.mkdir(parents=True, exist_ok=True)
-    with RunProgress({"load": 5, "evaluate": 60}) as progress, noise_to(target / "third_party.log"):
-        progress.stage("load")
-        model = load_checkpoint(
-            folder,
-            dtype=dtype,
-            device=device,
-            kernel=config.runtime.kernel,
-            trust_remote_code=remote,
+    parameters = dense_parameter_count(model_config)
+    place: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": remote}
+    with RunProgress({"evaluate": 60}) as progress, noise_to(target / "third_party.log"):
+        subject = Subject(
+            "quantized",
+            device,
+            lambda: load_checkpoint(folder, kernel=config.runtime.kernel, **place),
+            (lambda: open_checkpoint(folder, **place)) if config.stream is True else None,
         )
-        parameters = dense_parameter_count(model.config)
         progress.stage("evaluate")
-        subject = {"settings": settings, "versions": versions(), "code": code_content()}
-        store = ScoreStore(target / "scores", {**subject, "model": fingerprint(folder)})
-        meter = Meter(model, tokenizer, device, store, contents, on_share=progress.advance)
+        about = {"settings": settings, "versions": versions(), "code": code_content()}
+        store = ScoreStore(target / "scores", {**about, "model": fingerprint(folder)})
+        vocabulary = model_config.get_text_config().vocab_size
+        meter = Meter(
+            subject, vocabulary, tokenizer, device, store, contents, on_share=progress.advance
+        )
         measured = meter.measure(corpora, config.evaluation)
     sizes = checkpoint_sizes(folder, layouts, parameters)
     results = {

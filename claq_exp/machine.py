@@ -7,9 +7,7 @@ import importlib.metadata
 import os
 import platform
 import random
-import resource
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -71,12 +69,6 @@ def matmul_speed(device: str) -> float:
         product = left @ right
     product.sum().item()  # waits for the device
     return repeats * 2 * 1024 * 768 * 1536 / (time.perf_counter() - started)
-
-
-def peak_memory() -> int:
-    """Return the largest resident size of this process so far, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def versions() -> dict[str, str]:

@@ -13,13 +13,13 @@ from torch import nn
 
 from claq_exp.checkpoint.shards import index_bytes
 from claq_exp.checkpoint.writer import Sizes
-from claq_exp.config import ExperimentConfig
+from claq_exp.config import AUTO, ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.machine import matmul_speed
 from claq_exp.models.context import context_length
 from claq_exp.models.discover import find_blocks, linear_weight, linears_of
 from claq_exp.models.experts import expert_lists, place_among_experts
-from claq_exp.models.load import DTYPES
+from claq_exp.models.load import DTYPES, stored_dtype
 from claq_exp.models.skeleton import skeleton, tied_names
 from claq_exp.quantize.budget import Overhead, fit_budget
 from claq_exp.quantize.layout import HALF, Ledger, WeightLayout
@@ -38,6 +38,7 @@ ALLOCATION = 3.0  # trial fits of a rate-distortion allocation, in column loops
 CORPUS_TOKENS = 300_000  # of a corpus of unknown length, about WikiText-2's test split
 TASK_TOKENS = 90  # of a row of a multiple-choice task, all choices together
 TASK_START = 8.0  # seconds until lm-eval is ready
+HIDDEN_BYTES = 2**30  # of hidden states that are kept as they were computed
 LIBRARIES = 0.9e9  # bytes of Python, PyTorch and the rest before any model is there
 
 
@@ -50,6 +51,8 @@ class Plan:
     layouts: linear name -> stored form.  sizes: bytes and bits of the checkpoint.  seconds: stage
     -> estimate.
     memory: bytes of the largest stage.  original_bytes: of the model's weights in 16 bits.
+    hidden_dtype, hidden_bytes: of the hidden states between two blocks.  streams: whether the model
+    is read block by block while it is measured.
     """
 
     recipe: Recipe
@@ -58,6 +61,9 @@ class Plan:
     sizes: Sizes
     original_bytes: int
     memory: int
+    hidden_dtype: torch.dtype
+    hidden_bytes: int
+    streams: bool
     seconds: dict[str, float]
     blocks: int
     parameters: int
@@ -93,6 +99,8 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     evaluation = config.evaluation
     context = context_length(evaluation.context, model_config) if evaluation.corpora else 0
     width = next(tensor.shape[1] for tensor in state.values() if tensor.ndim == 2)
+    hidden = config.calibration.windows * config.calibration.seqlen * width
+    hidden_dtype = _hidden_dtype(config, hidden, model_config)
     return Plan(
         recipe=recipe,
         description=description,
@@ -100,6 +108,9 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         sizes=_sizes(layouts, kept, parameters),
         original_bytes=2 * parameters,
         memory=_memory(config, parameters, layouts, mixture, width),
+        hidden_dtype=hidden_dtype,
+        hidden_bytes=hidden * hidden_dtype.itemsize,
+        streams=config.stream is True,
         seconds=_seconds(config, recipe, parameters, layouts, mixture, device, context),
         blocks=len(blocks),
         parameters=parameters,
@@ -130,6 +141,20 @@ class _Mixture:
     def share(self, name: str) -> float:
         """Return the share of tokens that reach a layer."""
         return min(1.0, self.routed / self.beside[name]) if name in self.beside else 1.0
+
+
+def _hidden_dtype(
+    config: ExperimentConfig, hidden: int, model_config: PretrainedConfig
+) -> torch.dtype:
+    """Return the type of so many hidden values between blocks; see `calibration.keep_in`."""
+    keep_in = config.calibration.keep_in
+    if keep_in != AUTO:
+        return DTYPES[keep_in]
+    forward = DTYPES[config.model.dtype]
+    if forward.itemsize == 2 or hidden * forward.itemsize <= HIDDEN_BYTES:
+        return forward
+    stored = stored_dtype(model_config)
+    return stored if stored.itemsize == 2 else torch.float16
 
 
 def _less_description(

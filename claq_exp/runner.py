@@ -17,24 +17,27 @@ from transformers import PretrainedConfig
 from claq_exp import __version__
 from claq_exp.checkpoint.allocation import load_allocation, save_allocation
 from claq_exp.checkpoint.files import write_json
-from claq_exp.checkpoint.reader import read_layouts
+from claq_exp.checkpoint.reader import open_checkpoint, read_layouts
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import CheckpointError
 from claq_exp.evaluation.divergence import Comparison, LogitStore
 from claq_exp.evaluation.measure import Measurement, Meter
+from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore, code_content
 from claq_exp.inputs import Fetched, Tokens, fetch, tokenize_inputs
-from claq_exp.machine import choose_device, device_name, peak_memory, settle, versions
+from claq_exp.machine import choose_device, device_name, settle, versions
 from claq_exp.models.allocate import allocate_model
-from claq_exp.models.load import forward_dtype, load_config, load_model, stored_dtype
-from claq_exp.models.quantize import quantize_model
+from claq_exp.models.load import forward_dtype, load_config, load_model, open_model, stored_dtype
+from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
+from claq_exp.models.stream import StreamedModel
 from claq_exp.plan import Plan, make_plan
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.precision import RateDistortion
 from claq_exp.reporting.plots import plot_layers
 from claq_exp.reporting.results import build_results, with_few_tokens, write_layers
+from claq_exp.resources import free_memory, peak_memory, reset_peak
 from claq_exp.run_folder import (
     CONFIG_FILE,
     EVENTS_FILE,
@@ -52,6 +55,8 @@ from claq_exp.tracking.progress import RunProgress, noise_to
 from claq_exp.tracking.wandb import WandbTracker
 
 ALLOCATION = "allocation.safetensors"
+CONVERTED = "converted"
+HIDDEN_SHARE = 0.25  # of the free memory that hidden states may take
 SURVEY_CODE = ("models/*.py", "calibration/*.py", "quantize/*.py", "quantize/solver/*.py")
 
 
@@ -204,33 +209,75 @@ class _Job:
     def _quantize(self) -> tuple[Measurement, list[dict[str, Any]]]:
         """Measure the original, quantize it and write the checkpoint; return its report rows."""
         config = self.config
-        model = self._stage("load", self._load_original)
+        model = self._stage("load", self._open_original)
         original = self._measure_original(model)
-        batches = list(self.tokens.calibration.to(self.device).split(config.calibration.batch_size))
-        plans = self._allocate(model, batches)
+        batches = list(self.tokens.calibration.split(config.calibration.batch_size))
+        plans = self._allocate(batches)
+        store = BlockStore(self.folder.work / "blocks", self._store_identity())
+        store.open(on_damage=lambda what: self.events.event("damaged", what=what))
         self.progress.stage("quantize")
-        quantized = quantize_model(
+        reset_peak()
+        quantize_model(
             model,
             batches,
             self.plan.recipe,
-            BlockStore(self.folder.work / "blocks", self.folder.hash),
+            store,
             plans=plans,
-            blocks_path=config.model.blocks,
-            on_event=lambda name, data: self.events.event(name, **data),
-            on_share=self.progress.advance,
+            hidden_form=self._hidden_form(),
+            watcher=Watcher(event=self._quantize_event, share=self.progress.advance),
         )
-        write_layers(self.folder.path / LAYERS_FILE, quantized.report)
-        if few := with_few_tokens(quantized.report):
+        report = store.report()
+        write_layers(self.folder.path / LAYERS_FILE, report)
+        if few := with_few_tokens(report):
             fewest = min(row["tokens"] for row in few)
             self.events.event("few_tokens", layers=len(few), fewest=fewest)
         if not self.folder.checkpoint.is_dir():
-            dtype = stored_dtype(self.model_config)
-            target, packed = self.folder.checkpoint, quantized.packed
-            tokenizer = self.tokens.tokenizer
-            self._stage("export", lambda: write_checkpoint(target, model, tokenizer, packed, dtype))
-        return original, quantized.report
+            self._stage("export", lambda: self._export(model, store))
+        return original, report
 
-    def _allocate(self, model: Any, batches: list[Tensor]) -> dict[str, MatrixPlan]:
+    def _open_original(self) -> StreamedModel:
+        model = self.config.model
+        return open_model(
+            self.fetched.model,
+            self.folder.work / CONVERTED,
+            dtype=model.dtype,
+            device=self.device,
+            blocks_path=model.blocks,
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    def _store_identity(self) -> dict[str, str]:
+        """Return what must be the same for a block to go on where another left off."""
+        found = versions()
+        return {
+            "run": self.folder.hash,
+            "device": self.device.partition(":")[0],
+            **{package: found[package] for package in ("torch", "transformers", "numba")},
+        }
+
+    def _hidden_form(self) -> HiddenForm:
+        """Decide where hidden states are kept: in the memory that there is, or on disk."""
+        plan = self.plan
+        on_disk = plan.hidden_bytes > HIDDEN_SHARE * free_memory(self.device)
+        return HiddenForm(plan.hidden_dtype, on_disk)
+
+    def _quantize_event(self, name: str, data: dict[str, Any]) -> None:
+        if name == "block":
+            data = {**data, "peak_memory_bytes": peak_memory()}
+            reset_peak()
+        self.events.event(name, **data)
+
+    def _export(self, model: StreamedModel, store: BlockStore) -> None:
+        write_checkpoint(
+            self.folder.checkpoint,
+            model.model,
+            self.tokens.tokenizer,
+            store.packed(),
+            stored_dtype(self.model_config),
+            read=model.read,
+        )
+
+    def _allocate(self, batches: list[Tensor]) -> dict[str, MatrixPlan]:
         """Decide on every matrix at once, where the recipe asks for it."""
         recipe, path = self.plan.recipe, self.folder.work / ALLOCATION
         if not isinstance(recipe.precision, RateDistortion):
@@ -241,8 +288,8 @@ class _Job:
         plans = self._stage(
             "allocate",
             lambda: allocate_model(
-                model,
-                batches,
+                self._load_original(),
+                [batch.to(self.device) for batch in batches],
                 recipe,
                 blocks_path=self.config.model.blocks,
                 overhead=self.plan.description,
@@ -267,16 +314,17 @@ class _Job:
             self.fetched.model,
             dtype=model.dtype,
             device=self.device,
+            work=self.folder.work / CONVERTED,
             trust_remote_code=model.trust_remote_code,
         )
 
-    def _measure_original(self, model: Any) -> Measurement:
+    def _measure_original(self, model: StreamedModel) -> Measurement:
         logits = self._original_logits()
         wanted = {} if logits.complete() else logits.windows
         store = self._scores(cache_folder() / "originals", self.fetched.contents["model"])
+        subject = self._subject_named("original", self._load_original, lambda: model)
         return self._stage(
-            "evaluate original",
-            lambda: self._measure(model, "original", store, wanted, logits.record),
+            "evaluate original", lambda: self._measure(subject, store, wanted, logits.record)
         )
 
     def _original_logits(self) -> LogitStore:
@@ -288,16 +336,24 @@ class _Job:
         return LogitStore(self.folder.work, counts)
 
     def _measure_checkpoint(self, comparison: Comparison) -> Measurement:
-        model = load_checkpoint(
-            self.folder.checkpoint,
-            dtype=self.config.model.dtype,
-            device=self.device,
-            kernel=self.config.runtime.kernel,
-            trust_remote_code=self.config.model.trust_remote_code,
+        folder = self.folder.checkpoint
+        place: dict[str, Any] = {
+            "dtype": self.config.model.dtype,
+            "device": self.device,
+            "trust_remote_code": self.config.model.trust_remote_code,
+        }
+        subject = self._subject_named(
+            "quantized",
+            lambda: load_checkpoint(folder, kernel=self.config.runtime.kernel, **place),
+            lambda: open_checkpoint(folder, blocks_path=self.config.model.blocks, **place),
         )
-        store = self._scores(self.folder.work / "scores", fingerprint(self.folder.checkpoint))
-        wanted = self._original_logits().windows
-        return self._measure(model, "quantized", store, wanted, comparison.add)
+        store = self._scores(self.folder.work / "scores", fingerprint(folder))
+        return self._measure(subject, store, self._original_logits().windows, comparison.add)
+
+    def _subject_named(
+        self, name: str, load: Callable[[], Any], open_: Callable[[], StreamedModel]
+    ) -> Subject:
+        return Subject(name, self.device, load, open_ if self.plan.streams else None)
 
     def _scores(self, folder: Path, model: str) -> ScoreStore:
         """Return the scores that are known of a model with this content."""
@@ -316,8 +372,7 @@ class _Job:
 
     def _measure(
         self,
-        model: Any,
-        which: str,
+        subject: Subject,
         store: ScoreStore,
         logit_windows: dict[str, int],
         on_logits: Callable[[str, int, Tensor], None],
@@ -325,14 +380,15 @@ class _Job:
         contents = self.fetched.contents
         tasks = {name: contents[f"zero_shot.{name}"] for name in self.config.evaluation.zero_shot}
         meter = Meter(
-            model,
+            subject,
+            self.model_config.get_text_config().vocab_size,
             self.tokens.tokenizer,
             self.device,
             store,
             tasks,
             logit_windows,
             on_value=lambda kind, name, value: self.events.event(
-                kind, dataset=name, model=which, value=value
+                kind, dataset=name, model=subject.name, value=value
             ),
             on_share=self.progress.advance,
             on_logits=on_logits,
@@ -342,6 +398,7 @@ class _Job:
     def _stage(self, name: str, work: Callable[[], Any]) -> Any:
         """Do a stage's work under its name in the progress bar, and note what it took."""
         self.progress.stage(name)
+        reset_peak()
         started = time.perf_counter()
         result = work()
         spent = {name.partition(" ")[0]: round(time.perf_counter() - started, 3)}

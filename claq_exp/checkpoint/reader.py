@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.manifest import check_harmless, check_manifest
@@ -20,7 +20,9 @@ from claq_exp.quantize.layout import WeightLayout
 from claq_exp.quantize.quantized import QuantizedWeight, unpack_weight
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from claq_exp.models.stream import StreamedModel
 
 CONFIG_KEYS = {"quant_method", "format_version", "modules"}
 LAYOUT_KEYS = {field.name for field in fields(WeightLayout)}
@@ -150,6 +152,43 @@ def unquantized_shapes(
     }
 
 
+class PackedWeights:
+    """The weights of a checkpoint, each dequantized when it is read."""
+
+    def __init__(
+        self, folder: Path, layouts: Mapping[str, WeightLayout], transposed: Collection[str]
+    ) -> None:
+        """Name a checkpoint.  transposed: linears that the model holds as [in, out]."""
+        self._folder, self._layouts, self._transposed = folder, layouts, transposed
+        self._files = {
+            tensor: name for name, spans in read_spans(folder).items() for tensor in spans
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter.  Raises CheckpointError for packed numbers that make no matrix."""
+        linear = name.removesuffix(".weight")
+        layout = self._layouts.get(linear)
+        if layout is None or linear == name:
+            return self._get(name)
+        tensors = {s: self._get(f"{linear}.{s}") for s in layout.stored_tensors()}
+        try:
+            weight = unpack_weight(layout, tensors).dequantize()
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._folder}: {linear}: {error}") from error
+        return weight.t() if linear in self._transposed else weight
+
+    def _get(self, tensor: str) -> Tensor:
+        if tensor not in self._files:
+            raise CheckpointError(f"{self._folder} lacks the tensor {tensor}")
+        path = self._folder / self._files[tensor]
+        try:
+            with safe_open(path, framework="pt") as file:
+                found: Tensor = file.get_tensor(tensor)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        return found
+
+
 def load_model(
     folder: str | Path,
     *,
@@ -157,65 +196,64 @@ def load_model(
     device: str = "cpu",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint as a model with dense dequantized weights.
+    """Load a checkpoint as a model with dense dequantized weights; as `open_checkpoint`."""
+    return open_checkpoint(
+        folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    ).load()
+
+
+def open_checkpoint(
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    blocks_path: str | None = None,
+    trust_remote_code: bool = False,
+) -> StreamedModel:
+    """Open a checkpoint as a model whose weights are dequantized block by block.
 
     dtype: of weights and activations.  trust_remote_code: run code that came with the original
     model; packed weights hold none.  Raises ConfigError for a folder that is no checkpoint,
     CheckpointError for one that is damaged: a file that differs from the manifest, a tensor that is
     missing, left over or of another shape.
     """
-    from transformers import AutoModelForCausalLM
-
-    from claq_exp.models.experts import split_experts
     from claq_exp.models.load import DTYPES
+    from claq_exp.models.stream import StreamedModel
 
     folder = Path(folder)
     layouts = check_checkpoint(folder, trust_remote_code=trust_remote_code)
-    config, generation = check_model(folder, layouts, trust_remote_code=trust_remote_code)
-    with _making_a_model(folder):
-        model: Any = AutoModelForCausalLM.from_config(
-            config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
-        )
-    if generation is not None:
-        model.generation_config = generation
-    split_experts(model)
-    _fill(model, folder)
-    model.tie_weights()
-    return model.to(device).eval()
+    model = check_model(folder, layouts, DTYPES[dtype], trust_remote_code=trust_remote_code)
+    weights = PackedWeights(folder, layouts, _transposed(model))
+    return StreamedModel(model, weights, device, blocks_path)
 
 
 def check_model(
-    folder: Path, layouts: Mapping[str, WeightLayout], *, trust_remote_code: bool = False
-) -> tuple[PretrainedConfig, GenerationConfig | None]:
-    """Build the model of config.json without its memory, and compare it with the stored tensors.
+    folder: Path,
+    layouts: Mapping[str, WeightLayout],
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Build the model of config.json without its weights, and compare it with the stored tensors.
 
-    Returns config.json and generation_config.json.  Raises CheckpointError where config.json makes
-    no model, or another one than the tensors belong to.
+    dtype: of its parameters, on the meta device.  Raises CheckpointError where config.json makes no
+    model, or another one than the tensors belong to.
     """
-    from transformers import GenerationConfig
-
-    from claq_exp.models.skeleton import skeleton
+    from claq_exp.models.skeleton import read_generation_config, skeleton
 
     kept = unquantized_shapes(folder, layouts)
-    with _making_a_model(folder):
-        config = _read_config(folder, layers=len(layouts) + len(kept), trust=trust_remote_code)
-        _check_shapes(skeleton(config), layouts, kept)
-        if not (folder / "generation_config.json").is_file():
-            return config, None
-        return config, GenerationConfig.from_pretrained(folder, local_files_only=True)
-
-
-@contextmanager
-def _making_a_model(folder: Path) -> Iterator[None]:
-    """Turn whatever a config leads to into a CheckpointError that names the folder."""
     try:
-        yield
+        config = _read_config(folder, layers=len(layouts) + len(kept), trust=trust_remote_code)
+        model = skeleton(config, dtype)
+        _check_shapes(model, layouts, kept)
+        read_generation_config(model, folder)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
-    except Exception as error:
+    except Exception as error:  # what a config asks for can fail anywhere in a model's code
         raise CheckpointError(
             f"{folder}/config.json makes no model: {first_line(error)}"
         ) from error
+    return model
 
 
 def _read_config(folder: Path, *, layers: int, trust: bool) -> PretrainedConfig:
@@ -230,15 +268,11 @@ def _read_config(folder: Path, *, layers: int, trust: bool) -> PretrainedConfig:
     return config
 
 
-def _dense_places(model: nn.Module) -> dict[str, Tensor]:
-    """Return name -> tensor of a model's state, weights of linear layers as [out, in]."""
-    from claq_exp.models.discover import LINEAR, linear_weight
+def _transposed(model: PreTrainedModel) -> set[str]:
+    """Return the linears whose weights are stored the other way round, as GPT-2's."""
+    from transformers.pytorch_utils import Conv1D
 
-    places = model.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, LINEAR):
-            places[f"{name}.weight"] = linear_weight(module)
-    return places
+    return {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
 
 
 def _check_shapes(
@@ -250,7 +284,7 @@ def _check_shapes(
 
     kept: name -> shape of those that are not quantized, stored as they are.
     """
-    from claq_exp.models.discover import LINEAR
+    from claq_exp.models.discover import LINEAR, linear_weight
     from claq_exp.models.skeleton import tied_names
 
     modules = dict(model.named_modules())
@@ -258,7 +292,7 @@ def _check_shapes(
         raise CheckpointError(f"the model has no linear layer '{wrong[0]}'")
     packed = {f"{name}.weight": (w.rows, w.columns) for name, w in layouts.items()}
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    places = own | {name: tuple(_dense_places(model)[name].shape) for name in packed}
+    places = own | {f"{name}.weight": tuple(linear_weight(modules[name]).shape) for name in layouts}
     if twice := set(packed) & set(kept):
         raise CheckpointError(f"it has {min(twice)} packed and unpacked")
     stored = packed | dict(kept)
@@ -267,16 +301,5 @@ def _check_shapes(
             raise CheckpointError(f"the model has no tensor '{name}'")
         if shape != places[name]:
             raise CheckpointError(f"the shape of {name} is {shape}, the model's {places[name]}")
-    if missing := set(places) - tied_names(model) - set(stored):
+    if missing := set(places) - set(tied_names(model)) - set(stored):
         raise CheckpointError(f"it lacks {len(missing)} tensors, e.g. {min(missing)}")
-
-
-@torch.no_grad()
-def _fill(model: PreTrainedModel, folder: Path) -> None:
-    """Copy every tensor of a checkpoint to its place, which `_check_shapes` has found."""
-    places = model.state_dict()
-    matrices = _dense_places(model)
-    for name, weight in read_weights(folder):
-        matrices[f"{name}.weight"].copy_(weight.dequantize())
-    for name, tensor in read_unquantized(folder):
-        places[name].copy_(tensor)

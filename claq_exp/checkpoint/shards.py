@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from claq_exp.checkpoint.files import parse_json, read_json, save_tensors, write_json
+from claq_exp.checkpoint.files import parse_json, read_json, write_json
+from claq_exp.checkpoint.tensor_file import write_tensors
 from claq_exp.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -41,22 +42,33 @@ class TensorSpan:
 
 @dataclass(frozen=True)
 class Unit:
-    """Tensors that stay in one file.  dtype: what floating ones are stored in; None: their own."""
+    """Tensors that stay in one file.
+
+    tensors: by name; on the meta device where `read` brings them.  dtype: what floating ones are
+    stored in; None: their own.
+    """
 
     tensors: Mapping[str, Tensor]
     dtype: torch.dtype | None = None
+    read: Callable[[], Mapping[str, Tensor]] | None = None
 
     @property
     def bytes(self) -> int:
         """What the tensors take in a file."""
-        return sum(t.numel() * self._stored(t).itemsize for t in self.tensors.values())
+        return sum(t.numel() * t.itemsize for t in self.announced().values())
 
-    def load(self) -> dict[str, Tensor]:
-        """Return the tensors as they are stored, on the CPU."""
+    def announced(self) -> dict[str, Tensor]:
+        """Return tensors of the stored shapes and types, without content."""
         return {
-            name: tensor.detach().to("cpu", self._stored(tensor)).contiguous()
+            name: torch.empty(tensor.shape, dtype=self._stored(tensor), device="meta")
             for name, tensor in self.tensors.items()
         }
+
+    def load(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and tensor as they are stored, on the CPU."""
+        tensors = self.tensors if self.read is None else self.read()
+        for name, tensor in tensors.items():
+            yield name, tensor.detach().to("cpu", self._stored(self.tensors[name]))
 
     def _stored(self, tensor: Tensor) -> torch.dtype:
         if self.dtype is None or not tensor.is_floating_point():
@@ -166,7 +178,7 @@ def open_tensors(folder: Path) -> Iterator[Callable[[str], Tensor]]:
 def save_units(folder: Path, units: Iterable[Unit], shard_bytes: int) -> None:
     """Write units in their order: into one file, or several of at most `shard_bytes` of tensors.
 
-    A unit that is larger has a file of its own.  No more than one file's tensors are held at once.
+    A unit that is larger has a file of its own.  No more than one unit's tensors are held at once.
     """
     shards: list[list[Unit]] = [[]]
     room = shard_bytes
@@ -177,12 +189,12 @@ def save_units(folder: Path, units: Iterable[Unit], shard_bytes: int) -> None:
         shards[-1].append(unit)
         room -= unit.bytes
     if len(shards) == 1:
-        save_tensors(_loaded(shards[0]), folder / WEIGHTS_FILE)
+        _save_shard(shards[0], folder / WEIGHTS_FILE)
         return
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = shard_name(number, len(shards))
-        save_tensors(_loaded(shard), folder / name)
+        _save_shard(shard, folder / name)
         places.update(dict.fromkeys((tensor for unit in shard for tensor in unit.tensors), name))
     total = sum(unit.bytes for shard in shards for unit in shard)
     write_json(
@@ -199,8 +211,9 @@ def index_bytes(names: Iterable[str], total: int, shard_bytes: int = SHARD_BYTES
     return sum(lines) + 100
 
 
-def _loaded(units: list[Unit]) -> dict[str, Tensor]:
-    return {name: tensor for unit in units for name, tensor in unit.load().items()}
+def _save_shard(units: list[Unit], path: Path) -> None:
+    like = {name: tensor for unit in units for name, tensor in unit.announced().items()}
+    write_tensors(path, like, (loaded for unit in units for loaded in unit.load()))
 
 
 def _total(shards: Iterable[Mapping[str, TensorSpan]]) -> int:

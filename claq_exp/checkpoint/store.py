@@ -1,132 +1,261 @@
-"""Finished blocks of a run in progress, for the same command to go on from."""
+"""What a run in progress has quantized, for the same command to go on from."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from claq_exp.checkpoint.files import read_json, save_tensors, write_json
+from claq_exp.checkpoint.files import read_json, sync_folder, write_json
+from claq_exp.checkpoint.tensor_file import write_tensors
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import CheckpointError
 from claq_exp.quantize.layout import WeightLayout
 from claq_exp.sources.cache import sha256_of
 
 STATE_FILE = "state.json"
-STATE_VERSION = 1
+STATE_VERSION = 2
+OVER = "set resume=never to start over"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A file of finished linears: of which block, and what it must hash to."""
+
+    block: int
+    name: str
+    sha256: str
 
 
 class BlockStore:
-    """Packed weights and reports of finished blocks, and the activations that enter the next block.
+    """Packed weights and reports of finished linears, and the activations that enter a block.
 
     `state.json` alone says what is finished: it is replaced after the files that it names are on
-    disk, and a file whose sha256 differs is refused.
+    disk, and a file whose sha256 differs is never used.
     """
 
-    def __init__(self, folder: Path, identity: str) -> None:
+    def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
+        """Name a store.  identity: everything that must be the same to go on from it."""
         self._folder = folder
-        self._state: dict[str, Any] = {
-            "version": STATE_VERSION,
-            "identity": identity,
-            "blocks": [],
-            "activations": None,
-        }
+        self._identity = dict(identity)
+        self._blocks = 0
+        self._parts: list[_Part] = []
+        self._activations: dict[str, Any] | None = None
 
-    def open(self) -> int:
-        """Read what is there and return the number of finished blocks.
+    @property
+    def blocks(self) -> int:
+        """Number of finished blocks."""
+        return self._blocks
 
-        Raises CheckpointError when the store belongs to another experiment or is damaged.
+    def open(self, on_damage: Callable[[str], None] | None = None) -> None:
+        """Read what is there.
+
+        on_damage: told of a file that is missing or is not what was written; blocks from that one
+        on count as not finished.  Raises CheckpointError when the store belongs to another
+        experiment or its state is damaged, and for any damage without `on_damage`.
         """
         path = self._folder / STATE_FILE
         if not path.is_file():
             self._folder.mkdir(parents=True, exist_ok=True)
-            return 0
+            return
         state = read_json(path)
-        for key in ("version", "identity"):
-            if state.get(key) != self._state[key]:
-                raise CheckpointError(
-                    f"{path} has {key} {state.get(key)}, this run {self._state[key]}; set "
-                    "resume=never to start over"
-                )
-        if not isinstance(state.get("blocks"), list) or "activations" not in state:
-            raise CheckpointError(f"{path} is incomplete; set resume=never to start over")
-        self._state = state
-        return len(state["blocks"])
+        if state.get("version") != STATE_VERSION:
+            raise CheckpointError(
+                f"{path} has version {state.get('version')}, this release reads {STATE_VERSION}; "
+                f"{OVER}"
+            )
+        self._check_identity(path, state.get("identity"))
+        try:
+            self._blocks = int(state["blocks"])
+            self._parts = [_Part(p["block"], p["name"], p["sha256"]) for p in state["parts"]]
+            self._activations = state["activations"]
+            self._check_form()
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {error!r}; {OVER}") from error
+        self._drop_damaged(on_damage)
 
     def clear(self) -> None:
         """Remove everything."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def save_block(
-        self,
-        packed: dict[str, PackedWeight],
-        report: list[dict[str, Any]],
-        activations: list[Tensor],
+    def add(
+        self, block: int, packed: Mapping[str, PackedWeight], report: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Add a finished block.
+        """Add finished linears of the block at hand.
 
         packed: name of each linear -> packed weight.  report: its rows of layers.csv.
-        activations: what enters the next block, batch by batch.
         """
-        index = len(self._state["blocks"])
+        number = sum(part.block == block for part in self._parts)
         tensors = {
-            f"{name}.{suffix}": tensor.contiguous()
+            f"{name}.{suffix}": tensor
             for name, weight in packed.items()
             for suffix, tensor in weight.tensors.items()
         }
-        block = {
-            "file": self._write(f"block_{index:04d}.safetensors", tensors),
-            "layouts": {name: weight.layout.to_json() for name, weight in packed.items()},
-            "report": report,
+        layouts = {name: weight.layout.to_json() for name, weight in packed.items()}
+        facts = {
+            "layouts": json.dumps(layouts),
+            "report": json.dumps(list(report), allow_nan=False),
         }
-        entering = {
-            str(batch): tensor.cpu().contiguous() for batch, tensor in enumerate(activations)
-        }
-        newest = self._write(f"activations_{index + 1:04d}.safetensors", entering)
-        previous = self._state["activations"]
-        blocks = [*self._state["blocks"], block]
-        self._state = {**self._state, "blocks": blocks, "activations": newest}
-        write_json(self._folder / STATE_FILE, self._state)
-        if previous:
+        name = f"block_{block:04d}_{number:02d}.safetensors"
+        digest = self._write(
+            name, lambda path: write_tensors(path, tensors, tensors.items(), facts)
+        )
+        self._publish(self._blocks, [*self._parts, _Part(block, name, digest)], self._activations)
+
+    def begin_block(
+        self, index: int, activations: Iterable[Tensor], like: Mapping[str, Tensor]
+    ) -> None:
+        """Have `index` blocks finished, and keep what enters the next, batch by batch.
+
+        like: batch number -> a tensor of its shape and type, on any device.
+        """
+        name = f"activations_{index:04d}.safetensors"
+        numbered = ((str(batch), tensor) for batch, tensor in enumerate(activations))
+        digest = self._write(name, lambda path: write_tensors(path, like, numbered))
+        previous = self._activations
+        entering = {"block": index, "name": name, "sha256": digest}
+        self._publish(index, self._parts, entering)
+        if previous and previous["name"] != name:
             (self._folder / previous["name"]).unlink(missing_ok=True)
 
-    def load_blocks(self) -> tuple[dict[str, PackedWeight], list[dict[str, Any]]]:
-        """Return the packed weights and report rows of all finished blocks."""
-        packed: dict[str, PackedWeight] = {}
-        report: list[dict[str, Any]] = []
-        for block in self._state["blocks"]:
-            tensors = self._read(block["file"])
-            for name, data in block["layouts"].items():
-                layout = WeightLayout.from_json(data)
-                suffixes = layout.stored_tensors()
-                stored = {suffix: tensors[f"{name}.{suffix}"] for suffix in suffixes}
-                packed[name] = PackedWeight(layout, stored)
-            report.extend(block["report"])
-        return packed, report
+    def packed(self, block: int | None = None) -> dict[str, PackedWeight]:
+        """Return name -> packed weight of all finished linears, or those of one block.
 
-    def load_activations(self) -> list[Tensor]:
-        """Return the hidden states that enter the next block, batch by batch."""
-        tensors = self._read(self._state["activations"])
-        return [tensors[str(batch)] for batch in range(len(tensors))]
+        Tensors are read from their files when they are asked for.
+        """
+        found: dict[str, PackedWeight] = {}
+        for part in self._parts:
+            if block is None or part.block == block:
+                path = self._folder / part.name
+                for name, data in json.loads(_facts(path)["layouts"]).items():
+                    layout = WeightLayout.from_json(data)
+                    tensors = _FileTensors(path, f"{name}.", tuple(layout.stored_tensors()))
+                    found[name] = PackedWeight(layout, tensors)
+        return found
 
-    def _write(self, name: str, tensors: dict[str, Tensor]) -> dict[str, str]:
+    def report(self) -> list[dict[str, Any]]:
+        """Return the report rows of all finished linears."""
+        facts = (_facts(self._folder / part.name) for part in self._parts)
+        return [row for found in facts for row in json.loads(found["report"])]
+
+    def activations(self) -> Sequence[Tensor] | None:
+        """Return the hidden states that enter the block at hand, read batch by batch; or None."""
+        if self._activations is None:
+            return None
+        return _Batches(self._folder / self._activations["name"])
+
+    def _check_identity(self, path: Path, identity: Any) -> None:
+        stored = identity if isinstance(identity, dict) else {}
+        for key in sorted(self._identity.keys() | stored.keys()):
+            there, here = stored.get(key), self._identity.get(key)
+            if there != here:
+                raise CheckpointError(f"{path} has {key} {there}, this run {here}; {OVER}")
+
+    def _check_form(self) -> None:
+        names = [part.name for part in self._parts]
+        if self._activations is not None:
+            names += [self._activations["name"], self._activations["sha256"]]
+        blocks = [part.block for part in self._parts]
+        if any(type(name) is not str or Path(name).name != name or name == ".." for name in names):
+            raise ValueError("it names files outside of its folder")
+        if blocks != sorted(blocks) or not 0 <= self._blocks <= len(set(blocks)):
+            raise ValueError(
+                f"{self._blocks} finished blocks do not fit parts of {sorted(set(blocks))}"
+            )
+
+    def _drop_damaged(self, on_damage: Callable[[str], None] | None) -> None:
+        for number, part in enumerate(self._parts):
+            if self._damaged(part.name, part.sha256, on_damage):
+                self._parts = self._parts[:number]
+                self._blocks = min(self._blocks, part.block)
+                break
+        entering = self._activations
+        if entering is not None and (
+            entering.get("block") != self._blocks
+            or self._damaged(entering["name"], entering["sha256"], on_damage)
+        ):
+            self._activations = None
+        if self._activations is None:
+            self._blocks = 0  # what enters the next block is computed through the finished ones
+
+    def _damaged(self, name: str, digest: str, on_damage: Callable[[str], None] | None) -> bool:
+        path = self._folder / name
+        if path.is_file() and sha256_of(path) == digest:
+            return False
+        message = f"{path} is missing or not the file that was written"
+        if on_damage is None:
+            raise CheckpointError(f"{message}; {OVER}")
+        on_damage(message)
+        return True
+
+    def _write(self, name: str, write: Callable[[Path], None]) -> str:
+        """Write a file beside its place, sync it, rename it; return its sha256."""
         path = self._folder / name
         temporary = path.with_name(f".{name}")
-        save_tensors(tensors, temporary)
+        write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        digest = sha256_of(temporary)
         temporary.replace(path)
-        return {"name": name, "sha256": sha256_of(path)}
+        sync_folder(self._folder)
+        return digest
 
-    def _read(self, entry: dict[str, str]) -> dict[str, Tensor]:
-        path = self._folder / Path(entry["name"]).name
-        if not path.is_file() or sha256_of(path) != entry["sha256"]:
-            raise CheckpointError(
-                f"{path} is missing or not the file that was written; set resume=never to start "
-                "over"
-            )
-        return load_file(path)
+    def _publish(self, blocks: int, parts: list[_Part], activations: dict[str, Any] | None) -> None:
+        state = {
+            "version": STATE_VERSION,
+            "identity": self._identity,
+            "blocks": blocks,
+            "parts": [vars(part) for part in parts],
+            "activations": activations,
+        }
+        write_json(self._folder / STATE_FILE, state)
+        self._blocks, self._parts, self._activations = blocks, parts, activations
+
+
+class _FileTensors(Mapping[str, Tensor]):
+    """Tensors of a file by what follows a prefix, read when they are asked for."""
+
+    def __init__(self, path: Path, prefix: str, names: tuple[str, ...]) -> None:
+        self._path, self._prefix, self._names = path, prefix, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self._prefix + name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Batches(Sequence[Tensor]):
+    """The batches of a file of activations, mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as file:
+            self._count = len(list(file.keys()))
+
+    def __getitem__(self, batch: Any) -> Any:
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(str(range(self._count)[batch]))
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def _facts(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error

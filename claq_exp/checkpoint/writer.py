@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,15 @@ class PackedWeight:
     layout: WeightLayout
     tensors: Mapping[str, Tensor]
 
+    def unit(self, name: str) -> Unit:
+        """Return what is written of the matrix; its tensors are asked for when it is written."""
+        types = {"F16": torch.float16, "U8": torch.uint8}
+        like = {
+            f"{name}.{suffix}": torch.empty(stored.shape, dtype=types[stored.dtype], device="meta")
+            for suffix, stored in self.layout.stored_tensors().items()
+        }
+        return Unit(like, None, lambda: {f"{name}.{s}": self.tensors[s] for s in self.tensors})
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -56,18 +66,20 @@ def write_checkpoint(
     packed: Mapping[str, PackedWeight],
     dtype: torch.dtype,
     *,
+    read: Callable[[str], Tensor] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a checkpoint (docs/format.md) and publish it by rename.
 
     packed: name of the linear layer -> its packed weight.  dtype: of the tensors that stay
-    unquantized.  shard_bytes: of tensors in one file; those of one matrix stay together.
+    unquantized.  read: returns a parameter of the model by name, for those on the meta device.
+    shard_bytes: of tensors in one file; those of one matrix stay together.
     Raises CheckpointError when `target` exists.
     """
     if target.exists():
         raise CheckpointError(f"{target} exists already; remove it to write it anew")
     with published(target) as folder:
-        save_units(folder, _units(model, packed, dtype), shard_bytes)
+        save_units(folder, _units(model, packed, dtype, read), shard_bytes)
         config = type(model.config).from_dict(model.config.to_dict())
         config.dtype = dtype
         config.architectures = [type(model).__name__]
@@ -89,12 +101,22 @@ def write_checkpoint(
 
 
 def _units(
-    model: PreTrainedModel, packed: Mapping[str, PackedWeight], dtype: torch.dtype
+    model: PreTrainedModel,
+    packed: Mapping[str, PackedWeight],
+    dtype: torch.dtype,
+    read: Callable[[str], Tensor] | None,
 ) -> Iterator[Unit]:
     for name, weight in packed.items():
-        yield Unit({f"{name}.{suffix}": tensor for suffix, tensor in weight.tensors.items()})
+        yield weight.unit(name)
     for name, tensor in unquantized_state(model, packed).items():
-        yield Unit({name: tensor}, dtype)
+        if tensor.is_meta and read is not None:
+            yield Unit({name: tensor}, dtype, partial(_read_one, read, name))
+        else:
+            yield Unit({name: tensor}, dtype)
+
+
+def _read_one(read: Callable[[str], Tensor], name: str) -> dict[str, Tensor]:
+    return {name: read(name)}
 
 
 def _forget_unused_code(owner: object, path: Path) -> None:
@@ -109,7 +131,7 @@ def unquantized_state(
     model: PreTrainedModel, packed: Mapping[str, PackedWeight]
 ) -> dict[str, Tensor]:
     """Return the tensors that a checkpoint keeps as they are; tied ones once."""
-    left_out = {f"{name}.weight" for name in packed} | tied_names(model)
+    left_out = {f"{name}.weight" for name in packed} | set(tied_names(model))
     return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
 
 

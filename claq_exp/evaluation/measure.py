@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from claq_exp.config import EvaluationConfig
 from claq_exp.evaluation.perplexity import Corpus, Perplexity, perplexity, windows_at_once
+from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore
 from claq_exp.evaluation.zero_shot import TaskScore, score_tasks
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 TASK_SHARE = 0.5  # of a measurement's progress, where there are tasks as well as corpora
 
@@ -32,14 +33,16 @@ class Measurement:
 class Meter:
     """Measures one model; what was measured of it before is taken from a store.
 
-    task_contents: task -> hash of all that defines its score.  logit_windows: corpus -> how many of
-    its first windows must run through the model for their logits, known score or not.
+    vocabulary: logits of a token.  task_contents: task -> hash of all that defines its score.
+    logit_windows: corpus -> how many of its first windows must run through the model for their
+    logits, known score or not.
     on_value: called with (perplexity or zero_shot, name, value).  on_share: called with (share of
     the work, what).  on_logits: called with (corpus, number of the window, logits [seqlen - 1,
     vocabulary]).
     """
 
-    model: PreTrainedModel
+    subject: Subject
+    vocabulary: int
     tokenizer: PreTrainedTokenizerBase
     device: str
     store: ScoreStore
@@ -69,8 +72,7 @@ class Meter:
         self, name: str, corpus: Corpus, evaluation: EvaluationConfig, share: float
     ) -> Perplexity:
         seqlen = corpus.windows.shape[1]
-        vocabulary = self.model.config.get_text_config().vocab_size
-        batch_size = windows_at_once(evaluation.batch_size, seqlen, vocabulary, self.device)
+        batch_size = windows_at_once(evaluation.batch_size, seqlen, self.vocabulary, self.device)
         measure = {"perplexity": corpus.content(), "seqlen": seqlen, "batch_size": batch_size}
         known = self.store.find(measure)
         run = corpus.windows
@@ -79,10 +81,9 @@ class Meter:
             self.on_share(share * (len(corpus.windows) - len(run)), name)
         if len(run):
             found = perplexity(
-                self.model,
+                self.subject.predict,
                 replace(corpus, windows=run),
                 batch_size,
-                self.device,
                 lambda done: self.on_share(share * done, name),
                 partial(self.on_logits, name),
             )
@@ -105,7 +106,9 @@ class Meter:
         if known is not None:
             advance(1.0)
             return TaskScore(**_measured(known))
-        found = score_tasks(self.model, self.tokenizer, {name: task}, batch_size, advance)[name]
+        found = score_tasks(
+            self.subject.model(), self.tokenizer, {name: task}, batch_size, advance
+        )[name]
         self.store.keep(measure, _plain(asdict(found)))
         return found
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from claq_exp.evaluation.predict import Predictor
+
 CPU_TOKENS = 2048  # at a time: more gain nothing on a CPU, and their logits take memory
 GPU_TOKENS = 16384
 PIECE = 256  # tokens whose losses are taken at a time
@@ -49,33 +51,33 @@ class Perplexity:
 
 @torch.inference_mode()
 def perplexity(
-    model: nn.Module,
+    predict: Predictor,
     corpus: Corpus,
     batch_size: int,
-    device: str,
-    tick: Callable[[int], None] = lambda _: None,
+    tick: Callable[[float], None] = lambda _: None,
     on_logits: Callable[[int, Tensor], None] = lambda _window, _logits: None,
 ) -> Perplexity:
     """Measure a causal language model on the windows of a corpus.
 
     The convention of GPTQ's evaluation: every window is seen alone, its first token is context, the
-    mean runs over all predicted tokens.  tick: called with the number of windows done.
+    mean runs over all predicted tokens.  tick: called with windows done, also parts of one.
     on_logits: called with each window's number and its logits [seqlen - 1, vocabulary].
     """
     total = 0.0
     window = 0
     windows = corpus.windows
-    for batch in windows.split(batch_size):
-        tokens = batch.to(device)
-        logits = model(tokens, use_cache=False).logits
+    batches = list(windows.split(batch_size))
+    predicted_logits = predict(batches, tick)
+    for tokens in batches:
+        logits = next(predicted_logits)
         losses = []
-        for row, target in zip(logits, tokens, strict=True):
+        for row, target in zip(logits, tokens.to(logits.device), strict=True):
             losses += _losses(row[:-1], target[1:])
             on_logits(window, row[:-1])
             window += 1
         total += torch.stack(losses).double().sum().item()  # the device is waited for once a batch
         del logits, row  # before the next batch makes its own
-        tick(len(batch))
+    next(predicted_logits, None)  # so that it ticks for the last one too
     predicted = windows.numel() - len(windows)
     mean = total / predicted
     return Perplexity(

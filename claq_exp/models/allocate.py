@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from claq_exp.models.survey import statistics_of, statistics_tensors, survey_model
 from claq_exp.quantize.allocation import MatrixPlan
@@ -24,7 +25,7 @@ Keep = Callable[[dict[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Ten
 
 
 def allocate_model(
-    model: nn.Module,
+    model: PreTrainedModel,
     batches: list[Tensor],
     recipe: Recipe,
     *,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from claq_exp.models.stream import BlockedModel
 
 
 class StopForward(Exception):  # noqa: N818 - a signal, not an error
@@ -24,60 +27,127 @@ class BlockInputs:
 
     hidden: one [batch, seqlen, width] tensor per batch.
     arguments: number of windows in a batch -> the block's further positional and keyword arguments.
+    dtype, device: what hidden states are brought to before they enter; None: as they are.
     """
 
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: Sequence[Tensor] = field(default_factory=list)
     arguments: dict[int, Arguments] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
 
 
-@torch.inference_mode()
-def capture_inputs(
-    model: nn.Module, blocks: nn.ModuleList, batches: list[Tensor]
-) -> list[BlockInputs]:
-    """Record what enters each block.
-
-    batches: token ids [batch, seqlen] of one length.  The first batch of each size runs up to the
-    last block, for every block's own arguments (masks and position tables differ between blocks in
-    some models); of the others only the first block's hidden states are taken.  Returns one
-    BlockInputs per block, of which only the first has hidden states.
-    """
-    inputs = [BlockInputs() for _ in blocks]
-    for batch in batches:
-        size = len(batch)
-        last = 0 if size in inputs[0].arguments else len(blocks) - 1
-        hooks = [
-            block.register_forward_pre_hook(
-                _recorder(inputs[index], size, index == 0, index == last), with_kwargs=True
-            )
-            for index, block in enumerate(blocks[: last + 1])
-        ]
-        try:
-            model(batch, use_cache=False)
-        except StopForward:
-            pass
-        finally:
-            for hook in hooks:
-                hook.remove()
+def capture_inputs(model: BlockedModel, batches: list[Tensor]) -> list[BlockInputs]:
+    """Record what enters each block: `block_arguments`, and the first block's hidden states."""
+    inputs = block_arguments(model, batches)
+    inputs[0].hidden = list(entering_hidden(model, batches))
     return inputs
 
 
-def _recorder(inputs: BlockInputs, size: int, first: bool, last: bool) -> Callable[..., None]:
-    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        keyword = dict(kwargs)
+@torch.inference_mode()
+def block_arguments(model: BlockedModel, batches: list[Tensor]) -> list[BlockInputs]:
+    """Record what each block gets besides hidden states, for every size of batch.
+
+    batches: token ids [batch, seqlen] of one length.  The blocks do not run; they are asked one by
+    one, for masks and position tables differ between blocks in some models.  Returns one
+    BlockInputs per block, without hidden states.
+    """
+    inputs = [BlockInputs() for _ in model.blocks]
+    wrap = _wrapper(model, batches[0])
+    sizes = {len(batch): batch for batch in reversed(batches)}
+    with model.outside(head=False) as whole:
+        for size, batch in sizes.items():
+            recorders = [
+                _recorder(noted, size, index == len(inputs) - 1, wrap)
+                for index, noted in enumerate(inputs)
+            ]
+            with suppress(StopForward), _replaced(model.blocks, recorders):
+                whole(batch.to(model.device), use_cache=False)
+    return inputs
+
+
+def _recorder(
+    inputs: BlockInputs, size: int, last: bool, wrap: Callable[[Tensor], Any]
+) -> Callable[..., Any]:
+    """Return what takes the place of a block: it notes its arguments, and hands on what entered."""
+
+    def record(*args: Any, **keyword: Any) -> Any:
         hidden = args[0] if args else keyword.pop("hidden_states")
-        if first:
-            inputs.hidden.append(hidden)
-        inputs.arguments.setdefault(size, (args[1:], keyword))
+        inputs.arguments[size] = (args[1:], keyword)
+        inputs.dtype, inputs.device = hidden.dtype, hidden.device
         if last:
             raise StopForward
+        return wrap(hidden)
 
     return record
 
 
 @torch.inference_mode()
+def entering_hidden(model: BlockedModel, batches: list[Tensor]) -> Iterator[Tensor]:
+    """Yield the hidden states that enter the first block: [batch, seqlen, width] of each batch."""
+    found: list[Tensor] = []
+
+    def note(*args: Any, **keyword: Any) -> None:
+        found.append(args[0] if args else keyword["hidden_states"])
+        raise StopForward
+
+    with model.outside(head=False) as whole:
+        for batch in batches:
+            with suppress(StopForward), _replaced(model.blocks, [note] * len(model.blocks)):
+                whole(batch.to(model.device), use_cache=False)
+            yield found.pop()
+
+
+@torch.inference_mode()
+def first_output(model: BlockedModel, tokens: Tensor) -> Any:
+    """Return what the first block gives for token ids [batch, seqlen]."""
+    outputs: list[Any] = []
+    with model.outside(head=False) as whole, model.block(0) as block:
+        forward = block.forward
+
+        def run(*args: Any, **keyword: Any) -> None:
+            outputs.append(forward(*args, **keyword))
+            raise StopForward
+
+        others = [run] * len(model.blocks)
+        with suppress(StopForward), _replaced(model.blocks, others):
+            whole(tokens.to(model.device), use_cache=False)
+    return outputs[0]
+
+
+def _wrapper(model: BlockedModel, tokens: Tensor) -> Callable[[Tensor], Any]:
+    """Return what makes a block's whole output of its hidden states."""
+    output = first_output(model, tokens[:1, :2])
+    return (lambda hidden: (hidden, *output[1:])) if isinstance(output, tuple) else lambda h: h
+
+
+@torch.inference_mode()
+def finish(model: BlockedModel, batches: list[Tensor], hidden: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield the model's output for each batch of token ids, given what leaves the last block."""
+    wrap = _wrapper(model, batches[0])
+    with model.outside(head=True) as whole:
+        for batch, states in zip(batches, hidden, strict=True):
+            done = [lambda *_, states=states, **__: wrap(states)] * len(model.blocks)
+            with _replaced(model.blocks, done):
+                output = whole(batch.to(model.device), use_cache=False)
+            yield output
+
+
+@contextmanager
+def _replaced(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
+    """Have other functions compute the blocks, as long as this is open."""
+    for block, forward in zip(blocks, forwards, strict=True):
+        block.forward = forward
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+@torch.inference_mode()
 def run_block(block: nn.Module, inputs: BlockInputs, batch: int) -> Tensor:
     """Run one batch through a block and return its hidden states [batch, seqlen, width]."""
-    hidden = inputs.hidden[batch]
+    hidden = inputs.hidden[batch].to(device=inputs.device, dtype=inputs.dtype)
     positional, keyword = inputs.arguments[len(hidden)]
     output = block(hidden, *positional, **keyword)
     return output[0] if isinstance(output, tuple) else output

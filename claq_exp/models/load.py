@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from claq_exp.errors import ConfigError, NumericalError, SourceError, first_line
-from claq_exp.models.experts import split_experts
+from claq_exp.errors import ConfigError, SourceError, first_line
+from claq_exp.models.blocks import first_output
+from claq_exp.models.skeleton import read_generation_config, skeleton
+from claq_exp.models.stream import StreamedModel
+from claq_exp.models.weights import check_finite, stored_weights
 
-AHEAD = 0.05  # relative change of logits that is no rounding, be it of bfloat16
+AHEAD = 0.05  # relative change of hidden states that is no rounding, be it of bfloat16
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -24,33 +29,48 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     return _read(AutoConfig, folder, trust_remote_code=trust_remote_code)
 
 
-def load_model(folder: Path, *, dtype: str, device: str, trust_remote_code: bool = False) -> Model:
-    """Load the model of a Hugging Face folder, in evaluation mode, onto `device`.
+def load_model(
+    folder: Path,
+    *,
+    dtype: str,
+    device: str,
+    work: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Bring the model of a Hugging Face folder into memory, in evaluation mode, onto `device`.
 
-    Experts are split.  Raises ConfigError for a model that is already quantized or looks ahead,
-    SourceError when a tensor is missing.
+    Checked as in `open_model`.  work: as there; a temporary folder by default.
+    """
+    with TemporaryDirectory() if work is None else nullcontext(work) as place:
+        opened = open_model(
+            folder, Path(place), dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        return opened.load()
+
+
+def open_model(
+    folder: Path,
+    work: Path,
+    *,
+    dtype: str,
+    device: str,
+    blocks_path: str | None = None,
+    trust_remote_code: bool = False,
+) -> StreamedModel:
+    """Open the model of a Hugging Face folder, to be read block by block, and check it.
+
+    Experts are split.  work: folder for what must be converted before it can be read.
+    Raises ConfigError for a model that is already quantized or looks ahead, SourceError when a
+    tensor is missing, NumericalError for weights that are not finite.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{folder} is already quantized; give the original model")
-    model, report = _read(
-        AutoModelForCausalLM,
-        folder,
-        dtype=DTYPES[dtype],
-        trust_remote_code=trust_remote_code,
-        output_loading_info=True,
-        use_safetensors=True,
-        ignore_mismatched_sizes=True,  # so that the message can name the tensor
-    )
-    if mismatched := sorted(str(key) for key in report["mismatched_keys"]):
-        raise SourceError(
-            f"{folder} holds tensors of another shape than its config: {mismatched[0]}"
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise SourceError(f"{folder} lacks {len(missing)} tensors of its model, e.g. {missing[0]}")
-    split_experts(model)
-    _check_finite(model)
-    model = model.to(device).eval()
+    weights = stored_weights(folder, config, work, trust_remote_code=trust_remote_code)
+    check_finite(weights)
+    whole = skeleton(config, DTYPES[dtype])
+    read_generation_config(whole, folder)
+    model = StreamedModel(whole, weights, device, blocks_path)
     if _looks_ahead(model):
         raise ConfigError(
             f"{folder} ({config.model_type}) is no causal language model: what it predicts after a "
@@ -59,21 +79,13 @@ def load_model(folder: Path, *, dtype: str, device: str, trust_remote_code: bool
     return model
 
 
-@torch.inference_mode()
-def _looks_ahead(model: Model) -> bool:
-    """Tell whether a later token changes an earlier prediction, as in encoders such as BERT."""
-    tokens = torch.tensor([[1, 2] + [later] * 6 for later in (1, 2)], device=model.device)
-    first, second = model(tokens, use_cache=False).logits[:, 1].float()
+def _looks_ahead(model: StreamedModel) -> bool:
+    """Tell whether a later token changes what is known of an earlier one, as in BERT."""
+    tokens = torch.tensor([[1, 2] + [later] * 6 for later in (1, 2)])
+    output = first_output(model, tokens)
+    hidden = output[0] if isinstance(output, tuple) else output
+    first, second = hidden[:, 1].float()
     return bool((first - second).norm() > AHEAD * first.norm())
-
-
-def _check_finite(model: Model) -> None:
-    for name, weight in model.named_parameters():
-        finite = torch.isfinite(weight)
-        if not finite.all():
-            place = torch.nonzero(~finite)[0].tolist()
-            value = weight[tuple(place)].item()
-            raise NumericalError(f"{name}{place} is {value}; repair the model's weights")
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:

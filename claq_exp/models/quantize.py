@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,70 +14,114 @@ from torch import Tensor, nn
 from claq_exp.calibration.hessian import HessianAccumulator
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
-from claq_exp.errors import NumericalError
-from claq_exp.models.blocks import BlockInputs, capture_inputs, feed, run_block
-from claq_exp.models.discover import LinearGroup, Stage, find_blocks, find_stages, linear_weight
+from claq_exp.errors import CalibrationError, NumericalError
+from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden, feed, run_block
+from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_weight
 from claq_exp.models.solve import report_row, solve_group
+from claq_exp.models.stream import BlockedModel
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.problem import LinearProblem
+from claq_exp.quantize.quantized import unpack_weight
 from claq_exp.quantize.recipe import Recipe, Solved
 
-EventSink = Callable[[str, dict[str, Any]], None]
-ShareSink = Callable[[float, str], None]
+PUBLISH_SECONDS = 5.0  # of solving that a kill may cost, where a group does not take longer
 
 
-@dataclass
-class QuantizedModel:
-    """Every quantized linear by its name in the model, and a report row for each."""
+@dataclass(frozen=True)
+class Watcher:
+    """Who follows a quantization.
 
-    packed: dict[str, PackedWeight] = field(default_factory=dict)
-    report: list[dict[str, Any]] = field(default_factory=list)
+    event: called with ("layer", report row) and ("block", seconds by kind of work).
+    share: called with (share of all work just done, where).
+    stopping: asked after each group of linears whether to stop there; `stop` raises.
+    """
+
+    event: Callable[[str, dict[str, Any]], None] = lambda _name, _data: None
+    share: Callable[[float, str], None] = lambda _share, _where: None
+    stopping: Callable[[], bool] = lambda: False
+    stop: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class HiddenForm:
+    """How hidden states are kept between blocks.
+
+    dtype: None for that of the forward passes.  on_disk: read them from the store's file.
+    """
+
+    dtype: torch.dtype | None = None
+    on_disk: bool = False
+
+    def keep(
+        self, entering: Iterable[Tensor], index: int, batches: list[Tensor], store: BlockStore
+    ) -> Sequence[Tensor]:
+        """Publish what enters block `index`, one [batch, seqlen, width] per batch, and return it.
+
+        Raises CalibrationError when a value does not fit the type.
+        """
+        states = (self._cast(hidden, index) for hidden in entering)
+        first = next(states)
+        like = {
+            str(number): first.new_empty(*batch.shape, first.shape[-1], device="meta")
+            for number, batch in enumerate(batches)
+        }
+        kept: list[Tensor] = []
+
+        def noted() -> Iterator[Tensor]:
+            for hidden in chain((first,), states):
+                if not self.on_disk:
+                    kept.append(hidden)
+                yield hidden
+
+        store.begin_block(index, noted(), like)
+        return (store.activations() or ()) if self.on_disk else kept
+
+    def _cast(self, hidden: Tensor, index: int) -> Tensor:
+        cast = hidden.to(self.dtype or hidden.dtype)
+        if cast.dtype != hidden.dtype and not torch.isfinite(cast).all():
+            raise CalibrationError(
+                f"hidden states up to {hidden.abs().max().item():.3g} enter block {index}, beyond "
+                f"{self.dtype}; set calibration.keep_in=bfloat16 or float32"
+            )
+        return cast
 
 
 def quantize_model(
-    model: nn.Module,
+    model: BlockedModel,
     batches: list[Tensor],
     recipe: Recipe,
     store: BlockStore,
     *,
     plans: Mapping[str, MatrixPlan] | None = None,
-    blocks_path: str | None = None,
-    on_event: EventSink = lambda _name, _data: None,
-    on_share: ShareSink = lambda _share, _detail: None,
-) -> QuantizedModel:
-    """Quantize all linear layers of all decoder blocks; their weights become the dequantized ones.
+    hidden_form: HiddenForm = HiddenForm(),
+    watcher: Watcher = Watcher(),
+) -> None:
+    """Quantize all linear layers of all decoder blocks into a store.
 
-    batches: token ids [batch, seqlen] on the model's device, all of one shape.
-    store: blocks that it holds are taken over (their weights in `model` stay as they are); new ones
-        are added as they finish.
+    One block is in memory at a time, and what enters it; what the store holds is taken over.
+    batches: token ids [batch, seqlen], all of one length.  store: open.
     plans: name of a linear -> what an allocation over the whole model decided of it.
-    on_event: called with ("layer", report row) and ("block", seconds by kind of work).
-    on_share: called with (share of all work just done, where).
     """
-    path, blocks = find_blocks(model, blocks_path)
-    finished = store.open()
-    inputs = capture_inputs(model, blocks, batches)
-    result = QuantizedModel(*store.load_blocks())
-    if finished:
-        on_share(finished / len(blocks), f"after block {finished - 1}")
-    if 0 < finished < len(blocks):
-        inputs[0].hidden = []
-        device = batches[0].device
-        inputs[finished].hidden = [hidden.to(device) for hidden in store.load_activations()]
-    for index in range(finished, len(blocks)):
-        block = _Block(blocks[index], inputs[index], f"{path}.{index}", index, recipe, plans or {})
-        packed, report = block.quantize(
-            on_event, lambda share, name: on_share(share / len(blocks), name)
-        )
-        hidden = block.outputs()
-        inputs[index].hidden = []
-        if index + 1 < len(blocks):
-            inputs[index + 1].hidden = hidden
-        store.save_block(packed, report, hidden)
-        on_event("block", {"block": index, **block.seconds})
-        result.packed.update(packed)
-        result.report.extend(report)
-    return result
+    inputs = block_arguments(model, batches)
+    hidden: Sequence[Tensor]
+    entering = store.activations()
+    if entering is None:
+        hidden = hidden_form.keep(entering_hidden(model, batches), 0, batches, store)
+    else:
+        hidden = entering if hidden_form.on_disk else [t.to(model.device) for t in entering]
+    share = 1 / len(model.blocks)
+    if store.blocks:
+        watcher.share(store.blocks * share, f"after block {store.blocks - 1}")
+    for index in range(store.blocks, len(model.blocks)):
+        inputs[index].hidden = hidden
+        with model.block(index) as module:
+            block = _Block(
+                module, inputs[index], f"{model.path}.{index}", index, recipe, plans or {}
+            )
+            block.quantize(store, watcher, share)
+            hidden = hidden_form.keep(block.outputs(), index + 1, batches, store)
+        inputs[index] = BlockInputs()
+        watcher.event("block", {"block": index, **block.seconds})
 
 
 @dataclass
@@ -93,34 +138,44 @@ class _Block:
         default_factory=lambda: {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
     )
 
-    def quantize(
-        self, on_event: EventSink, on_share: ShareSink
-    ) -> tuple[dict[str, PackedWeight], list[dict[str, Any]]]:
-        packed: dict[str, PackedWeight] = {}
-        report: list[dict[str, Any]] = []
+    def quantize(self, store: BlockStore, watcher: Watcher, share: float) -> None:
+        """Quantize what the store does not hold yet of the block, and take over what it does."""
+        done = store.packed(self.index)
+        self._take_over(done)
         stages = find_stages(self.module, self.inputs)
         groups = [group for stage in stages for group in stage]
         weights = sum(self._weight(name).numel() for group in groups for name in group.names)
+        pending = _Pending(store, self.index)
         for stage in stages:
-            found = self._accumulate(stage)
-            for group in stage:
+            left = tuple(g for g in stage if not all(f"{self.path}.{n}" in done for n in g.names))
+            found = self._accumulate(left) if left else {}
+            for group in left:
                 tokens, hessian = found[group].tokens, found.pop(group).hessian()
                 for name, solved, seconds in self._solve(group, hessian):
-                    full_name = f"{self.path}.{name}"
-                    quantized = solved.quantized
-                    packed[full_name] = PackedWeight(quantized.layout(), quantized.pack())
-                    report.append(report_row(self.index, full_name, solved, tokens, seconds))
-                    on_event("layer", report[-1])
-                    on_share(self._weight(name).numel() / weights, full_name)
-        return packed, report
+                    row = report_row(self.index, f"{self.path}.{name}", solved, tokens, seconds)
+                    pending.add(solved, row)
+                    watcher.event("layer", row)
+                    watcher.share(share * self._weight(name).numel() / weights, row["name"])
+                pending.publish(now=watcher.stopping())
+                watcher.stop()
+        pending.publish(now=True)
 
-    def outputs(self) -> list[Tensor]:
-        """Run every batch through the quantized block."""
-        started = time.perf_counter()
-        batches = range(len(self.inputs.hidden))
-        hidden = [run_block(self.module, self.inputs, batch) for batch in batches]
-        self.seconds["calibrate"] += time.perf_counter() - started
-        return hidden
+    @torch.no_grad()
+    def _take_over(self, done: Mapping[str, PackedWeight]) -> None:
+        for full_name, packed in done.items():
+            weight = unpack_weight(packed.layout, packed.tensors)
+            self._weight(full_name.removeprefix(f"{self.path}.")).copy_(weight.dequantize())
+
+    def outputs(self) -> Iterator[Tensor]:
+        """Run every batch through the quantized block; hidden states in memory are used up."""
+        hidden = self.inputs.hidden
+        for batch in range(len(hidden)):
+            started = time.perf_counter()
+            output = run_block(self.module, self.inputs, batch)
+            self.seconds["calibrate"] += time.perf_counter() - started
+            if isinstance(hidden, list):
+                hidden[batch] = hidden[batch].new_empty(0)
+            yield output
 
     @torch.inference_mode()
     def _accumulate(self, stage: Stage) -> dict[LinearGroup, HessianAccumulator]:
@@ -171,3 +226,25 @@ class _Block:
 
     def _weight(self, name: str) -> Tensor:
         return linear_weight(self.module.get_submodule(name))
+
+
+@dataclass
+class _Pending:
+    """Finished linears that are not in the store yet."""
+
+    store: BlockStore
+    block: int
+    packed: dict[str, PackedWeight] = field(default_factory=dict)
+    report: list[dict[str, Any]] = field(default_factory=list)
+    since: float = field(default_factory=time.monotonic)
+
+    def add(self, solved: Solved, row: dict[str, Any]) -> None:
+        quantized = solved.quantized
+        self.packed[row["name"]] = PackedWeight(quantized.layout(), quantized.pack())
+        self.report.append(row)
+
+    def publish(self, *, now: bool) -> None:
+        """Bring them into the store, now or when it is time to."""
+        if self.packed and (now or time.monotonic() - self.since > PUBLISH_SECONDS):
+            self.store.add(self.block, self.packed, self.report)
+            self.packed, self.report, self.since = {}, [], time.monotonic()

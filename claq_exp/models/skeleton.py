@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,29 +15,51 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 
-def skeleton(config: PretrainedConfig) -> PreTrainedModel:
-    """Build the causal language model of a config on the meta device: shapes, no memory.
+def skeleton(
+    config: PretrainedConfig, dtype: torch.dtype | None = None, *, split: bool = True
+) -> PreTrainedModel:
+    """Build the causal language model of a config with its parameters on the meta device.
 
-    Experts are split.  Raises ConfigError for any other kind of model.
+    Buffers, which are computed and not read, are there.  dtype: of the parameters, None for the
+    config's.  split: take experts apart.  Raises ConfigError for any other kind of model.
     """
+    from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     remote = type(config).__module__.startswith("transformers_modules")  # allowed when it was read
+    options = {} if dtype is None else {"dtype": dtype}
     try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote, **options)
     except ValueError as error:
         name = config.name_or_path or "the model"
         raise ConfigError(f"{name} ({config.model_type}) is no causal language model") from error
-    split_experts(model)
-    return model
+    if split:
+        split_experts(model)
+    return model.eval()
 
 
-def tied_names(model: PreTrainedModel) -> set[str]:
-    """Return the parameters that only rename another one, e.g. a tied head."""
+def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
+    """Give a model the settings for generation that its folder holds, if any."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Return the parameters that only rename another one, e.g. a tied head: name -> the other."""
     if not getattr(model.config, "tie_word_embeddings", False):
-        return set()
-    return set(getattr(model, "_tied_weights_keys", None) or ())
+        return {}
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied is None:  # code that came with the model, and is older than this entry
+        tied = dict.fromkeys(getattr(model, "_tied_weights_keys", None) or (), _embedding(model))
+    return dict(tied)
+
+
+def _embedding(model: PreTrainedModel) -> str:
+    table = model.get_input_embeddings()
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is table)
 
 
 def dense_parameter_shapes(config: PretrainedConfig) -> dict[str, tuple[int, ...]]:

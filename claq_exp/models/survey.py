@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from claq_exp.calibration.hessian import HessianAccumulator
 from claq_exp.errors import CalibrationError, NumericalError
 from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, watched
-from claq_exp.models.discover import Stage, find_blocks, find_stages, linear_weight, linears_of
+from claq_exp.models.discover import Stage, find_stages, linear_weight, linears_of
 from claq_exp.models.experts import Place, expert_lists, place_among_experts
+from claq_exp.models.stream import WholeModel
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.statistics import ColumnStatistics
 
@@ -36,7 +38,7 @@ class _Gradients:
 
 
 def survey_model(
-    model: nn.Module,
+    model: PreTrainedModel,
     batches: list[Tensor],
     solver: Solver,
     *,
@@ -54,14 +56,15 @@ def survey_model(
     Experts count by the share of tokens that they see.  Raises CalibrationError when a gradient is
     not finite.
     """
-    path, blocks = find_blocks(model, blocks_path)
+    blocked = WholeModel(model, blocks_path)
+    path, blocks = blocked.path, blocked.blocks
     importance: dict[str, Tensor] = {}
     if gradients:
         importance = _row_importance(
             model, batches, path, blocks, lambda share, where: on_share(BACKWARD * share, where)
         )
     share = (1 - BACKWARD * gradients) / len(blocks)
-    inputs = capture_inputs(model, blocks, batches)
+    inputs = capture_inputs(blocked, batches)
     statistics: dict[str, ColumnStatistics] = {}
     for index, block in enumerate(blocks):
         hidden, hessians = block_hessians(block, inputs[index], f"{path}.{index}")

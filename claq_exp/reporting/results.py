@@ -18,7 +18,8 @@ from claq_exp.evaluation.divergence import Divergence
 from claq_exp.evaluation.measure import Measurement
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.zero_shot import average_accuracy
-from claq_exp.machine import device_name, git_commit, peak_memory, versions
+from claq_exp.machine import device_name, git_commit, versions
+from claq_exp.resources import peak_memory
 
 SCHEMA = 1
 TIMINGS = ("load", "allocate", "calibrate", "hessian", "solve", "export", "evaluate")

@@ -28,6 +28,7 @@ from claq_exp.evaluation.divergence import (
 )
 from claq_exp.evaluation.measure import Meter
 from claq_exp.evaluation.perplexity import Corpus
+from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore
 from claq_exp.reporting.results import kl_rows
 
@@ -253,7 +254,8 @@ def compared(before, after, corpora, wanted, folder, batch_size=2) -> dict[str, 
         ("after", after, comparison.add),
     ):
         scores = ScoreStore(folder / "scores", {"model": subject})
-        meter = Meter(model, byte_tokenizer(), "cpu", scores, {}, on_logits=on_logits)
+        measured = Subject(subject, "cpu", lambda model=model: model)
+        meter = Meter(measured, 256, byte_tokenizer(), "cpu", scores, {}, on_logits=on_logits)
         meter.measure({name: Corpus(rows, "text") for name, rows in corpora.items()}, evaluation)
     return comparison.results()
 

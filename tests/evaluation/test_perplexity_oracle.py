@@ -22,6 +22,7 @@ from claq_exp.config import CorpusConfig, EvaluationConfig
 from claq_exp.evaluation.measure import Measurement, Meter
 from claq_exp.evaluation.perplexity import Corpus, Perplexity, windows_at_once
 from claq_exp.evaluation.perplexity import perplexity as corpus_perplexity
+from claq_exp.evaluation.predict import Subject, in_memory
 from claq_exp.evaluation.scores import ScoreStore
 from claq_exp.reporting.results import perplexity_rows
 
@@ -53,8 +54,8 @@ def windows(count: int, seqlen: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, VOCABULARY, (count, seqlen), generator=generator)
 
 
-def perplexity(model: nn.Module, tokens: torch.Tensor, *options) -> Perplexity:
-    return corpus_perplexity(model, Corpus(tokens, "text"), *options)
+def perplexity(model: nn.Module, tokens: torch.Tensor, batch_size: int, *options) -> Perplexity:
+    return corpus_perplexity(in_memory(model, "cpu"), Corpus(tokens, "text"), batch_size, *options)
 
 
 def slow(model: Table, tokens: torch.Tensor) -> float:
@@ -78,7 +79,7 @@ def slow(model: Table, tokens: torch.Tensor) -> float:
 )
 def test_it_equals_the_definition(count, seqlen, batch_size, scale):
     model, tokens = table(scale=scale), windows(count, seqlen)
-    found = perplexity(model, tokens, batch_size, "cpu")
+    found = perplexity(model, tokens, batch_size)
     exact = math.log(slow(model, tokens))  # in nats: losses of 100 keep 7 digits in float32
     assert math.log(found.value) == pytest.approx(exact, rel=1e-6, abs=1e-6)
     assert (found.seqlen, found.tokens) == (seqlen, count * (seqlen - 1))
@@ -90,22 +91,22 @@ def test_the_first_token_of_a_window_is_context_alone():
     model.logits[:, tokens[0, 0]] = -50.0
     seen = [token for token in tokens[0, 1:].tolist() if token != tokens[0, 0]]
     assert len(seen) == 4
-    assert perplexity(model, tokens, 1, "cpu").value == pytest.approx(slow(model, tokens), rel=1e-6)
-    assert perplexity(model, tokens, 1, "cpu").value < math.exp(10)
+    assert perplexity(model, tokens, 1).value == pytest.approx(slow(model, tokens), rel=1e-6)
+    assert perplexity(model, tokens, 1).value < math.exp(10)
 
 
 def test_one_window_and_many_batch_sizes_agree_on_a_transformer():
     model = tiny_llama().float()
     tokens = torch.randint(0, 256, (7, 33), generator=torch.Generator().manual_seed(1))
-    single = [perplexity(model, window[None], 1, "cpu").value for window in tokens]
+    single = [perplexity(model, window[None], 1).value for window in tokens]
     whole = math.exp(math.fsum(map(math.log, single)) / len(single))
     for batch_size in (1, 2, 3, 7, 50):
-        assert perplexity(model, tokens, batch_size, "cpu").value == pytest.approx(whole, rel=1e-6)
+        assert perplexity(model, tokens, batch_size).value == pytest.approx(whole, rel=1e-6)
 
 
 def test_ticks_count_every_window_once():
     done: list[int] = []
-    perplexity(table(), windows(7, 4), 3, "cpu", done.append)
+    perplexity(table(), windows(7, 4), 3, done.append)
     assert done == [3, 3, 1]
 
 
@@ -114,13 +115,13 @@ def test_beyond_float64_it_is_infinite():
     model, tokens = table(), torch.tensor([[0, 1, 2]])
     model.logits[:] = 0.0
     model.logits[0, 5] = model.logits[1, 5] = 5000.0
-    assert perplexity(model, tokens, 1, "cpu").value == math.inf
+    assert perplexity(model, tokens, 1).value == math.inf
 
 
 def test_logits_that_are_nan_do_not_pass_for_an_infinite_perplexity():
     model = table()
     model.logits[3, 4] = math.nan
-    assert math.isnan(perplexity(model, torch.tensor([[3, 1, 2]]), 1, "cpu").value)
+    assert math.isnan(perplexity(model, torch.tensor([[3, 1, 2]]), 1).value)
 
 
 @pytest.mark.case(92, 97)
@@ -140,7 +141,8 @@ EVALUATION = EvaluationConfig({name: CorpusConfig("unset") for name in CORPORA},
 
 def meter(model: nn.Module, folder, **options) -> Meter:
     store = ScoreStore(folder, {"model": "table"})
-    return Meter(model, byte_tokenizer(), "cpu", store, {}, **options)
+    subject = Subject("quantized", "cpu", lambda: model)
+    return Meter(subject, 256, byte_tokenizer(), "cpu", store, {}, **options)
 
 
 def test_measure_reports_each_value_and_the_whole_share(tmp_path):

@@ -18,6 +18,7 @@ from claq_exp.models.discover import (
     linears_of,
 )
 from claq_exp.models.skeleton import dense_parameter_count, dense_parameter_shapes, tied_names
+from claq_exp.models.stream import WholeModel
 
 
 def entering(block: nn.Module, inputs: BlockInputs, batch: int, module: nn.Module) -> torch.Tensor:
@@ -56,7 +57,7 @@ def test_blocks_are_the_list_that_holds_most_linear_weights(name):
 def test_linears_with_the_same_input_form_groups_in_execution_order(name):
     model = ARCHITECTURES[name].build()
     _, blocks = find_blocks(model)
-    inputs = capture_inputs(model, blocks, token_batches(1))
+    inputs = capture_inputs(WholeModel(model), token_batches(1))
     groups = groups_of(blocks[0], inputs[0])
     assert [group.names for group in groups] == ARCHITECTURES[name].groups
     assert {name for group in groups for name in group.names} == set(linears_of(blocks[0]))
@@ -83,7 +84,7 @@ def test_running_block_by_block_gives_the_models_own_hidden_states(name):
     model = ARCHITECTURES[name].build()
     _, blocks = find_blocks(model)
     batches = token_batches(3)
-    inputs = capture_inputs(model, blocks, batches)
+    inputs = capture_inputs(WholeModel(model), batches)
     expected = [hidden_states_of(model, blocks, batch) for batch in batches]
     for index, block in enumerate(blocks):
         assert len(inputs[index].hidden) == 3
@@ -100,7 +101,7 @@ def test_a_module_is_fed_what_enters_it_in_the_model(name):
     model = ARCHITECTURES[name].build()
     _, blocks = find_blocks(model)
     batches = token_batches(2)
-    inputs = capture_inputs(model, blocks, batches)
+    inputs = capture_inputs(WholeModel(model), batches)
     for linear in linears_of(blocks[0]).values():
         seen = []
         hook = linear.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
@@ -114,7 +115,7 @@ def test_a_module_is_fed_what_enters_it_in_the_model(name):
 def test_capturing_and_grouping_leave_no_hooks_behind():
     model = ARCHITECTURES["llama"].build()
     _, blocks = find_blocks(model)
-    inputs = capture_inputs(model, blocks, token_batches(2))
+    inputs = capture_inputs(WholeModel(model), token_batches(2))
     find_stages(blocks[0], inputs[0])
     entering(blocks[0], inputs[0], 0, blocks[0].mlp.down_proj)
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -124,7 +125,7 @@ def test_capturing_and_grouping_leave_no_hooks_behind():
 def test_a_linear_weight_is_out_by_in_and_writes_through(name):
     model = ARCHITECTURES[name].build()
     _, blocks = find_blocks(model)
-    inputs = capture_inputs(model, blocks, token_batches(1))
+    inputs = capture_inputs(WholeModel(model), token_batches(1))
     for linear in linears_of(blocks[0]).values():
         value = entering(blocks[0], inputs[0], 0, linear)
         weight = linear_weight(linear)

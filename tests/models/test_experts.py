@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_models import Quantized, quantized_model
 from tiny_architectures import ARCHITECTURES, EXPERTS, token_batches
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from claq_exp.checkpoint.store import BlockStore
 from claq_exp.errors import ConfigError
 from claq_exp.models.blocks import capture_inputs
 from claq_exp.models.discover import find_blocks, find_stages, linears_of
@@ -23,7 +23,7 @@ from claq_exp.models.experts import (
     split_experts,
 )
 from claq_exp.models.load import load_model
-from claq_exp.models.quantize import QuantizedModel, quantize_model
+from claq_exp.models.stream import WholeModel
 from claq_exp.models.survey import survey_model
 from claq_exp.quantize.codebook import KMeans, Uniform
 from claq_exp.quantize.precision import Fixed, OutlierOrder
@@ -184,7 +184,7 @@ def test_a_list_of_layers_without_a_router_is_no_list_of_experts():
 def test_an_expert_that_the_first_batch_did_not_reach_has_the_groups_of_the_others():
     model = lazy_mixtral()
     _, blocks = find_blocks(model)
-    inputs = capture_inputs(model, blocks, [TOKENS[:1, :2]])
+    inputs = capture_inputs(WholeModel(model), [TOKENS[:1, :2]])
     stages = find_stages(blocks[0], inputs[0])
     assert [len(stage) for stage in stages] == [1, 1, EXPERTS, EXPERTS]
     assert [group.names for group in stages[2]] == [
@@ -193,9 +193,8 @@ def test_an_expert_that_the_first_batch_did_not_reach_has_the_groups_of_the_othe
     ]
 
 
-def quantized(model: nn.Module, folder: Path, recipe: Recipe) -> QuantizedModel:
-    batches = token_batches(3, size=4)
-    return quantize_model(model, batches, recipe, BlockStore(folder, "run"))
+def quantized(model: PreTrainedModel, folder: Path, recipe: Recipe) -> Quantized:
+    return quantized_model(model, token_batches(3, size=4), recipe, folder)
 
 
 def test_a_block_of_experts_takes_as_many_passes_as_any_other(tmp_path):

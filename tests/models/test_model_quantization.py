@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_models import Quantized, opened, quantized_model
 from tiny_architectures import ARCHITECTURES, Architecture, token_batches
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
@@ -19,7 +20,8 @@ from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import write_checkpoint
 from claq_exp.errors import CalibrationError, CheckpointError, NumericalError
 from claq_exp.models.discover import linear_weight
-from claq_exp.models.quantize import QuantizedModel, quantize_model
+from claq_exp.models.quantize import Watcher, quantize_model
+from claq_exp.models.stream import WholeModel
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import Fixed, LayerMap, OutlierOrder
 from claq_exp.quantize.problem import LinearProblem
@@ -43,8 +45,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def quantized(model: nn.Module, folder: Path, recipe: Recipe = RECIPE, **options) -> QuantizedModel:
-    return quantize_model(model, BATCHES, recipe, BlockStore(folder, "run"), **options)
+def quantized(model: nn.Module, folder: Path, recipe: Recipe = RECIPE, **options) -> Quantized:
+    return quantized_model(model, BATCHES, recipe, folder, **options)
 
 
 def entering(model: nn.Module, linear: nn.Module, batches: list[Tensor]) -> list[Tensor]:
@@ -58,7 +60,7 @@ def entering(model: nn.Module, linear: nn.Module, batches: list[Tensor]) -> list
     return seen
 
 
-def assert_same_packed(first: QuantizedModel, second: QuantizedModel) -> None:
+def assert_same_packed(first: Quantized, second: Quantized) -> None:
     assert list(first.packed) == list(second.packed)
     for name, weight in first.packed.items():
         assert weight.layout == second.packed[name].layout
@@ -67,7 +69,7 @@ def assert_same_packed(first: QuantizedModel, second: QuantizedModel) -> None:
             assert torch.equal(tensor, second.packed[name].tensors[suffix]), f"{name}.{suffix}"
 
 
-def without_seconds(result: QuantizedModel) -> list[dict[str, object]]:
+def without_seconds(result: Quantized) -> list[dict[str, object]]:
     return [{key: row[key] for key in row if key != "seconds"} for row in result.report]
 
 
@@ -78,7 +80,7 @@ class Case:
     architecture: Architecture
     original: PreTrainedModel
     model: PreTrainedModel
-    result: QuantizedModel
+    result: Quantized
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -194,13 +196,15 @@ def test_a_stopped_run_goes_on_to_the_same_tensors(event, count, tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        quantized(ARCHITECTURES["llama"].build(), tmp_path / "parts", on_event=stop)
+        quantized(ARCHITECTURES["llama"].build(), tmp_path / "parts", watcher=Watcher(event=stop))
     blocks = []
     model = ARCHITECTURES["llama"].build()
     again = quantized(
         model,
         tmp_path / "parts",
-        on_event=lambda name, data: blocks.append(data["block"]) if name == "block" else None,
+        watcher=Watcher(
+            event=lambda name, data: blocks.append(data["block"]) if name == "block" else None
+        ),
     )
     assert_same_packed(again, whole)
     assert without_seconds(again) == without_seconds(whole)
@@ -217,12 +221,88 @@ def test_a_run_that_is_stopped_after_every_block_ends_the_same(name, tmp_path):
 
     for _ in range(ARCHITECTURES[name].depth):
         with pytest.raises(Stop):
-            quantized(ARCHITECTURES[name].build(), tmp_path / "parts", on_event=stop)
-    again = quantized(ARCHITECTURES[name].build(), tmp_path / "parts", on_event=stop)
+            quantized(ARCHITECTURES[name].build(), tmp_path / "parts", watcher=Watcher(event=stop))
+    again = quantized(ARCHITECTURES[name].build(), tmp_path / "parts", watcher=Watcher(event=stop))
     assert_same_packed(again, whole)
 
 
+<<<<<<< HEAD
 @pytest.mark.case(40)
+=======
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@pytest.mark.parametrize("groups", [1, 2, 5])
+def test_a_run_that_is_asked_to_stop_publishes_the_group_at_hand_and_repeats_none(
+    name, groups, tmp_path
+):
+    whole = quantized(ARCHITECTURES[name].build(), tmp_path / "whole")
+    asked: list[int] = []
+
+    def stopping() -> bool:
+        asked.append(1)
+        return len(asked) == groups
+
+    def stop() -> None:
+        if len(asked) == groups:
+            raise Stop
+
+    with pytest.raises(Stop):
+        watcher = Watcher(stopping=stopping, stop=stop)
+        quantized(ARCHITECTURES[name].build(), tmp_path / "parts", watcher=watcher)
+    done = list(opened(tmp_path / "parts").packed())
+    architecture = ARCHITECTURES[name]
+    expected = [layer for group in architecture.groups * 2 for layer in group]
+    assert len(done) == sum(len(g) for g in (architecture.groups * 2)[:groups])
+    assert [layer.split(".", 3)[3] for layer in done] == expected[: len(done)]
+    solved: list[str] = []
+    watcher = Watcher(
+        event=lambda name, data: solved.append(data["name"]) if name == "layer" else None
+    )
+    again = quantized(ARCHITECTURES[name].build(), tmp_path / "parts", watcher=watcher)
+    assert solved == list(whole.packed)[len(done) :]
+    assert_same_packed(again, whole)
+    assert without_seconds(again) == without_seconds(whole)
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.case(8)
+@pytest.mark.parametrize(
+    ("file", "kept"),
+    [("block_0001_00", 1), ("block_0000_00", 0), ("activations_0002", 2), ("activations", 2)],
+)
+def test_what_is_damaged_in_the_store_is_made_again_and_never_used(file, kept, tmp_path):
+    whole = quantized(ARCHITECTURES["llama"].build(), tmp_path / "whole")
+
+    def stop(name: str, data: dict[str, object]) -> None:
+        if name == "block" and data["block"] == 1:
+            raise Stop
+
+    with pytest.raises(Stop):
+        quantized(ARCHITECTURES["llama"].build(), tmp_path / "parts", watcher=Watcher(event=stop))
+    (path,) = (tmp_path / "parts").glob(f"{file}*.safetensors")
+    damage(path) if "_" in file else path.unlink()
+    with pytest.raises(CheckpointError, match=path.stem):
+        opened(tmp_path / "parts")
+    told: list[str] = []
+    store = BlockStore(tmp_path / "parts", {"run": "run"})
+    store.open(told.append)
+    assert len(told) == 1
+    assert str(path) in told[0]
+    solved: set[int] = set()
+    watcher = Watcher(
+        event=lambda name, data: solved.add(data["block"]) if name == "layer" else None
+    )
+    model = WholeModel(ARCHITECTURES["llama"].build())
+    quantize_model(model, BATCHES, RECIPE, store, watcher=watcher)
+    assert solved == set(range(kept, 3))
+    assert_same_packed(Quantized(store.packed(), store.report()), whole)
+
+
+>>>>>>> cbf117b (Models are quantized and measured block by block, never whole in memory)
 def test_the_same_command_twice_gives_the_same_tensors(tmp_path):
     results = [quantized(ARCHITECTURES["gemma2"].build(), tmp_path / str(run)) for run in (1, 2)]
     assert_same_packed(*results)
@@ -243,19 +323,23 @@ def test_threads_change_nothing(tmp_path):
 def test_the_store_of_another_run_is_not_touched(tmp_path):
     quantized(ARCHITECTURES["llama"].build(), tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(CheckpointError, match="identity"):
-        quantize_model(ARCHITECTURES["llama"].build(), BATCHES, PLAIN, BlockStore(tmp_path, "b"))
+    with pytest.raises(CheckpointError, match="another run"):
+        opened(tmp_path, "another run")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_shares_add_up_to_the_whole_work(tmp_path):
     shares: list[tuple[float, str]] = []
     model = ARCHITECTURES["llama"].build()
-    result = quantized(model, tmp_path, on_share=lambda share, where: shares.append((share, where)))
+    result = quantized(
+        model, tmp_path, watcher=Watcher(share=lambda share, where: shares.append((share, where)))
+    )
     assert sum(share for share, _ in shares) == pytest.approx(1)
     assert [where for _, where in shares] == list(result.packed)
     shares.clear()
-    quantized(model, tmp_path, on_share=lambda share, where: shares.append((share, where)))
+    quantized(
+        model, tmp_path, watcher=Watcher(share=lambda share, where: shares.append((share, where)))
+    )
     assert shares == [(1.0, "after block 2")]
 
 
@@ -264,7 +348,7 @@ def test_report_rows_hold_what_the_layers_cost(tmp_path):
     result = quantized(
         ARCHITECTURES["llama"].build(),
         tmp_path,
-        on_event=lambda name, data: rows.append(data) if name == "layer" else None,
+        watcher=Watcher(event=lambda name, data: rows.append(data) if name == "layer" else None),
     )
     assert rows == result.report
     for row in rows:
@@ -287,7 +371,7 @@ def test_a_bad_weight_is_reported_by_layer_and_entry(bad, tmp_path):
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = bad
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.down_proj: weight\[3, 5\]"):
         quantized(model, tmp_path)
-    assert BlockStore(tmp_path, "run").open() == 1
+    assert opened(tmp_path).blocks == 1
 
 
 @pytest.mark.case(24)
@@ -316,7 +400,7 @@ def test_an_input_that_is_always_zero_is_counted_as_dead(tmp_path):
 def test_a_smaller_last_batch_is_taken_as_it_comes(name, tmp_path):
     batches = [*token_batches(2, size=4), token_batches(1, size=2, seed=1)[0]]
     model = ARCHITECTURES[name].build()
-    result = quantize_model(model, batches, PLAIN, BlockStore(tmp_path, "run"))
+    result = quantized_model(model, batches, PLAIN, tmp_path)
     assert all(math.isfinite(row["output_error"]) for row in result.report)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from quantized_models import quantized_model
 from safetensors import safe_open
 from tiny_architectures import ARCHITECTURES, token_batches
 from torch import nn
@@ -14,10 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import claq_exp
 from claq_exp.checkpoint.dense import write_dense
-from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import write_checkpoint
 from claq_exp.models.experts import SeparateExperts
-from claq_exp.models.quantize import quantize_model
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import OutlierOrder
 from claq_exp.quantize.recipe import Recipe
@@ -49,7 +48,7 @@ def written(request, tmp_path_factory, tiny_model) -> Written:
     place = tmp_path_factory.mktemp(request.param)
     model = architecture.build()
     batches = token_batches(2, size=4)
-    result = quantize_model(model, batches, RECIPE, BlockStore(place / "blocks", "run"))
+    result = quantized_model(model, batches, RECIPE, place / "blocks")
     folder = place / "checkpoint"
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     write_checkpoint(folder, model, tokenizer, result.packed, torch.float32)

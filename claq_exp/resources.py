@@ -1,0 +1,67 @@
+"""How much memory and disk this process may still take."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import psutil
+
+CONTROL_GROUPS = (  # limit and use of a container, in the two forms that Linux has
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that this process may still take.
+
+    What the machine has left, the limit of a container, and that of the process (`ulimit -v`).
+    """
+    left = [psutil.virtual_memory().available]
+    for limit, used in CONTROL_GROUPS:
+        with contextlib.suppress(OSError, ValueError):  # no container, or no limit ("max")
+            left.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+    limit_of_process, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit_of_process != resource.RLIM_INFINITY:
+        left.append(limit_of_process - psutil.Process().memory_info().vms)
+    return max(0, min(left))
+
+
+def free_memory(device: str) -> int:
+    """Return the bytes that may still be taken of a device's memory, be it a GPU's."""
+    if not device.startswith("cuda"):
+        return available_memory()
+    import torch
+
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
+def free_disk(folder: Path) -> int:
+    """Return the free bytes of the disk of a folder, which need not exist yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def peak_memory() -> int:
+    """Return the largest resident size of this process, in bytes, since `reset_peak`."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak = next(line for line in lines if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
+    peak_since_start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak_since_start if sys.platform == "darwin" else peak_since_start * 1024
+
+
+def reset_peak() -> None:
+    """Have `peak_memory` count from here, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
