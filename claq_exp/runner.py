@@ -6,7 +6,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,7 @@ def run(
             folder.write_results(results)
         shutil.rmtree(folder.work, ignore_errors=True)
         notes = [tracker.failure] if tracker and tracker.failure else []
+        notes += [f"{what}; it was made again" for what in job.damaged]
         return Outcome(folder.path, results, found=False, notes=(*_few_tokens(results), *notes))
 
 
@@ -169,6 +170,7 @@ class _Job:
     device: str
     progress: RunProgress
     events: EventLog
+    damaged: list[str] = field(default_factory=list)
 
     def results(self, command: str) -> dict[str, Any]:
         """Go through all stages and return the content of results.json."""
@@ -214,7 +216,7 @@ class _Job:
         batches = list(self.tokens.calibration.split(config.calibration.batch_size))
         plans = self._allocate(batches)
         store = BlockStore(self.folder.work / "blocks", self._store_identity())
-        store.open(on_damage=lambda what: self.events.event("damaged", what=what))
+        store.open(self._note_damage)
         self.progress.stage("quantize")
         reset_peak()
         quantize_model(
@@ -234,6 +236,10 @@ class _Job:
         if not self.folder.checkpoint.is_dir():
             self._stage("export", lambda: self._export(model, store))
         return original, report
+
+    def _note_damage(self, what: str) -> None:
+        self.damaged.append(what)
+        self.events.event("damaged", what=what)
 
     def _open_original(self) -> StreamedModel:
         model = self.config.model

@@ -65,7 +65,10 @@ class BlockStore:
         if not path.is_file():
             self._folder.mkdir(parents=True, exist_ok=True)
             return
-        state = read_json(path)
+        try:
+            state = read_json(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {OVER}") from error
         if state.get("version") != STATE_VERSION:
             raise CheckpointError(
                 f"{path} has version {state.get('version')}, this release reads {STATE_VERSION}; "

@@ -136,12 +136,8 @@ def test_files_without_a_state_are_no_blocks(tmp_path):
     assert store.report() == report(0)
 
 
-<<<<<<< HEAD
 @pytest.mark.case(7)
-def test_a_block_that_cannot_be_recorded_is_not_counted(tmp_path):
-=======
 def test_linears_that_cannot_be_recorded_are_not_counted(tmp_path):
->>>>>>> cbf117b (Models are quantized and measured block by block, never whole in memory)
     store = fill(tmp_path, 1)
     with pytest.raises(ValueError, match="JSON"):
         store.add(1, packed(1), [{"output_error": float("nan")}])
@@ -210,11 +206,7 @@ def test_the_store_of_another_version_is_refused(tmp_path):
 damaged_store = pytest.mark.case(8, 9)
 
 
-<<<<<<< HEAD
-@pytest.mark.case(9)
-=======
 @damaged_store
->>>>>>> cbf117b (Models are quantized and measured block by block, never whole in memory)
 @pytest.mark.parametrize("keep", [0, 1, 40, -3])
 def test_a_cut_state_is_refused(tmp_path, keep):
     fill(tmp_path, 2)
@@ -244,12 +236,6 @@ def test_a_state_without_one_of_its_facts_is_refused(tmp_path, key):
         opened(tmp_path)
 
 
-<<<<<<< HEAD
-@pytest.mark.case(8)
-@pytest.mark.parametrize("file", ["block_0000", "block_0001", "activations_0002"])
-@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing"])
-def test_a_damaged_file_is_refused_by_name(tmp_path, file, damage):
-=======
 @damaged_store
 @pytest.mark.parametrize("blocks", [-1, 3, "many"])
 def test_a_count_of_blocks_that_the_files_do_not_bear_is_refused(tmp_path, blocks):
@@ -278,7 +264,6 @@ def test_a_state_that_names_a_file_elsewhere_is_refused(tmp_path, name, which):
 @pytest.mark.parametrize("file", ["block_0000_01", "block_0001_00", "activations_0002"])
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "empty"])
 def test_a_damaged_file_is_refused_by_name_or_not_used(tmp_path, file, damage):
->>>>>>> cbf117b (Models are quantized and measured block by block, never whole in memory)
     fill(tmp_path, 2)
     path = tmp_path / f"{file}.safetensors"
     content = bytearray(path.read_bytes())

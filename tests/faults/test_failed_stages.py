@@ -59,9 +59,10 @@ def measured(monkeypatch) -> list[int]:
     counts = []
     whole = measure.perplexity
 
-    def count(model, corpus, *rest):
+    def count(predict, corpus, *rest):
+        found = whole(predict, corpus, *rest)
         counts.append(len(corpus.windows))
-        return whole(model, corpus, *rest)
+        return found
 
     monkeypatch.setattr(measure, "perplexity", count)
     return counts
@@ -208,7 +209,7 @@ def test_a_failed_export_keeps_the_blocks(run, outputs, failing):
     repair = failing("write_checkpoint", SourceError("no luck"))
     assert run() == 1
     state = only_folder(outputs) / "work" / "blocks" / "state.json"
-    assert len(json.loads(state.read_text())["blocks"]) == 3
+    assert json.loads(state.read_text())["blocks"] == 3
     repair()
     assert run() == 0
     events = (only_folder(outputs) / "events.jsonl").read_text()
@@ -270,18 +271,36 @@ def test_resume_never_that_is_interrupted_is_not_found_finished(run, outputs, fa
 
 
 @pytest.mark.case(8)
-def test_a_damaged_store_names_the_way_out(run, outputs, failing, capfd):
+def test_a_damaged_file_of_the_store_is_noted_and_made_again(run, outputs, failing, capfd):
+    assert run() == 0
+    whole = (only_folder(outputs) / "checkpoint" / "model.safetensors").read_bytes()
     repair = failing("write_checkpoint", SourceError("no luck"))
-    assert run() == 1
-    block = only_folder(outputs) / "work" / "blocks" / "block_0001.safetensors"
+    assert run("resume=never") == 1
+    block = only_folder(outputs) / "work" / "blocks" / "block_0001_00.safetensors"
     content = bytearray(block.read_bytes())
     content[-1] ^= 1
     block.write_bytes(content)
     repair()
     capfd.readouterr()
+    assert run() == 0
+    assert (only_folder(outputs) / "checkpoint" / "model.safetensors").read_bytes() == whole
+    lines = (only_folder(outputs) / "events.jsonl").read_text().splitlines()
+    (told,) = [event for event in map(json.loads, lines) if event["event"] == "damaged"]
+    assert str(block) in told["what"]
+    assert str(block) in capfd.readouterr().out
+
+
+@pytest.mark.case(9)
+def test_a_damaged_state_names_the_way_out(run, outputs, failing, capfd):
+    repair = failing("write_checkpoint", SourceError("no luck"))
+    assert run() == 1
+    state = only_folder(outputs) / "work" / "blocks" / "state.json"
+    state.write_text(state.read_text()[:-20])
+    repair()
+    capfd.readouterr()
     assert run() == 1
     line = capfd.readouterr().err.splitlines()[-1]
-    assert str(block) in line
+    assert str(state) in line
     assert "resume=never" in line
     assert run("resume=never") == 0
 

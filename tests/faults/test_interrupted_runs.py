@@ -285,7 +285,7 @@ def test_a_second_process_on_the_same_run_stops_and_names_the_first(
 
 @pytest.mark.parametrize(
     ("file_limit", "file"),
-    [(20_000, "original_logits_0.npy"), (150_000, "activations_0001.safetensors")],
+    [(20_000, "original_logits_0.npy"), (150_000, "activations_0000.safetensors")],
 )
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     file_limit, file, start, command, undisturbed, tmp_path

@@ -226,9 +226,6 @@ def test_a_run_that_is_stopped_after_every_block_ends_the_same(name, tmp_path):
     assert_same_packed(again, whole)
 
 
-<<<<<<< HEAD
-@pytest.mark.case(40)
-=======
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 @pytest.mark.parametrize("groups", [1, 2, 5])
 def test_a_run_that_is_asked_to_stop_publishes_the_group_at_hand_and_repeats_none(
@@ -302,7 +299,7 @@ def test_what_is_damaged_in_the_store_is_made_again_and_never_used(file, kept, t
     assert_same_packed(Quantized(store.packed(), store.report()), whole)
 
 
->>>>>>> cbf117b (Models are quantized and measured block by block, never whole in memory)
+@pytest.mark.case(40)
 def test_the_same_command_twice_gives_the_same_tensors(tmp_path):
     results = [quantized(ARCHITECTURES["gemma2"].build(), tmp_path / str(run)) for run in (1, 2)]
     assert_same_packed(*results)
