@@ -63,8 +63,9 @@ def main() -> None:
         inputs[index].hidden = []
         if index + 1 < len(blocks):
             inputs[index + 1].hidden = hidden
-        for names, hessian in hessians:
-            weights = [linear_weight(block.get_submodule(name)).detach() for name in names]
+        for measured in hessians:
+            hessian = measured.hessian
+            weights = [linear_weight(block.get_submodule(name)).detach() for name in measured.names]
             problems = [LinearProblem(weight, hessian) for weight in weights]
             columns += sum(weight.shape[1] for weight in weights)
             for rule, recipe in rules.items():

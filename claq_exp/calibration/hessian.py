@@ -6,31 +6,45 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import CalibrationError
+from claq_exp.quantize.symmetric import bands, mirror_
+
+TOKENS = 2048  # that are multiplied at a time
 
 
 class HessianAccumulator:
-    """Sums x x^T over tokens: products of a batch in float32, the sum over batches in float64."""
+    """Sums x x^T over tokens: products of some in float32, the sum of products in float64.
+
+    One matrix [in, in] float64 is all that it holds; the half above the diagonal is summed.
+    """
 
     def __init__(self, columns: int) -> None:
-        self._sum = torch.zeros(columns, columns, dtype=torch.float64)
+        with torch.inference_mode(False):  # what takes over the Hessian may work in its place
+            self._sum = torch.zeros(columns, columns, dtype=torch.float64)
         self._tokens = 0
+        self._finished = False
 
     def add(self, inputs: Tensor, where: str) -> None:
         """Add a batch: [..., in], any float dtype and device.
 
-        Raises CalibrationError that names `where` when an input is not finite.
+        Raises CalibrationError that names `where` when an input is not finite, or its square is
+        not; nothing of the batch is added then.
         """
-        flat = inputs.reshape(-1, inputs.shape[-1]).float()
-        product = flat.t() @ flat
-        if not torch.isfinite(
-            product.diagonal()
-        ).all():  # a bad input makes its own diagonal entry bad
+        if self._finished:
+            raise ValueError("the Hessian is finished and takes no more tokens")
+        tokens = inputs.reshape(-1, inputs.shape[-1])
+        parts = tokens.split(TOKENS)
+        norms = [torch.linalg.vector_norm(part.float(), dim=0) for part in parts]
+        if not all(bool(torch.isfinite(norm).all()) for norm in norms):
             raise CalibrationError(
                 f"the input of {where} holds NaN or infinite values; check the model's weights "
                 "and model.dtype"
             )
-        self._sum += product.to("cpu", torch.float64)
-        self._tokens += len(flat)
+        for part in parts:
+            values = part.float()
+            for band in bands(len(self._sum)):
+                product = values[:, band].t() @ values[:, band.start :]
+                self._sum[band, band.start :] += product.cpu()
+        self._tokens += len(tokens)
 
     @property
     def tokens(self) -> int:
@@ -38,5 +52,12 @@ class HessianAccumulator:
         return self._tokens
 
     def hessian(self) -> Tensor:
-        """Return 2/n * sum over n tokens of x x^T: [in, in] float64 (GPTQ, arXiv 2210.17323)."""
-        return self._sum * (2.0 / max(self._tokens, 1))
+        """Return 2/n * sum over n tokens of x x^T: [in, in] float64 (GPTQ, arXiv 2210.17323).
+
+        It is the accumulator's own memory: no token can be added any more.
+        """
+        if not self._finished:
+            self._sum *= 2.0 / max(self._tokens, 1)
+            mirror_(self._sum)
+            self._finished = True
+        return self._sum

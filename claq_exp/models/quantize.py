@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from claq_exp.calibration.hessian import HessianAccumulator
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
-from claq_exp.errors import CalibrationError, NumericalError
+from claq_exp.errors import CalibrationError
 from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden, feed, run_block
 from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_weight
-from claq_exp.models.solve import report_row, solve_group
+from claq_exp.models.solve import report_row, solve_hessian
 from claq_exp.models.stream import BlockedModel
 from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.quantized import unpack_weight
 from claq_exp.quantize.recipe import Recipe, Solved
 
@@ -208,17 +207,12 @@ class _Block:
     def _solve(self, group: LinearGroup, hessian: Tensor) -> list[tuple[str, Solved, float]]:
         """Solve the linears of a group; return (name, solution, seconds) of each."""
         started = time.perf_counter()
-        names = [f"{self.path}.{name}" for name in group.names]
+        weights = {
+            f"{self.path}.{name}": self._weight(name).detach().to("cpu", torch.float32)
+            for name in group.names
+        }
         device = self._weight(group.names[0]).device
-        try:
-            system = self.recipe.solver.prepare(hessian.to(device))
-        except NumericalError as error:
-            raise NumericalError(f"{names[0]}: {error}") from error
-        problems = [
-            LinearProblem(self._weight(name).detach().to("cpu", torch.float32), hessian, full_name)
-            for name, full_name in zip(group.names, names, strict=True)
-        ]
-        solutions = solve_group(problems, system, self.recipe, self.plans, device)
+        solutions = solve_hessian(weights, hessian, self.recipe, self.plans, device)
         for name, (solved, _) in zip(group.names, solutions, strict=True):
             self._weight(name).copy_(solved.quantized.dequantize())
         self.seconds["solve"] += time.perf_counter() - started

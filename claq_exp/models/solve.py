@@ -5,9 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from claq_exp.errors import NumericalError
 from claq_exp.quantize.allocation import MatrixPlan
@@ -17,6 +19,37 @@ from claq_exp.quantize.recipe import Recipe, Solved, quantize_weight
 from claq_exp.quantize.solver.columns import ColumnSystem
 
 CPU = torch.device("cpu")
+
+
+def solve_hessian(
+    weights: Mapping[str, Tensor],
+    hessian: Tensor,
+    recipe: Recipe,
+    plans: Mapping[str, MatrixPlan] | None = None,
+    device: torch.device = CPU,
+) -> list[tuple[Solved, float]]:
+    """Quantize the linears that share an input; return (solution, seconds) of each.
+
+    weights: full name -> [out, in] float32 on the CPU.
+    hessian: [in, in] float64 on the CPU, of their input.  It is used up: where nothing needs it
+        during the column loop its memory is given back before.
+    plans, device: as in `solve_group`.
+    Raises NumericalError that names a layer.
+    """
+    problems = [LinearProblem(weight, hessian, name) for name, weight in weights.items()]
+    energies = [problem.energy() for problem in problems]
+    try:
+        system = recipe.solver.prepare(hessian.to(device), overwrite=True)
+    except NumericalError as error:
+        raise NumericalError(f"{problems[0].name}: {error}") from error
+    told = device == CPU and system.inverse_factor is not None  # the loop will find the errors
+    problems = [
+        replace(problem, hessian=None if told else hessian, known_energy=energy)
+        for problem, energy in zip(problems, energies, strict=True)
+    ]
+    if told:
+        hessian.data = hessian.new_empty(0)  # the caller may hold the tensor still
+    return solve_group(problems, system, recipe, plans, device)
 
 
 def solve_group(

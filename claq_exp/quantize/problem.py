@@ -9,6 +9,7 @@ from torch import Tensor
 
 from claq_exp.errors import NumericalError
 from claq_exp.quantize.layout import HALF_MAX
+from claq_exp.quantize.symmetric import bands, energy, is_finite
 
 
 @dataclass(frozen=True)
@@ -16,28 +17,58 @@ class LinearProblem:
     """One linear layer to quantize.
 
     weight: [out, in] float32.
-    hessian: [in, in] float64, 2/n * sum over n tokens of x x^T (GPTQ, arXiv 2210.17323, eq. 1-2).
+    hessian: [in, in] float64, 2/n * sum over n tokens of x x^T (GPTQ, arXiv 2210.17323, eq. 1-2);
+        None once a solver that compensates has used it up: all it must still tell is the energy.
     name: full name of the layer in its model; empty when unknown.
+    known_energy: tr(W H W^T), where it is known already.
     """
 
     weight: Tensor
-    hessian: Tensor
+    hessian: Tensor | None
     name: str = ""
+    known_energy: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_weight()
+        if self.hessian is None:
+            if self.known_energy is None:
+                raise ValueError("a problem without its Hessian needs the energy")
+            return
         columns = self.weight.shape[1]
         if tuple(self.hessian.shape) != (columns, columns):
             raise ValueError(
                 f"hessian is {tuple(self.hessian.shape)}, weight has {columns} columns"
             )
-        where = f"{self.name}: " if self.name else ""
-        fits = self.weight.abs() <= HALF_MAX
-        if not fits.all():
+        if not is_finite(self.hessian):
+            raise NumericalError(
+                f"{self._where}the Hessian is not finite; check the calibration inputs"
+            )
+
+    def energy(self) -> float:
+        """Return tr(W H W^T), the squared output of the layer."""
+        if self.known_energy is not None:
+            return self.known_energy
+        return self.error(self.weight)
+
+    def error(self, difference: Tensor) -> float:
+        """Return tr(D H D^T), the squared error of the outputs: [out, in] float32."""
+        if self.hessian is None:
+            raise ValueError("the Hessian of this problem is gone")
+        return energy(difference, self.hessian)
+
+    @property
+    def _where(self) -> str:
+        return f"{self.name}: " if self.name else ""
+
+    def _check_weight(self) -> None:
+        for band in bands(len(self.weight)):
+            fits = self.weight[band].abs() <= HALF_MAX
+            if fits.all():
+                continue
             row, column = torch.nonzero(~fits)[0].tolist()
+            row += band.start
             value = self.weight[row, column].item()
             raise NumericalError(
-                f"{where}weight[{row}, {column}] is {value:.6g}, beyond float16 in which levels "
-                "and outliers are stored; repair or rescale the model's weights"
+                f"{self._where}weight[{row}, {column}] is {value:.6g}, beyond float16 in which "
+                "levels and outliers are stored; repair or rescale the model's weights"
             )
-        if not torch.isfinite(self.hessian).all():
-            raise NumericalError(f"{where}the Hessian is not finite; check the calibration inputs")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from claq_exp.quantize.layout import (
     index_width,
 )
 from claq_exp.quantize.packing import pack, unpack, unpack_some
+from claq_exp.quantize.symmetric import bands
 
 
 @dataclass(frozen=True)
@@ -142,18 +143,40 @@ class QuantizedWeight:
 
     def dequantize(self) -> Tensor:
         """Return the matrix that the codes stand for: [out, in] float32."""
-        if isinstance(self.levels, RowGrid):
-            group = torch.arange(self.codes.shape[1]) // self.levels.group_size
-            scales = self.levels.scales.float()[:, group]
-            weight = scales * (self.codes.float() - self.levels.zeros.float()[:, group])
-        else:
-            levels = self.levels.levels(self.column_bits)
-            weight = torch.gather(levels, 1, self.codes.t().long()).t().contiguous()
-            if self.levels.row_scales is not None:
-                weight *= self.levels.row_scales.float()[:, None]
+        weight = torch.empty(self.codes.shape)
+        for columns, part in self._parts():
+            weight[:, columns] = part
         weight.clamp_(-HALF_MAX, HALF_MAX)  # a float16 model must be able to hold it
         weight[self.reserved.rows, self.reserved.columns()] = self.reserved.values.float()
         return weight
+
+    def clamped(self) -> int:
+        """Return how many weights are beyond float16 by their code, and are cut to its range."""
+        if isinstance(self.levels, ColumnCodebooks) and self.levels.row_scales is None:
+            return 0
+        kept, total = self.reserved.columns(), 0
+        for columns, part in self._parts():
+            beyond = part.abs() > HALF_MAX
+            mine = (columns.start <= kept) & (kept < columns.stop)
+            beyond[self.reserved.rows[mine], kept[mine] - columns.start] = False
+            total += int(beyond.sum())
+        return total
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some columns and what their codes stand for, of any size: [out, some] float32."""
+        if isinstance(self.levels, RowGrid):
+            for columns in bands(self.codes.shape[1]):
+                group = torch.arange(columns.start, columns.stop) // self.levels.group_size
+                steps = self.codes[:, columns].float() - self.levels.zeros[:, group].float()
+                yield columns, steps.mul_(self.levels.scales[:, group].float())
+            return
+        levels = self.levels.levels(self.column_bits)
+        for columns in bands(self.codes.shape[1]):
+            codes = self.codes[:, columns].t().long()
+            part = torch.gather(levels[columns], 1, codes).t()
+            if self.levels.row_scales is not None:
+                part *= self.levels.row_scales.float()[:, None]
+            yield columns, part
 
     def layout(self) -> WeightLayout:
         """Describe how this matrix is stored."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from claq_exp.errors import ConfigError, NumericalError, one_of
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
@@ -19,6 +20,7 @@ from claq_exp.quantize.reservation.shares import MAGNITUDE, SELECTIONS
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.solver.columns import ColumnSystem, quantize_columns
 from claq_exp.quantize.statistics import ColumnStatistics, EqualColumns
+from claq_exp.quantize.symmetric import bands
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,13 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Solved:
-    """A quantized matrix and how well it went.
+    """A quantized matrix, how well it went, and what went otherwise than asked.
 
     output_error: tr(D H D^T) / tr(W H W^T) on the calibration inputs.  weight_error: |D|^2 / |W|^2.
+    damping: of the solver; raised: it had to be larger than asked.
+    dead_columns: inputs that were zero on every token.
+    clamped: weights that their level puts beyond float16, and that are cut to its range.
+    unconverged: columns whose clustering stopped at its limit of passes.
     """
 
     quantized: QuantizedWeight
@@ -104,6 +110,9 @@ class Solved:
     weight_error: float
     damping: float | None
     dead_columns: int
+    raised: bool = False
+    clamped: int = 0
+    unconverged: int = 0
 
 
 def quantize_weight(
@@ -121,7 +130,8 @@ def quantize_weight(
     quantized = QuantizedWeight(
         quantizer.codes(), plan.columns.column_bits, quantizer.levels(), quantizer.reserved()
     )
-    return describe(problem, system, quantized, loss)
+    solved = describe(problem, system, quantized, loss)
+    return replace(solved, unconverged=getattr(quantizer, "unconverged", 0))
 
 
 def decide(
@@ -155,22 +165,30 @@ def describe(
             f"weights up to {weight.abs().max().item():.3g} need levels beyond float16 (65504); "
             "rescale the model's weights"
         )
-    difference = weight - quantized.dequantize()
-    norm = weight.square().sum().item()
-    hessian = problem.hessian.to(weight)
-    whole = (weight @ hessian).mul_(weight).sum().item()
+    difference = quantized.dequantize().sub_(weight)
+    squares, norm = _column_squares(difference), float(_column_squares(weight).sum())
     if loss is None or system.inverse_factor is None:
-        wrong = (difference @ hessian).mul_(difference).sum().item()
+        wrong = problem.error(difference)
     else:  # what was added to the diagonal is taken off; dead columns are not in it
-        squares = difference.square().sum(dim=0, dtype=torch.float64)
         wrong = loss - float((squares * system.added)[~system.dead].sum())
+    whole = problem.energy()
     return Solved(
         quantized=quantized,
         output_error=max(wrong, 0.0) / whole if whole > 0 else 0.0,
-        weight_error=difference.square().sum().item() / norm if norm > 0 else 0.0,
+        weight_error=float(squares.sum()) / norm if norm > 0 else 0.0,
         damping=system.damping,
         dead_columns=int(system.dead.sum()),
+        raised=system.raised,
+        clamped=quantized.clamped(),
     )
+
+
+def _column_squares(matrix: Tensor) -> Tensor:
+    """Return the sum of squares of each column, in float64 and without a second matrix."""
+    squares = torch.zeros(matrix.shape[1], dtype=torch.float64)
+    for band in bands(len(matrix)):
+        squares += matrix[band].square().sum(dim=0, dtype=torch.float64)
+    return squares
 
 
 def planned_layout(recipe: Recipe, rows: int, columns: int, name: str = "") -> WeightLayout:
@@ -197,7 +215,7 @@ def planned_layouts(
 
 
 def _check_plan(
-    strategy: object, plan: torch.Tensor, dtype: torch.dtype, columns: int, limits: tuple[int, int]
+    strategy: object, plan: Tensor, dtype: torch.dtype, columns: int, limits: tuple[int, int]
 ) -> None:
     low, high = limits
     if plan.dtype != dtype or plan.shape != (columns,) or plan.min() < low or plan.max() > high:

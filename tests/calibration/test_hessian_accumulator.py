@@ -104,11 +104,12 @@ def test_an_input_that_is_no_number_is_refused_by_its_place(bad, dtype):
     tokens = inputs(20, 4).to(dtype)
     accumulator = HessianAccumulator(4)
     accumulator.add(tokens, "block 3, q_proj")
-    before = accumulator.hessian()
+    expected = accumulated(tokens)
     tokens[7, 1] = bad
     with pytest.raises(CalibrationError, match=r"block 3, q_proj"):
         accumulator.add(tokens, "block 3, q_proj")
-    assert torch.equal(accumulator.hessian(), before)
+    assert accumulator.tokens == 20
+    assert torch.equal(accumulator.hessian(), expected)
 
 
 def test_without_tokens_it_is_zero():

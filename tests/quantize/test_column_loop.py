@@ -177,10 +177,11 @@ def test_the_loop_is_that_of_numpy_in_float64(rule, weighted):
     books = BOOKS[rule](statistics, bits) if rule in BOOKS else None
     quantizer = CompiledColumns(statistics, ColumnPlan(bits, counts), rule, books=books)
     values = weight.t().contiguous().numpy().copy()
-    quantizer.quantize_block(np.arange(11), values, system.lower.numpy())
+    lower = system.inverse_factor.t().contiguous().numpy()
+    quantizer.quantize_block(np.arange(11), values, lower)
     codes, quantized, errors = float64_loop(
         weight.t().numpy(),
-        system.lower.numpy().astype(np.float64),
+        lower.astype(np.float64),
         bits.tolist(),
         counts.tolist(),
         rule,

@@ -234,7 +234,9 @@ def test_looking_ahead_changes_nothing(columns, block_size):
     loss = quantize_columns(weight, system, quantizer)
     order = system.order.numpy()
     ordered = weight.t().numpy()[order]
-    expected = plain_loop(ordered, system.lower.numpy().astype(np.float64), Rounded.rounded)
+    expected = plain_loop(
+        ordered, system.inverse_factor.t().numpy().astype(np.float64), Rounded.rounded
+    )
     assert quantizer.seen == order.tolist()
     errors = np.stack([quantizer.errors[column] for column in order])
     agree = np.isclose(errors, expected, rtol=1e-3, atol=1e-3).all(axis=1)

@@ -14,10 +14,11 @@ from claq_exp.quantize.solver.nearest import Nearest
 class Solver(Protocol):
     """A rule for the column loop; what it prepares is shared by all linears with the same input."""
 
-    def prepare(self, hessian: Tensor) -> ColumnSystem:
+    def prepare(self, hessian: Tensor, overwrite: bool = False) -> ColumnSystem:
         """Turn a Hessian, [in, in] float64, into an order and a compensation.
 
-        Raises NumericalError.
+        overwrite: the memory of the Hessian may be used for anything, if there is a compensation.
+        Raises NumericalError and leaves the Hessian as it was.
         """
 
 

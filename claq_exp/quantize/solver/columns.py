@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ class ColumnSystem:
     added: [in] float64, what was added to the diagonal in all, columns in the matrix's own order.
     dead: [in] bool, inputs that were zero on every calibration token.
     block_size: columns between two updates of all later columns.
+    raised: the damping had to be larger than what was asked for.
     """
 
     order: Tensor
@@ -34,6 +34,7 @@ class ColumnSystem:
     added: Tensor
     dead: Tensor
     block_size: int
+    raised: bool = False
 
     def cpu(self) -> ColumnSystem:
         """Return the same on the CPU."""
@@ -47,13 +48,6 @@ class ColumnSystem:
             dead=self.dead.cpu(),
         )
 
-    @cached_property
-    def lower(self) -> Tensor:
-        """The transposed inverse factor, row by row in memory; 0 x 0 without compensation."""
-        if self.inverse_factor is None:
-            return torch.zeros(0, 0)
-        return self.inverse_factor.t().contiguous()
-
 
 def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuantizer) -> float:
     """Quantize column after column, spreading each column's error over the columns that follow.
@@ -66,28 +60,29 @@ def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuan
     out, which is tr(D H D^T) of the damped Hessian under GPTQ.
     """
     order, dead = system.order.numpy(), system.dead[system.order]
-    work = weight.index_select(1, system.order).t().contiguous()  # a column is one stretch
-    lower, step = system.lower, system.block_size
+    work = weight.t().index_select(0, system.order)  # a column is one stretch
+    factor, step = system.inverse_factor, system.block_size
     behind: Future[None] | None = None
     loss = 0.0
     with ThreadPoolExecutor(max_workers=1) as helper:
         for start in range(0, len(order), step):
             stop = min(start + step, len(order))
             errors = work[start:stop]
-            inside = lower[start:stop, start:stop].contiguous().numpy()
-            quantizer.quantize_block(order[start:stop], errors.numpy(), inside)
+            inside = torch.zeros(0, 0) if factor is None else factor[start:stop, start:stop].t()
+            quantizer.quantize_block(order[start:stop], errors.numpy(), inside.contiguous().numpy())
             errors[dead[start:stop]] = 0.0  # of any size, and no other column depends on them
             loss += float(errors.square().sum(dtype=torch.float64))
             if behind is not None:
                 behind.result()
-            if len(lower) and stop < len(order):
+            if factor is not None and stop < len(order):
                 following = min(stop + step, len(order))
-                across = lower[:, start:stop]
-                work[stop:following].addmm_(across[stop:following], errors, alpha=-1)
-                behind = helper.submit(_spread, work[following:], across[following:], errors)
+                _spread(work[stop:following], factor[start:stop, stop:following], errors)
+                behind = helper.submit(
+                    _spread, work[following:], factor[start:stop, following:], errors
+                )
     return loss
 
 
 def _spread(later: Tensor, across: Tensor, errors: Tensor) -> None:
-    """Take a block's errors [block, out] from later columns [n, out], across [n, block] each."""
-    later.addmm_(across, errors, alpha=-1)
+    """Take a block's errors [block, out] from later columns [n, out], across [block, n] each."""
+    later.addmm_(across.t(), errors, alpha=-1)

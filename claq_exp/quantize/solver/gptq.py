@@ -9,8 +9,8 @@ from torch import Tensor
 
 from claq_exp.errors import ConfigError, NumericalError
 from claq_exp.quantize.solver.columns import ColumnSystem
-
-LADDER = (1.0, 10.0, 100.0)  # multiples of the damping that are tried in turn
+from claq_exp.quantize.solver.factor import inverse_factor
+from claq_exp.quantize.symmetric import permute_
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,16 @@ class Gptq:
                 f"solver.damping is {self.damping}; give a share of the mean diagonal in (0, 1]"
             )
 
-    def prepare(self, hessian: Tensor) -> ColumnSystem:
+    def prepare(self, hessian: Tensor, overwrite: bool = False) -> ColumnSystem:
         """Order the columns and factorize.
 
         A dead input (H_jj = 0) gets the mean diagonal of the others: its column is rounded to
-        nearest, takes no error of others and gives none.  Raises NumericalError when no damping
-        makes the Hessian positive
-        definite.
+        nearest, takes no error of others and gives none.
+        overwrite: work in the memory of the Hessian, which is then lost.
+        Raises NumericalError when no damping makes the Hessian positive definite; it is as before
+        then.
         """
-        diagonal = hessian.diagonal()
+        diagonal = hessian.diagonal().clone()
         dead = diagonal == 0
         fill = diagonal[~dead].mean() if not dead.all() else hessian.new_ones(())
         filled = torch.where(dead, fill, diagonal)
@@ -58,9 +59,17 @@ class Gptq:
             else torch.arange(len(filled), device=hessian.device)
         )
         backwards = order.flip(0)
-        reversed_ = hessian.index_select(0, backwards).index_select(1, backwards)
-        reversed_.diagonal().copy_(filled[backwards])
-        factor, damping = _inverse_factor(reversed_, self.damping)
+        matrix = hessian
+        if not (overwrite and hessian.is_contiguous()):
+            matrix = hessian.clone(memory_format=torch.contiguous_format)
+        permute_(matrix, backwards)
+        matrix.diagonal().copy_(filled[backwards])
+        try:
+            factor, damping = inverse_factor(matrix, self.damping)
+        except NumericalError:
+            permute_(matrix, torch.argsort(backwards))
+            matrix.diagonal().copy_(diagonal)
+            raise
         weight = torch.empty(len(order), dtype=torch.float32, device=hessian.device)
         weight[order] = factor.diagonal().square().reciprocal()
         return ColumnSystem(
@@ -71,30 +80,5 @@ class Gptq:
             added=damping * filled.mean() + torch.where(dead, fill, 0.0),
             dead=dead,
             block_size=self.block_size,
+            raised=damping > self.damping,
         )
-
-
-def _inverse_factor(reversed_: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Return (upper U with U^T U = (H + damping * mean(diag H) I)^-1, the damping that worked).
-
-    reversed_: [in, in] float64, H from its last column to its first; its diagonal is overwritten.
-    With H = R R^T, R upper (a Cholesky factorization from the last column up), U is simply R^-1.
-    """
-    diagonal = reversed_.diagonal().clone()
-    identity = torch.eye(len(diagonal), device=diagonal.device)
-    for step in LADDER:
-        used = min(damping * step, 1.0)
-        reversed_.diagonal().copy_(diagonal + used * diagonal.mean())
-        lower, failed = torch.linalg.cholesky_ex(reversed_)
-        if not failed:
-            lower = lower.float()  # well conditioned, for the damping bounds its inverse
-            factor = torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1)
-            if torch.isfinite(factor).all():
-                return factor, used
-    reversed_.diagonal().copy_(diagonal)
-    smallest = torch.linalg.eigvalsh(reversed_)[0].item()
-    raise NumericalError(
-        f"the Hessian is not positive definite even with damping {used} (smallest eigenvalue "
-        f"{smallest:.3g}); "
-        "use more calibration tokens or a larger solver.damping"
-    )

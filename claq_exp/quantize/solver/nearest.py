@@ -14,9 +14,9 @@ from claq_exp.quantize.solver.columns import ColumnSystem
 class Nearest:
     """Quantize each column for itself (round to nearest)."""
 
-    def prepare(self, hessian: Tensor) -> ColumnSystem:
+    def prepare(self, hessian: Tensor, overwrite: bool = False) -> ColumnSystem:
         """Visit the columns as they stand; an error in column j costs H_jj."""
-        diagonal = hessian.diagonal()
+        diagonal = hessian.diagonal().clone()
         return ColumnSystem(
             order=torch.arange(len(diagonal), device=diagonal.device),
             inverse_factor=None,

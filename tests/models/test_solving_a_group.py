@@ -1,0 +1,97 @@
+"""The linears that share an input, solved with a Hessian that is used up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from claq_exp.calibration.hessian import HessianAccumulator
+from claq_exp.errors import NumericalError
+from claq_exp.models.solve import solve_hessian
+from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.precision import Fixed
+from claq_exp.quantize.problem import LinearProblem
+from claq_exp.quantize.recipe import Recipe, quantize_weight
+from claq_exp.quantize.reservation import NoReservation
+from claq_exp.quantize.solver import Gptq, Nearest
+
+MIB = 2**20
+
+
+def recipe(solver: object) -> Recipe:
+    return Recipe(KMeans(), Fixed(2), NoReservation(), solver)
+
+
+def problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    accumulator = HessianAccumulator(columns)
+    inputs = torch.randn(2 * columns, columns, generator=generator)
+    accumulator.add(inputs * torch.linspace(0.1, 3, columns), "here")
+    return torch.randn(rows, columns, generator=generator), accumulator.hessian()
+
+
+@pytest.mark.case(37)
+@pytest.mark.parametrize("solver", [Gptq(), Gptq(act_order=False), Nearest()], ids=str)
+def test_a_group_is_solved_as_its_matrices_alone(solver):
+    weight, hessian = problem(rows=20, columns=70)
+    weights = {"first": weight, "second": weight.flip(0)[:7].contiguous()}
+    alone = [
+        quantize_weight(LinearProblem(each, hessian), solver.prepare(hessian), recipe(solver))
+        for each in weights.values()
+    ]
+    together = solve_hessian(weights, hessian, recipe(solver))
+    for expected, (found, seconds) in zip(alone, together, strict=True):
+        assert seconds > 0
+        assert torch.equal(found.quantized.codes, expected.quantized.codes)
+        assert found.output_error == expected.output_error
+        assert found.weight_error == expected.weight_error
+
+
+def test_the_hessian_is_given_back_before_the_column_loop():
+    weight, hessian = problem(rows=5, columns=30)
+    solve_hessian({"layer": weight}, hessian, recipe(Gptq()))
+    assert hessian.numel() == 0
+
+
+def test_a_solution_of_a_problem_whose_hessian_is_gone_needs_its_energy():
+    with pytest.raises(ValueError, match="needs the energy"):
+        LinearProblem(torch.ones(2, 3), None)
+    left = LinearProblem(torch.ones(2, 3), None, known_energy=2.0)
+    assert left.energy() == 2.0
+    with pytest.raises(ValueError, match="gone"):
+        left.error(left.weight)
+
+
+@pytest.mark.case(25)
+def test_a_weight_that_is_no_number_is_named_with_its_place():
+    weight, hessian = problem(rows=90, columns=12)
+    broken = weight.clone()
+    broken[77, 3] = torch.nan
+    weights = {"model.q_proj": weight, "model.k_proj": broken}
+    with pytest.raises(NumericalError, match=r"model\.k_proj: weight\[77, 3\] is nan"):
+        solve_hessian(weights, hessian, recipe(Gptq()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters")
+def test_a_solve_takes_one_float64_and_one_float32_matrix():
+    columns, rows = 2048, 64
+    weight, hessian = problem(rows, 128)
+    solve_hessian({"layer": weight}, hessian, recipe(Gptq()))  # compiles and loads libraries
+    inputs = torch.randn(256, columns, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    accumulator = HessianAccumulator(columns)
+    accumulator.add(inputs, "here")
+    solve_hessian({"layer": weight}, accumulator.hessian(), recipe(Gptq()))
+    square = columns**2
+    assert resident("VmHWM") - before < 12 * square + 32 * MIB
+
+
+def resident(field: str) -> int:
+    """Resident bytes of this process: now (VmRSS), or the most since the counter was reset."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.startswith(f"{field}:")]
+    return 1024 * int(line.split()[1])
