@@ -29,6 +29,7 @@ def _arrow_rows(content: bytes) -> datasets.Dataset:
 def _dataset(table: pyarrow.Table) -> datasets.Dataset:
     import datasets
 
+    table.validate(full=True)  # what pyarrow reads of a damaged file may lead outside of it
     return datasets.Dataset(datasets.table.InMemoryTable(table))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mutations import limits
+from damages import limits
 from packed_models import SOME_LINEAR, Written, change_json
 from safetensors.torch import load_file, save_file
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections import Counter
 
 import mutations
 import pytest
 from conftest import byte_tokenizer, tiny_llama
+from damages import started
 from packed_models import Written
 
 ROUNDS = 36  # damages of each kind: more than 500 in all
@@ -26,13 +24,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     written.write(folder / "originals" / "shards", shard_bytes=10_000)
     written.write(folder / "originals" / "whole")
     (folder / "work").mkdir()
-    command = [sys.executable, mutations.__file__, folder / "originals", folder / "work"]
-    done = subprocess.run(
-        [*map(str, command), str(ROUNDS)], capture_output=True, text=True, check=False, timeout=500
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert done.returncode == 0, (done.returncode, found[-1:], done.stderr[-2000:])
-    return found
+    return started(mutations.__file__, folder / "originals", folder / "work", ROUNDS)
 
 
 @pytest.mark.case(72)
