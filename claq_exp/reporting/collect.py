@@ -15,7 +15,7 @@ from claq_exp.checkpoint.files import read_json
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.evaluation.zero_shot import is_accuracy
 from claq_exp.reporting.overrides import agree
-from claq_exp.reporting.results import SCHEMA
+from claq_exp.reporting.results import LAYER_FIELDS, SCHEMA
 from claq_exp.run_folder import (
     CONFIG_FILE,
     EVENTS_FILE,
@@ -34,6 +34,7 @@ NUMBER_STARTS = frozenset("0123456789+-.ni")  # nan and inf are numbers too
 RUN_FILES = {RESULTS_FILE, STATE_FILE, EVENTS_FILE}
 INSIDE = {"checkpoint", "work", "wandb"}  # of a run: no runs in there
 PARTS = ("run", "config", "bits", "size", "perplexity", "zero_shot")  # of every results.json
+TEXTS = {"tokens_sha256", "requests_sha256", "bos", "metric"}  # of the rows of a measure
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,19 @@ class Run:
 
     @cached_property
     def layers(self) -> list[dict[str, Any]]:
-        """The rows of layers.csv with numbers as numbers, None for what is missing."""
+        """The rows of layers.csv with numbers as numbers, None for what is missing.
+
+        None of them where the file is missing or damaged.
+        """
         path = self.folder / LAYERS_FILE if self.folder else None
         if path is None or not path.is_file():
             return []
-        with path.open(newline="", encoding="utf-8") as file:
-            return [
-                {key: _value(text) for key, text in row.items()} for row in csv.DictReader(file)
-            ]
+        try:
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [_layer(row) for row in csv.DictReader(file)]
+        except (csv.Error, ValueError):
+            return []
+        return rows
 
 
 @dataclass(frozen=True)
@@ -168,7 +174,42 @@ def read_run(folder: Path) -> Run:
         raise CheckpointError(f"{folder} holds no run but results that are {results.get('status')}")
     if missing := [part for part in PARTS if not isinstance(results.get(part), dict)]:
         raise CheckpointError(f"{folder / RESULTS_FILE} has no '{missing[0]}'")
-    return Run(folder, state, results["config"], results)
+    run = Run(folder, state, results["config"], results)
+    try:
+        _check_numbers(run)
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise CheckpointError(f"{folder / RESULTS_FILE} is damaged: {error!r}") from error
+    return run
+
+
+def _check_numbers(run: Run) -> None:
+    """Read all that is shown; raises a TypeError, or what comes of it, where it is of no use."""
+    for part in ("model", "codebook", "precision", "reservation", "solver"):
+        if not isinstance(lookup(run.config, f"{part}.name"), str):
+            raise TypeError(f"config.{part}.name is no text")
+    results = run.results or {}
+    tables = {"ledger": results["bits"].get("ledger", {}), "timings": results.get("timings", {})}
+    for part in ("perplexity", "kl", "zero_shot"):
+        tables.update({f"{part}.{name}": row for name, row in results.get(part, {}).items()})
+    for place, row in tables.items():
+        for key, value in row.items():
+            if key not in TEXTS and not isinstance(value, int | float | None):
+                raise TypeError(f"{place}.{key} is no number")
+    for key, measure in run.measures.items():
+        for value in (measure.quantized, measure.original, measure.stderr):
+            if not isinstance(value, int | float | None):
+                raise TypeError(f"{key} is no number")
+
+
+def _layer(row: dict[str, str]) -> dict[str, Any]:
+    """Return a row of layers.csv as values.  Raises ValueError for one that is damaged."""
+    if "name" not in row or None in row or None in row.values():
+        raise ValueError("a row has other columns than the table")
+    values = {key: _value(text) for key, text in row.items()}
+    for key in {*LAYER_FIELDS} - {"name"}:
+        if isinstance(values.get(key), str):
+            raise ValueError(f"{key} is no number")
+    return values
 
 
 def lookup(config: Any, key: str) -> Any:

@@ -46,5 +46,9 @@ def precision_label(config: dict[str, Any]) -> str:
 
 
 def _described(strategy: dict[str, Any], *fields: str) -> str:
-    values = [f"{strategy[field]:g}" for field in fields if strategy.get(field) is not None]
+    values = [_short(strategy[field]) for field in fields if strategy.get(field) is not None]
     return " ".join([str(strategy["name"]), *values[:1]])
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)

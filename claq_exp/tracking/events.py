@@ -55,9 +55,11 @@ class EventLog:
             if event not in TIMED:
                 continue
             for key, value in entry.items():
+                if not isinstance(value, int | float):
+                    continue  # a stage's name, or a damaged line
                 if key == "peak_memory_bytes":
                     totals[key] = max(totals.get(key, 0), value)
-                elif key not in ("stage", "block"):
+                elif key != "block":
                     totals[key] = totals.get(key, 0.0) + value
         return totals
 
