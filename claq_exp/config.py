@@ -229,6 +229,9 @@ class ExperimentConfig:
     threads: CPU threads (null: PyTorch's default).
     stream: read the model block by block while it is measured too, slower and in less memory; auto
         where it would not fit as a whole.
+    strict: fail at the first layer that cannot be quantized as asked (`claq_exp.fallbacks`): larger
+        damping, dead inputs, fewer tokens than inputs, rounding to nearest, values cut or
+        clusterings cut short.
     outputs: folder of all runs, relative to the working directory.
     resume: auto (continue or start), required (never start over), never (start over).
     checkpoint: an existing checkpoint, for `claq-exp evaluate` and `claq-exp bench runtime`.
@@ -249,6 +252,7 @@ class ExperimentConfig:
     device: str = "auto"
     threads: int | None = None
     stream: bool | str = AUTO
+    strict: bool = False
     outputs: str = "outputs"
     resume: str = "auto"
     checkpoint: str | None = None

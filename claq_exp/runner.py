@@ -26,6 +26,7 @@ from claq_exp.evaluation.divergence import Comparison, LogitStore
 from claq_exp.evaluation.measure import Measurement, Meter
 from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore, code_content
+from claq_exp.fallbacks import count_fallbacks
 from claq_exp.inputs import Fetched, Tokens, fetch, tokenize_inputs
 from claq_exp.machine import choose_device, device_name, settle, versions
 from claq_exp.models.allocate import allocate_model
@@ -36,7 +37,7 @@ from claq_exp.plan import Plan, make_plan
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.precision import RateDistortion
 from claq_exp.reporting.plots import plot_layers
-from claq_exp.reporting.results import build_results, with_few_tokens, write_layers
+from claq_exp.reporting.results import build_results, write_layers
 from claq_exp.resources import free_memory, peak_memory, reset_peak
 from claq_exp.run_folder import (
     CONFIG_FILE,
@@ -123,16 +124,7 @@ def run(
         shutil.rmtree(folder.work, ignore_errors=True)
         notes = [tracker.failure] if tracker and tracker.failure else []
         notes += [f"{what}; it was made again" for what in job.damaged]
-        return Outcome(folder.path, results, found=False, notes=(*_few_tokens(results), *notes))
-
-
-def _few_tokens(results: dict[str, Any]) -> list[str]:
-    few = results["fallbacks"]["layers_with_few_tokens"]
-    note = (
-        f"{few} layers saw fewer calibration tokens than they have inputs (tokens in layers.csv); "
-        "more calibration.windows help"
-    )
-    return [note] if few else []
+        return Outcome(folder.path, results, found=False, notes=tuple(notes))
 
 
 def _prepare(folder: RunFolder, resume: str) -> None:
@@ -227,12 +219,12 @@ class _Job:
             plans=plans,
             hidden_form=self._hidden_form(),
             watcher=Watcher(event=self._quantize_event, share=self.progress.advance),
+            strict=config.strict,
         )
         report = store.report()
         write_layers(self.folder.path / LAYERS_FILE, report)
-        if few := with_few_tokens(report):
-            fewest = min(row["tokens"] for row in few)
-            self.events.event("few_tokens", layers=len(few), fewest=fewest)
+        if (counts := count_fallbacks(report))["layers"]:
+            self.events.event("fallbacks", **counts)
         if not self.folder.checkpoint.is_dir():
             self._stage("export", lambda: self._export(model, store))
         return original, report

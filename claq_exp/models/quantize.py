@@ -15,6 +15,7 @@ from claq_exp.calibration.hessian import HessianAccumulator
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import CalibrationError
+from claq_exp.fallbacks import refuse_fallbacks
 from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden, feed, run_block
 from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_weight
 from claq_exp.models.solve import report_row, solve_hessian
@@ -94,12 +95,14 @@ def quantize_model(
     plans: Mapping[str, MatrixPlan] | None = None,
     hidden_form: HiddenForm = HiddenForm(),
     watcher: Watcher = Watcher(),
+    strict: bool = False,
 ) -> None:
     """Quantize all linear layers of all decoder blocks into a store.
 
     One block is in memory at a time, and what enters it; what the store holds is taken over.
     batches: token ids [batch, seqlen], all of one length.  store: open.
     plans: name of a linear -> what an allocation over the whole model decided of it.
+    strict: raise NumericalError at the first layer with a fallback, see `claq_exp.fallbacks`.
     """
     inputs = block_arguments(model, batches)
     hidden: Sequence[Tensor]
@@ -115,7 +118,7 @@ def quantize_model(
         inputs[index].hidden = hidden
         with model.block(index) as module:
             block = _Block(
-                module, inputs[index], f"{model.path}.{index}", index, recipe, plans or {}
+                module, inputs[index], f"{model.path}.{index}", index, recipe, plans or {}, strict
             )
             block.quantize(store, watcher, share)
             hidden = hidden_form.keep(block.outputs(), index + 1, batches, store)
@@ -133,6 +136,7 @@ class _Block:
     index: int
     recipe: Recipe
     plans: Mapping[str, MatrixPlan]
+    strict: bool
     seconds: dict[str, float] = field(
         default_factory=lambda: {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
     )
@@ -152,6 +156,8 @@ class _Block:
                 tokens, hessian = found[group].tokens, found.pop(group).hessian()
                 for name, solved, seconds in self._solve(group, hessian):
                     row = report_row(self.index, f"{self.path}.{name}", solved, tokens, seconds)
+                    if self.strict:
+                        refuse_fallbacks(row)
                     pending.add(solved, row)
                     watcher.event("layer", row)
                     watcher.share(share * self._weight(name).numel() / weights, row["name"])
@@ -212,7 +218,9 @@ class _Block:
             for name in group.names
         }
         device = self._weight(group.names[0]).device
-        solutions = solve_hessian(weights, hessian, self.recipe, self.plans, device)
+        solutions = solve_hessian(
+            weights, hessian, self.recipe, self.plans, device, strict=self.strict
+        )
         for name, (solved, _) in zip(group.names, solutions, strict=True):
             self._weight(name).copy_(solved.quantized.dequantize())
         self.seconds["solve"] += time.perf_counter() - started

@@ -16,6 +16,7 @@ from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.device import solve_on_device
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, Solved, quantize_weight
+from claq_exp.quantize.solver import Nearest, Solver
 from claq_exp.quantize.solver.columns import ColumnSystem
 
 CPU = torch.device("cpu")
@@ -27,8 +28,13 @@ def solve_hessian(
     recipe: Recipe,
     plans: Mapping[str, MatrixPlan] | None = None,
     device: torch.device = CPU,
+    *,
+    strict: bool = False,
 ) -> list[tuple[Solved, float]]:
     """Quantize the linears that share an input; return (solution, seconds) of each.
+
+    A Hessian that no damping makes positive definite has its linears rounded to nearest; `strict`
+    refuses it.
 
     weights: full name -> [out, in] float32 on the CPU.
     hessian: [in, in] float64 on the CPU, of their input.  It is used up: where nothing needs it
@@ -36,12 +42,14 @@ def solve_hessian(
     plans, device: as in `solve_group`.
     Raises NumericalError that names a layer.
     """
+    retreats = 0
     problems = [LinearProblem(weight, hessian, name) for name, weight in weights.items()]
     energies = [problem.energy() for problem in problems]
     try:
-        system = recipe.solver.prepare(hessian.to(device), overwrite=True)
-    except NumericalError as error:
-        raise NumericalError(f"{problems[0].name}: {error}") from error
+        system = _prepare(recipe.solver, hessian, device, problems[0].name, strict)
+    except torch.OutOfMemoryError:
+        device, retreats = CPU, 1
+        system = _prepare(recipe.solver, hessian, device, problems[0].name, strict)
     told = device == CPU and system.inverse_factor is not None  # the loop will find the errors
     problems = [
         replace(problem, hessian=None if told else hessian, known_energy=energy)
@@ -49,7 +57,22 @@ def solve_hessian(
     ]
     if told:
         hessian.data = hessian.new_empty(0)  # the caller may hold the tensor still
-    return solve_group(problems, system, recipe, plans, device)
+    solutions = solve_group(problems, system, recipe, plans, device)
+    return [
+        (replace(solved, retreats=solved.retreats + retreats), seconds)
+        for solved, seconds in solutions
+    ]
+
+
+def _prepare(
+    solver: Solver, hessian: Tensor, device: torch.device, name: str, strict: bool
+) -> ColumnSystem:
+    try:
+        return solver.prepare(hessian.to(device), overwrite=True)
+    except NumericalError as error:
+        if strict:
+            raise NumericalError(f"{name}: strict=true, and {error}") from error
+        return replace(Nearest().prepare(hessian), nearest="indefinite")
 
 
 def solve_group(
@@ -62,12 +85,15 @@ def solve_group(
     """Solve matrices that share their input side by side; return (solution, seconds) of each.
 
     plans: what was decided before of the matrices of these names.  device: where to solve, if the
-    recipe can be solved there; the CPU takes what a GPU cannot.
+    recipe can be solved there; the CPU takes what a GPU cannot, and what it has no memory for.
     """
-    plans = plans or {}
+    plans, retreats = plans or {}, 0
     if device != CPU:
         started = time.perf_counter()
-        together = solve_on_device(problems, system, recipe, plans, device)
+        try:
+            together = solve_on_device(problems, system, recipe, plans, device)
+        except torch.OutOfMemoryError:
+            together, retreats = None, 1
         if together is not None:
             each = (time.perf_counter() - started) / len(problems)
             return [(solved, each) for solved in together]
@@ -79,7 +105,7 @@ def solve_group(
             solved = quantize_weight(problem, system, recipe, plans.get(problem.name))
         except NumericalError as error:
             raise NumericalError(f"{problem.name}: {error}") from error
-        return solved, time.perf_counter() - started
+        return replace(solved, retreats=retreats), time.perf_counter() - started
 
     threads = torch.get_num_threads()
     each = max(1, threads // len(problems))
@@ -94,7 +120,10 @@ def solve_group(
 def report_row(
     index: int, name: str, solved: Solved, tokens: int, seconds: float
 ) -> dict[str, Any]:
-    """Return the row of layers.csv of a linear.  index: of its block."""
+    """Return the row of layers.csv of a linear; what did not happen is None.
+
+    index: of its block.
+    """
     layout = solved.quantized.layout()
     return {
         "block": index,
@@ -107,7 +136,12 @@ def report_row(
         "output_error": solved.output_error,
         "weight_error": solved.weight_error,
         "damping": solved.damping,
+        "raised_damping": solved.damping if solved.raised else None,
         "dead_columns": solved.dead_columns,
+        "nearest": solved.nearest or None,
+        "clamped": solved.clamped or None,
+        "unconverged": solved.unconverged or None,
+        "retreats": solved.retreats or None,
         "tokens": tokens,
         "seconds": seconds,
     }

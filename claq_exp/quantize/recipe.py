@@ -101,8 +101,10 @@ class Solved:
     output_error: tr(D H D^T) / tr(W H W^T) on the calibration inputs.  weight_error: |D|^2 / |W|^2.
     damping: of the solver; raised: it had to be larger than asked.
     dead_columns: inputs that were zero on every token.
+    nearest: why all columns were rounded to nearest, see ColumnSystem.
     clamped: weights that their level puts beyond float16, and that are cut to its range.
     unconverged: columns whose clustering stopped at its limit of passes.
+    retreats: how often memory was short, and the work went on in smaller parts or on the CPU.
     """
 
     quantized: QuantizedWeight
@@ -111,8 +113,10 @@ class Solved:
     damping: float | None
     dead_columns: int
     raised: bool = False
+    nearest: str = ""
     clamped: int = 0
     unconverged: int = 0
+    retreats: int = 0
 
 
 def quantize_weight(
@@ -179,6 +183,7 @@ def describe(
         damping=system.damping,
         dead_columns=int(system.dead.sum()),
         raised=system.raised,
+        nearest=system.nearest,
         clamped=quantized.clamped(),
     )
 

@@ -18,6 +18,7 @@ from claq_exp.evaluation.divergence import Divergence
 from claq_exp.evaluation.measure import Measurement
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.zero_shot import average_accuracy
+from claq_exp.fallbacks import count_fallbacks
 from claq_exp.machine import device_name, git_commit, versions
 from claq_exp.resources import peak_memory
 
@@ -34,7 +35,12 @@ LAYER_FIELDS = (
     "output_error",
     "weight_error",
     "damping",
+    "raised_damping",
     "dead_columns",
+    "nearest",
+    "clamped",
+    "unconverged",
+    "retreats",
     "tokens",
     "seconds",
 )
@@ -86,11 +92,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
         "average_accuracy": average_row(original, quantized),
         "timings": {key: round(spent.get(key, 0.0), 3) for key in TIMINGS},
         "peak_memory_bytes": max(peak_memory(), int(spent.get("peak_memory_bytes", 0))),
-        "fallbacks": {
-            "more_damping": sum(_more_damping(config, row) for row in report),
-            "layers_with_dead_columns": sum(row["dead_columns"] > 0 for row in report),
-            "layers_with_few_tokens": len(with_few_tokens(report)),
-        },
+        "fallbacks": count_fallbacks(report),
     }
 
 
@@ -152,11 +154,6 @@ def write_layers(path: Path, report: list[dict[str, Any]]) -> None:
     write_bytes(path, text.getvalue().encode())
 
 
-def with_few_tokens(report: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of layers that saw fewer calibration tokens than they have inputs."""
-    return [row for row in report if row["tokens"] < row["cols"]]
-
-
 def finite(value: float) -> float | None:
     """Return the value, or None for what JSON cannot say."""
     return value if math.isfinite(value) else None
@@ -164,8 +161,3 @@ def finite(value: float) -> float | None:
 
 def _short(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else value
-
-
-def _more_damping(config: ExperimentConfig, row: dict[str, Any]) -> bool:
-    wanted = config.solver.get("damping")
-    return row["damping"] is not None and wanted is not None and row["damping"] > wanted

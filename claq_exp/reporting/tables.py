@@ -70,6 +70,8 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     if average := results.get("average_accuracy"):
         before, after = (_number(average[key], ".1f", 100) for key in ("original", "quantized"))
         rows.append(("average accuracy", before, after))
+    if layers := results.get("fallbacks", {}).get("layers"):
+        rows.append(("layers with a fallback", "", f"{layers:,}"))
     return rows
 
 

@@ -44,8 +44,9 @@ def test_a_mixture_runs_and_tells_of_experts_that_saw_few_tokens(
     results = json.loads((folder / "results.json").read_text())
     assert results["fallbacks"]["layers_with_few_tokens"] == few
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
-    (event,) = (event for event in events if event["event"] == "few_tokens")
-    assert (event["layers"], event["fewest"]) == (few, min(sent))
+    (event,) = (event for event in events if event["event"] == "fallbacks")
+    assert event["layers_with_few_tokens"] == few
+    assert event["layers_unfed"] == sum(count == 0 for count in sent)
     assert f"{few} layers saw fewer calibration tokens" in capfd.readouterr().out
     assert main(["inspect", str(folder)]) == 0
     assert main(["dequantize", str(folder), str(tmp_path / "plain")]) == 0

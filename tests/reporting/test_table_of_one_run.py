@@ -40,6 +40,12 @@ def test_the_average_is_a_row_of_one_run():
     assert result_rows(result(average))[-1] == ("average accuracy", "71.5", "50.0")
 
 
+def test_layers_that_needed_a_fallback_are_a_row_of_one_run():
+    assert result_rows(result({"fallbacks": {"layers": 0}})) == result_rows(result())
+    row = result_rows(result({"fallbacks": {"layers": 1_203}}))[-1]
+    assert row == ("layers with a fallback", "", "1,203")
+
+
 def test_a_task_that_measures_no_accuracy_is_not_shown_as_a_share():
     task = {"metric": "word_perplexity", "original": 21.5, "quantized": 30.25, "stderr": None}
     rows = result_rows(result({"zero_shot": {"wikitext": {**task, "rows": 62}}}))

@@ -19,7 +19,10 @@ from claq_exp.quantize.statistics import ColumnStatistics
 
 
 class ColumnQuantizer(Protocol):
-    """The state of one matrix while its columns are quantized, each once, in any order."""
+    """The state of one matrix while its columns are quantized, each once, in any order.
+
+    One that fits by passes also has `unconverged`, how many columns used up the allowed ones.
+    """
 
     def quantize_block(
         self,

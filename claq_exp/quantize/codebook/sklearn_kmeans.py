@@ -18,6 +18,8 @@ from claq_exp.quantize.layout import Form
 from claq_exp.quantize.quantized import ColumnCodebooks
 from claq_exp.quantize.statistics import ColumnStatistics
 
+PASSES = 300  # at most
+
 
 @dataclass(frozen=True)
 class SklearnKMeans:
@@ -54,7 +56,10 @@ class SklearnKMeans:
 
 
 class SklearnColumns(PythonColumns):
-    """The codebooks and codes found so far."""
+    """The codebooks and codes found so far.
+
+    unconverged: columns whose fit used up its passes; what it had found by then is kept.
+    """
 
     def __init__(self, rule: SklearnKMeans, statistics: ColumnStatistics, plan: ColumnPlan) -> None:
         super().__init__(statistics, plan)
@@ -63,6 +68,7 @@ class SklearnColumns(PythonColumns):
         shape = (len(self._entries), max(self._entries))
         self._centroids = np.zeros(shape, dtype=np.float16)
         self._threads: ThreadpoolController | None = None
+        self.unconverged = 0
 
     def quantize(
         self, column: int, values: NDArray[np.float32], reserved: NDArray[np.int64]
@@ -96,10 +102,11 @@ class SklearnColumns(PythonColumns):
             n_clusters=entries,
             init="k-means++",
             n_init=1,
-            max_iter=300,
+            max_iter=PASSES,
             tol=1e-4,
             random_state=self._rule.seed,
         )
         with self._threads.limit(limits=1, user_api="openmp"):  # sums in one order
             means.fit(values.reshape(-1, 1))
+        self.unconverged += means.n_iter_ == PASSES
         return np.sort(means.cluster_centers_.reshape(-1))

@@ -25,6 +25,8 @@ class ColumnSystem:
     dead: [in] bool, inputs that were zero on every calibration token.
     block_size: columns between two updates of all later columns.
     raised: the damping had to be larger than what was asked for.
+    nearest: why nothing is compensated although it was asked for: "unfed", all inputs are dead, or
+        "indefinite", no damping was enough; else empty.
     """
 
     order: Tensor
@@ -35,6 +37,7 @@ class ColumnSystem:
     dead: Tensor
     block_size: int
     raised: bool = False
+    nearest: str = ""
 
     def cpu(self) -> ColumnSystem:
         """Return the same on the CPU."""

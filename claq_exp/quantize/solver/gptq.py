@@ -81,4 +81,5 @@ class Gptq:
             dead=dead,
             block_size=self.block_size,
             raised=damping > self.damping,
+            nearest="unfed" if dead.all() else "",
         )
