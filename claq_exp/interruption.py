@@ -29,6 +29,11 @@ class Interruption:
         self._signals = 0
         self._patient = False
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal came."""
+        return self._signals > 0
+
     @contextlib.contextmanager
     def finishing(self) -> Iterator[None]:
         """Let the first signal wait for the next `check`, or for the end of this context."""
@@ -41,7 +46,7 @@ class Interruption:
 
     def check(self) -> None:
         """Raise Interrupted when a signal came while it had to wait."""
-        if self._signals:
+        if self.asked:
             raise Interrupted
 
     def handle(self, _number: int, _frame: FrameType | None) -> None:

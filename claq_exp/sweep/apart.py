@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from claq_exp.errors import ClaqError, first_line
-from claq_exp.sweep.record import JobKilledError
+from claq_exp.interruption import graceful
+from claq_exp.sweep.record import JobInterruptedError, JobKilledError
 from claq_exp.sweep.server import process_maker
 from claq_exp.sweep.work import Done, OnShare, Order, run_here
 from claq_exp.tracking.progress import noise_to
 from claq_exp.tracking.quiet import quiet_libraries
 
 LOOK_SECONDS = 0.5  # between two looks at whether the sweep was stopped
-PATIENCE_SECONDS = 30.0  # for a job to close its files after an interruption
+LAST_SECONDS = 5.0  # for a job that must not wait for its work to write down how it ended
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,19 @@ class _Failed:
     reason: str
 
 
+@dataclass(frozen=True)
+class _Interrupted:
+    """It was asked to end: by a scheduler, or by a person who knows its process."""
+
+
 def run_apart(order: Order, on_share: OnShare, check: Callable[[], None] = lambda: None) -> Done:
     """Run a job in a child process and wait for it.
 
     check: called now and then, to raise where the job is to be given up.  Raises ClaqError with
-    the job's own reason, or JobKilledError when the child ended without a word.  Whatever is
-    raised, the child is gone; and it ends by itself when this process is gone.
+    the job's own reason, JobInterruptedError when the child itself was asked to end, or
+    JobKilledError when it ended without a word.  Whatever is raised, the child is gone, and has
+    finished the group of layers at hand unless a second signal came; and it ends by itself when
+    this process is gone.
     """
     context = process_maker()
     ours, theirs = context.Pipe()
@@ -52,6 +60,8 @@ def run_apart(order: Order, on_share: OnShare, check: Callable[[], None] = lambd
         return last
     if isinstance(last, _Failed):
         raise ClaqError(last.reason)
+    if isinstance(last, _Interrupted):
+        raise JobInterruptedError("its process was asked to end")
     code = child.exitcode or 0
     if code >= 0:
         raise ClaqError(f"its process ended without a word, with exit code {code}; see {order.log}")
@@ -62,7 +72,7 @@ def run_apart(order: Order, on_share: OnShare, check: Callable[[], None] = lambd
 
 def _listen(
     ours: Connection, on_share: OnShare, check: Callable[[], None]
-) -> Done | _Failed | None:
+) -> Done | _Failed | _Interrupted | None:
     """Return the child's last word, or None where it had none."""
     last = None
     with contextlib.suppress(EOFError, ConnectionResetError):
@@ -78,14 +88,22 @@ def _listen(
 
 
 def _end(child: multiprocessing.process.BaseProcess) -> None:
-    """End a child: as Ctrl-C does, and by force if that takes long or is interrupted."""
+    """End a child as Ctrl-C does, and where that is interrupted, as a second one does."""
     try:
-        if child.is_alive() and child.pid:
-            os.kill(child.pid, signal.SIGINT)
-        child.join(PATIENCE_SECONDS)
+        _signal(child)
+        child.join()
+    except KeyboardInterrupt:
+        _signal(child)
+        child.join(LAST_SECONDS)
+        raise
     finally:
         child.kill()
         child.join()
+
+
+def _signal(child: multiprocessing.process.BaseProcess) -> None:
+    if child.is_alive() and child.pid:
+        os.kill(child.pid, signal.SIGINT)
 
 
 def _child(connection: Connection, order: Order) -> None:
@@ -93,16 +111,17 @@ def _child(connection: Connection, order: Order) -> None:
     with contextlib.suppress(OSError):
         os.setsid()  # Ctrl-C reaches the sweep, which passes it on once
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.clear()
-    os.environ.update(order.environment)
-    threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
-    quiet_libraries()
-    order.log.parent.mkdir(parents=True, exist_ok=True)
-    word = None
-    with contextlib.suppress(KeyboardInterrupt), noise_to(order.log):
-        word = _work(order, lambda share, stage: connection.send((share, stage)))
-    if not order.log.stat().st_size:
-        order.log.unlink()
+    word: Done | _Failed | _Interrupted = _Interrupted()
+    with contextlib.suppress(KeyboardInterrupt), graceful():
+        os.environ.clear()
+        os.environ.update(order.environment)
+        threading.Thread(target=_end_with, args=(connection,), daemon=True).start()
+        quiet_libraries()
+        order.log.parent.mkdir(parents=True, exist_ok=True)
+        with noise_to(order.log):
+            word = _work(order, lambda share, stage: connection.send((share, stage)))
+        if not order.log.stat().st_size:
+            order.log.unlink()
     connection.send(word)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -13,9 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from claq_exp.compose import experiment_part
 from claq_exp.config import ExperimentConfig, config_from_omegaconf
-from claq_exp.run_folder import RUNNING, RunState
+from claq_exp.run_folder import RUNNING, RunState, this_process
 from claq_exp.sweep.apart import run_apart
-from claq_exp.sweep.record import Job, JobRecord, recorded_job
+from claq_exp.sweep.record import Job, JobInterruptedError, JobRecord, recorded_job
 from claq_exp.sweep.share import one_gpu, threads_of_job
 from claq_exp.sweep.work import WORST, Done, OnShare, Order
 
@@ -27,12 +29,14 @@ class Sweep:
     """What all jobs of a sweep know.
 
     command: what a person typed.  folder: of this one call, for the records of its jobs and a file
-    that stops them.  run_job: how a job is run; by default in a process of its own.
+    that stops them.  run_job: how a job is run; by default in a process of its own.  process: where
+    the sweep itself runs.
     """
 
     command: str
     folder: Path
     run_job: RunJob = run_apart
+    process: str = field(default_factory=this_process)
 
     @property
     def stop_file(self) -> Path:
@@ -40,16 +44,19 @@ class Sweep:
         return self.folder / "stop"
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt when the sweep was stopped."""
+        """Raise JobInterruptedError when the sweep was stopped."""
         if self.stop_file.exists():
-            raise KeyboardInterrupt
+            raise JobInterruptedError("the sweep was stopped")
 
 
 def run_sweep_job(sweep: Sweep, composed: DictConfig) -> float:
     """Run one job and return its objective, or `WORST` where it failed: the record says why.
 
-    Raises KeyboardInterrupt when the sweep is stopped, and nothing else.
+    A job that was asked to end has failed too, and one that had not begun leaves no record: to
+    raise would make launchers kill the jobs that are still finishing their work.
     """
+    if sweep.process != this_process() and current_thread() is main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's reaches the sweep, which asks
     hydra = HydraConfig.get()
     number, overrides = hydra.job.num, tuple(map(_as_typed, hydra.overrides.task))
     launcher = OmegaConf.to_container(hydra.launcher)
@@ -57,6 +64,7 @@ def run_sweep_job(sweep: Sweep, composed: DictConfig) -> float:
     results = Path(composed.outputs).expanduser() / composed.name
     job = Job(number, overrides, RunState(RUNNING))
     try:
+        sweep.check()
         with (
             one_gpu(composed.device, launcher.get("_target_", ""), sweep.check) as environment,
             recorded_job((results, sweep.folder), job, sweep.check) as record,

@@ -38,6 +38,10 @@ class JobKilledError(ClaqError):
     """A job whose process is gone without a word of its own."""
 
 
+class JobInterruptedError(ClaqError):
+    """A job that ended because it was asked to; the sweep's own end is another matter."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A job of a sweep.
@@ -133,7 +137,7 @@ def recorded_job(
         record.note(RunState(RUNNING, this_process()))
         try:
             yield record
-        except (KeyboardInterrupt, SystemExit):
+        except (JobInterruptedError, KeyboardInterrupt, SystemExit):
             record.note(RunState(INTERRUPTED))
             raise
         except JobKilledError as error:

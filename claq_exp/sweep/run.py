@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -18,9 +20,10 @@ from rich.console import Console
 
 from claq_exp.compose import PRIMARY, VERSION_BASE, register_sweeps
 from claq_exp.errors import ClaqError, first_line
+from claq_exp.interruption import Interruption, graceful
 from claq_exp.places import packaged_folder
 from claq_exp.run_folder import INTERRUPTED, KILLED, RUNNING, RunState
-from claq_exp.sweep.apart import LOOK_SECONDS, PATIENCE_SECONDS, run_apart
+from claq_exp.sweep.apart import LAST_SECONDS, LOOK_SECONDS, run_apart
 from claq_exp.sweep.grid import Grid, check_grid
 from claq_exp.sweep.job import RunJob, Sweep, run_sweep_job
 from claq_exp.sweep.record import read_jobs, write_job
@@ -33,7 +36,8 @@ def run_sweep(overrides: list[str], command: str, run_job: RunJob = run_apart) -
     """Run all jobs of a sweep and return the exit code: 1 if any is not finished.
 
     overrides: without `-m`.  command: what a person typed.  run_job: how one job is run.  Raises
-    ConfigError before anything is started, and KeyboardInterrupt once all jobs have stopped.
+    ConfigError before anything is started.  Raises KeyboardInterrupt once all jobs have stopped:
+    after the first signal they finish the group of layers at hand, a second one waits for nothing.
     """
     grid = check_grid(overrides)
     if grid.search:
@@ -55,9 +59,10 @@ def run_sweep(overrides: list[str], command: str, run_job: RunJob = run_apart) -
         total = len(jobs) if complete and grid.search else grid.jobs  # it may try a job twice
         return Standing(total, jobs, grid.fixed)
 
-    with SweepView(read, note):
+    with SweepView(read, note), graceful() as interruption:
         try:
-            with_hydra(words, job)
+            with interruption.finishing(), _stopped_by(interruption, sweep):
+                with_hydra(words, job)
             complete = True
         except KeyboardInterrupt:
             stopped = True
@@ -111,11 +116,37 @@ def _quoted(path: Path) -> str:
     return str(path).replace("'", "\\'")
 
 
+@contextlib.contextmanager
+def _stopped_by(interruption: Interruption, sweep: Sweep) -> Iterator[None]:
+    """After the first signal, have all jobs end, and then the launcher, for which none runs."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(LOOK_SECONDS):
+            if interruption.asked:
+                sweep.stop_file.touch()
+                if not _any_running(sweep):
+                    _thread.interrupt_main()
+                    return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _any_running(sweep: Sweep) -> bool:
+    return any(job.state.name == RUNNING for job in read_jobs(sweep.folder))
+
+
 def _stop(sweep: Sweep, results: Path) -> None:
-    """Have all jobs end, wherever they run, and put on record that a person ended them."""
+    """Have all jobs end, wherever they run, and put on record that they were interrupted."""
     sweep.stop_file.touch()
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while any(job.state.name == RUNNING for job in read_jobs(sweep.folder)):
+    deadline = time.monotonic() + LAST_SECONDS
+    while _any_running(sweep):
         if time.monotonic() > deadline:
             return
         time.sleep(LOOK_SECONDS)
