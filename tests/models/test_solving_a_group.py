@@ -9,7 +9,8 @@ import torch
 
 from claq_exp.calibration.hessian import HessianAccumulator
 from claq_exp.errors import NumericalError
-from claq_exp.models.solve import solve_hessian
+from claq_exp.fallbacks import count_fallbacks
+from claq_exp.models.solve import report_row, solve_hessian
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
@@ -72,6 +73,57 @@ def test_a_weight_that_is_no_number_is_named_with_its_place():
     weights = {"model.q_proj": weight, "model.k_proj": broken}
     with pytest.raises(NumericalError, match=r"model\.k_proj: weight\[77, 3\] is nan"):
         solve_hessian(weights, hessian, recipe(Gptq()))
+
+
+def indefinite(columns: int) -> torch.Tensor:
+    """A Hessian with an eigenvalue that no damping reaches."""
+    hessian = problem(1, columns)[1]
+    hessian[2, 2] = -2 * hessian.diagonal().sum()
+    return hessian
+
+
+@pytest.mark.case(23)
+def test_a_hessian_that_no_damping_mends_has_its_layers_rounded_to_nearest_and_told():
+    weight, _ = problem(rows=20, columns=30)
+    ((found, _),) = solve_hessian({"model.o_proj": weight}, indefinite(30), recipe(Gptq()))
+    ((rounded, _),) = solve_hessian({"model.o_proj": weight}, indefinite(30), recipe(Nearest()))
+    assert torch.equal(found.quantized.dequantize(), rounded.quantized.dequantize())
+    row = report_row(0, "model.o_proj", found, 100, 0.1)
+    assert (row["nearest"], row["damping"]) == ("indefinite", None)
+    assert count_fallbacks([row])["layers_indefinite"] == 1
+
+
+@pytest.mark.case(23)
+def test_strict_refuses_it_with_the_layer_and_the_smallest_eigenvalue():
+    weight, _ = problem(rows=20, columns=30)
+    with pytest.raises(NumericalError, match=r"model\.o_proj: .*smallest eigenvalue -\d"):
+        solve_hessian({"model.o_proj": weight}, indefinite(30), recipe(Gptq()), strict=True)
+
+
+class Short(Gptq):
+    """A solver without memory for anything but the CPU."""
+
+    def prepare(self, hessian, overwrite=False):
+        if hessian.device.type != "cpu":
+            raise torch.OutOfMemoryError("no room")
+        return super().prepare(hessian, overwrite)
+
+
+@pytest.mark.case(101)
+@pytest.mark.parametrize("solver", [Short(), Gptq()], ids=["factor", "columns"])
+def test_a_device_without_memory_hands_over_to_the_cpu_and_that_is_told(solver, monkeypatch):
+    def no_room(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("claq_exp.models.solve.solve_on_device", no_room)
+    weight, hessian = problem(rows=20, columns=30)
+    ((expected, _),) = solve_hessian({"layer": weight}, hessian.clone(), recipe(Gptq()))
+    # neither is the device "cpu", and the second can hold numbers
+    device = torch.device("meta") if isinstance(solver, Short) else torch.device("cpu", 0)
+    ((found, _),) = solve_hessian({"layer": weight}, hessian, recipe(solver), device=device)
+    assert torch.equal(found.quantized.codes, expected.quantized.codes)
+    assert report_row(0, "layer", found, 100, 0.1)["retreats"] == 1
+    assert report_row(0, "layer", expected, 100, 0.1)["retreats"] is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's counters")

@@ -84,6 +84,17 @@ def test_columns_with_most_outliers_get_the_higher_width():
         assert set(torch.nonzero(bits == 4).flatten().tolist()) == expected
 
 
+@pytest.mark.case(46)
+@pytest.mark.parametrize("rule", [OutlierOrder, Hessian, Magnitude])
+def test_one_extreme_column_gets_the_higher_width_and_equal_ones_go_by_their_index(rule):
+    precision = rule(target_bits=2.25)
+    equal = precision.plan(statistics_of(torch.ones(40, 8)))
+    assert equal.tolist() == [4, 2, 2, 2, 2, 2, 2, 2]
+    weight = torch.ones(40, 8)
+    weight[:3, 5] = 1000.0
+    assert precision.plan(statistics_of(weight)).tolist() == [2, 2, 2, 2, 2, 4, 2, 2]
+
+
 def test_an_outlier_reaches_the_threshold_times_the_matrix_mean():
     weight = torch.ones(10, 10)
     weight[0, 3] = 16.0  # the mean of |W| becomes 1.15

@@ -12,7 +12,12 @@ from quantize_references import random_problem, recipe, solve
 from claq_exp.errors import NumericalError
 from claq_exp.quantize.codebook import CODEBOOK, KMeans, Uniform
 from claq_exp.quantize.precision import Fixed
-from claq_exp.quantize.quantized import unpack_weight
+from claq_exp.quantize.quantized import (
+    QuantizedWeight,
+    Reserved,
+    SharedCodebooks,
+    unpack_weight,
+)
 from claq_exp.quantize.reservation import Fixed as FixedReservation
 from claq_exp.quantize.solver import Gptq, Nearest
 
@@ -73,6 +78,22 @@ def test_weights_that_a_float16_model_holds_still_fit_it_after_quantizing(codebo
     weight[3, 2] = 65504.0
     chosen = recipe(codebook=codebook, precision=Fixed(4), solver=Nearest())
     assert torch.isfinite(solve(weight, hessian, chosen).quantized.dequantize().half()).all()
+
+
+def test_weights_beyond_float16_by_their_level_are_cut_and_counted():
+    weight, hessian = random_problem(rows=20, columns=6, seed=0)
+    plain = solve(weight, hessian, recipe(solver=Nearest()))
+    assert plain.clamped == 0
+    books = {1: torch.tensor([-2.0, 2.0], dtype=torch.float16)}
+    scales = torch.tensor([[1.0, 0.0], [40000.0, 0.0]], dtype=torch.float16)
+    codes = torch.tensor([[0, 0], [0, 1], [1, 0]], dtype=torch.uint8)
+    kept = Reserved(
+        torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([5.0], dtype=torch.float16)
+    )
+    widths = torch.ones(2, dtype=torch.uint8)
+    matrix = QuantizedWeight(codes, widths, SharedCodebooks(books, scales), kept)
+    assert matrix.dequantize().tolist() == [[-2.0, -65504.0], [-2.0, 65504.0], [2.0, 5.0]]
+    assert matrix.clamped() == 2  # a reserved entry has no level
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from quantize_references import damped, explicit_obs, fitted, random_problem, recipe, solve
 
 from claq_exp.errors import ConfigError, NumericalError
@@ -274,6 +276,7 @@ def test_an_all_zero_hessian_rounds_every_column_to_nearest():
     rounded = solve(weight, hessian, recipe(solver=Nearest()))
     assert torch.equal(solved.quantized.dequantize(), rounded.quantized.dequantize())
     assert solved.dead_columns == rounded.dead_columns == 6
+    assert (solved.nearest, rounded.nearest) == ("unfed", "")
     assert solved.output_error == 0.0
     assert 0 < solved.weight_error < 0.1
 
@@ -299,6 +302,34 @@ def test_fewer_tokens_than_inputs_still_give_a_finite_result():
     assert math.isfinite(solved.output_error)
 
 
+@pytest.mark.case(22, 27)
+@settings(derandomize=True, deadline=None, max_examples=80)
+@given(
+    rows=st.integers(1, 12),
+    columns=st.integers(1, 20),
+    tokens=st.integers(1, 30),
+    distinct=st.integers(1, 20),
+    exponent=st.integers(-6, 6),
+    bits=st.integers(1, 4),
+    seed=st.integers(0, 999),
+)
+def test_inputs_of_any_rank_and_size_give_a_finite_matrix_and_an_error_below_one(
+    rows, columns, tokens, distinct, exponent, bits, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(tokens, columns, generator=generator, dtype=torch.float64)
+    inputs = inputs[:, torch.arange(columns) % distinct] * 10.0**exponent  # equal columns
+    inputs[:, torch.rand(columns, generator=generator) < 0.1] = 0  # dead ones
+    weight = torch.randn(rows, columns, generator=generator)
+    solved = solve(weight, inputs.t() @ inputs, recipe(precision=Fixed(bits)))
+    assert torch.isfinite(solved.quantized.dequantize()).all()
+    assert 0 <= solved.output_error < 1.5
+    assert solved.dead_columns == int((inputs == 0).all(dim=0).sum())
+    assert not solved.raised
+    if rows <= 2**bits:
+        assert solved.output_error < 1e-5
+
+
 @pytest.mark.case(22, 23)
 @pytest.mark.parametrize(
     ("smallest", "damping", "used"),
@@ -314,6 +345,7 @@ def test_damping_rises_until_the_hessian_is_positive_definite_and_is_recorded(
     weight, _ = random_problem(rows=10, columns=6, seed=11)
     solved = solve(weight, hessian, recipe(solver=Gptq(damping=damping)))
     assert solved.damping == pytest.approx(used)
+    assert solved.raised == (used > damping)
     assert torch.isfinite(solved.quantized.dequantize()).all()
 
 
@@ -334,6 +366,33 @@ def test_a_hessian_with_nan_is_refused():
     hessian[1, 2] = hessian[2, 1] = math.nan
     with pytest.raises(NumericalError, match="Hessian"):
         LinearProblem(torch.ones(2, 3), hessian)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_preparing_in_the_memory_of_the_hessian_finds_the_same(act_order, transposed):
+    _, hessian = random_problem(rows=1, columns=90, seed=13)
+    hessian = with_dead_inputs(hessian, [4, 70])
+    solver = Gptq(act_order=act_order)
+    expected = solver.prepare(hessian)
+    own = hessian.clone()
+    found = solver.prepare(own.t() if transposed else own, overwrite=True)
+    for part in ("order", "inverse_factor", "distortion_weight", "added", "dead"):
+        assert torch.equal(getattr(found, part), getattr(expected, part)), part
+    assert torch.equal(own, hessian) == transposed  # LAPACK works on rows that lie one by one
+
+
+@pytest.mark.case(23)
+@pytest.mark.parametrize("act_order", [True, False])
+def test_a_hessian_that_is_refused_is_as_it_was(act_order):
+    _, hessian = random_problem(rows=1, columns=90, seed=14)
+    hessian = with_dead_inputs(hessian, [4, 70])
+    hessian = (hessian + hessian.t()) / 2
+    hessian[5, 5] = -2 * hessian.diagonal().sum()
+    own = hessian.clone()
+    with pytest.raises(NumericalError, match="positive definite"):
+        Gptq(act_order=act_order).prepare(own, overwrite=True)
+    assert torch.equal(own, hessian)
 
 
 def test_preparing_leaves_the_hessian_as_it_was():

@@ -281,6 +281,7 @@ def test_rows_of_very_different_size_get_scales():
     assert plans[""].codebook.row_scales
 
 
+@pytest.mark.case(46)
 def test_columns_whose_errors_cost_more_get_more_bits():
     statistics = real_statistics(128, 40, seed=7, spread=0.0)
     dear = torch.ones(40)

@@ -47,6 +47,19 @@ def test_levels_are_those_of_scikit_learn(bits, seed, fit_reserved):
         assert result.codes[:, column].tolist() == nearest.tolist()
 
 
+@pytest.mark.case(31)
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_columns_whose_passes_run_out_are_counted_and_keep_what_was_found(monkeypatch):
+    weight, hessian = random_problem(rows=300, columns=3, seed=1)
+    weight[:, 1] = torch.arange(300) % 4  # its levels need no passes
+    chosen = recipe(codebook=SklearnKMeans(), precision=Fixed(3), solver=Nearest())
+    assert solve(weight, hessian, chosen).unconverged == 0
+    monkeypatch.setattr("claq_exp.quantize.codebook.sklearn_kmeans.PASSES", 1)
+    solved = solve(weight, hessian, chosen)
+    assert solved.unconverged == 2
+    assert solved.weight_error < 0.2
+
+
 @pytest.mark.parametrize("distinct", [1, 2, 5, 8])
 def test_no_more_distinct_values_than_entries_are_the_levels_themselves(distinct):
     values = torch.arange(40) % distinct - 2.5
