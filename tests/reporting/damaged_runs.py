@@ -27,7 +27,7 @@ from claq_exp.run_folder import RunFolder
 from claq_exp.tracking.events import EventLog
 
 FILES = ("results.json", "state.json", "config.json", "layers.csv", "events.jsonl")
-PICTURES_EVERY = 24  # damages, for pictures take long
+PICTURES_EVERY = 45  # damages, for pictures take long
 
 
 def report(folder: Path, whole: str, *, pictures: bool) -> str:
