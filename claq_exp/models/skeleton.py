@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from claq_exp.errors import ConfigError
+from claq_exp.errors import ConfigError, SourceError, first_line
 from claq_exp.models.experts import split_experts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+MOST_LAYERS = 1 << 12
+LARGEST = 1 << 26  # entries of a vocabulary, positions, width of a layer
 
 
 def skeleton(
@@ -21,30 +24,57 @@ def skeleton(
     """Build the causal language model of a config with its parameters on the meta device.
 
     Buffers, which are computed and not read, are there.  dtype: of the parameters, None for the
-    config's.  split: take experts apart.  Raises ConfigError for any other kind of model.
+    config's.  split: take experts apart.  Raises ConfigError for any other kind of model,
+    SourceError for a config that makes none.
     """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     remote = type(config).__module__.startswith("transformers_modules")  # allowed when it was read
     options = {} if dtype is None else {"dtype": dtype}
+    _check_counts(config)
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote, **options)
-    except ValueError as error:
+    except Exception as error:
         name = config.name_or_path or "the model"
-        raise ConfigError(f"{name} ({config.model_type}) is no causal language model") from error
+        if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
+            raise ConfigError(
+                f"{name} ({config.model_type}) is no causal language model"
+            ) from error
+        raise SourceError(f"{name}: its config makes no model: {first_line(error)}") from error
     if split:
         split_experts(model)
     return model.eval()
 
 
+def _check_counts(config: PretrainedConfig) -> None:
+    """Raise SourceError for a size that no model has, before it takes memory or time."""
+    counts = {
+        "layers": MOST_LAYERS,
+        **dict.fromkeys(("size", "dim", "heads", "embeddings"), LARGEST),
+    }
+    for key, value in config.get_text_config().to_dict().items():
+        most = counts.get(key.rpartition("_")[2])
+        if most is not None and isinstance(value, int) and value > most:
+            name = config.name_or_path or "the model"
+            raise SourceError(f"{name}: its config asks for {key}={value}, more than any model has")
+
+
 def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
-    """Give a model the settings for generation that its folder holds, if any."""
+    """Give a model the settings for generation that its folder holds, if any.
+
+    Raises SourceError where they cannot be read.
+    """
     from transformers import GenerationConfig
 
-    if (folder / "generation_config.json").is_file():
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+    try:
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise SourceError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
