@@ -17,7 +17,7 @@ from claq_exp.config import DrawnText, ExperimentConfig, TaskConfig
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.tasks import check_tasks, local_file, task_content
 from claq_exp.models.bos import bos_rule, bos_token
-from claq_exp.models.context import check_context, context_length
+from claq_exp.models.context import check_context, check_vocabulary, context_length
 from claq_exp.models.load import load_config, load_tokenizer, tokenize
 from claq_exp.sources.kept import code_of, kept_tensors
 from claq_exp.sources.model import CODE, fingerprint, model_folder
@@ -131,6 +131,7 @@ def tokenize_inputs(
     draw = Draw(calibration.windows, calibration.seqlen, calibration.seed, "calibration")
     rule = bos_rule(calibration.bos, model_config)
     windows = _windows(calibration, draw, tokenizer, rule, origin)
+    check_vocabulary("calibration", windows, model_config)
     corpora = {
         name: Corpus(corpus.windows, corpus.bos, shared_share(corpus.windows, windows))
         for name, corpus in corpus_windows(config, tokenizer, model_config, origin).items()
@@ -157,6 +158,7 @@ def corpus_windows(
     for name, corpus in evaluation.corpora.items():
         draw = Draw(corpus.windows, seqlen, corpus.seed, f"evaluation.corpora.{name}")
         corpora[name] = Corpus(_windows(corpus, draw, tokenizer, rule, origin), rule)
+        check_vocabulary(draw.where, corpora[name].windows, model_config)
     return corpora
 
 

@@ -23,7 +23,7 @@ from claq_exp.models.load import DTYPES, stored_dtype
 from claq_exp.models.skeleton import skeleton, tied_names
 from claq_exp.quantize.budget import Overhead, fit_budget
 from claq_exp.quantize.layout import HALF, Ledger, WeightLayout
-from claq_exp.quantize.precision import RateDistortion
+from claq_exp.quantize.precision import LayerMap, RateDistortion
 from claq_exp.quantize.recipe import Recipe, planned_layouts
 
 if TYPE_CHECKING:
@@ -87,6 +87,8 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     parameters = sum(tensor.numel() for tensor in state.values())
     if not shapes:
         raise ConfigError(f"the blocks of {path} hold no linear layers to quantize")
+    if isinstance(rule := config.recipe().precision, LayerMap):
+        rule.check_names(shapes)
     kept = {
         name: t.numel() for name, t in state.items() if name.removesuffix(".weight") not in shapes
     }

@@ -1,7 +1,8 @@
-"""How many tokens a model takes at once."""
+"""How many tokens a model takes at once, and which."""
 
 from __future__ import annotations
 
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from claq_exp.errors import ConfigError
@@ -29,6 +30,17 @@ def check_context(where: str, seqlen: int, model_config: PretrainedConfig) -> No
     context = _model_context(model_config)
     if context is not None and seqlen > context:
         raise ConfigError(f"{where} is {seqlen}, the model's context {context}; lower it")
+
+
+def check_vocabulary(where: str, windows: Tensor, model_config: PretrainedConfig) -> None:
+    """Raise ConfigError that names the key `where` when a token is none of the model's."""
+    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    largest = int(windows.max())
+    if size is not None and largest >= size:
+        raise ConfigError(
+            f"{where}: the tokenizer gives token {largest}, the model's vocabulary has {size}; "
+            "they do not belong together"
+        )
 
 
 def _model_context(model_config: PretrainedConfig) -> int | None:

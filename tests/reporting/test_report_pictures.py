@@ -297,6 +297,15 @@ def test_pictures_of_an_earlier_report_go_and_other_files_stay(tmp_path):
     assert left == {path.name for item in drawn for path in (item.png, item.svg)} | {"mine.png"}
 
 
+@pytest.mark.case(98)
+def test_one_run_alone_is_drawn(tmp_path):
+    (run,) = runs_of(tmp_path, at(2.0, 90.0))
+    add_layers(run, blocks=1)
+    drawn = draw_report([run], tmp_path)
+    assert drawn
+    assert all(picture.png.stat().st_size > 1000 for picture in drawn)
+
+
 def test_unfinished_runs_alone_make_no_picture(tmp_path):
     assert draw_report([], tmp_path) == []
 

@@ -182,6 +182,7 @@ def test_fetch_says_what_is_there_and_where(fetched, client):
     assert Path(named["model"].split()[-1], "model.safetensors").is_file()
 
 
+@pytest.mark.case(79)
 def test_what_was_fetched_is_enough_without_the_hub(fetched, client):
     ((code, out, error),) = client.ask(RUN, [fetched.request], OFFLINE)
     assert code == 0, error

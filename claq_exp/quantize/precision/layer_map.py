@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -37,11 +38,19 @@ class LayerMap:
                     f"precision.{where} is {bits}; give a whole number from 1 to {MAX_BITS}"
                 )
 
+    def check_names(self, names: Collection[str]) -> None:
+        """Raise ConfigError for an entry that matches none of a model's layers."""
+        for pattern in self.widths:
+            if not any(_matches(pattern, name) for name in names):
+                raise ConfigError(
+                    f"precision.widths has '{pattern}', which is no layer of this model; there is, "
+                    f"e.g., {min(names)}"
+                )
+
     def plan_key(self, name: str) -> int:
         """Return the width of the layer of this name."""
         for pattern, bits in self.widths.items():
-            part = pattern.removeprefix(".")
-            if fnmatchcase(name, part) or fnmatchcase(name, f"*.{part}"):
+            if _matches(pattern, name):
                 return bits
         return self.default
 
@@ -49,3 +58,8 @@ class LayerMap:
         """Return the width of each column: [in] uint8."""
         width = self.plan_key(statistics.name)
         return torch.full((statistics.shape[1],), width, dtype=torch.uint8)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    part = pattern.removeprefix(".")
+    return fnmatchcase(name, part) or fnmatchcase(name, f"*.{part}")
