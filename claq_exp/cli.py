@@ -12,10 +12,12 @@ from rich.console import Console
 
 from claq_exp import __version__, interruption
 from claq_exp.errors import ClaqError, ConfigError
+from claq_exp.torchrun import place
 from claq_exp.tracking.quiet import quiet_libraries, show_what_can_be_shown
 
 if TYPE_CHECKING:
     from claq_exp.config import ExperimentConfig
+    from claq_exp.distributed import Ranks
 
 USAGE = """\
 claq-exp [run] [OVERRIDES] [-m]        quantize a model and measure what it cost (default)
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     show_what_can_be_shown()
     try:
         with interruption.graceful():
-            return _dispatch(arguments)
+            return _start(arguments)
     except ClaqError as error:
         _complain(str(error))
         return error.exit_code
@@ -72,9 +74,24 @@ def main(argv: list[str] | None = None) -> int:
         return interruption.EXIT_CODE
 
 
-def _dispatch(arguments: list[str]) -> int:
+def _start(arguments: list[str]) -> int:
+    """Carry out a command; of several processes the first does, and the others help it."""
+    if place().size == 1:
+        return _dispatch(arguments)
+    from claq_exp.assist import assist
+    from claq_exp.distributed import together
+
+    with together() as ranks:
+        if not ranks.is_first:
+            return assist(ranks)
+        code = _dispatch(arguments, ranks)
+        ranks.tell(None)
+        return code
+
+
+def _dispatch(arguments: list[str], ranks: Ranks | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
-        "run": _run,
+        "run": lambda words: _run(words, ranks),
         "plan": _plan,
         "report": _report,
         "evaluate": _evaluate,
@@ -89,19 +106,25 @@ def _dispatch(arguments: list[str]) -> int:
         Console().print(__version__, highlight=False)
         return 0
     word = arguments[0] if arguments else "run"
+    if ranks is not None and word in commands and word != "run":
+        raise ConfigError(f"'{word}' takes one process; start it without torchrun")
     if word in commands:
         return commands[word](arguments[1:])
     if word.isidentifier():
         known = ", ".join(commands)
         raise ConfigError(f"'{word}' is no command; choose one of: {known}, or write KEY=VALUE")
-    return _run(arguments)
+    return _run(arguments, ranks)
 
 
-def _run(overrides: list[str]) -> int:
+def _run(overrides: list[str], ranks: Ranks | None) -> int:
     from claq_exp.sweep.server import start_server
 
     swept = any(word in ("-m", "--multirun") or word.startswith("sweep=") for word in overrides)
-    if swept and not any(word.startswith("hydra/launcher=") for word in overrides):
+    if (
+        swept
+        and ranks is None
+        and not any(word.startswith("hydra/launcher=") for word in overrides)
+    ):
         start_server()  # a launcher's processes have servers of their own
 
     from claq_exp.compose import check_words, compose_config, is_multirun
@@ -115,17 +138,20 @@ def _run(overrides: list[str]) -> int:
     if flags and not multirun:
         raise ConfigError(f"'{flags[0]}' is no option; see claq-exp --help")
     if multirun or is_multirun(words):
+        if ranks is not None:
+            raise ConfigError("a sweep takes one process; hydra/launcher= runs jobs side by side")
         from claq_exp.sweep.run import run_sweep
 
         return run_sweep(words, _command(overrides))
-    _run_one(compose_config(words), _command(overrides))
+    _run_one(compose_config(words), _command(overrides), ranks)
     if not words:
         Console().print("Next: claq-exp experiment=claq_2.12", highlight=False)
     return 0
 
 
-def _run_one(config: ExperimentConfig, command: str) -> None:
+def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> None:
     """Run one experiment and print its table."""
+    from claq_exp.distributed import ALONE
     from claq_exp.fallbacks import fallback_notes
     from claq_exp.reporting.tables import overlap_notes, result_table
     from claq_exp.runner import run
@@ -135,6 +161,7 @@ def _run_one(config: ExperimentConfig, command: str) -> None:
         config,
         command,
         lambda line: note.print(line, highlight=False, markup=False, soft_wrap=True),
+        ranks=ranks or ALONE,
     )
     console = Console()
     if outcome.found:

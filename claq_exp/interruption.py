@@ -94,3 +94,23 @@ def graceful() -> Iterator[Interruption]:
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(output)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Hold signals back while this is open; their handlers are called when it closes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    handlers = {int(number): signal.getsignal(number) for number in SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if callable(handler)}
+    try:
+        for number in before:
+            signal.signal(number, lambda *arrived: came.append(arrived))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number, frame in came:
+            before[number](number, frame)

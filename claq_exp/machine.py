@@ -16,14 +16,24 @@ import torch
 
 import claq_exp.quantize.codebook
 from claq_exp.errors import ConfigError
+from claq_exp.resources import cores
+from claq_exp.torchrun import place
 
 PACKAGES = ("claq-exp", "torch", "transformers", "lm-eval", "numba", "numpy", "datasets")
 
 
 def choose_device(wanted: str) -> str:
-    """Return the device for forward passes.  Raises ConfigError when it is not there."""
+    """Return the device for forward passes; of several processes, each has a GPU of its own.
+
+    Raises ConfigError when it is not there.
+    """
     if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    here = place()
+    if here.local_size > 1 and wanted.startswith("cuda"):
+        if wanted != "cuda":
+            raise ConfigError(f"device={wanted} is one for {here.local_size} processes; give cuda")
+        wanted = f"cuda:{here.local_rank}"
     if wanted.startswith("cuda"):
         index = int(wanted.partition(":")[2] or 0)
         if index >= torch.cuda.device_count():
@@ -47,7 +57,11 @@ def drop_stale_kernels() -> None:
 
 
 def settle(seed: int, threads: int | None) -> None:
-    """Give every run the same start: fresh kernels, seeds, TF32 off, thread count."""
+    """Give every run the same start: fresh kernels, seeds, TF32 off, thread count.
+
+    threads: None for PyTorch's default, or an equal part of the cores for each of several
+    processes.
+    """
     drop_stale_kernels()
     random.seed(seed)
     np.random.seed(seed)
@@ -55,6 +69,9 @@ def settle(seed: int, threads: int | None) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     torch.set_float32_matmul_precision("highest")
+    processes = place().local_size
+    if threads is None and processes > 1:  # torchrun's own default is one thread
+        threads = max(1, cores() // processes)
     if threads is not None:
         torch.set_num_threads(threads)
 

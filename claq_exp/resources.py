@@ -1,8 +1,9 @@
-"""How much memory and disk this process may still take."""
+"""How much memory, disk and how many cores this process may take."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import shutil
 import sys
@@ -17,6 +18,13 @@ CONTROL_GROUPS = (  # limit and use of a container, in the two forms that Linux 
         "/sys/fs/cgroup/memory/memory.usage_in_bytes",
     ),
 )
+
+
+def cores() -> int:
+    """Return the number of CPU cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def available_memory() -> int:

@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from claq_exp import __version__
+from claq_exp.assist import Quantization
 from claq_exp.checkpoint.allocation import load_allocation, save_allocation
 from claq_exp.checkpoint.files import write_json
 from claq_exp.checkpoint.reader import open_checkpoint, read_layouts
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.config import ExperimentConfig
+from claq_exp.distributed import ALONE, Ranks
 from claq_exp.errors import CheckpointError
 from claq_exp.evaluation.divergence import Comparison, LogitStore
 from claq_exp.evaluation.measure import Measurement, Meter
@@ -78,12 +80,13 @@ def run(
     *,
     progress: Callable[[dict[str, float]], RunProgress] = RunProgress,
     wait: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Outcome:
     """Run an experiment, or continue it, or find it finished.
 
     command: what a person typed, for the record.  say: shows a line while no progress bar is up.
     progress: makes the progress bar from estimates.  wait: for another process that has the same
-    run, where this would raise else.
+    run, where this would raise else.  ranks: of which this is the first, and the others `assist`.
     """
     device = choose_device(config.device)
     settle(config.seed, config.threads)
@@ -116,7 +119,9 @@ def run(
                 noise_to(folder.path / "third_party.log"),
                 EventLog(folder.path / EVENTS_FILE, [tracker] if tracker else []) as events,
             ):
-                job = _Job(config, folder, fetched, model_config, tokens, plan, device, bar, events)
+                job = _Job(
+                    config, folder, fetched, model_config, tokens, plan, device, bar, events, ranks
+                )
                 results = job.results(command)
                 events.results(results)
                 events.event("finished", seconds=results["run"]["seconds"])
@@ -162,6 +167,7 @@ class _Job:
     device: str
     progress: RunProgress
     events: EventLog
+    ranks: Ranks
     damaged: list[str] = field(default_factory=list)
 
     def results(self, command: str) -> dict[str, Any]:
@@ -211,15 +217,20 @@ class _Job:
         store.open(self._note_damage)
         self.progress.stage("quantize")
         reset_peak()
+        hidden_form = self._hidden_form()
+        recipe, converted = self.plan.recipe, self.folder.work / CONVERTED
+        for_others = (batches, recipe, store.follower(), plans, hidden_form)
+        self.ranks.tell(Quantization(config, self.fetched.model, converted, *for_others))
         quantize_model(
             model,
             batches,
-            self.plan.recipe,
+            recipe,
             store,
             plans=plans,
-            hidden_form=self._hidden_form(),
+            hidden_form=hidden_form,
             watcher=Watcher(event=self._quantize_event, share=self.progress.advance),
             strict=config.strict,
+            ranks=self.ranks,
         )
         report = store.report()
         write_layers(self.folder.path / LAYERS_FILE, report)

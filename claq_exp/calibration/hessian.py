@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,13 @@ class HessianAccumulator:
                 product = values[:, band].t() @ values[:, band.start :]
                 self._sum[band, band.start :] += product.cpu()
         self._tokens += len(tokens)
+
+    def combine(self, sum_: Callable[[Tensor], None]) -> None:
+        """Take in what other processes have added.  sum_: replaces a tensor by its sum over all."""
+        tokens = torch.tensor(self._tokens)
+        sum_(self._sum)
+        sum_(tokens)
+        self._tokens = int(tokens)
 
     @property
     def tokens(self) -> int:

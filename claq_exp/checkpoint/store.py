@@ -84,6 +84,13 @@ class BlockStore:
             raise CheckpointError(f"{path} is damaged: {error!r}; {OVER}") from error
         self._drop_damaged(on_damage)
 
+    def follower(self) -> BlockStore:
+        """Return the same store for another process, which reads and writes nothing."""
+        store = _Follower(self._folder, self._identity)
+        store._blocks, store._parts = self._blocks, list(self._parts)
+        store._activations = self._activations
+        return store
+
     def clear(self) -> None:
         """Remove everything."""
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -119,7 +126,7 @@ class BlockStore:
 
         like: batch number -> a tensor of its shape and type, on any device.
         """
-        name = f"activations_{index:04d}.safetensors"
+        name = _activations_name(index)
         numbered = ((str(batch), tensor) for batch, tensor in enumerate(activations))
         digest = self._write(name, lambda path: write_tensors(path, like, numbered))
         previous = self._activations
@@ -222,6 +229,23 @@ class BlockStore:
         self._blocks, self._parts, self._activations = blocks, parts, activations
 
 
+class _Follower(BlockStore):
+    """A store that another process writes, in step with this one."""
+
+    def add(
+        self, block: int, packed: Mapping[str, PackedWeight], report: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Leave it to the process that writes."""
+
+    def begin_block(
+        self, index: int, activations: Iterable[Tensor], like: Mapping[str, Tensor]
+    ) -> None:
+        """Have `activations` made, for the process that writes."""
+        for _ in activations:
+            pass
+        self._blocks, self._activations = index, {"name": _activations_name(index)}
+
+
 class _FileTensors(Mapping[str, Tensor]):
     """Tensors of a file by what follows a prefix, read when they are asked for."""
 
@@ -254,6 +278,10 @@ class _Batches(Sequence[Tensor]):
 
     def __len__(self) -> int:
         return self._count
+
+
+def _activations_name(index: int) -> str:
+    return f"activations_{index:04d}.safetensors"
 
 
 def _facts(path: Path) -> dict[str, str]:

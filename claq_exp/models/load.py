@@ -55,10 +55,12 @@ def open_model(
     device: str,
     blocks_path: str | None = None,
     trust_remote_code: bool = False,
+    check: bool = True,
 ) -> StreamedModel:
     """Open the model of a Hugging Face folder, to be read block by block, and check it.
 
     Experts are split.  work: folder for what must be converted before it can be read.
+    check: without, what needs a look at all weights is left out, for a model that was checked.
     Raises ConfigError for a model that is already quantized or looks ahead, SourceError when a
     tensor is missing, NumericalError for weights that are not finite.
     """
@@ -66,11 +68,12 @@ def open_model(
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{folder} is already quantized; give the original model")
     weights = stored_weights(folder, config, work, trust_remote_code=trust_remote_code)
-    check_finite(weights)
+    if check:
+        check_finite(weights)
     whole = skeleton(config, DTYPES[dtype])
     read_generation_config(whole, folder)
     model = StreamedModel(whole, weights, device, blocks_path)
-    if _looks_ahead(model):
+    if check and _looks_ahead(model):
         raise ConfigError(
             f"{folder} ({config.model_type}) is no causal language model: what it predicts after a "
             "token changes with the tokens that follow; give a decoder"

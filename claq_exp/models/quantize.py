@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from claq_exp.calibration.hessian import HessianAccumulator
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
+from claq_exp.distributed import ALONE, Ranks, owners
 from claq_exp.errors import CalibrationError
 from claq_exp.fallbacks import refuse_fallbacks
+from claq_exp.interruption import Interrupted
 from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden, feed, run_block
 from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_weight
 from claq_exp.models.solve import report_row, solve_hessian
 from claq_exp.models.stream import BlockedModel
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.quantized import unpack_weight
-from claq_exp.quantize.recipe import Recipe, Solved
+from claq_exp.quantize.recipe import Recipe
 
 PUBLISH_SECONDS = 5.0  # of solving that a kill may cost, where a group does not take longer
 
@@ -53,28 +55,37 @@ class HiddenForm:
     on_disk: bool = False
 
     def keep(
-        self, entering: Iterable[Tensor], index: int, batches: list[Tensor], store: BlockStore
+        self,
+        entering: Iterable[Tensor],
+        index: int,
+        batches: list[Tensor],
+        store: BlockStore,
+        ranks: Ranks = ALONE,
     ) -> Sequence[Tensor]:
-        """Publish what enters block `index`, one [batch, seqlen, width] per batch, and return it.
+        """Publish what enters block `index`, and return what of it is this rank's.
 
+        entering: [batch, seqlen, width] of each of this rank's batches.
         Raises CalibrationError when a value does not fit the type.
         """
-        states = (self._cast(hidden, index) for hidden in entering)
-        first = next(states)
-        like = {
-            str(number): first.new_empty(*batch.shape, first.shape[-1], device="meta")
-            for number, batch in enumerate(batches)
-        }
         kept: list[Tensor] = []
 
         def noted() -> Iterator[Tensor]:
-            for hidden in chain((first,), states):
+            for hidden in entering:
+                cast = self._cast(hidden, index)
                 if not self.on_disk:
-                    kept.append(hidden)
-                yield hidden
+                    kept.append(cast)
+                yield cast
 
-        store.begin_block(index, noted(), like)
-        return (store.activations() or ()) if self.on_disk else kept
+        states = ranks.in_order(noted(), len(batches))
+        first = next(states, None)  # there is none on other ranks than the first
+        like = {
+            str(number): first.new_empty(*batch.shape, first.shape[-1], device="meta")
+            for number, batch in enumerate(batches)
+            if first is not None
+        }
+        store.begin_block(index, chain(() if first is None else (first,), states), like)
+        ranks.wait()  # for what the first has published
+        return _own(store.activations() or (), ranks) if self.on_disk else kept
 
     def _cast(self, hidden: Tensor, index: int) -> Tensor:
         cast = hidden.to(self.dtype or hidden.dtype)
@@ -86,7 +97,7 @@ class HiddenForm:
         return cast
 
 
-def quantize_model(
+def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quantized
     model: BlockedModel,
     batches: list[Tensor],
     recipe: Recipe,
@@ -96,10 +107,13 @@ def quantize_model(
     hidden_form: HiddenForm = HiddenForm(),
     watcher: Watcher = Watcher(),
     strict: bool = False,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Quantize all linear layers of all decoder blocks into a store.
 
     One block is in memory at a time, and what enters it; what the store holds is taken over.
+    Several ranks share the batches, and solve linears side by side; all call this, and the others
+    than the first with a `follower` of its store.
     batches: token ids [batch, seqlen], all of one length.  store: open.
     plans: name of a linear -> what an allocation over the whole model decided of it.
     strict: raise NumericalError at the first layer with a fallback, see `claq_exp.fallbacks`.
@@ -108,9 +122,11 @@ def quantize_model(
     hidden: Sequence[Tensor]
     entering = store.activations()
     if entering is None:
-        hidden = hidden_form.keep(entering_hidden(model, batches), 0, batches, store)
+        own = entering_hidden(model, ranks.share(batches))
+        hidden = hidden_form.keep(own, 0, batches, store, ranks)
     else:
-        hidden = entering if hidden_form.on_disk else [t.to(model.device) for t in entering]
+        hidden = _own(entering, ranks)
+        hidden = hidden if hidden_form.on_disk else [t.to(model.device) for t in hidden]
     share = 1 / len(model.blocks)
     if store.blocks:
         watcher.share(store.blocks * share, f"after block {store.blocks - 1}")
@@ -118,12 +134,36 @@ def quantize_model(
         inputs[index].hidden = hidden
         with model.block(index) as module:
             block = _Block(
-                module, inputs[index], f"{model.path}.{index}", index, recipe, plans or {}, strict
+                module,
+                inputs[index],
+                f"{model.path}.{index}",
+                index,
+                recipe,
+                plans or {},
+                strict,
+                ranks,
             )
             block.quantize(store, watcher, share)
-            hidden = hidden_form.keep(block.outputs(), index + 1, batches, store)
+            hidden = hidden_form.keep(block.outputs(), index + 1, batches, store, ranks)
         inputs[index] = BlockInputs()
         watcher.event("block", {"block": index, **block.seconds})
+
+
+class _Own(Sequence[Tensor]):
+    """The part of a sequence that is a rank's, read as it is asked for."""
+
+    def __init__(self, everything: Sequence[Tensor], places: Sequence[int]) -> None:
+        self._everything, self._places = everything, places
+
+    def __getitem__(self, batch: Any) -> Any:
+        return self._everything[self._places[batch]]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _own(everything: Sequence[Tensor], ranks: Ranks) -> Sequence[Tensor]:
+    return _Own(everything, ranks.share(range(len(everything))))
 
 
 @dataclass
@@ -137,6 +177,7 @@ class _Block:
     recipe: Recipe
     plans: Mapping[str, MatrixPlan]
     strict: bool
+    ranks: Ranks
     seconds: dict[str, float] = field(
         default_factory=lambda: {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
     )
@@ -144,32 +185,33 @@ class _Block:
     def quantize(self, store: BlockStore, watcher: Watcher, share: float) -> None:
         """Quantize what the store does not hold yet of the block, and take over what it does."""
         done = store.packed(self.index)
-        self._take_over(done)
-        stages = find_stages(self.module, self.inputs)
+        for full_name, packed in done.items():
+            self._take_over(full_name, packed)
+        found_here = find_stages(self.module, self.inputs) if self.ranks.is_first else []
+        stages = self.ranks.tell(found_here)
         groups = [group for stage in stages for group in stage]
         weights = sum(self._weight(name).numel() for group in groups for name in group.names)
         pending = _Pending(store, self.index)
         for stage in stages:
             left = tuple(g for g in stage if not all(f"{self.path}.{n}" in done for n in g.names))
             found = self._accumulate(left) if left else {}
-            for group in left:
-                tokens, hessian = found[group].tokens, found.pop(group).hessian()
-                for name, solved, seconds in self._solve(group, hessian):
-                    row = report_row(self.index, f"{self.path}.{name}", solved, tokens, seconds)
-                    if self.strict:
-                        refuse_fallbacks(row)
-                    pending.add(solved, row)
+            for start in range(0, len(left), self.ranks.size):
+                together = left[start : start + self.ranks.size]
+                for packed, row in self._solve(together, found):
+                    pending.add(packed, row)
                     watcher.event("layer", row)
-                    watcher.share(share * self._weight(name).numel() / weights, row["name"])
-                pending.publish(now=watcher.stopping())
+                    watcher.share(share * packed.layout.weights / weights, row["name"])
+                stopping = self.ranks.any(watcher.stopping())
+                pending.publish(now=stopping)
                 watcher.stop()
+                if stopping:  # on another rank
+                    raise Interrupted
         pending.publish(now=True)
 
     @torch.no_grad()
-    def _take_over(self, done: Mapping[str, PackedWeight]) -> None:
-        for full_name, packed in done.items():
-            weight = unpack_weight(packed.layout, packed.tensors)
-            self._weight(full_name.removeprefix(f"{self.path}.")).copy_(weight.dequantize())
+    def _take_over(self, full_name: str, packed: PackedWeight) -> None:
+        weight = unpack_weight(packed.layout, packed.tensors)
+        self._weight(full_name.removeprefix(f"{self.path}.")).copy_(weight.dequantize())
 
     def outputs(self) -> Iterator[Tensor]:
         """Run every batch through the quantized block; hidden states in memory are used up."""
@@ -209,22 +251,72 @@ class _Block:
 
         return add
 
-    @torch.no_grad()
-    def _solve(self, group: LinearGroup, hessian: Tensor) -> list[tuple[str, Solved, float]]:
-        """Solve the linears of a group; return (name, solution, seconds) of each."""
+    def _solve(
+        self, together: Sequence[LinearGroup], found: dict[LinearGroup, HessianAccumulator]
+    ) -> Iterator[tuple[PackedWeight, dict[str, Any]]]:
+        """Solve groups, each rank its own part; yield what came of every linear, on all ranks.
+
+        together: as many groups as ranks at most.  found: its sums are used up.
+        """
         started = time.perf_counter()
+        for group in together:
+            found[group].combine(self.ranks.sum_)
+        self.seconds["hessian"] += time.perf_counter() - started
+        started = time.perf_counter()
+        owner = self._owners(together)
+        solved: dict[str, tuple[PackedWeight, dict[str, Any]]] = {}
+        for group in together:
+            own = [name for name in group.names if owner[name] == self.ranks.rank]
+            tokens, hessian = found[group].tokens, found.pop(group).hessian() if own else None
+            if hessian is not None:
+                solved |= self._solve_own(own, hessian, tokens)
+        for group in together:
+            for name in group.names:
+                yield self._exchanged(name, owner[name], solved.pop(name, None))
+        self.seconds["solve"] += time.perf_counter() - started
+
+    def _owners(self, together: Sequence[LinearGroup]) -> dict[str, int]:
+        """Say which rank solves each linear: a group goes to one of them, unless it is alone."""
+        if len(together) == 1:
+            names = together[0].names
+            return owners({n: self._weight(n).numel() for n in names}, self.ranks.size)
+        return {name: rank for rank, group in enumerate(together) for name in group.names}
+
+    @torch.no_grad()
+    def _solve_own(
+        self, names: Sequence[str], hessian: Tensor, tokens: int
+    ) -> dict[str, tuple[PackedWeight, dict[str, Any]]]:
+        """Solve linears that share an input; return name -> (packed weight, report row)."""
         weights = {
             f"{self.path}.{name}": self._weight(name).detach().to("cpu", torch.float32)
-            for name in group.names
+            for name in names
         }
-        device = self._weight(group.names[0]).device
+        device = self._weight(names[0]).device
+        found = {}
         solutions = solve_hessian(
             weights, hessian, self.recipe, self.plans, device, strict=self.strict
         )
-        for name, (solved, _) in zip(group.names, solutions, strict=True):
-            self._weight(name).copy_(solved.quantized.dequantize())
-        self.seconds["solve"] += time.perf_counter() - started
-        return [(name, *found) for name, found in zip(group.names, solutions, strict=True)]
+        for name, (solved, seconds) in zip(names, solutions, strict=True):
+            quantized = solved.quantized
+            self._weight(name).copy_(quantized.dequantize())
+            row = report_row(self.index, f"{self.path}.{name}", solved, tokens, seconds)
+            if self.strict:
+                refuse_fallbacks(row)
+            found[name] = PackedWeight(quantized.layout(), quantized.pack()), row
+        return found
+
+    def _exchanged(
+        self, name: str, owner: int, own: tuple[PackedWeight, dict[str, Any]] | None
+    ) -> tuple[PackedWeight, dict[str, Any]]:
+        """Give all ranks what one of them made of a linear, and have it in the block."""
+        described, tensors = None, None
+        if own is not None:
+            described, tensors = (own[0].layout, own[1]), own[0].tensors
+        (layout, row), received = self.ranks.broadcast(owner, described, tensors)
+        packed = PackedWeight(layout, received)
+        if own is None:
+            self._take_over(f"{self.path}.{name}", packed)
+        return packed, row
 
     def _weight(self, name: str) -> Tensor:
         return linear_weight(self.module.get_submodule(name))
@@ -240,9 +332,8 @@ class _Pending:
     report: list[dict[str, Any]] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
 
-    def add(self, solved: Solved, row: dict[str, Any]) -> None:
-        quantized = solved.quantized
-        self.packed[row["name"]] = PackedWeight(quantized.layout(), quantized.pack())
+    def add(self, packed: PackedWeight, row: dict[str, Any]) -> None:
+        self.packed[row["name"]] = packed
         self.report.append(row)
 
     def publish(self, *, now: bool) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import filelock
 import torch
 
+from claq_exp.resources import cores
+
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOOK_SECONDS = 0.5  # between two looks for a free GPU
 SCHEDULED = ("SlurmLauncher", "RayLauncher", "RayAWSLauncher")  # these give a job its own GPUs
@@ -79,7 +81,5 @@ def threads_of_job(threads: int | None, launcher: dict[str, Any]) -> int | None:
     jobs = launcher.get("n_jobs")
     if jobs is None:
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
-    side_by_side = jobs if jobs > 0 else max(1, cores + 1 + jobs)  # joblib: -1 is all cores
-    return max(1, cores // side_by_side)
+    side_by_side = jobs if jobs > 0 else max(1, cores() + 1 + jobs)  # joblib: -1 is all cores
+    return max(1, cores() // side_by_side)

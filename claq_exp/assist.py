@@ -1,0 +1,73 @@
+"""What the other processes of a run do: they take part in what the first one runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from claq_exp.checkpoint.store import BlockStore
+from claq_exp.config import ExperimentConfig
+from claq_exp.distributed import Ranks
+from claq_exp.machine import choose_device, settle
+from claq_exp.models.load import open_model
+from claq_exp.models.quantize import HiddenForm, quantize_model
+from claq_exp.quantize.allocation import MatrixPlan
+from claq_exp.quantize.recipe import Recipe
+from claq_exp.tracking.progress import noise_to
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A quantization, as the first process describes it to the others.
+
+    config: its `model.dtype` is settled.  source: folder of the original model, which was checked.
+    work: folder of what was converted of it.  store: a follower.  The rest is as of
+    `quantize_model`.
+    """
+
+    config: ExperimentConfig
+    source: Path
+    work: Path
+    batches: list[Tensor]
+    recipe: Recipe
+    store: BlockStore
+    plans: Mapping[str, MatrixPlan]
+    hidden_form: HiddenForm
+
+    def take_part(self, ranks: Ranks) -> None:
+        """Do this process' part."""
+        config = self.config
+        device = choose_device(config.device)
+        settle(config.seed, config.threads)
+        model = open_model(
+            self.source,
+            self.work,
+            dtype=config.model.dtype,
+            device=device,
+            blocks_path=config.model.blocks,
+            trust_remote_code=config.model.trust_remote_code,
+            check=False,
+        )
+        quantize_model(
+            model,
+            self.batches,
+            self.recipe,
+            self.store,
+            plans=self.plans,
+            hidden_form=self.hidden_form,
+            strict=config.strict,
+            ranks=ranks,
+        )
+
+
+def assist(ranks: Ranks) -> int:
+    """Take part in what the first process asks for until it is done; return the exit code."""
+    with noise_to(Path(os.devnull)):
+        while (work := ranks.tell()) is not None:
+            assert isinstance(work, Quantization)
+            work.take_part(ranks)
+    return 0
