@@ -319,6 +319,10 @@ def _help() -> int:
 
 
 def _command(arguments: list[str]) -> str:
+    processes = place().local_size
+    if processes > 1:
+        start = f"torchrun --nproc-per-node {processes} -m claq_exp"
+        return f"{start} {shlex.join(arguments)}".rstrip()
     return shlex.join(["claq-exp", *arguments])
 
 

@@ -42,6 +42,10 @@ class Ranks:
         """Return what of a list is this rank's: item i belongs to rank i % size."""
         return list(items[self.rank :: self.size])
 
+    def number(self, item: int) -> int:
+        """Return which of the whole list an item of this rank's share is."""
+        return self.rank + item * self.size
+
     def any(self, flag: bool) -> bool:
         """Tell whether a rank says so."""
         if self.size == 1:

@@ -231,9 +231,10 @@ class _Block:
             group: HessianAccumulator(self._weight(group.names[0]).shape[1]) for group in stage
         }
         for batch in range(len(self.inputs.hidden)):
+            where = f"calibration batch {self.ranks.number(batch)}"
             sinks = {
                 self.module.get_submodule(group.names[0]): self._sink(
-                    accumulator, f"{self.path}.{group.names[0]} (calibration batch {batch})"
+                    accumulator, f"{self.path}.{group.names[0]} ({where})"
                 )
                 for group, accumulator in found.items()
             }

@@ -21,6 +21,7 @@ from claq_exp.evaluation.zero_shot import average_accuracy
 from claq_exp.fallbacks import count_fallbacks
 from claq_exp.machine import device_name, git_commit, versions
 from claq_exp.resources import peak_memory
+from claq_exp.torchrun import place
 
 SCHEMA = 1
 TIMINGS = ("load", "allocate", "calibrate", "hessian", "solve", "export", "evaluate")
@@ -76,6 +77,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
             "seconds": round((finished - started).total_seconds(), 3),
             "versions": versions(),
             "device": device_name(device),
+            "processes": place().size,
             "git": git_commit(),
         },
         "config": config.as_dict(),

@@ -1,0 +1,228 @@
+"""A model that several processes quantize is, up to the order of sums, what one makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_llama
+from processes import Rank, start_ranks
+from torch import Tensor
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from claq_exp.assist import Quantization, assist
+from claq_exp.checkpoint.store import BlockStore
+from claq_exp.compose import compose_config
+from claq_exp.distributed import Ranks, together
+from claq_exp.models.load import open_model
+from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
+from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.precision import OutlierOrder
+from claq_exp.quantize.quantized import unpack_weight
+from claq_exp.quantize.recipe import Recipe
+from claq_exp.quantize.reservation import Fixed
+from claq_exp.quantize.solver import Gptq
+
+RECIPE = Recipe(KMeans(), OutlierOrder(2.5), Fixed(0.02), Gptq())
+
+
+def llama() -> LlamaForCausalLM:
+    return tiny_llama(num_hidden_layers=2)
+
+
+def mixtral() -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    config = MixtralConfig(**shape, **heads, vocab_size=256, num_local_experts=5)
+    return MixtralForCausalLM(config).half().eval()
+
+
+@pytest.fixture(scope="module", params=[llama, mixtral])
+def source(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    request.param().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense_source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_two(dense_source, batches, tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("two")
+    finished(start_ranks(quantize, place, dense_source, place, batches, size=2))
+    return place
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Tensor]:
+    """Three batches, so that two ranks have different numbers of them, of two sizes."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(256, (size, 24), generator=generator) for size in (4, 4, 2)]
+
+
+def quantize(source: Path, place: Path, batches: list[Tensor], **options) -> int:
+    """Quantize a model as the runner does, on one rank or several."""
+    with together() as ranks:
+        return quantize_together(ranks, source, place, batches, **options)
+
+
+def quantize_together(
+    ranks: Ranks,
+    source: Path,
+    place: Path,
+    batches: list[Tensor],
+    *,
+    on_disk: bool = False,
+    stop_after: int | None = None,
+) -> int:
+    torch.set_num_threads(1)
+    if not ranks.is_first:
+        return assist(ranks)
+    model = open_model(source, place, dtype="float32", device="cpu")
+    store = BlockStore(place / "store", {"run": "test"})
+    store.open()
+    config = compose_config(
+        ["model=hf", f"model.source={source}", "model.dtype=float32", "device=cpu", "threads=1"]
+    )
+    form = HiddenForm(torch.float16, on_disk)
+    ranks.tell(Quantization(config, source, place, batches, RECIPE, store.follower(), {}, form))
+    linears = 0
+
+    def stopping() -> bool:
+        return stop_after is not None and linears >= stop_after
+
+    def count(*_) -> None:
+        nonlocal linears
+        linears += 1
+
+    watcher = Watcher(event=count, stopping=stopping)
+    quantize_model(model, batches, RECIPE, store, hidden_form=form, watcher=watcher, ranks=ranks)
+    ranks.tell(None)
+    return 0
+
+
+def weights(place: Path) -> dict[str, Tensor]:
+    packed = stored(place).packed()
+    return {
+        name: unpack_weight(weight.layout, weight.tensors).dequantize()
+        for name, weight in packed.items()
+    }
+
+
+def stored(place: Path) -> BlockStore:
+    store = BlockStore(place / "store", {"run": "test"})
+    store.open()
+    return store
+
+
+def assert_same_bytes(first: Path, second: Path) -> None:
+    packed, others = stored(first).packed(), stored(second).packed()
+    assert list(packed) == list(others)
+    for name, weight in packed.items():
+        assert weight.layout == others[name].layout
+        for suffix, tensor in weight.tensors.items():
+            assert torch.equal(tensor, others[name].tensors[suffix]), f"{name}.{suffix}"
+
+
+@pytest.fixture(scope="module")
+def alone(source, batches, tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("alone")
+    threads = torch.get_num_threads()
+    quantize(source, place, batches)
+    torch.set_num_threads(threads)
+    return place
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def by_ranks(request, source, batches, tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("ranks")
+    finished(start_ranks(quantize, place, source, place, batches, size=request.param))
+    return place
+
+
+def finished(ranks: list[Rank]) -> None:
+    for rank in ranks:
+        assert rank.exit_code() == 0, rank.output()
+    assert [rank.output() for rank in ranks[1:]] == [""] * (len(ranks) - 1)
+
+
+def test_the_layers_are_those_of_one_process_up_to_the_order_of_sums(alone, by_ranks):
+    expected, found = stored(alone).report(), stored(by_ranks).report()
+    assert [row["name"] for row in found] == [row["name"] for row in expected]
+    for row, other in zip(found, expected, strict=True):
+        assert row["tokens"] == other["tokens"]
+        assert row["bits"] == other["bits"]
+        assert row["output_error"] == pytest.approx(other["output_error"], rel=0.02)
+    one, several = weights(alone), weights(by_ranks)
+    for name, weight in one.items():
+        assert (weight - several[name]).norm() < 0.05 * weight.norm(), name
+
+
+def test_hidden_states_are_those_of_one_process(alone, by_ranks):
+    for one, other in zip(stored(alone).activations(), stored(by_ranks).activations(), strict=True):
+        assert one.shape == other.shape
+        assert (one.float() - other.float()).norm() < 0.02 * one.float().norm()
+
+
+def on_disk(source: Path, place: Path, batches: list[Tensor]) -> int:
+    return quantize(source, place, batches, on_disk=True)
+
+
+@pytest.mark.parametrize("work", [quantize, on_disk])
+def test_the_same_number_of_ranks_gives_the_same_bytes(
+    work, dense_source, batches, by_two, tmp_path
+):
+    finished(start_ranks(work, tmp_path, dense_source, tmp_path, batches, size=2))
+    assert_same_bytes(tmp_path, by_two)
+
+
+def stops_on(rank: int, source: Path, place: Path, batches: list[Tensor]) -> int:
+    with together() as ranks:
+        stop_after = 5 if ranks.rank == rank else None
+        return quantize_together(ranks, source, place, batches, stop_after=stop_after)
+
+
+@pytest.mark.case(3)
+def test_a_stopped_run_goes_on_with_any_number_of_ranks(dense_source, batches, by_two, tmp_path):
+    first, second = start_ranks(stops_on, tmp_path, 0, dense_source, tmp_path, batches, size=2)
+    assert first.exit_code() == 99  # the command line makes 75 of it
+    assert "Interrupted" in first.output()
+    assert (second.exit_code(), second.output()) == (75, "")
+    assert 5 <= len(stored(tmp_path).report()) < 14
+    quantize(dense_source, tmp_path, batches)
+    found, expected = weights(tmp_path), weights(by_two)
+    assert list(found) == list(expected)
+    for name, weight in expected.items():
+        assert (weight - found[name]).norm() < 0.05 * weight.norm(), name
+
+
+def spoiled(source: Path, place: Path, batches: list[Tensor]) -> int:
+    """Quantize with a value in the second rank's batch that is not finite."""
+    from claq_exp.models import blocks
+
+    run_block = blocks.run_block
+
+    def spoiling(block, inputs, batch):
+        if torch.distributed.get_rank() == 1:
+            inputs.hidden[batch][0, 0, 0] = torch.nan
+        return run_block(block, inputs, batch)
+
+    blocks.run_block = spoiling
+    return quantize(source, place, batches)
+
+
+@pytest.mark.case(24)
+def test_a_bad_activation_on_another_rank_is_named_with_its_batch(dense_source, batches, tmp_path):
+    first, second = start_ranks(spoiled, tmp_path, dense_source, tmp_path, batches, size=2)
+    assert first.exit_code() == 99
+    assert "CalibrationError" in first.output()
+    assert "(calibration batch 1)" in first.output()
+    assert "(rank 1)" in first.output()
+    assert (second.exit_code(), second.output()) == (1, "")
