@@ -10,9 +10,9 @@ from torch import Tensor
 BAND = 64  # rows
 
 
-def bands(length: int) -> Iterator[slice]:
-    """Yield the rows of a matrix, some at a time."""
-    return (slice(start, min(start + BAND, length)) for start in range(0, length, BAND))
+def bands(length: int, size: int = BAND) -> Iterator[slice]:
+    """Yield the rows of a matrix, `size` at a time."""
+    return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
 def mirror_(matrix: Tensor) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from claq_exp.checkpoint.files import read_json
 from claq_exp.errors import ConfigError
+from claq_exp.fallbacks import fallback_notes
 from claq_exp.reporting.cells import (
     Marks,
     mark_best,
@@ -172,6 +173,12 @@ def table_notes(runs: Sequence[Run], columns: Sequence[Column], rows: Sequence[R
     ):
         notes += [f"{model}: {remark}."] if remark else []
     notes += dict.fromkeys(f"{note}." for run in runs for note in overlap_notes(run.results or {}))
+    fallen = [run for run in runs if fallback_notes((run.results or {}).get("fallbacks", {}))]
+    if fallen:
+        notes.append(
+            f"In {len(fallen)} of {len(runs)} runs some layers have a fallback: fallbacks in "
+            "results.json, and layers.csv."
+        )
     return notes
 
 

@@ -320,6 +320,12 @@ def test_remarks_on_weights_and_overlaps_are_footnotes(table):
     assert any(note.startswith("5.0 % of the tokens of words") for note in grid.footnotes)
 
 
+def test_runs_with_fallbacks_are_a_footnote(table):
+    runs = [seeded(seed, {"fallbacks": {"more_damping": seed}}) for seed in range(3)]
+    assert any(note.startswith("In 2 of 3 runs some layers") for note in table(*runs).footnotes)
+    assert not any("fallback" in note for note in table(runs[0], result()).footnotes)
+
+
 def test_without_a_finished_run_the_refusal_says_what_there_is(tmp_path):
     write_state(tmp_path / "a" / "one", {"state": "failed", "reason": "no memory"})
     write_state(tmp_path / "a" / "two", {"state": "interrupted"})

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
-from scipy.linalg import lapack
-from threadpoolctl import ThreadpoolController
 from torch import Tensor
 
 from claq_exp.errors import NumericalError
 from claq_exp.quantize.symmetric import bands, is_finite, mirror_
 
 LADDER = (1.0, 10.0, 100.0)  # multiples of the damping that are tried in turn
+BLOCK = 256  # columns that are factorized at a time
 
 
 def inverse_factor(matrix: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -41,21 +38,49 @@ def inverse_factor(matrix: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def _find(matrix: Tensor) -> Tensor | None:
-    """Return the factor, or None where there is none; what is above the diagonal stays.
-
-    LAPACK reads a matrix column by column, so that it sees the transpose of each.
-    """
+    """Return the factor, or None where there is none; what is above the diagonal stays."""
+    if not _cholesky_(matrix):
+        return None
     size = len(matrix)
-    with _libraries().limit(limits=torch.get_num_threads(), user_api="blas"):
-        _, failed = lapack.dpotrf(matrix.numpy().T, lower=0, clean=0, overwrite_a=1)
+    factor = torch.empty(size, size, device=matrix.device)
+    for band in bands(size):
+        rows = slice(size - band.stop, size - band.start)
+        factor[rows] = matrix[band].tril(band.start).flip(0, 1)
+    _invert_(factor)
+    return factor
+
+
+def _cholesky_(matrix: Tensor) -> bool:
+    """Write L with L L^T = matrix below the diagonal and on it; False where there is none.
+
+    torch's own needs a second matrix and loses what is above the diagonal; a LAPACK beside torch's
+    has threads of its own, which wait by turning, and crawls on a machine that others use too.
+    """
+    for band in bands(len(matrix), BLOCK):
+        done, rows = slice(0, band.start), slice(band.start, None)
+        left = torch.addmm(matrix[rows, band], matrix[rows, done], matrix[band, done].t(), alpha=-1)
+        width = left.shape[1]
+        lower, failed = torch.linalg.cholesky_ex(left[:width])
         if failed:
-            return None
-        factor = torch.empty(size, size, device=matrix.device)
-        for band in bands(size):
-            rows = slice(size - band.stop, size - band.start)
-            factor[rows] = matrix[band].tril(band.start).flip(0, 1)
-        _, failed = lapack.strtri(factor.numpy().T, lower=1, overwrite_c=1)
-    return None if failed else factor
+            return False
+        corner = matrix[band, band]
+        corner.copy_(lower + corner.triu(1))
+        matrix[band.stop :, band] = torch.linalg.solve_triangular(
+            lower.t(), left[width:], upper=True, left=False
+        )
+    return True
+
+
+def _invert_(upper: Tensor) -> None:
+    """Replace an upper triangular matrix by its inverse."""
+    for band in bands(len(upper), BLOCK):
+        corner = upper[band, band]
+        identity = torch.eye(len(corner), device=upper.device)
+        inverse = torch.linalg.solve_triangular(corner, identity, upper=True)
+        moved = upper[: band.start, band] @ -inverse
+        corner.copy_(inverse)
+        for rows in bands(band.start, BLOCK):
+            upper[rows, band] = upper[rows, rows.start : band.start] @ moved[rows.start :]
 
 
 def _find_on_gpu(matrix: Tensor) -> Tensor | None:
@@ -64,8 +89,3 @@ def _find_on_gpu(matrix: Tensor) -> Tensor | None:
         return None
     identity = torch.eye(len(matrix), device=matrix.device)
     return torch.linalg.solve_triangular(lower.float(), identity, upper=False).flip(0, 1)
-
-
-@cache
-def _libraries() -> ThreadpoolController:
-    return ThreadpoolController()
