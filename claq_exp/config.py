@@ -31,6 +31,7 @@ FAMILIES: dict[str, dict[str, type]] = {
 }
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 RESUME = ("auto", "required", "never")
+DEVICE_MAPS = ("auto", "balanced", "sequential")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -227,6 +228,8 @@ class ExperimentConfig:
     device: auto, cpu, cuda or cuda:N, for forward passes, and for columns where a GPU
         can solve them.
     threads: CPU threads (null: PyTorch's default).
+    device_map: auto, balanced or sequential spread a model that is measured over all devices, as
+        accelerate does, for one that is larger than a device.
     stream: read the model block by block while it is measured too, slower and in less memory; auto
         where it would not fit as a whole.
     strict: fail at the first layer that cannot be quantized as asked (`claq_exp.fallbacks`): larger
@@ -251,6 +254,7 @@ class ExperimentConfig:
     seed: int = 0
     device: str = "auto"
     threads: int | None = None
+    device_map: str | None = None
     stream: bool | str = AUTO
     strict: bool = False
     outputs: str = "outputs"
@@ -261,6 +265,8 @@ class ExperimentConfig:
         _check_name("name", self.name)
         _check_choice("resume", self.resume, RESUME)
         _check_positive("", self, "threads")
+        if self.device_map is not None:
+            _check_choice("device_map", self.device_map, DEVICE_MAPS)
         if not isinstance(self.stream, bool) and self.stream != AUTO:
             raise ConfigError(one_of("stream", self.stream, (AUTO, "true", "false")))
         if not 0 <= self.seed < 2**32:

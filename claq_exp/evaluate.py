@@ -67,7 +67,9 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
         subject = Subject(
             "quantized",
             device,
-            lambda: load_checkpoint(folder, kernel=config.runtime.kernel, **place),
+            lambda: load_checkpoint(
+                folder, kernel=config.runtime.kernel, device_map=config.device_map, **place
+            ),
             (lambda: open_checkpoint(folder, **place)) if config.stream is True else None,
         )
         progress.stage("evaluate")

@@ -25,6 +25,7 @@ NEUTRAL = (
     "resume",
     "checkpoint",
     "threads",
+    "device_map",
     "stream",
 )  # these change no result
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again

@@ -32,7 +32,8 @@ from claq_exp.fallbacks import count_fallbacks
 from claq_exp.inputs import Fetched, Tokens, fetch, tokenize_inputs
 from claq_exp.machine import choose_device, device_name, settle, versions
 from claq_exp.models.allocate import allocate_model
-from claq_exp.models.load import forward_dtype, load_config, load_model, open_model, stored_dtype
+from claq_exp.models.dispatch import loaded
+from claq_exp.models.load import forward_dtype, load_config, open_model, stored_dtype
 from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
 from claq_exp.models.stream import StreamedModel
 from claq_exp.plan import Plan, make_plan
@@ -297,7 +298,7 @@ class _Job:
         plans = self._stage(
             "allocate",
             lambda: allocate_model(
-                self._load_original(),
+                self._open_original().load(),
                 [batch.to(self.device) for batch in batches],
                 recipe,
                 blocks_path=self.config.model.blocks,
@@ -317,21 +318,15 @@ class _Job:
         subject = self._subject(self.fetched.contents["model"], code)
         return kept_tensors("surveys", {**subject, **key}, make)
 
-    def _load_original(self) -> Any:
-        model = self.config.model
-        return load_model(
-            self.fetched.model,
-            dtype=model.dtype,
-            device=self.device,
-            work=self.folder.work / CONVERTED,
-            trust_remote_code=model.trust_remote_code,
-        )
-
     def _measure_original(self, model: StreamedModel) -> Measurement:
         logits = self._original_logits()
         wanted = {} if logits.complete() else logits.windows
         store = self._scores(cache_folder() / "originals", self.fetched.contents["model"])
-        subject = self._subject_named("original", self._load_original, lambda: model)
+        subject = self._subject_named(
+            "original",
+            lambda: loaded(self._open_original(), self.config.device_map),
+            lambda: model,
+        )
         return self._stage(
             "evaluate original", lambda: self._measure(subject, store, wanted, logits.record)
         )
@@ -353,7 +348,12 @@ class _Job:
         }
         subject = self._subject_named(
             "quantized",
-            lambda: load_checkpoint(folder, kernel=self.config.runtime.kernel, **place),
+            lambda: load_checkpoint(
+                folder,
+                kernel=self.config.runtime.kernel,
+                device_map=self.config.device_map,
+                **place,
+            ),
             lambda: open_checkpoint(folder, blocks_path=self.config.model.blocks, **place),
         )
         store = self._scores(self.folder.work / "scores", fingerprint(folder))

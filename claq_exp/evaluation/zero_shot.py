@@ -93,10 +93,14 @@ def _score(
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    if batch_size == "auto" and model.device.type == "cpu":
+    from claq_exp.models.dispatch import input_device
+
+    device = input_device(model)
+    if batch_size == "auto" and device.type == "cpu":
         kinds = {leaf.OUTPUT_TYPE for leaf in loaded["tasks"].values()}
         batch_size = 1 if WHOLE_CONTEXT in kinds else CPU_REQUESTS
     adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    adapter._device = device  # where it sends token ids
     adapter.set_cache_hook(_Progress(loaded["tasks"].values(), on_share))
     try:
         with _one_process():

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -108,10 +108,15 @@ class StreamedModel:
         """Return a parameter as it is stored; it may be mapped from a file."""
         return self._weights.read(self._tied.get(name, name))
 
-    def load(self) -> PreTrainedModel:
-        """Bring all weights into memory, to stay there, and return the model."""
-        for parameter in _parameters(dict(self.model.named_modules())):
-            self._fill(*parameter)
+    def load(self, place: Callable[[str], Any] | None = None) -> PreTrainedModel:
+        """Bring all weights into memory, to stay there, and return the model.
+
+        place: tells the device of a parameter; where it is None, the parameter is left out.
+        """
+        for module, name, full_name, empty in _parameters(dict(self.model.named_modules())):
+            device = self.device if place is None else place(full_name)
+            if device is not None:
+                self._fill(module, name, full_name, empty, device)
         self.model.tie_weights()
         return self.model
 
@@ -121,14 +126,16 @@ class StreamedModel:
         parameters = _parameters(modules)
         try:
             for parameter in parameters:
-                self._fill(*parameter)
+                self._fill(*parameter, self.device)
             yield
         finally:
             for module, name, _, empty in parameters:
                 setattr(module, name, empty)
 
-    def _fill(self, module: nn.Module, name: str, full_name: str, empty: nn.Parameter) -> None:
-        weight = self.read(full_name).to(self.device, empty.dtype, copy=True)
+    def _fill(
+        self, module: nn.Module, name: str, full_name: str, empty: nn.Parameter, device: Any
+    ) -> None:
+        weight = self.read(full_name).to(device, empty.dtype, copy=True)
         setattr(module, name, nn.Parameter(weight, requires_grad=False))
 
     @contextmanager

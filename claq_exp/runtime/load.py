@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import claq_exp.runtime.huggingface  # noqa: F401 - teaches transformers the format
-from claq_exp.checkpoint.reader import check_checkpoint, check_model, load_model
+from claq_exp.checkpoint.reader import check_checkpoint, check_model, open_checkpoint
 from claq_exp.errors import CheckpointError, ConfigError, first_line, one_of
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.runtime.linear import quantized_linears
@@ -21,6 +21,7 @@ def load_checkpoint(
     dtype: str = "float32",
     device: str = "cpu",
     kernel: str = AUTO,
+    device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a checkpoint for inference; what is damaged or incomplete is refused.
@@ -30,22 +31,28 @@ def load_checkpoint(
 
     dtype: of activations and of the weights that are not packed.  kernel: a name of
     `claq_exp.runtime.kernels.KERNEL`, "auto" for the fastest that passes its check, or "dense" for
-    linear layers expanded to `dtype`.  trust_remote_code: run code that came with the original
+    linear layers expanded to `dtype`.  device_map: spread it over all devices, as of
+    `claq_exp.models.dispatch.loaded`.  trust_remote_code: run code that came with the original
     model; packed weights hold none.  Raises ConfigError for a folder that is no checkpoint and for
     a kernel that cannot be used here, CheckpointError for a checkpoint that is damaged.
     """
     folder = Path(folder)
     if kernel == DENSE:
-        return load_model(folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        from claq_exp.models.dispatch import loaded
+
+        opened = open_checkpoint(
+            folder, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        return loaded(opened, device_map)
     if kernel not in (AUTO, *KERNEL):
         raise ConfigError(one_of("kernel", kernel, [AUTO, DENSE, *KERNEL]))
     layouts = check_checkpoint(folder, trust_remote_code=trust_remote_code)
     check_model(folder, layouts, trust_remote_code=trust_remote_code)
-    model = _from_pretrained(folder, dtype, trust_remote_code)
+    model = _from_pretrained(folder, dtype, device_map, trust_remote_code)
     layers = quantized_linears(model)
     if set(layers) != set(layouts):
         raise CheckpointError(f"{folder} did not load as packed; its config.json does not fit")
-    model = model.to(device).eval()
+    model = (model if device_map else model.to(device)).eval()
     for name, layer in layers.items():
         layer.kernel = kernel
         try:
@@ -55,7 +62,9 @@ def load_checkpoint(
     return model
 
 
-def _from_pretrained(folder: Path, dtype: str, trust_remote_code: bool) -> Any:
+def _from_pretrained(
+    folder: Path, dtype: str, device_map: str | None, trust_remote_code: bool
+) -> Any:
     from transformers import AutoModelForCausalLM
 
     from claq_exp.models.load import DTYPES
@@ -65,6 +74,7 @@ def _from_pretrained(folder: Path, dtype: str, trust_remote_code: bool) -> Any:
         model, report = factory.from_pretrained(
             folder,
             dtype=DTYPES[dtype],
+            device_map=device_map,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,

@@ -18,6 +18,8 @@ from task_rows import made_rows, write_rows
 from claq_exp.config import TaskConfig
 from claq_exp.errors import ConfigError, SourceError
 from claq_exp.evaluation.zero_shot import TaskScore, average_accuracy, score_tasks
+from claq_exp.models.dispatch import loaded
+from claq_exp.models.load import open_model
 
 
 @pytest.fixture(autouse=True)
@@ -263,3 +265,10 @@ def test_rows_that_cannot_be_used_are_one_line_with_the_file(content, model, tok
         score(model, tokenizer, data)
     assert str(data) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_lies_on_disk_answers_as_one_in_memory(tiny_model, tokenizer, data, tmp_path):
+    opened = [open_model(tiny_model, tmp_path, dtype="float32", device="cpu") for _ in range(2)]
+    spread = loaded(opened[0], "auto", {"cpu": 1})
+    assert spread.device.type == "meta"
+    assert score(spread, tokenizer, data) == score(opened[1].load(), tokenizer, data)
