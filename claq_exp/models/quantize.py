@@ -17,6 +17,7 @@ from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.distributed import ALONE, Ranks, owners
 from claq_exp.errors import CalibrationError
 from claq_exp.fallbacks import refuse_fallbacks
+from claq_exp.heap import trim
 from claq_exp.interruption import Interrupted
 from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden, feed, run_block
 from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_weight
@@ -203,6 +204,7 @@ class _Block:
                     watcher.share(share * packed.layout.weights / weights, row["name"])
                 stopping = self.ranks.any(watcher.stopping())
                 pending.publish(now=stopping)
+                trim()
                 watcher.stop()
                 if stopping:  # on another rank
                     raise Interrupted

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+COLUMNS = 128  # that are measured at a time
 SALIENCY, VISITING = "saliency", "visiting"
 TIES = (SALIENCY, VISITING)
 
@@ -46,12 +48,13 @@ class ColumnStatistics:
 
     def sensitivity(self) -> Tensor:
         """Return the OBS saliency mean_i(W_ij^2) * distortion_weight_j: [in] float32."""
-        return self.weight.square().mean(dim=0) * self.distortion_weight
+        return self._by_column(lambda part: part.square().mean(dim=0)) * self.distortion_weight
 
     def outlier_counts(self, threshold: float) -> Tensor:
         """Return how many entries reach `threshold` times the matrix mean of |W|: [in] int64."""
-        magnitude = self.weight.abs()
-        return (magnitude >= threshold * magnitude.mean()).sum(dim=0)
+        sums = self._by_column(lambda part: part.abs().sum(dim=0, dtype=torch.float64))
+        level = threshold * float(sums.sum()) / self.weight.numel()
+        return self._by_column(lambda part: (part.abs() >= level).sum(dim=0))
 
     def outlier_order(self, threshold: float, ties: str = SALIENCY) -> Tensor:
         """Return the columns from most to least outliers (CLAQ's Outlier Order): [in] int64.
@@ -71,11 +74,15 @@ class ColumnStatistics:
 
     def magnitudes(self) -> Tensor:
         """Return the mean |W| of each column: [in] float32."""
-        return self.weight.abs().mean(dim=0)
+        return self._by_column(lambda part: part.abs().mean(dim=0))
 
     def magnitude_order(self) -> Tensor:
         """Return the columns from largest to smallest mean |W|, ties by index: [in] int64."""
         return torch.argsort(self.magnitudes(), descending=True, stable=True)
+
+    def _by_column(self, measure: Callable[[Tensor], Tensor]) -> Tensor:
+        """Measure some columns at a time, without a second matrix; [in] of what `measure` gives."""
+        return torch.cat([measure(part) for part in self.weight.split(COLUMNS, dim=1)])
 
     def random_order(self, seed: int) -> Tensor:
         """Return a permutation that follows from seed, name and shape alone: [in] int64."""

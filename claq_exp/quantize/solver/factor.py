@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import NumericalError
+from claq_exp.heap import forget
 from claq_exp.quantize.symmetric import bands, is_finite, mirror_
 
+CHUNK = 1 << 20  # numbers that change places at a time
 LADDER = (1.0, 10.0, 100.0)  # multiples of the damping that are tried in turn
 BLOCK = 256  # columns that are factorized at a time
 
@@ -38,16 +40,43 @@ def inverse_factor(matrix: Tensor, damping: float) -> tuple[Tensor, float]:
 
 
 def _find(matrix: Tensor) -> Tensor | None:
-    """Return the factor, or None where there is none; what is above the diagonal stays."""
-    if not _cholesky_(matrix):
+    """Return the factor in the matrix's own memory; None where there is none.
+
+    In that case what is above the diagonal stays.
+    """
+    if not _cholesky_(matrix) or not _fits(matrix.diagonal()):
         return None
-    size = len(matrix)
-    factor = torch.empty(size, size, device=matrix.device)
-    for band in bands(size):
-        rows = slice(size - band.stop, size - band.start)
-        factor[rows] = matrix[band].tril(band.start).flip(0, 1)
+    factor = _narrowed(matrix)
     _invert_(factor)
     return factor
+
+
+def _fits(diagonal: Tensor) -> bool:
+    """Tell whether a triangle with this diagonal has an inverse in float32."""
+    limits = torch.finfo(torch.float32)
+    return bool((diagonal > limits.tiny).all() and (diagonal < limits.max).all())
+
+
+def _narrowed(matrix: Tensor) -> Tensor:
+    """Return the lower triangle of a matrix from its last row and column to its first, in float32.
+
+    matrix: [n, n] float64, contiguous.  The result lies in the first half of its memory, and the
+    second half is given back: a row never reaches what is still to be read.
+    """
+    size = len(matrix)
+    flat = matrix.reshape(-1).view(torch.float32)
+    narrow = flat[: size * size]
+    triangle = narrow.view(size, size)
+    for band in bands(size):
+        triangle[band] = matrix[band].tril(band.start).float()
+    forget(flat[size * size :])
+    for start in range(0, size * size // 2, CHUNK):
+        stop = min(start + CHUNK, size * size // 2)
+        first, last = narrow[start:stop], narrow[size * size - stop : size * size - start]
+        kept = first.flip(0)
+        first.copy_(last.flip(0))
+        last.copy_(kept)
+    return triangle
 
 
 def _cholesky_(matrix: Tensor) -> bool:
