@@ -30,6 +30,7 @@ from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore, code_content
 from claq_exp.fallbacks import count_fallbacks
 from claq_exp.inputs import Fetched, Tokens, fetch, tokenize_inputs
+from claq_exp.interruption import Interruption, graceful
 from claq_exp.machine import choose_device, device_name, settle, versions
 from claq_exp.models.allocate import allocate_model
 from claq_exp.models.dispatch import loaded
@@ -116,13 +117,13 @@ def run(
             write_json(folder.path / CONFIG_FILE, {"command": command, **identity})
             tracker = _tracker(config, folder)
             with (
+                graceful() as interruption,
                 progress(plan.seconds) as bar,
                 noise_to(folder.path / "third_party.log"),
                 EventLog(folder.path / EVENTS_FILE, [tracker] if tracker else []) as events,
             ):
-                job = _Job(
-                    config, folder, fetched, model_config, tokens, plan, device, bar, events, ranks
-                )
+                inputs = (fetched, model_config, tokens)
+                job = _Job(config, folder, *inputs, plan, device, bar, events, ranks, interruption)
                 results = job.results(command)
                 events.results(results)
                 events.event("finished", seconds=results["run"]["seconds"])
@@ -169,6 +170,7 @@ class _Job:
     progress: RunProgress
     events: EventLog
     ranks: Ranks
+    interruption: Interruption
     damaged: list[str] = field(default_factory=list)
 
     def results(self, command: str) -> dict[str, Any]:
@@ -222,17 +224,24 @@ class _Job:
         recipe, converted = self.plan.recipe, self.folder.work / CONVERTED
         for_others = (batches, recipe, store.follower(), plans, hidden_form)
         self.ranks.tell(Quantization(config, self.fetched.model, converted, *for_others))
-        quantize_model(
-            model,
-            batches,
-            recipe,
-            store,
-            plans=plans,
-            hidden_form=hidden_form,
-            watcher=Watcher(event=self._quantize_event, share=self.progress.advance),
-            strict=config.strict,
-            ranks=self.ranks,
+        watcher = Watcher(
+            event=self._quantize_event,
+            share=self.progress.advance,
+            stopping=lambda: self.interruption.asked,
+            stop=self.interruption.check,
         )
+        with self.interruption.finishing():
+            quantize_model(
+                model,
+                batches,
+                recipe,
+                store,
+                plans=plans,
+                hidden_form=hidden_form,
+                watcher=watcher,
+                strict=config.strict,
+                ranks=self.ranks,
+            )
         report = store.report()
         write_layers(self.folder.path / LAYERS_FILE, report)
         if (counts := count_fallbacks(report))["layers"]:

@@ -205,9 +205,9 @@ class _Block:
                 stopping = self.ranks.any(watcher.stopping())
                 pending.publish(now=stopping)
                 trim()
-                watcher.stop()
-                if stopping:  # on another rank
-                    raise Interrupted
+                if stopping:
+                    watcher.stop()
+                    raise Interrupted  # for another rank was asked to stop
         pending.publish(now=True)
 
     @torch.no_grad()
