@@ -27,7 +27,7 @@ from claq_exp.checkpoint.files import write_json
 from claq_exp.checkpoint.tensor_file import write_tensors
 from claq_exp.compose import compose_config
 from claq_exp.models.skeleton import skeleton
-from claq_exp.plan import plan_for
+from claq_exp.plan import Plan, plan_for
 
 GIB = 2**30
 WORDS = ("the", "cat", "sees", "a", "red", "house", "and", "a", "tree")
@@ -144,7 +144,7 @@ def run_limited(words: list[str], limit: int, log: Path) -> int:
         ).returncode
 
 
-def judge(arguments: argparse.Namespace, planned: object, block: int, seconds: float) -> int:
+def judge(arguments: argparse.Namespace, planned: Plan, block: int, seconds: float) -> int:
     """Print what was planned, what happened and what was to be kept to."""
     results = max(
         (arguments.folder / "outputs").glob("*/*/results.json"), key=lambda p: p.stat().st_mtime
@@ -164,7 +164,7 @@ def judge(arguments: argparse.Namespace, planned: object, block: int, seconds: f
         "a block in float32, hidden states": f"{block / GIB:.2f} + {hidden / GIB:.2f} GiB",
         "peak of a block, worst": f"{max(peaks) / GIB:.2f} GiB, target {target / GIB:.2f} GiB",
         "block 10 beside block 2": f"{last / second:.3f}",
-        "peak of the run": f"{whole / GIB:.2f} GiB, planned {planned.memory / GIB:.2f} GiB",
+        "peak of the run": f"{whole / GIB:.2f} GiB, planned {planned.needs.memory / GIB:.2f} GiB",
         "checkpoint": f"{size} bytes, planned {planned.sizes.bytes} bytes",
         "quantizing": f"{quantizing:.0f} s, planned {planned.seconds['quantize']:.0f} s",
         "in all": f"{seconds:.0f} s, planned {sum(planned.seconds.values()):.0f} s",

@@ -232,6 +232,7 @@ class ExperimentConfig:
         accelerate does, for one that is larger than a device.
     stream: read the model block by block while it is measured too, slower and in less memory; auto
         where it would not fit as a whole.
+    check_resources: refuse to start where memory or disk are less than what is planned.
     strict: fail at the first layer that cannot be quantized as asked (`claq_exp.fallbacks`): larger
         damping, dead inputs, fewer tokens than inputs, rounding to nearest, values cut or
         clusterings cut short.
@@ -255,7 +256,8 @@ class ExperimentConfig:
     device: str = "auto"
     threads: int | None = None
     device_map: str | None = None
-    stream: bool | str = AUTO
+    stream: Any = AUTO
+    check_resources: bool = True
     strict: bool = False
     outputs: str = "outputs"
     resume: str = "auto"

@@ -84,7 +84,9 @@ def needs(sizes: Sizes, disk: float, device: str, threads: int, stream: bool | s
     measured = in_parts if streams else at_once
     solved = _solving(sizes.linears, threads)
     quantized = sizes.block + sizes.hidden + sizes.entering
-    stages = {"evaluate": measured, "quantize": quantized, "allocate": _allocating(sizes)}
+    stages = {"evaluate": measured, "quantize": quantized}
+    if sizes.allocates:
+        stages["allocate"] = _allocating(sizes)
     base = LIBRARIES + ALLOCATOR
     if not on_gpu:
         stages["quantize"] += solved
@@ -137,12 +139,10 @@ def _solving(linears: Iterable[Linear], threads: int) -> float:
 
 
 def _on_gpu(linears: Iterable[Linear]) -> float:
-    """Return the bytes that a group takes on a GPU: Hessian, factor and inverse, and its columns."""
+    """Return the bytes of a group on a GPU: Hessian, factor and inverse, and its columns."""
     return max(24.0 * linear.columns**2 + 12.0 * linear.rows * linear.columns for linear in linears)
 
 
 def _allocating(sizes: Sizes) -> float:
-    if not sizes.allocates:
-        return 0.0
     hessians = sum(8.0 * columns**2 for columns in {li.columns for li in sizes.linears})
     return sizes.whole + hessians + 4.0 * GRADIENTS * sizes.surveyed

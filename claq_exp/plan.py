@@ -15,19 +15,23 @@ from claq_exp.checkpoint.shards import index_bytes
 from claq_exp.checkpoint.writer import Sizes
 from claq_exp.config import AUTO, ExperimentConfig
 from claq_exp.errors import ConfigError
+from claq_exp.evaluation.perplexity import windows_at_once
 from claq_exp.machine import matmul_speed
 from claq_exp.models.context import context_length
 from claq_exp.models.discover import find_blocks, linear_weight, linears_of
 from claq_exp.models.experts import expert_lists, place_among_experts
 from claq_exp.models.load import DTYPES, stored_dtype
 from claq_exp.models.skeleton import skeleton, tied_names
+from claq_exp.needs import Linear, Needs, needs
+from claq_exp.needs import Sizes as NeededSizes
 from claq_exp.quantize.budget import Overhead, fit_budget
 from claq_exp.quantize.layout import HALF, Ledger, WeightLayout
 from claq_exp.quantize.precision import LayerMap, RateDistortion
 from claq_exp.quantize.recipe import Recipe, planned_layouts
+from claq_exp.resources import free_memory
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 # Rules of thumb, measured on two CPU cores; `claq-exp plan` promises a factor of two, not more.
 FORWARD_EFFICIENCY = 0.7  # of a large matrix product's speed, for a whole forward pass
@@ -39,7 +43,7 @@ CORPUS_TOKENS = 300_000  # of a corpus of unknown length, about WikiText-2's tes
 TASK_TOKENS = 90  # of a row of a multiple-choice task, all choices together
 TASK_START = 8.0  # seconds until lm-eval is ready
 HIDDEN_BYTES = 2**30  # of hidden states that are kept as they were computed
-LIBRARIES = 0.9e9  # bytes of Python, PyTorch and the rest before any model is there
+HIDDEN_SHARE = 0.25  # of the free memory that hidden states may take
 
 
 @dataclass(frozen=True)
@@ -50,9 +54,8 @@ class Plan:
     description: bits that a checkpoint with given layouts takes beside its matrices, at most.
     layouts: linear name -> stored form.  sizes: bytes and bits of the checkpoint.  seconds: stage
     -> estimate.
-    memory: bytes of the largest stage.  original_bytes: of the model's weights in 16 bits.
-    hidden_dtype, hidden_bytes: of the hidden states between two blocks.  streams: whether the model
-    is read block by block while it is measured.
+    needs: memory and disk by stage.  original_bytes: of the model's weights in 16 bits.
+    hidden_dtype, hidden_bytes: of the hidden states between two blocks.
     """
 
     recipe: Recipe
@@ -60,10 +63,9 @@ class Plan:
     layouts: dict[str, WeightLayout]
     sizes: Sizes
     original_bytes: int
-    memory: int
+    needs: Needs
     hidden_dtype: torch.dtype
     hidden_bytes: int
-    streams: bool
     seconds: dict[str, float]
     blocks: int
     parameters: int
@@ -100,19 +102,20 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     layouts = planned_layouts(_less_description(recipe, shapes, description), shapes)
     evaluation = config.evaluation
     context = context_length(evaluation.context, model_config) if evaluation.corpora else 0
-    width = next(tensor.shape[1] for tensor in state.values() if tensor.ndim == 2)
-    hidden = config.calibration.windows * config.calibration.seqlen * width
+    sizes = _sizes(layouts, kept, parameters)
+    model_shape = _ModelShape.of(model, blocks, parameters, model_config)
+    hidden = config.calibration.windows * config.calibration.seqlen * model_shape.width
     hidden_dtype = _hidden_dtype(config, hidden, model_config)
+    hidden_bytes = hidden * hidden_dtype.itemsize
     return Plan(
         recipe=recipe,
         description=description,
         layouts=layouts,
-        sizes=_sizes(layouts, kept, parameters),
+        sizes=sizes,
         original_bytes=2 * parameters,
-        memory=_memory(config, parameters, layouts, mixture, width),
+        needs=_needs(config, model_shape, hidden_bytes, sizes.bytes, device, context),
         hidden_dtype=hidden_dtype,
-        hidden_bytes=hidden * hidden_dtype.itemsize,
-        streams=config.stream is True,
+        hidden_bytes=hidden_bytes,
         seconds=_seconds(config, recipe, parameters, layouts, mixture, device, context),
         blocks=len(blocks),
         parameters=parameters,
@@ -206,23 +209,79 @@ def _description_bytes(layouts: Mapping[str, WeightLayout], kept: dict[str, int]
     return names + texts + index_bytes([*header, *kept], stored) + 1000
 
 
-def _memory(
+@dataclass(frozen=True)
+class _ModelShape:
+    """Counts of a model: parameters in all, of its largest block, of embedding and head."""
+
+    parameters: int
+    block: int
+    head: int
+    width: int
+    vocabulary: int
+    blocks: int
+    linears: tuple[Linear, ...]
+
+    @staticmethod
+    def of(
+        model: PreTrainedModel, blocks: nn.ModuleList, parameters: int, config: PretrainedConfig
+    ) -> _ModelShape:
+        counts = [sum(p.numel() for p in block.parameters()) for block in blocks]
+        largest = blocks[counts.index(max(counts))]
+        lists = expert_lists(largest)
+        linears = []
+        for name, module in linears_of(largest).items():
+            place = place_among_experts(name, lists)
+            experts = len(lists[place.experts]) if place else 1
+            linears.append(Linear(*_shape(linear_weight(module)), experts))
+        table, last = model.get_input_embeddings(), model.get_output_embeddings()
+        return _ModelShape(
+            parameters=parameters,
+            block=max(counts),
+            head=sum(p.numel() for p in last.parameters()) if last else 0,
+            width=table.get_parameter("weight").shape[1],
+            vocabulary=config.get_text_config().vocab_size,
+            blocks=len(blocks),
+            linears=tuple(linears),
+        )
+
+
+def _needs(
     config: ExperimentConfig,
-    parameters: int,
-    layouts: dict[str, WeightLayout],
-    mixture: _Mixture,
-    width: int,
-) -> int:
+    shape: _ModelShape,
+    hidden_bytes: int,
+    checkpoint: int,
+    device: str,
+    context: int,
+) -> Needs:
     size = DTYPES[config.model.dtype].itemsize
-    calibration = config.calibration
-    activations = 2 * calibration.windows * calibration.seqlen * width * size
-    hessians = 8 * max(  # a sum for each expert; an ordered copy, the factor and its inverse
-        layout.columns**2 * (mixture.beside.get(name, 1) + 4) for name, layout in layouts.items()
+    calibration, evaluation = config.calibration, config.evaluation
+    measured = max(context, 1) * windows_at_once(
+        evaluation.batch_size, max(context, 1), shape.vocabulary, device
     )
-    packed = sum(layout.ledger().total for layout in layouts.values()) // 8
-    matrix = max(layout.weights for layout in layouts.values())
-    solving = 12 * 4 * matrix
-    return int(LIBRARIES + parameters * size + activations + hessians + packed + solving)
+    tokens = [
+        CORPUS_TOKENS if c.windows is None else c.windows * context
+        for c in evaluation.corpora.values()
+    ]
+    logits = measured if evaluation.corpora else TASK_TOKENS * bool(evaluation.zero_shot)
+    precision = config.precision.get("name")
+    surveyed = calibration.seqlen * shape.width * shape.blocks
+    sizes = NeededSizes(
+        linears=shape.linears,
+        whole=size * shape.parameters if logits else 0,
+        block=size * shape.block,
+        head=size * shape.head,
+        hidden=min(hidden_bytes, HIDDEN_SHARE * free_memory(device)),
+        entering=4.0 * calibration.batch_size * calibration.seqlen * shape.width,
+        logits=logits * shape.vocabulary,
+        streamed_hidden=min(max(tokens, default=0) * shape.width * size, HIDDEN_BYTES),
+        tasks=bool(evaluation.zero_shot),
+        surveyed=surveyed if precision == "rate_distortion" else 0,
+        allocates=precision == "rate_distortion",
+    )
+    kept = evaluation.kl_windows
+    compared = sum(t if kept is None else min(kept * context, t) for t in tokens)
+    disk = 2.0 * hidden_bytes + 2 * checkpoint + 2.0 * compared * shape.vocabulary
+    return needs(sizes, disk, device, config.threads or torch.get_num_threads(), config.stream)
 
 
 def _seconds(

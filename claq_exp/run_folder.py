@@ -27,6 +27,7 @@ NEUTRAL = (
     "threads",
     "device_map",
     "stream",
+    "check_resources",
 )  # these change no result
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again
 RESULTS_FILE = "results.json"

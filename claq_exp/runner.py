@@ -37,7 +37,8 @@ from claq_exp.models.dispatch import loaded
 from claq_exp.models.load import forward_dtype, load_config, open_model, stored_dtype
 from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
 from claq_exp.models.stream import StreamedModel
-from claq_exp.plan import Plan, make_plan
+from claq_exp.needs import check_needs
+from claq_exp.plan import HIDDEN_SHARE, Plan, make_plan
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.precision import RateDistortion
 from claq_exp.reporting.plots import plot_layers
@@ -61,7 +62,6 @@ from claq_exp.tracking.wandb import WandbTracker
 
 ALLOCATION = "allocation.safetensors"
 CONVERTED = "converted"
-HIDDEN_SHARE = 0.25  # of the free memory that hidden states may take
 SURVEY_CODE = ("models/*.py", "calibration/*.py", "quantize/*.py", "quantize/solver/*.py")
 
 
@@ -102,6 +102,8 @@ def run(
     if finished is not None and config.resume != "never":
         return Outcome(folder.path, finished, found=True)
     plan = make_plan(config, model_config, device)
+    if config.check_resources:
+        check_needs(plan.needs, device, folder.path.parent)
     with noise_to(fetch_log()):
         tokens = tokenize_inputs(config, fetched.model, fetched.contents)
     with folder.locked(wait=wait):
@@ -371,7 +373,7 @@ class _Job:
     def _subject_named(
         self, name: str, load: Callable[[], Any], open_: Callable[[], StreamedModel]
     ) -> Subject:
-        return Subject(name, self.device, load, open_ if self.plan.streams else None)
+        return Subject(name, self.device, load, open_ if self.plan.needs.streams else None)
 
     def _scores(self, folder: Path, model: str) -> ScoreStore:
         """Return the scores that are known of a model with this content."""

@@ -114,6 +114,10 @@ def _file_size(size: int) -> str:
     return f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
 
 
+def _gibibytes(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
 def plan_table(plan: Plan) -> Table:
     """Return what a run will take."""
     table = Table(show_header=False)
@@ -137,7 +141,13 @@ def plan_table(plan: Plan) -> Table:
         for account, bits in sizes.ledger.as_dict().items()
         if bits
     ]
-    rows.append(("memory, about", f"{plan.memory / 2**30:.1f} GiB"))
+    for where, stages in (("memory", plan.needs.host), ("GPU memory", plan.needs.device)):
+        if stages:
+            rows.append((f"{where}, about", _gibibytes(max(stages.values()))))
+            rows += [(f"  {stage}", _gibibytes(taken)) for stage, taken in stages.items()]
+    if plan.needs.streams:
+        rows.append(("", "measured block by block: the whole does not fit"))
+    rows.append(("disk, about", _gibibytes(plan.needs.disk)))
     rows.append(("time, about", _duration(sum(plan.seconds.values()))))
     rows += [(f"  {stage}", _duration(seconds)) for stage, seconds in plan.seconds.items()]
     for row in rows:
