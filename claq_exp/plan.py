@@ -267,7 +267,7 @@ def _needs(
     surveyed = calibration.seqlen * shape.width * shape.blocks
     sizes = NeededSizes(
         linears=shape.linears,
-        whole=size * shape.parameters if logits else 0,
+        whole=size * shape.parameters if logits and config.device_map is None else 0,
         block=size * shape.block,
         head=size * shape.head,
         hidden=min(hidden_bytes, HIDDEN_SHARE * free_memory(device)),

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,19 @@ from claq_exp import __version__
 from claq_exp.assist import Quantization
 from claq_exp.checkpoint.allocation import load_allocation, save_allocation
 from claq_exp.checkpoint.files import write_json
-from claq_exp.checkpoint.reader import open_checkpoint, read_layouts
+from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.config import ExperimentConfig
 from claq_exp.distributed import ALONE, Ranks
 from claq_exp.errors import CheckpointError
-from claq_exp.evaluation.divergence import Comparison, LogitStore
-from claq_exp.evaluation.measure import Measurement, Meter
-from claq_exp.evaluation.predict import Subject
-from claq_exp.evaluation.scores import ScoreStore, code_content
+from claq_exp.evaluation.divergence import Comparison
+from claq_exp.evaluation.measure import Measurement
 from claq_exp.fallbacks import count_fallbacks
 from claq_exp.inputs import Fetched, Tokens, fetch, tokenize_inputs
 from claq_exp.interruption import Interruption, graceful
-from claq_exp.machine import choose_device, device_name, settle, versions
+from claq_exp.machine import choose_device, settle, versions
+from claq_exp.measuring import Bench, measured_on
 from claq_exp.models.allocate import allocate_model
 from claq_exp.models.dispatch import loaded
 from claq_exp.models.load import forward_dtype, load_config, open_model, stored_dtype
@@ -52,10 +52,9 @@ from claq_exp.run_folder import (
     RunFolder,
     run_identity,
 )
-from claq_exp.runtime.load import load_checkpoint
-from claq_exp.sources.cache import cache_folder, fetch_log
+from claq_exp.sources.cache import fetch_log
 from claq_exp.sources.kept import code_of, kept_tensors
-from claq_exp.sources.model import fingerprint, weight_bytes
+from claq_exp.sources.model import weight_bytes
 from claq_exp.tracking.events import EventLog
 from claq_exp.tracking.progress import RunProgress, noise_to
 from claq_exp.tracking.wandb import WandbTracker
@@ -175,14 +174,29 @@ class _Job:
     interruption: Interruption
     damaged: list[str] = field(default_factory=list)
 
+    @cached_property
+    def bench(self) -> Bench:
+        """What measures the model before and after."""
+        return Bench(
+            self.config,
+            self.folder,
+            self.fetched,
+            self.tokens,
+            self.device,
+            vocabulary=self.model_config.get_text_config().vocab_size,
+            streams=self.plan.needs.streams,
+            on_event=self.events.event,
+            on_share=self.progress.advance,
+        )
+
     def results(self, command: str) -> dict[str, Any]:
         """Go through all stages and return the content of results.json."""
         started = datetime.now(UTC)
         self.events.event("started", run=self.folder.path.name, versions=versions())
         original, report = self._quantize()
         gc.collect()  # the original model must be gone before the checkpoint is loaded
-        comparison = Comparison(self._original_logits())
-        quantized = self._stage("evaluate quantized", lambda: self._measure_checkpoint(comparison))
+        comparison = Comparison(self.bench.original_logits())
+        quantized = self._stage("evaluate quantized", lambda: self.bench.checkpoint(comparison))
         kl = comparison.results()
         for name, row in kl.items():
             self.events.event(
@@ -215,7 +229,12 @@ class _Job:
         """Measure the original, quantize it and write the checkpoint; return its report rows."""
         config = self.config
         model = self._stage("load", self._open_original)
-        original = self._measure_original(model)
+        original = self._stage(
+            "evaluate original",
+            lambda: self.bench.original(
+                model, lambda: loaded(self._open_original(), config.device_map)
+            ),
+        )
         batches = list(self.tokens.calibration.split(config.calibration.batch_size))
         plans = self._allocate(batches)
         store = BlockStore(self.folder.work / "blocks", self._store_identity())
@@ -326,94 +345,9 @@ class _Job:
     ) -> dict[str, Tensor]:
         package = Path(__file__).parent
         code = code_of(path for part in SURVEY_CODE for path in package.glob(part))
-        subject = self._subject(self.fetched.contents["model"], code)
+        model = self.fetched.contents["model"]
+        subject = measured_on(self.config, self.device, model, code)
         return kept_tensors("surveys", {**subject, **key}, make)
-
-    def _measure_original(self, model: StreamedModel) -> Measurement:
-        logits = self._original_logits()
-        wanted = {} if logits.complete() else logits.windows
-        store = self._scores(cache_folder() / "originals", self.fetched.contents["model"])
-        subject = self._subject_named(
-            "original",
-            lambda: loaded(self._open_original(), self.config.device_map),
-            lambda: model,
-        )
-        return self._stage(
-            "evaluate original", lambda: self._measure(subject, store, wanted, logits.record)
-        )
-
-    def _original_logits(self) -> LogitStore:
-        """Return where the original's logits are kept for the comparison with the checkpoint's."""
-        wanted = self.config.evaluation.kl_windows
-        counts = {name: len(corpus.windows) for name, corpus in self.tokens.corpora.items()}
-        if wanted is not None:
-            counts = {name: min(wanted, count) for name, count in counts.items()}
-        return LogitStore(self.folder.work, counts)
-
-    def _measure_checkpoint(self, comparison: Comparison) -> Measurement:
-        folder = self.folder.checkpoint
-        place: dict[str, Any] = {
-            "dtype": self.config.model.dtype,
-            "device": self.device,
-            "trust_remote_code": self.config.model.trust_remote_code,
-        }
-        subject = self._subject_named(
-            "quantized",
-            lambda: load_checkpoint(
-                folder,
-                kernel=self.config.runtime.kernel,
-                device_map=self.config.device_map,
-                **place,
-            ),
-            lambda: open_checkpoint(folder, blocks_path=self.config.model.blocks, **place),
-        )
-        store = self._scores(self.folder.work / "scores", fingerprint(folder))
-        return self._measure(subject, store, self._original_logits().windows, comparison.add)
-
-    def _subject_named(
-        self, name: str, load: Callable[[], Any], open_: Callable[[], StreamedModel]
-    ) -> Subject:
-        return Subject(name, self.device, load, open_ if self.plan.needs.streams else None)
-
-    def _scores(self, folder: Path, model: str) -> ScoreStore:
-        """Return the scores that are known of a model with this content."""
-        subject = self._subject(model, code_content())
-        return ScoreStore(folder, {**subject, "kernel": self.config.runtime.kernel})
-
-    def _subject(self, model: str, code: str) -> dict[str, Any]:
-        """Return what everything measured of a model depends on.  model, code: hashes of both."""
-        return {
-            "model": model,
-            "dtype": self.config.model.dtype,
-            "device": device_name(self.device),
-            "versions": versions(),
-            "code": code,
-        }
-
-    def _measure(
-        self,
-        subject: Subject,
-        store: ScoreStore,
-        logit_windows: dict[str, int],
-        on_logits: Callable[[str, int, Tensor], None],
-    ) -> Measurement:
-        contents = self.fetched.contents
-        tasks = {name: contents[f"zero_shot.{name}"] for name in self.config.evaluation.zero_shot}
-        meter = Meter(
-            subject,
-            self.model_config.get_text_config().vocab_size,
-            self.tokens.tokenizer,
-            self.device,
-            store,
-            tasks,
-            logit_windows,
-            on_value=lambda kind, name, value: self.events.event(
-                kind, dataset=name, model=subject.name, value=value
-            ),
-            on_share=self.progress.advance,
-            on_logits=on_logits,
-        )
-        return meter.measure(self.tokens.corpora, self.config.evaluation)
 
     def _stage(self, name: str, work: Callable[[], Any]) -> Any:
         """Do a stage's work under its name in the progress bar, and note what it took."""

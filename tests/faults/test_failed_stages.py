@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from claq_exp import runner
+from claq_exp import measuring, runner
 from claq_exp.cli import main
 from claq_exp.errors import SourceError
 from claq_exp.evaluation import measure
@@ -39,16 +39,17 @@ def run(tiny_run):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Make a name of the runner fail; the returned function repairs it."""
+    """Make a name of the runner, or of its bench, fail; the returned function repairs it."""
 
     def break_(name: str, error: BaseException):
-        whole = getattr(runner, name)
+        owner = runner if hasattr(runner, name) else measuring
+        whole = getattr(owner, name)
 
         def fail(*args, **options):
             raise error
 
-        monkeypatch.setattr(runner, name, fail)
-        return lambda: monkeypatch.setattr(runner, name, whole)
+        monkeypatch.setattr(owner, name, fail)
+        return lambda: monkeypatch.setattr(owner, name, whole)
 
     return break_
 

@@ -1,0 +1,125 @@
+"""Measures the model of a run before and after it is quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from claq_exp.checkpoint.reader import open_checkpoint
+from claq_exp.config import ExperimentConfig
+from claq_exp.evaluation.divergence import Comparison, LogitStore
+from claq_exp.evaluation.measure import Measurement, Meter
+from claq_exp.evaluation.predict import Subject
+from claq_exp.evaluation.scores import ScoreStore, code_content
+from claq_exp.inputs import Fetched, Tokens
+from claq_exp.machine import device_name, versions
+from claq_exp.models.stream import StreamedModel
+from claq_exp.run_folder import RunFolder
+from claq_exp.runtime.load import load_checkpoint
+from claq_exp.sources.cache import cache_folder
+from claq_exp.sources.model import fingerprint
+
+
+def measured_on(config: ExperimentConfig, device: str, model: str, code: str) -> dict[str, Any]:
+    """Return what everything measured of a model depends on.  model, code: hashes of both."""
+    return {
+        "model": model,
+        "dtype": config.model.dtype,
+        "device": device_name(device),
+        "versions": versions(),
+        "code": code,
+    }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One run's measurements; what was measured of a model before is found and not repeated.
+
+    vocabulary: logits of a token.  streams: models are read block by block.
+    on_event: called with a kind of event and its data.  on_share: with (share of the work, what).
+    """
+
+    config: ExperimentConfig
+    folder: RunFolder
+    fetched: Fetched
+    tokens: Tokens
+    device: str
+    vocabulary: int
+    streams: bool
+    on_event: Callable[..., None]
+    on_share: Callable[[float, str], None]
+
+    def original_logits(self) -> LogitStore:
+        """Return where the original's logits are kept for the comparison with the checkpoint's."""
+        wanted = self.config.evaluation.kl_windows
+        counts = {name: len(corpus.windows) for name, corpus in self.tokens.corpora.items()}
+        if wanted is not None:
+            counts = {name: min(wanted, count) for name, count in counts.items()}
+        return LogitStore(self.folder.work, counts)
+
+    def original(self, model: StreamedModel, load: Callable[[], PreTrainedModel]) -> Measurement:
+        """Measure the original, and keep its logits.  load: brings it into memory."""
+        logits = self.original_logits()
+        wanted = {} if logits.complete() else logits.windows
+        store = self._scores(cache_folder() / "originals", self.fetched.contents["model"])
+        subject = Subject("original", self.device, load, (lambda: model) if self.streams else None)
+        return self._measure(subject, store, wanted, logits.record)
+
+    def checkpoint(self, comparison: Comparison) -> Measurement:
+        """Measure the checkpoint as it is on disk, and compare its logits."""
+        folder = self.folder.checkpoint
+        place: dict[str, Any] = {
+            "dtype": self.config.model.dtype,
+            "device": self.device,
+            "trust_remote_code": self.config.model.trust_remote_code,
+        }
+        subject = Subject(
+            "quantized",
+            self.device,
+            lambda: load_checkpoint(
+                folder,
+                kernel=self.config.runtime.kernel,
+                device_map=self.config.device_map,
+                **place,
+            ),
+            (lambda: open_checkpoint(folder, blocks_path=self.config.model.blocks, **place))
+            if self.streams
+            else None,
+        )
+        store = self._scores(self.folder.work / "scores", fingerprint(folder))
+        return self._measure(subject, store, self.original_logits().windows, comparison.add)
+
+    def _scores(self, folder: Path, model: str) -> ScoreStore:
+        """Return the scores that are known of a model with this content."""
+        about = measured_on(self.config, self.device, model, code_content())
+        return ScoreStore(folder, {**about, "kernel": self.config.runtime.kernel})
+
+    def _measure(
+        self,
+        subject: Subject,
+        store: ScoreStore,
+        logit_windows: dict[str, int],
+        on_logits: Callable[[str, int, Tensor], None],
+    ) -> Measurement:
+        contents = self.fetched.contents
+        tasks = {name: contents[f"zero_shot.{name}"] for name in self.config.evaluation.zero_shot}
+        meter = Meter(
+            subject,
+            self.vocabulary,
+            self.tokens.tokenizer,
+            self.device,
+            store,
+            tasks,
+            logit_windows,
+            on_value=lambda kind, name, value: self.on_event(
+                kind, dataset=name, model=subject.name, value=value
+            ),
+            on_share=self.on_share,
+            on_logits=on_logits,
+        )
+        return meter.measure(self.tokens.corpora, self.config.evaluation)
