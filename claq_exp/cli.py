@@ -69,8 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
         return ClaqError.exit_code
     except KeyboardInterrupt:
-        again = _command(arguments)
-        _complain(f"interrupted; the same command goes on where this one stopped: {again}")
+        if place().rank == 0:  # a signal comes to all processes
+            again = _command(arguments)
+            _complain(f"interrupted; the same command goes on where this one stopped: {again}")
         return interruption.EXIT_CODE
 
 

@@ -163,7 +163,8 @@ ALONE = Ranks(Place())
 def together() -> Iterator[Ranks]:
     """Join the processes that torchrun started, and end with them.
 
-    Where one fails, the first says why; the others exit with the same code, in silence.
+    Where one fails, the first says why; the others exit with the same code, in silence but for
+    what is a fault of the program.
     """
     here = place()
     if here.size == 1:
@@ -177,8 +178,9 @@ def together() -> Iterator[Ranks]:
     try:
         yield ranks
     except BaseException as error:
-        known = ranks.fail(error)
-        if not ranks.is_first and (known or isinstance(error, LostRankError)):
+        told = ranks.fail(error) or isinstance(error, LostRankError)
+        expected = isinstance(error, ClaqError | OSError | KeyboardInterrupt)
+        if told and expected and not ranks.is_first:
             raise SystemExit(_exit_code(error)) from error
         raise
     finally:

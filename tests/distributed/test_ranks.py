@@ -147,6 +147,7 @@ def test_an_error_that_nobody_expected_is_named_too(tmp_path):
     first, second = start_ranks(fails_on, tmp_path, 1, ZeroDivisionError("a fault"), size=2)
     first.exit_code(), second.exit_code()
     assert "ClaqError: ZeroDivisionError: a fault (rank 1)" in first.output()
+    assert "Traceback" in second.output()
 
 
 def waits_for_the_other(started) -> int:
