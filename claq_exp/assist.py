@@ -12,9 +12,10 @@ from torch import Tensor
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.config import ExperimentConfig
 from claq_exp.distributed import Ranks
+from claq_exp.interruption import graceful
 from claq_exp.machine import choose_device, settle
 from claq_exp.models.load import open_model
-from claq_exp.models.quantize import HiddenForm, quantize_model
+from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.tracking.progress import noise_to
@@ -39,7 +40,7 @@ class Quantization:
     hidden_form: HiddenForm
 
     def take_part(self, ranks: Ranks) -> None:
-        """Do this process' part."""
+        """Do this process' part; where it is asked to end, so that all end after the same group."""
         config = self.config
         device = choose_device(config.device)
         settle(config.seed, config.threads)
@@ -52,16 +53,18 @@ class Quantization:
             trust_remote_code=config.model.trust_remote_code,
             check=False,
         )
-        quantize_model(
-            model,
-            self.batches,
-            self.recipe,
-            self.store,
-            plans=self.plans,
-            hidden_form=self.hidden_form,
-            strict=config.strict,
-            ranks=ranks,
-        )
+        with graceful() as interruption, interruption.finishing():
+            quantize_model(
+                model,
+                self.batches,
+                self.recipe,
+                self.store,
+                plans=self.plans,
+                hidden_form=self.hidden_form,
+                watcher=Watcher(stopping=lambda: interruption.asked, stop=interruption.check),
+                strict=config.strict,
+                ranks=ranks,
+            )
 
 
 def assist(ranks: Ranks) -> int:

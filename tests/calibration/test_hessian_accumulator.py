@@ -114,3 +114,22 @@ def test_an_input_that_is_no_number_is_refused_by_its_place(bad, dtype):
 
 def test_without_tokens_it_is_zero():
     assert not HessianAccumulator(3).hessian().any()
+
+
+def test_sums_of_several_processes_combine_to_the_one_of_all_tokens():
+    parts = [torch.randn(tokens, 9) for tokens in (40, 7, 0)]
+    accumulators = [HessianAccumulator(9) for _ in parts]
+    whole = HessianAccumulator(9)
+    for accumulator, part in zip(accumulators, parts, strict=True):
+        for sums in (accumulator, whole):
+            sums.add(part, "a layer")
+    others = iter([*(other._sum for other in accumulators[1:]), *map(torch.tensor, (7, 0))])
+
+    def sum_(tensor: torch.Tensor) -> None:
+        tensor += next(others)
+        tensor += next(others)
+
+    accumulators[0].combine(sum_)
+    assert accumulators[0].tokens == 47
+    expected = whole.hessian()
+    assert (accumulators[0].hessian() - expected).abs().max() < 1e-12 * expected.abs().max()

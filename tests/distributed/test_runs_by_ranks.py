@@ -91,15 +91,19 @@ def quantized_layers(outputs: Path) -> int:
 
 
 @pytest.mark.case(3)
-def test_a_signal_to_all_ends_all_with_75(words, tmp_path):
+@pytest.mark.parametrize("asked", [(0,), (1,), (0, 1)])
+def test_a_signal_to_any_of_them_ends_all_after_the_group_at_hand(asked, words, tmp_path):
     outputs = tmp_path / "outputs"
     ranks = start_ranks(main, tmp_path / "ranks", into(words, outputs), size=2)
     ranks[0].wait_for(lambda: quantized_layers(outputs) >= 1)
-    for rank in ranks:
-        rank.signal(signal.SIGTERM)
+    for rank in asked:
+        ranks[rank].signal(signal.SIGTERM)
     assert [rank.exit_code() for rank in ranks] == [75, 75]
     assert "interrupted; the same command goes on" in ranks[0].output()
     assert ranks[1].output() == ""
+    state = json.loads((run_folder(outputs) / "work" / "blocks" / "state.json").read_text())
+    names = {part["name"] for part in state["parts"]}
+    assert names  # what was solved is published
 
 
 @pytest.mark.parametrize(
