@@ -72,8 +72,7 @@ def settle(seed: int, threads: int | None) -> None:
     processes = place().local_size
     if threads is None and processes > 1:  # torchrun's own default is one thread
         threads = max(1, cores() // processes)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or torch.get_num_threads())  # said once, it is not MKL's choice
 
 
 def matmul_speed(device: str) -> float:

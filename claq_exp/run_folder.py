@@ -36,6 +36,9 @@ EVENTS_FILE = "events.jsonl"
 LAYERS_FILE = "layers.csv"
 STATE_FILE = "state.json"
 LOCK_FILE = ".lock"
+WORK = "work"
+MODEL = "model.source"  # a run of another model is no near one
+TOLD = 4  # differences; more would bury what matters
 RUNNING, FINISHED, FAILED, INTERRUPTED, KILLED = (
     "running",
     "finished",
@@ -54,6 +57,54 @@ def run_identity(
     """
     settings = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL}
     return {"config": settings, "contents": contents, "version": version}
+
+
+def unfinished_run_differs(folder: RunFolder, identity: dict[str, Any]) -> str:
+    """Return what a request for `identity` has different from the nearest unfinished run.
+
+    The nearest is that of the same model beside `folder` with the fewest differences; empty where
+    there is none.
+    """
+    ours = _flat(identity)
+    nearest: tuple[Path, list[str]] | None = None
+    for path in sorted(folder.path.parent.glob(f"*/{CONFIG_FILE}")):
+        if not (path.parent / WORK).is_dir():
+            continue
+        with contextlib.suppress(CheckpointError):
+            theirs = _flat({**read_json(path), "command": None})
+            if theirs.get(MODEL) != ours.get(MODEL):
+                continue
+            keys = {*ours, *theirs} - {"command"}
+            found = [key for key in sorted(keys) if ours.get(key) != theirs.get(key)]
+            told = [_difference(key, ours.get(key), theirs.get(key)) for key in found]
+            if nearest is None or len(told) < len(nearest[1]):
+                nearest = path.parent, told
+    if nearest is None:
+        return ""
+    place, told = nearest
+    more = f", and {len(told) - TOLD} more" if len(told) > TOLD else ""
+    return f"the nearest one is {place}, where {', '.join(told[:TOLD])}{more}"
+
+
+def _flat(data: Any, key: str = "") -> dict[str, Any]:
+    """Return dotted key -> value of nested dicts, settings without their `config.`."""
+    if not isinstance(data, dict):
+        return {key.removeprefix("config."): data}
+    return {
+        k: v
+        for name, own in data.items()
+        for k, v in _flat(own, f"{key}.{name}".strip(".")).items()
+    }
+
+
+def _difference(key: str, ours: Any, theirs: Any) -> str:
+    if key.startswith("contents."):
+        return f"the content of {key.removeprefix('contents.')} is another"
+    return f"{key} is {_shown(theirs)} in place of {_shown(ours)}"
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
 
 
 @dataclass(frozen=True)
@@ -105,7 +156,7 @@ class RunFolder:
     @property
     def work(self) -> Path:
         """What an unfinished run has reached; gone once it is finished."""
-        return self.path / "work"
+        return self.path / WORK
 
     def results(self) -> dict[str, Any] | None:
         """Return the results of a finished run, or None."""

@@ -51,6 +51,7 @@ from claq_exp.run_folder import (
     RESULTS_FILE,
     RunFolder,
     run_identity,
+    unfinished_run_differs,
 )
 from claq_exp.sources.cache import fetch_log
 from claq_exp.sources.kept import code_of, kept_tensors
@@ -110,7 +111,7 @@ def run(
         if finished is not None and config.resume != "never":
             return Outcome(folder.path, finished, found=True)
         with folder.recorded():
-            _prepare(folder, config.resume)
+            _prepare(folder, config.resume, identity)
             say(
                 f"{plan.sizes.nominal:.2f} nominal / {plan.sizes.linear:.2f} linear bits planned; "
                 f"{folder.path}"
@@ -135,10 +136,12 @@ def run(
         return Outcome(folder.path, results, found=False, notes=tuple(notes))
 
 
-def _prepare(folder: RunFolder, resume: str) -> None:
+def _prepare(folder: RunFolder, resume: str, identity: dict[str, Any]) -> None:
     started = folder.work.is_dir()
     if resume == "required" and not started:
-        raise CheckpointError(f"resume=required, and {folder.path} holds no unfinished run")
+        differs = unfinished_run_differs(folder, identity)
+        near = f"; {differs}" if differs else ""
+        raise CheckpointError(f"resume=required, and {folder.path} holds no unfinished run{near}")
     if resume == "never":
         (folder.path / RESULTS_FILE).unlink(missing_ok=True)
         shutil.rmtree(folder.checkpoint, ignore_errors=True)

@@ -238,7 +238,10 @@ def test_resume_required_needs_an_unfinished_run(run, outputs, failing, measured
     repair = failing("write_checkpoint", SourceError("no luck"))
     assert run() == 1
     repair()
-    assert run("resume=required") == 0
+    capfd.readouterr()
+    assert run("resume=required", "seed=1") == 1
+    assert "seed is 0 in place of 1" in capfd.readouterr().err
+    assert run("resume=required", "tracking=none", "threads=2") == 0
     assert measured == [2, 2]
 
 

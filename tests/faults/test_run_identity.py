@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from claq_exp.checkpoint.files import write_json
 from claq_exp.compose import compose_config
 from claq_exp.errors import ClaqError
 from claq_exp.inputs import fetch
-from claq_exp.run_folder import RunFolder, run_identity
+from claq_exp.run_folder import RunFolder, run_identity, unfinished_run_differs
 
 WORDS = [
     "model=hf",
@@ -170,3 +171,88 @@ def test_only_a_finished_run_has_results(tmp_path):
     assert folder.results() is None
     folder.write_results({"status": "finished", "schema": 1})
     assert folder.results() == {"status": "finished", "schema": 1}
+
+
+def unfinished(folder: RunFolder, identity: dict) -> RunFolder:
+    """Leave what a killed run leaves, as far as looking for runs is concerned."""
+    folder.work.mkdir(parents=True)
+    write_json(folder.path / "config.json", {"command": "claq-exp", **identity})
+    return folder
+
+
+def identity_of(words: list[str], contents: dict[str, str] | None = None) -> dict:
+    return run_identity(compose_config(words), contents or {"model": "abc"}, "1.0")
+
+
+def near(words: list[str], place: Path, contents: dict[str, str] | None = None) -> str:
+    words = [*words, f"outputs={place}"]
+    identity = identity_of(words, contents)
+    return unfinished_run_differs(RunFolder.of(compose_config(words), identity), identity)
+
+
+@pytest.fixture
+def left(tmp_path) -> RunFolder:
+    """An unfinished run of the common request."""
+    words = [*WORDS, f"outputs={tmp_path}"]
+    identity = identity_of(words)
+    return unfinished(RunFolder.of(compose_config(words), identity), identity)
+
+
+@pytest.mark.case(10)
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("precision.target_bits=2.5", "precision.target_bits is 3.5 in place of 2.5"),
+        ("seed=1", "calibration.seed is 0 in place of 1, seed is 0 in place of 1"),
+        ("calibration.windows=7", "calibration.windows is 128 in place of 7"),
+        ("calibration.seqlen=32", "calibration.seqlen is 2048 in place of 32"),
+        ("solver.act_order=false", "solver.act_order is True in place of False"),
+        ("solver.damping=0.02", "solver.damping is 0.01 in place of 0.02"),
+        ("model.dtype=bfloat16", "model.dtype is auto in place of bfloat16"),
+        ("budget.bits=6", "budget.bits is null in place of 6.0"),
+    ],
+)
+def test_what_differs_from_the_nearest_unfinished_run_is_told_by_name(change, told, left, tmp_path):
+    assert near([*WORDS, change], tmp_path) == f"the nearest one is {left.path}, where {told}"
+
+
+@pytest.mark.case(10)
+def test_another_start_of_a_codebook_is_told_by_name(tmp_path):
+    words = [*WORDS, "codebook=sklearn_kmeans", f"outputs={tmp_path}"]
+    unfinished(RunFolder.of(compose_config(words), identity_of(words)), identity_of(words))
+    told = near([*words, "codebook.seed=7"], tmp_path)
+    assert told.endswith("where codebook.seed is 10 in place of 7")
+
+
+@pytest.mark.case(10)
+def test_touched_files_are_told_by_what_they_are(left, tmp_path):
+    assert near(WORDS, tmp_path, {"model": "abd"}) == (
+        f"the nearest one is {left.path}, where the content of model is another"
+    )
+
+
+def test_the_nearest_unfinished_run_is_that_with_the_fewest_differences(left, tmp_path):
+    far = [*WORDS, f"outputs={tmp_path}", "seed=3", "calibration.windows=9"]
+    unfinished(RunFolder.of(compose_config(far), identity_of(far)), identity_of(far))
+    assert str(left.path) in near([*WORDS, "seed=1"], tmp_path)
+    assert "seed is 3 in place of 4" in near([*far[:-2], "seed=4", far[-1]], tmp_path)
+
+
+def test_a_run_of_another_model_a_finished_and_a_damaged_one_are_no_near_ones(left, tmp_path):
+    assert not near([*WORDS, "model.source=/another/model"], tmp_path)
+    (left.path / "config.json").write_text("{")
+    assert not near([*WORDS, "seed=1"], tmp_path)
+    left.work.rmdir()
+    assert not near([*WORDS, "seed=1"], tmp_path)
+
+
+def test_many_differences_are_counted_and_not_listed(left, tmp_path):
+    changes = [
+        "reservation.ratio=0.01",
+        "calibration.windows=7",
+        "solver.damping=0.02",
+        "calibration.seqlen=32",
+    ]
+    told = near([*WORDS, *changes, "model.dtype=float16", "device=cpu"], tmp_path)
+    assert told.endswith(", and 2 more")
+    assert told.count(" in place of ") == 4

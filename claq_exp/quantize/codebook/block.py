@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from claq_exp.quantize.codebook.affine import fit_scale_and_shift
 from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
+from claq_exp.quantize.codebook.fused import multiply_add
 
 KMEANS, EXACT, QUANTILES, FITTED, RANGE, ABSMAX = range(6)
 SHARED = FITTED  # this rule and those after it stretch a shared codebook
@@ -72,26 +73,24 @@ def round_half(value):  # type: ignore[no-untyped-def]
     return np.copysign(rounded, value)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy")
 def compensate(values, lower, position):  # type: ignore[no-untyped-def]
     """Subtract from row `position` the errors in the rows before it, lower[position, k] each."""
     column = values[position]
     done = 0
     while done + 4 <= position:
-        first, second = lower[position, done], lower[position, done + 1]
-        third, fourth = lower[position, done + 2], lower[position, done + 3]
+        first, second = -lower[position, done], -lower[position, done + 1]
+        third, fourth = -lower[position, done + 2], -lower[position, done + 3]
         for row in range(len(column)):
-            column[row] -= (
-                first * values[done, row]
-                + second * values[done + 1, row]
-                + third * values[done + 2, row]
-                + fourth * values[done + 3, row]
-            )
+            left = multiply_add(first, values[done, row], column[row])
+            left = multiply_add(second, values[done + 1, row], left)
+            left = multiply_add(third, values[done + 2, row], left)
+            column[row] = multiply_add(fourth, values[done + 3, row], left)
         done += 4
     for earlier in range(done, position):
-        factor = lower[position, earlier]
+        factor = -lower[position, earlier]
         for row in range(len(column)):
-            column[row] -= factor * values[earlier, row]
+            column[row] = multiply_add(factor, values[earlier, row], column[row])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

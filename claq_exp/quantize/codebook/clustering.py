@@ -31,18 +31,38 @@ GAP = 8  # empty bins between points that count towards the distance of coarse p
 REACH = 2  # strides that a border may move in either direction at once
 MOVES = 2 * REACH + 1
 INFEASIBLE = np.float32(1e30)
-REASSOCIATE = {"reassoc", "contract", "nsz"}
+LANES = 16  # sums side by side
 
 
-@njit(cache=True, nogil=True, fastmath=REASSOCIATE, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy")
 def _middle_spread_and_weight(values, weights):  # type: ignore[no-untyped-def]
+    """Sum in lanes, in an order that the source fixes.
+
+    Where the compiler may choose the order, it chooses another one in each place where it inlines
+    this, and a process that compiles uses other places than one that loads what was compiled.
+    """
+    whole = len(values) // LANES * LANES
+    sums, weighed = np.zeros(LANES, dtype=np.float32), np.zeros(LANES)
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            sums[lane] += values[uintp(start + lane)]
+            weighed[lane] += weights[uintp(start + lane)]
     total, weight = np.float32(0.0), 0.0
-    for index in range(len(values)):
+    for lane in range(LANES):
+        total += sums[lane]
+        weight += weighed[lane]
+        sums[lane] = np.float32(0.0)
+    for index in range(whole, len(values)):
         total += values[index]
         weight += weights[index]
     middle = total / np.float32(len(values))
+    for start in range(0, whole, LANES):
+        for lane in range(LANES):
+            sums[lane] += abs(values[uintp(start + lane)] - middle)
     spread = np.float32(0.0)
-    for index in range(len(values)):
+    for lane in range(LANES):
+        spread += sums[lane]
+    for index in range(whole, len(values)):
         spread += abs(values[index] - middle)
     return middle, spread / np.float32(len(values)), weight
 
@@ -127,7 +147,7 @@ def _coarse_program(lanes: int, widest: int) -> Callable:
     Both are constants, for only then the innermost loops become vector instructions.
     """
 
-    @njit(nogil=True, fastmath=REASSOCIATE, error_model="numpy")
+    @njit(nogil=True, error_model="numpy")
     def merging_costs(mass, moment, square, first, costs):  # type: ignore[no-untyped-def]
         """Write the squared error of each cell beyond that of its parts, where there is a cell.
 
@@ -143,7 +163,7 @@ def _coarse_program(lanes: int, widest: int) -> Callable:
                 cost = square[right] - square[left] - rise * rise / size
                 costs[uintp(width - 1), uintp(place)] = cost
 
-    @njit(nogil=True, fastmath=REASSOCIATE | {"nnan"}, error_model="numpy")
+    @njit(nogil=True, fastmath={"nnan", "nsz"}, error_model="numpy")
     def add_cell(before, costs, after):  # type: ignore[no-untyped-def]
         """Write the least cost up to each place with one more cell.
 

@@ -67,7 +67,8 @@ def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuan
     factor, step = system.inverse_factor, system.block_size
     behind: Future[None] | None = None
     loss = 0.0
-    with ThreadPoolExecutor(max_workers=1) as helper:
+    threads = torch.get_num_threads()  # a new thread would take all cores, whatever is asked for
+    with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as helper:
         for start in range(0, len(order), step):
             stop = min(start + step, len(order))
             errors = work[start:stop]
