@@ -40,8 +40,11 @@ class EventLog:
         """Write one line: time in seconds since 1970, event, data; NaN and infinity become null."""
         clean = json_safe(data)
         line = {"time": round(time.time(), 3), "event": event, **clean}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk's does not say where
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         for tracker in self._others:
             tracker.event(event, clean)
 

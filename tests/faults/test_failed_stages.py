@@ -241,7 +241,7 @@ def test_resume_required_needs_an_unfinished_run(run, outputs, failing, measured
     capfd.readouterr()
     assert run("resume=required", "seed=1") == 1
     assert "seed is 0 in place of 1" in capfd.readouterr().err
-    assert run("resume=required", "tracking=none", "threads=2") == 0
+    assert run("resume=required") == 0
     assert measured == [2, 2]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -15,69 +14,30 @@ from pathlib import Path
 
 import pytest
 from conftest import byte_tokenizer, tiny_llama
+from driven_runs import (
+    CLOCK_BACKWARDS,
+    DRIVER,
+    FULL_EVENTS,
+    KILL_AFTER_EVENT,
+    KILL_AT_PUBLICATION,
+    NO_RENAME,
+    SLOW_GROUPS,
+    Child,
+    assert_at_most_a_block_repeated,
+    assert_same_outcome,
+    events,
+    run_folder,
+    send,
+    tries,
+    wait_for,
+)
 
 from claq_exp.cli import main
+from claq_exp.interruption import NOTICE
+from claq_exp.run_folder import RunState, run_state
+from claq_exp.tracking.events import read_events
 
 LAYERS = 4
-
-# Does one run, so that everything is imported and compiled, and then forks for each command.
-DRIVER = """
-import json, os, resource, signal, sys, traceback
-import claq_exp.cli, claq_exp.plan
-claq_exp.plan.matmul_speed = lambda device: 1e11
-replies = os.fdopen(os.dup(1), "w")
-os.dup2(2, 1)
-print(claq_exp.cli.main(json.loads(sys.stdin.readline())), file=replies, flush=True)
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        if job["file_limit"]:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
-        log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        code = 99
-        try:
-            code = claq_exp.cli.main(job["arguments"])
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-    print(child, file=replies, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=replies, flush=True)
-"""
-
-
-class Child:
-    """One command in a process of its own."""
-
-    def __init__(self, driver: subprocess.Popen, log: Path) -> None:
-        assert driver.stdout is not None
-        self._stdout = driver.stdout
-        self._log = log
-        self._ended = False
-        self.pid = int(self._stdout.readline())
-
-    def signal(self, which: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, which)
-
-    def exit_code(self) -> int:
-        self._ended = True
-        return int(self._stdout.readline())
-
-    def end(self) -> None:
-        """Leave nothing behind for the next test, whatever happened in this one."""
-        if not self._ended:
-            self.signal(signal.SIGKILL)
-            self.exit_code()
-
-    def output(self) -> str:
-        return self._log.read_text(encoding="utf-8", errors="replace")
 
 
 @pytest.fixture(scope="module")
@@ -146,60 +106,16 @@ def undisturbed(driver, first_outputs) -> Path:
 def start(driver, tmp_path) -> Iterator[Callable[..., Child]]:
     children: list[Child] = []
 
-    def begin(arguments: list[str], file_limit: int = 0) -> Child:
+    def begin(arguments: list[str], file_limit: int = 0, fault: str = "") -> Child:
         log = tmp_path / f"output-{len(children)}.log"
-        send(driver, {"arguments": arguments, "log": str(log), "file_limit": file_limit})
+        order = {"arguments": arguments, "log": str(log), "file_limit": file_limit, "fault": fault}
+        send(driver, order)
         children.append(Child(driver, log))
         return children[-1]
 
     yield begin
     for child in children:
         child.end()
-
-
-def send(driver: subprocess.Popen, message: object) -> None:
-    assert driver.stdin is not None
-    driver.stdin.write(json.dumps(message) + "\n")
-    driver.stdin.flush()
-
-
-def run_folder(outputs: Path) -> Path:
-    (folder,) = (outputs / "default").iterdir()
-    return folder
-
-
-def events(outputs: Path) -> list[dict]:
-    found = []
-    for path in outputs.glob("default/*/events.jsonl"):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
-
-
-def wait_for(outputs: Path, name: str, count: int) -> None:
-    """Return when `count` events of a name are written, or the run is over."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        names = [event["event"] for event in events(outputs)]
-        if names.count(name) >= count or "finished" in names:
-            return
-        time.sleep(0.002)
-    raise TimeoutError(f"no {count} events '{name}' in {outputs}")
-
-
-def content(checkpoint: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(checkpoint.iterdir())}
-
-
-def assert_same_outcome(folder: Path, undisturbed: Path) -> None:
-    assert content(folder / "checkpoint") == content(undisturbed / "checkpoint")
-    ours, theirs = (
-        json.loads((path / "results.json").read_text()) for path in (folder, undisturbed)
-    )
-    for key in ("bits", "size", "perplexity", "kl", "fallbacks"):
-        assert ours[key] == theirs[key]
-    assert not (folder / "work").exists()
 
 
 def test_a_run_needs_no_git_no_home_no_wide_terminal_and_no_special_folder(undisturbed):
@@ -217,8 +133,23 @@ def test_a_run_needs_no_git_no_home_no_wide_terminal_and_no_special_folder(undis
     assert sorted(path.name for path in folder.iterdir()) == ["cache", "output.log", "outputs"]
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
-def test_after_a_kill_the_same_command_ends_in_the_same_bytes(
+def kill_and_repeat(start, command, outputs: Path, kills: int, moment: random.Random) -> None:
+    """Kill a run at random moments, `kills` times unless it is finished before, and finish it."""
+    for _ in range(kills):
+        child = start(command(outputs))
+        done = sum(event["event"] == "layer" for event in events(outputs))
+        wait_for(outputs, "layer", done + moment.randrange(1, 12))
+        time.sleep(moment.uniform(0, 0.1))
+        child.signal(signal.SIGKILL)
+        if child.exit_code() == 0:
+            break
+    child = start(command(outputs))
+    assert child.exit_code() == 0, child.output()
+
+
+@pytest.mark.case(1, 13)
+@pytest.mark.parametrize("seed", range(10))
+def test_after_a_kill_at_any_moment_the_same_command_ends_in_the_same_bytes(
     seed, start, command, undisturbed, tmp_path
 ):
     moment = random.Random(seed)
@@ -230,40 +161,116 @@ def test_after_a_kill_the_same_command_ends_in_the_same_bytes(
     assert child.exit_code() == -signal.SIGKILL
     folder = run_folder(outputs)
     assert (folder / ".lock-holder").is_file()
-    finished = sum(event["event"] == "block" for event in events(outputs))
 
     child = start(command(outputs))
     assert child.exit_code() == 0, child.output()
     assert_same_outcome(folder, undisturbed)
+    assert_at_most_a_block_repeated(outputs)
     blocks = [event["block"] for event in events(outputs) if event["event"] == "block"]
     assert len(blocks) >= LAYERS - 1  # the kill may fall between a stored block and its event
     assert len(set(blocks)) == len(blocks)
-    assert finished <= len(blocks)
     assert not (folder / ".lock-holder").exists()
 
 
-def test_ctrl_c_tells_to_repeat_the_command_which_goes_on(start, command, undisturbed, tmp_path):
+@pytest.mark.case(1)
+@pytest.mark.parametrize("seed", [10])
+def test_after_ten_kills_in_a_row_the_same_command_ends_in_the_same_bytes(
+    seed, start, command, undisturbed, tmp_path
+):
+    outputs = tmp_path / "outputs"
+    kill_and_repeat(start, command, outputs, 10, random.Random(seed))
+    assert_same_outcome(run_folder(outputs), undisturbed)
+    assert_at_most_a_block_repeated(outputs)
+
+
+@pytest.mark.case(2)
+@pytest.mark.parametrize(
+    ("number", "moment", "next_block"),
+    [(1, "before", 0), (1, "after", 0), (4, "before", 1), (4, "after", 2), (5, "before", 2)],
+)
+def test_what_is_published_is_not_repeated_and_what_is_not_is(
+    number, moment, next_block, start, command, undisturbed, tmp_path
+):
+    outputs = tmp_path / "outputs"
+    fault = KILL_AT_PUBLICATION.format(number=number, moment=moment)
+    assert start(command(outputs), fault=fault).exit_code() == -signal.SIGKILL
+    child = start(command(outputs))
+    assert child.exit_code() == 0, child.output()
+    again = [event["block"] for event in tries(outputs)[-1] if event["event"] == "layer"]
+    assert again == [block for block in range(next_block, LAYERS) for _ in range(7)]
+    assert_same_outcome(run_folder(outputs), undisturbed)
+
+
+@pytest.mark.case(16)
+@pytest.mark.parametrize(
+    ("name", "value", "stages"),
+    [
+        ("block", LAYERS - 1, ["load", "export", "evaluate quantized"]),
+        ("stage", "export", ["load", "evaluate quantized"]),
+    ],
+    ids=["before export", "before evaluation"],
+)
+def test_only_the_rest_runs_after_all_blocks(
+    name, value, stages, start, command, undisturbed, tmp_path
+):
+    outputs = tmp_path / "outputs"
+    fault = KILL_AFTER_EVENT.format(name=name, value=value)
+    assert start(command(outputs), fault=fault).exit_code() == -signal.SIGKILL
+    child = start(command(outputs))
+    assert child.exit_code() == 0, child.output()
+    last = tries(outputs)[-1]
+    assert "layer" not in {event["event"] for event in last}
+    done = [event["stage"] for event in last if event["event"] == "stage"]
+    assert [stage for stage in done if stage != "evaluate original"] == stages
+    assert_same_outcome(run_folder(outputs), undisturbed)
+
+
+@pytest.mark.case(3)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_group_at_hand_be_published_and_tells_how_to_go_on(
+    number, start, command, undisturbed, tmp_path
+):
     outputs = tmp_path / "outputs"
     child = start(command(outputs))
-    wait_for(outputs, "block", 2)
-    child.signal(signal.SIGINT)
+    wait_for(outputs, "layer", 8)
+    child.signal(number)
     assert child.exit_code() == 75
     output = child.output()
     assert "Traceback" not in output
+    assert f"claq-exp: {NOTICE}" in output.splitlines()
     last = output.splitlines()[-1]
     assert last.startswith("claq-exp: interrupted; the same command goes on")
     assert f"claq-exp {' '.join(command(outputs))}" in last
     assert events(outputs)[-1]["event"] == "failed"
-    done = sum(event["event"] == "block" for event in events(outputs))
-    assert done >= 2
+    assert run_state(run_folder(outputs)) == RunState("interrupted")
 
     child = start(command(outputs))
     assert child.exit_code() == 0, child.output()
-    blocks = [event["block"] for event in events(outputs) if event["event"] == "block"]
-    assert blocks == list(range(LAYERS))
+    layers = [event["name"] for event in events(outputs) if event["event"] == "layer"]
+    assert len(set(layers)) == len(layers) == 7 * LAYERS  # nothing was done twice
     assert_same_outcome(run_folder(outputs), undisturbed)
 
 
+@pytest.mark.case(4)
+def test_a_second_signal_waits_for_nothing(start, command, undisturbed, tmp_path):
+    outputs = tmp_path / "outputs"
+    child = start(command(outputs), fault=SLOW_GROUPS)
+    wait_for(outputs, "stage", 2)
+    time.sleep(0.5)
+    child.signal(signal.SIGINT)
+    deadline = time.monotonic() + 30
+    while NOTICE not in child.output() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    asked = time.monotonic()
+    child.signal(signal.SIGINT)
+    assert child.exit_code() == 75, child.output()
+    assert time.monotonic() - asked < 5  # a group takes ten seconds
+    assert run_state(run_folder(outputs)) == RunState("interrupted")
+    assert start(command(outputs)).exit_code() == 0
+    assert_same_outcome(run_folder(outputs), undisturbed)
+
+
+@pytest.mark.case(12)
 def test_a_second_process_on_the_same_run_stops_and_names_the_first(
     start, command, undisturbed, tmp_path, capfd
 ):
@@ -283,6 +290,7 @@ def test_a_second_process_on_the_same_run_stops_and_names_the_first(
     assert_same_outcome(run_folder(outputs), undisturbed)
 
 
+@pytest.mark.case(5)
 @pytest.mark.parametrize(
     ("file_limit", "file"),
     [(20_000, "original_logits_0.npy"), (150_000, "activations_0000.safetensors")],
@@ -302,3 +310,80 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     child = start(command(outputs))
     assert child.exit_code() == 0, child.output()
     assert_same_outcome(run_folder(outputs), undisturbed)
+
+
+@pytest.mark.case(6)
+@pytest.mark.parametrize("size", [300, 2000, 5000])
+def test_a_disk_that_is_full_for_events_stops_the_run_and_its_half_line_is_skipped(
+    size, start, command, undisturbed, tmp_path
+):
+    outputs = tmp_path / "outputs"
+    child = start(command(outputs), fault=FULL_EVENTS.format(bytes=size))
+    assert child.exit_code() == 1, child.output()
+    output = child.output()
+    assert "Traceback" not in output
+    assert output.splitlines()[-1].endswith("events.jsonl: No space left on device")
+    log = run_folder(outputs) / "events.jsonl"
+    assert not log.read_text().endswith("\n")
+    assert start(command(outputs)).exit_code() == 0
+    assert {name for name, _ in read_events(log)} >= {"started", "layer", "finished"}
+    assert_same_outcome(run_folder(outputs), undisturbed)
+
+
+@pytest.mark.case(7)
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("blocks/state.json", 1),
+        ("blocks/state.json", 5),
+        ("block_0001_00.safetensors", 1),
+        ("activations_0002.safetensors", 1),
+        ("/checkpoint", 1),
+        ("/results.json", 1),
+    ],
+)
+def test_a_replacement_that_fails_leaves_what_was_there(
+    name, number, start, command, undisturbed, tmp_path
+):
+    outputs = tmp_path / "outputs"
+    child = start(command(outputs), fault=NO_RENAME.format(name=name, number=number))
+    assert child.exit_code() == 1, child.output()
+    output = child.output()
+    assert "Traceback" not in output
+    assert output.splitlines()[-1].endswith(f"{name}: Input/output error")
+    assert start(command(outputs)).exit_code() == 0
+    assert_same_outcome(run_folder(outputs), undisturbed)
+    assert_at_most_a_block_repeated(outputs)
+
+
+@pytest.mark.case(15)
+def test_a_clock_that_goes_backwards_changes_no_result(start, command, undisturbed, tmp_path):
+    outputs = tmp_path / "outputs"
+    child = start(command(outputs), fault=CLOCK_BACKWARDS)
+    assert child.exit_code() == 0, child.output()
+    assert_same_outcome(run_folder(outputs), undisturbed)
+    results = json.loads((run_folder(outputs) / "results.json").read_text())
+    assert all(seconds >= 0 for seconds in results["timings"].values())
+    assert results["run"]["seconds"] >= 0
+
+
+@pytest.mark.case(14)
+def test_a_folder_may_have_any_name_and_length(start, command, undisturbed, tmp_path):
+    outputs = tmp_path / "with spaces, 'quotes' und Ümläute 模型" / ("long" * 30) / ("name" * 30)
+    words = command(outputs)
+    words[-1] = "outputs=" + json.dumps(str(outputs), ensure_ascii=False)
+    child = start(words)
+    assert child.exit_code() == 0, child.output()
+    assert_same_outcome(run_folder(outputs), undisturbed)
+
+
+@pytest.mark.case(14)
+@pytest.mark.parametrize("place", ["a file", "/proc/outputs"])
+def test_outputs_where_no_folder_can_be_are_one_line(place, start, command, tmp_path):
+    (tmp_path / "a file").write_text("no folder")
+    outputs = tmp_path / place  # an absolute place stays as it is
+    words = [*command(outputs)[:-1], f"outputs='{outputs}'", "check_resources=false"]
+    child = start(words)
+    assert child.exit_code() == 1, child.output()
+    (line,) = child.output().splitlines()
+    assert line.startswith(f"claq-exp: {outputs}")

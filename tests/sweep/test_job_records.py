@@ -108,6 +108,7 @@ def test_looking_on_all_the_time_keeps_no_job_from_starting(tmp_path):
 
 
 @pytest.mark.case(15)
+@pytest.mark.case(15)
 def test_sweeps_started_in_the_same_second_have_folders_of_their_own(tmp_path, monkeypatch):
     class Frozen:
         @staticmethod
