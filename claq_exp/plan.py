@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from claq_exp.checkpoint.shards import index_bytes
-from claq_exp.checkpoint.writer import Sizes
+from claq_exp.checkpoint.writer import Sizes, planned_sizes
 from claq_exp.config import AUTO, ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.perplexity import windows_at_once
@@ -25,7 +25,7 @@ from claq_exp.models.skeleton import skeleton, tied_names
 from claq_exp.needs import Linear, Needs, needs
 from claq_exp.needs import Sizes as NeededSizes
 from claq_exp.quantize.budget import Overhead, fit_budget
-from claq_exp.quantize.layout import HALF, Ledger, WeightLayout
+from claq_exp.quantize.layout import HALF, WeightLayout
 from claq_exp.quantize.precision import LayerMap, RateDistortion
 from claq_exp.quantize.recipe import Recipe, planned_layouts
 from claq_exp.resources import free_memory
@@ -102,7 +102,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     layouts = planned_layouts(_less_description(recipe, shapes, description), shapes)
     evaluation = config.evaluation
     context = context_length(evaluation.context, model_config) if evaluation.corpora else 0
-    sizes = _sizes(layouts, kept, parameters)
+    sizes = planned_sizes(model, layouts, stored_dtype(model_config))
     model_shape = _ModelShape.of(model, blocks, parameters, model_config)
     hidden = config.calibration.windows * config.calibration.seqlen * model_shape.width
     hidden_dtype = _hidden_dtype(config, hidden, model_config)
@@ -179,23 +179,8 @@ def _shape(weight: torch.Tensor) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _sizes(layouts: dict[str, WeightLayout], kept: dict[str, int], parameters: int) -> Sizes:
-    quantized = Ledger.sum(layout.ledger() for layout in layouts.values())
-    weights = sum(layout.weights for layout in layouts.values())
-    described = 8 * _description_bytes(layouts, kept)
-    ledger = Ledger.sum([quantized, Ledger(other=described, unquantized=HALF * sum(kept.values()))])
-    nominal = sum(layout.nominal_bits() * layout.weights for layout in layouts.values())
-    return Sizes(
-        bytes=ledger.total // 8,
-        ledger=ledger,
-        nominal=nominal / weights,
-        linear=(quantized.total + described) / weights,
-        model=ledger.total / parameters,
-    )
-
-
 def _description_bytes(layouts: Mapping[str, WeightLayout], kept: dict[str, int]) -> int:
-    """Estimate the bytes of headers, index and the layouts in config.json."""
+    """Estimate the bytes of headers, index and the layouts in config.json, rather too many."""
     header = {
         f"{n}.{s}": t for n, layout in layouts.items() for s, t in layout.stored_tensors().items()
     }

@@ -17,7 +17,16 @@ from claq_exp.errors import CheckpointError
 
 def write_json(path: Path, data: Any, indent: int | None = 2) -> None:
     """Replace a file by JSON: written beside it, synced, renamed.  NaN and infinity are refused."""
-    write_bytes(path, (json.dumps(data, indent=indent, allow_nan=False) + "\n").encode())
+    write_bytes(path, _encoded(data, indent))
+
+
+def json_bytes(data: Any) -> int:
+    """Return the size of the file that `write_json` would write."""
+    return len(_encoded(data, 2))
+
+
+def _encoded(data: Any, indent: int | None) -> bytes:
+    return (json.dumps(data, indent=indent, allow_nan=False) + "\n").encode()
 
 
 def json_safe(value: Any) -> Any:

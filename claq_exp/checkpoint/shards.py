@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from claq_exp.checkpoint.files import parse_json, read_json, write_json
-from claq_exp.checkpoint.tensor_file import write_tensors
+from claq_exp.checkpoint.files import json_bytes, parse_json, read_json, write_json
+from claq_exp.checkpoint.tensor_file import header_bytes, write_tensors
 from claq_exp.errors import CheckpointError
 
 WEIGHTS_FILE = "model.safetensors"
@@ -180,6 +180,22 @@ def save_units(folder: Path, units: Iterable[Unit], shard_bytes: int) -> None:
 
     A unit that is larger has a file of its own.  No more than one unit's tensors are held at once.
     """
+    shards = _shards(units, shard_bytes)
+    for number, shard in enumerate(shards, start=1):
+        name = WEIGHTS_FILE if len(shards) == 1 else shard_name(number, len(shards))
+        write_tensors(folder / name, _announced(shard), (t for unit in shard for t in unit.load()))
+    if len(shards) > 1:
+        write_json(folder / INDEX_FILE, _index(shards))
+
+
+def described_bytes(units: Iterable[Unit], shard_bytes: int) -> int:
+    """Return the bytes that `save_units` would write beside the tensors: headers and index."""
+    shards = _shards(units, shard_bytes)
+    headers = sum(header_bytes(_announced(shard)) for shard in shards)
+    return headers + (json_bytes(_index(shards)) if len(shards) > 1 else 0)
+
+
+def _shards(units: Iterable[Unit], shard_bytes: int) -> list[list[Unit]]:
     shards: list[list[Unit]] = [[]]
     room = shard_bytes
     for unit in units:
@@ -188,19 +204,22 @@ def save_units(folder: Path, units: Iterable[Unit], shard_bytes: int) -> None:
             room = shard_bytes
         shards[-1].append(unit)
         room -= unit.bytes
-    if len(shards) == 1:
-        _save_shard(shards[0], folder / WEIGHTS_FILE)
-        return
-    places: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = shard_name(number, len(shards))
-        _save_shard(shard, folder / name)
-        places.update(dict.fromkeys((tensor for unit in shard for tensor in unit.tensors), name))
+    return shards
+
+
+def _announced(units: list[Unit]) -> dict[str, Tensor]:
+    return {name: tensor for unit in units for name, tensor in unit.announced().items()}
+
+
+def _index(shards: list[list[Unit]]) -> dict[str, Any]:
+    places = {
+        tensor: shard_name(number, len(shards))
+        for number, shard in enumerate(shards, start=1)
+        for unit in shard
+        for tensor in unit.tensors
+    }
     total = sum(unit.bytes for shard in shards for unit in shard)
-    write_json(
-        folder / INDEX_FILE,
-        {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))},
-    )
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
 
 
 def index_bytes(names: Iterable[str], total: int, shard_bytes: int = SHARD_BYTES) -> int:
@@ -209,11 +228,6 @@ def index_bytes(names: Iterable[str], total: int, shard_bytes: int = SHARD_BYTES
         return 0
     lines = [len(json.dumps(name)) + len(shard_name(1, 1)) + 10 for name in names]
     return sum(lines) + 100
-
-
-def _save_shard(units: list[Unit], path: Path) -> None:
-    like = {name: tensor for unit in units for name, tensor in unit.announced().items()}
-    write_tensors(path, like, (loaded for unit in units for loaded in unit.load()))
 
 
 def _total(shards: Iterable[Mapping[str, TensorSpan]]) -> int:

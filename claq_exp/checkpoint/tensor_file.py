@@ -50,6 +50,11 @@ def write_tensors(
         raise CheckpointError(f"{path}: {min(missing)} was announced and not written")
 
 
+def header_bytes(like: Mapping[str, Tensor]) -> int:
+    """Return the size of a file's header, its length included."""
+    return len(_header(like, {})[0])
+
+
 def _header(like: Mapping[str, Tensor], facts: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """Return the first bytes of a file, and where each tensor begins behind them.
 

@@ -13,14 +13,21 @@ from torch import Tensor
 
 from claq_exp.checkpoint.files import read_json, sync_folder, write_json
 from claq_exp.checkpoint.manifest import check_manifest, write_manifest
-from claq_exp.checkpoint.shards import INDEX_FILE, SHARD_BYTES, Unit, read_spans, save_units
+from claq_exp.checkpoint.shards import (
+    INDEX_FILE,
+    SHARD_BYTES,
+    Unit,
+    described_bytes,
+    read_spans,
+    save_units,
+)
 from claq_exp.errors import CheckpointError
 from claq_exp.models.skeleton import tied_names
 from claq_exp.quantize.layout import Ledger, WeightLayout
 from claq_exp.sources.cache import published
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FORMAT_VERSION = 2  # docs/format.md says when it grows
 QUANT_METHOD = "claq"
@@ -80,14 +87,8 @@ def write_checkpoint(
         raise CheckpointError(f"{target} exists already; remove it to write it anew")
     with published(target) as folder:
         save_units(folder, _units(model, packed, dtype, read), shard_bytes)
-        config = type(model.config).from_dict(model.config.to_dict())
-        config.dtype = dtype
-        config.architectures = [type(model).__name__]
-        config.quantization_config = {
-            "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
-            "modules": {name: weight.layout.to_json() for name, weight in packed.items()},
-        }
+        layouts = {name: weight.layout for name, weight in packed.items()}
+        config = checkpoint_config(model, layouts, dtype)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for owner, name in ((config, "config.json"), (tokenizer, "tokenizer_config.json")):
@@ -98,6 +99,43 @@ def write_checkpoint(
         sync_folder(folder)
     check_manifest(target)
     sync_folder(target.parent)
+
+
+def checkpoint_config(
+    model: PreTrainedModel, layouts: Mapping[str, WeightLayout], dtype: torch.dtype
+) -> PretrainedConfig:
+    """Return the config of a checkpoint, which says how each matrix is stored."""
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.dtype = dtype
+    config.architectures = [type(model).__name__]
+    config.quantization_config = {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "modules": {name: layout.to_json() for name, layout in layouts.items()},
+    }
+    return config
+
+
+def planned_sizes(
+    model: PreTrainedModel, layouts: Mapping[str, WeightLayout], dtype: torch.dtype
+) -> Sizes:
+    """Return what a checkpoint with these layouts will take; `model` may be on the meta device."""
+    packed = {name: PackedWeight(layout, {}) for name, layout in layouts.items()}
+    kept = sum(
+        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+        for tensor in unquantized_state(model, packed).values()
+    )
+    config = checkpoint_config(model, layouts, dtype).to_json_string().encode()
+    described = len(config) + described_bytes(_units(model, packed, dtype, None), SHARD_BYTES)
+    ledger = Ledger.sum(
+        [
+            *(layout.ledger() for layout in layouts.values()),
+            Ledger(other=8 * described, unquantized=8 * kept),
+        ]
+    )
+    state = model.state_dict()
+    parameters = sum(t.numel() for n, t in state.items() if n not in tied_names(model))
+    return _sizes(ledger, layouts, parameters)
 
 
 def _units(
@@ -150,12 +188,16 @@ def checkpoint_sizes(folder: Path, layouts: Mapping[str, WeightLayout], paramete
     ledger = Ledger.sum(
         [quantized, Ledger(other=8 * (total - tensors), unquantized=8 * tensors - quantized.total)]
     )
+    return _sizes(ledger, layouts, parameters)
+
+
+def _sizes(ledger: Ledger, layouts: Mapping[str, WeightLayout], parameters: int) -> Sizes:
     weights = sum(layout.weights for layout in layouts.values())
     nominal = sum(layout.nominal_bits() * layout.weights for layout in layouts.values())
     return Sizes(
-        bytes=total,
+        bytes=ledger.total // 8,
         ledger=ledger,
         nominal=nominal / weights,
-        linear=(quantized.total + ledger.other) / weights,
-        model=8 * total / parameters,
+        linear=(ledger.total - ledger.unquantized) / weights,
+        model=ledger.total / parameters,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from pathlib import Path
@@ -273,3 +274,21 @@ class TestOneModel:
         quantized(streamed_model(folder, tmp_path / "work"), tmp_path / "store", watcher=watcher)
         expected = [line for b in range(3) for line in [f"layer {b}"] * 7 + [f"block {b}"]]
         assert told == expected
+
+
+@pytest.mark.case(103)
+def test_as_much_is_in_memory_at_block_ten_as_at_block_two(tmp_path):
+    architecture = dataclasses.replace(ARCHITECTURES["llama"], depth=12)
+    architecture.build().save_pretrained(tmp_path / "model")
+    held: list[int] = []
+
+    def count(name: str, _: object) -> None:
+        if name == "block":
+            gc.collect()
+            tensors = [o for o in gc.get_objects() if isinstance(o, torch.Tensor) and not o.is_meta]
+            held.append(sum(t.untyped_storage().nbytes() for t in tensors))
+
+    model = streamed_model(tmp_path / "model", tmp_path / "work")
+    quantized(model, tmp_path / "store", watcher=Watcher(event=count))
+    assert len(held) == 12
+    assert held[9] == pytest.approx(held[1], rel=0.05)
