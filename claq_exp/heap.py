@@ -10,6 +10,19 @@ from functools import cache
 from torch import Tensor
 
 MADV_DONTNEED = 4
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+PIECE = 1 << 20  # bytes from which a tensor has pages of its own
+
+
+def return_at_once() -> None:
+    """Have freed tensors go back to the system at once, where the C library can (glibc).
+
+    By default it keeps what it expects to give out again, up to 32 MiB a piece and for each thread.
+    """
+    library = _c_library()
+    if library is not None and hasattr(library, "mallopt"):
+        library.mallopt(M_MMAP_THRESHOLD, PIECE)
+        library.mallopt(M_TRIM_THRESHOLD, PIECE)
 
 
 def trim() -> None:

@@ -28,6 +28,7 @@ from claq_exp.errors import CheckpointError
 from claq_exp.evaluation.divergence import Comparison
 from claq_exp.evaluation.measure import Measurement
 from claq_exp.fallbacks import count_fallbacks
+from claq_exp.heap import return_at_once
 from claq_exp.inputs import Fetched, Tokens, fetch, tokenize_inputs
 from claq_exp.interruption import Interruption, graceful
 from claq_exp.machine import choose_device, settle, versions
@@ -243,6 +244,7 @@ class _Job:
         store = BlockStore(self.folder.work / "blocks", self._store_identity())
         store.open(self._note_damage)
         self.progress.stage("quantize")
+        return_at_once()
         reset_peak()
         hidden_form = self._hidden_form()
         recipe, converted = self.plan.recipe, self.folder.work / CONVERTED

@@ -146,7 +146,7 @@ def plan_table(plan: Plan) -> Table:
             rows.append((f"{where}, about", _gibibytes(max(stages.values()))))
             rows += [(f"  {stage}", _gibibytes(taken)) for stage, taken in stages.items()]
     if plan.needs.streams:
-        rows.append(("", "measured block by block: the whole does not fit"))
+        rows.append(("measured", "block by block"))
     rows.append(("disk, about", _gibibytes(plan.needs.disk)))
     rows.append(("time, about", _duration(sum(plan.seconds.values()))))
     rows += [(f"  {stage}", _duration(seconds)) for stage, seconds in plan.seconds.items()]
