@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +44,14 @@ def own_cache_of_scores() -> Iterator[Path]:
 def no_scores_of_other_tests(own_cache_of_scores: Path) -> None:
     for kept in ("originals", "tokens", "surveys"):
         shutil.rmtree(own_cache_of_scores / kept, ignore_errors=True)
+
+
+@pytest.fixture
+def heeds_interruptions() -> Iterator[None]:
+    """A shell starts what runs in its background with SIGINT ignored, and tests inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

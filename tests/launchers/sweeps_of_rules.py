@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from pathlib import Path
 
 from claq_exp.sweep.record import Job, read_jobs
@@ -28,3 +32,16 @@ def by_how(folder: Path) -> dict[str, Job]:
         for word in job.overrides
         if word.startswith("+precision.how=")
     }
+
+
+def signal_when(mark: Path, number: signal.Signals) -> threading.Thread:
+    """Send this process a signal as soon as the rule has left a mark."""
+
+    def wait() -> None:
+        while not mark.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread

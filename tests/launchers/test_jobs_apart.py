@@ -7,13 +7,12 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import filelock
 import pytest
-from sweeps_of_rules import by_how, words_for
+from sweeps_of_rules import by_how, signal_when, words_for
 
 from claq_exp.cli import main
 from claq_exp.run_folder import RunState, run_state
@@ -27,14 +26,6 @@ def outputs(tmp_path) -> Path:
 @pytest.fixture
 def place(tmp_path) -> Path:
     return tmp_path / "marks"
-
-
-@pytest.fixture
-def heeds_interruptions():
-    """A shell starts what runs in its background with SIGINT ignored, and tests inherit that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def gone(pid: int) -> bool:
@@ -113,25 +104,15 @@ def test_a_job_does_not_see_what_an_earlier_one_did_to_its_process(tiny_run, out
     assert peaks["look"] < peaks["spoil"] - (500 << 20)
 
 
-def interrupt_when(mark: Path) -> threading.Thread:
-    def wait() -> None:
-        while not mark.exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=wait, daemon=True)
-    thread.start()
-    return thread
-
-
-@pytest.mark.case(82)
+@pytest.mark.case(3)
 @pytest.mark.usefixtures("heeds_interruptions")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_stops_child_and_sweep_and_the_same_command_goes_on(
-    tiny_run, outputs, place, capfd
+    number, tiny_run, outputs, place, capfd
 ):
     words = ["-m", *words_for(tiny_run, place, "+precision.how=nothing,sleep,look")]
     words.append("+precision.once=true")
-    thread = interrupt_when(place / "sleep")
+    thread = signal_when(place / "sleep", number)
     assert main(words) == 75
     thread.join()
     assert gone(int((place / "sleep").read_text()))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from sweeps_of_rules import by_how, words_for
+from sweeps_of_rules import by_how, signal_when, words_for
 
 from claq_exp.cli import main
 from claq_exp.compose import compose_all
+from claq_exp.run_folder import run_state
 from claq_exp.sweep.grid import check_grid
 from claq_exp.sweep.record import read_jobs
 
@@ -60,6 +62,27 @@ def test_two_of_four_jobs_finish_beside_one_that_fails_and_one_that_is_killed(
 
 
 @pytest.mark.case(86)
+@pytest.mark.case(3)
+@pytest.mark.usefixtures("heeds_interruptions")
+def test_jobs_side_by_side_finish_what_is_at_hand_when_a_person_ends_the_sweep(
+    tiny_run, outputs, place, capfd
+):
+    grid = ["+precision.how=sleep,nothing", "seed=1,2", "+precision.once=true"]
+    words = words_for(tiny_run, place, *grid, "hydra/launcher=processes")
+    words.remove("threads=1")
+    thread = signal_when(place / "sleep", signal.SIGINT)
+    assert main(["-m", *words]) == 75
+    thread.join()
+    names = {run_state(path.parent).name for path in outputs.glob("*/state.json")}
+    assert "interrupted" in names
+    assert names <= {"interrupted", "finished"}
+    assert {job.state.name for job in read_jobs(outputs)} <= {"interrupted", "finished"}
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.err
+    assert "the launcher failed" not in captured.err
+    assert main(["-m", *words]) == 0
+
+
 def test_a_search_goes_on_after_a_failed_job_and_repeats_itself(tiny_run, outputs, place, capfd):
     words = [word for word in words_for(tiny_run, place) if not word.startswith("~evaluation")]
     words += ["hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=1", "hydra.sweeper.n_trials=4"]
