@@ -130,7 +130,6 @@ def test_cores_are_divided_among_the_processes_of_a_machine(monkeypatch):
     chosen = []
     monkeypatch.setattr(machine.torch, "set_num_threads", chosen.append)
     monkeypatch.setattr(machine, "cores", lambda: 8)
-    machine.settle(0, None)
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "1")
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
