@@ -61,7 +61,7 @@ class Quantization:
                 self.store,
                 plans=self.plans,
                 hidden_form=self.hidden_form,
-                watcher=Watcher(stopping=lambda: interruption.asked, stop=interruption.check),
+                watcher=Watcher(stopping=lambda: interruption.asked),
                 strict=config.strict,
                 ranks=ranks,
             )

@@ -271,6 +271,11 @@ class ExperimentConfig:
             _check_choice("device_map", self.device_map, DEVICE_MAPS)
         if not isinstance(self.stream, bool) and self.stream != AUTO:
             raise ConfigError(one_of("stream", self.stream, (AUTO, "true", "false")))
+        if self.stream is True and self.runtime.kernel != DENSE:
+            raise ConfigError(
+                f"stream=true expands the layers of a block, and runtime.kernel="
+                f"{self.runtime.kernel} keeps them packed; choose one of them"
+            )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; give a whole number from 0 to {2**32 - 1}")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
@@ -286,6 +291,10 @@ class ExperimentConfig:
     def with_dtype(self, dtype: str) -> ExperimentConfig:
         """Return the same experiment with another `model.dtype`."""
         return replace(self, model=replace(self.model, dtype=dtype))
+
+    def stream_choice(self) -> bool | str:
+        """Return `stream`; a kernel that keeps layers packed measures a model that is loaded."""
+        return False if self.stream == AUTO and self.runtime.kernel != DENSE else self.stream
 
     def recipe_name(self) -> str:
         """Return a short name for folders, e.g. kmeans-outlier_order3.5-outlier_order0.005-gptq."""

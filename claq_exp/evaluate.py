@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from claq_exp.checkpoint.files import write_json
-from claq_exp.checkpoint.reader import open_checkpoint, read_layouts
+from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.writer import checkpoint_sizes
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.measure import Meter
-from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore, code_content
 from claq_exp.evaluation.tasks import check_tasks, task_content
 from claq_exp.inputs import corpus_windows
 from claq_exp.machine import choose_device, device_name, git_commit, settle, versions
-from claq_exp.models.load import forward_dtype, load_config, load_tokenizer
+from claq_exp.measuring import checkpoint_subject
+from claq_exp.models.load import DTYPES, forward_dtype, load_config, load_tokenizer
 from claq_exp.models.skeleton import dense_parameter_count
+from claq_exp.needs import wants_stream
 from claq_exp.reporting.results import average_row, perplexity_rows, zero_shot_rows
-from claq_exp.runtime.load import load_checkpoint
 from claq_exp.sources.cache import fetch_log
 from claq_exp.sources.model import fingerprint
 from claq_exp.tracking.progress import RunProgress, noise_to
@@ -49,6 +49,7 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
         contents = {name: task_content(name, task) for name, task in tasks.items()}
         model_config = load_config(folder, trust_remote_code=remote)
     dtype = forward_dtype(config.model.dtype, model_config, device)
+    config = config.with_dtype(dtype)
     settings = {
         "checkpoint": str(folder.resolve()),
         "dtype": dtype,
@@ -62,16 +63,10 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
         corpora = corpus_windows(config, tokenizer, model_config)
     target.mkdir(parents=True, exist_ok=True)
     parameters = dense_parameter_count(model_config)
-    place: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": remote}
     with RunProgress({"evaluate": 60}) as progress, noise_to(target / "third_party.log"):
-        subject = Subject(
-            "quantized",
-            device,
-            lambda: load_checkpoint(
-                folder, kernel=config.runtime.kernel, device_map=config.device_map, **place
-            ),
-            (lambda: open_checkpoint(folder, **place)) if config.stream is True else None,
-        )
+        whole = parameters * DTYPES[dtype].itemsize
+        streams = wants_stream(config.stream_choice(), whole, device, tasks=bool(tasks))
+        subject = checkpoint_subject(config, folder, device, streams=streams)
         progress.stage("evaluate")
         about = {"settings": settings, "versions": versions(), "code": code_content()}
         store = ScoreStore(target / "scores", {**about, "model": fingerprint(folder)})

@@ -36,6 +36,27 @@ def measured_on(config: ExperimentConfig, device: str, model: str, code: str) ->
     }
 
 
+def checkpoint_subject(
+    config: ExperimentConfig, folder: Path, device: str, *, streams: bool
+) -> Subject:
+    """Return a checkpoint as what is to be measured.  config: its `model.dtype` is settled."""
+    place: dict[str, Any] = {
+        "dtype": config.model.dtype,
+        "device": device,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    return Subject(
+        "quantized",
+        device,
+        lambda: load_checkpoint(
+            folder, kernel=config.runtime.kernel, device_map=config.device_map, **place
+        ),
+        (lambda: open_checkpoint(folder, blocks_path=config.model.blocks, **place))
+        if streams
+        else None,
+    )
+
+
 @dataclass(frozen=True)
 class Bench:
     """One run's measurements; what was measured of a model before is found and not repeated.
@@ -73,24 +94,7 @@ class Bench:
     def checkpoint(self, comparison: Comparison) -> Measurement:
         """Measure the checkpoint as it is on disk, and compare its logits."""
         folder = self.folder.checkpoint
-        place: dict[str, Any] = {
-            "dtype": self.config.model.dtype,
-            "device": self.device,
-            "trust_remote_code": self.config.model.trust_remote_code,
-        }
-        subject = Subject(
-            "quantized",
-            self.device,
-            lambda: load_checkpoint(
-                folder,
-                kernel=self.config.runtime.kernel,
-                device_map=self.config.device_map,
-                **place,
-            ),
-            (lambda: open_checkpoint(folder, blocks_path=self.config.model.blocks, **place))
-            if self.streams
-            else None,
-        )
+        subject = checkpoint_subject(self.config, folder, self.device, streams=self.streams)
         store = self._scores(self.folder.work / "scores", fingerprint(folder))
         return self._measure(subject, store, self.original_logits().windows, comparison.add)
 

@@ -79,8 +79,7 @@ def needs(sizes: Sizes, disk: float, device: str, threads: int, stream: bool | s
     at_once = sizes.whole + logits
     in_parts = sizes.block + sizes.head + sizes.streamed_hidden + logits
     on_gpu = device.startswith("cuda")
-    room = free_memory(device) - (0 if on_gpu else LIBRARIES)
-    streams = stream is True or (stream == "auto" and at_once > room and not sizes.tasks)
+    streams = wants_stream(stream, at_once, device, tasks=sizes.tasks)
     measured = in_parts if streams else at_once
     solved = _solving(sizes.linears, threads)
     quantized = sizes.block + sizes.hidden + sizes.entering
@@ -93,6 +92,18 @@ def needs(sizes: Sizes, disk: float, device: str, threads: int, stream: bool | s
         return Needs({k: base + v for k, v in stages.items()}, {}, disk, streams)
     stages["quantize"] += _on_gpu(sizes.linears)
     return Needs({"quantize": base + solved}, stages, disk, streams)
+
+
+def wants_stream(stream: bool | str, at_once: float, device: str, *, tasks: bool) -> bool:
+    """Tell whether to read a model block by block while it is measured.
+
+    stream: true, false, or auto for where the bytes that it takes at once would not fit.
+    tasks: there are tasks to be measured, for which lm-eval wants the whole.
+    """
+    if stream != "auto":
+        return stream is True
+    room = free_memory(device) - (0 if device.startswith("cuda") else LIBRARIES)
+    return at_once > room and not tasks
 
 
 def check_needs(found: Needs, device: str, outputs: Path) -> None:

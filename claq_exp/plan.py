@@ -17,6 +17,7 @@ from claq_exp.config import AUTO, ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.perplexity import windows_at_once
 from claq_exp.machine import matmul_speed
+from claq_exp.models.allocate import FISHER
 from claq_exp.models.context import context_length
 from claq_exp.models.discover import find_blocks, linear_weight, linears_of
 from claq_exp.models.experts import expert_lists, place_among_experts
@@ -113,7 +114,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         layouts=layouts,
         sizes=sizes,
         original_bytes=2 * parameters,
-        needs=_needs(config, model_shape, hidden_bytes, sizes.bytes, device, context),
+        needs=_needs(config, recipe, model_shape, hidden_bytes, sizes.bytes, device, context),
         hidden_dtype=hidden_dtype,
         hidden_bytes=hidden_bytes,
         seconds=_seconds(config, recipe, parameters, layouts, mixture, device, context),
@@ -232,6 +233,7 @@ class _ModelShape:
 
 def _needs(
     config: ExperimentConfig,
+    recipe: Recipe,
     shape: _ModelShape,
     hidden_bytes: int,
     checkpoint: int,
@@ -248,8 +250,9 @@ def _needs(
         for c in evaluation.corpora.values()
     ]
     logits = measured if evaluation.corpora else TASK_TOKENS * bool(evaluation.zero_shot)
-    precision = config.precision.get("name")
-    surveyed = calibration.seqlen * shape.width * shape.blocks
+    precision = recipe.precision
+    allocates = isinstance(precision, RateDistortion)
+    gradients = isinstance(precision, RateDistortion) and precision.importance == FISHER
     sizes = NeededSizes(
         linears=shape.linears,
         whole=size * shape.parameters if logits and config.device_map is None else 0,
@@ -260,13 +263,14 @@ def _needs(
         logits=logits * shape.vocabulary,
         streamed_hidden=min(max(tokens, default=0) * shape.width * size, HIDDEN_BYTES),
         tasks=bool(evaluation.zero_shot),
-        surveyed=surveyed if precision == "rate_distortion" else 0,
-        allocates=precision == "rate_distortion",
+        surveyed=calibration.seqlen * shape.width * shape.blocks if gradients else 0,
+        allocates=allocates,
     )
     kept = evaluation.kl_windows
     compared = sum(t if kept is None else min(kept * context, t) for t in tokens)
     disk = 2.0 * hidden_bytes + 2 * checkpoint + 2.0 * compared * shape.vocabulary
-    return needs(sizes, disk, device, config.threads or torch.get_num_threads(), config.stream)
+    threads = config.threads or torch.get_num_threads()
+    return needs(sizes, disk, device, threads, config.stream_choice())
 
 
 def _seconds(
@@ -289,6 +293,8 @@ def _seconds(
         layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
         for layout in layouts.values()
     )
+    # factors of the Hessians, and errors that go from each column to those behind it
+    solve += sum(w.columns**3 / 2 + w.rows * w.columns**2 for w in layouts.values()) / speed
     evaluation = config.evaluation
     scored = sum(
         context * corpus.windows if corpus.windows else CORPUS_TOKENS

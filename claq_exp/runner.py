@@ -42,7 +42,6 @@ from claq_exp.needs import check_needs
 from claq_exp.plan import HIDDEN_SHARE, Plan, make_plan
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.precision import RateDistortion
-from claq_exp.reporting.plots import plot_layers
 from claq_exp.reporting.results import build_results, write_layers
 from claq_exp.resources import free_memory, peak_memory, reset_peak
 from claq_exp.run_folder import (
@@ -212,6 +211,8 @@ class _Job:
                 tokens=row.tokens,
             )
         layouts = read_layouts(self.folder.checkpoint)
+        from claq_exp.reporting.plots import plot_layers  # its library takes memory until here
+
         plot_layers(report, self.folder.path / "layers.png")
         return build_results(
             config=self.config,
@@ -236,7 +237,7 @@ class _Job:
         original = self._stage(
             "evaluate original",
             lambda: self.bench.original(
-                model, lambda: loaded(self._open_original(), config.device_map)
+                model, lambda: loaded(self._open_original(check=False), config.device_map)
             ),
         )
         batches = list(self.tokens.calibration.split(config.calibration.batch_size))
@@ -254,7 +255,6 @@ class _Job:
             event=self._quantize_event,
             share=self.progress.advance,
             stopping=lambda: self.interruption.asked,
-            stop=self.interruption.check,
         )
         with self.interruption.finishing():
             quantize_model(
@@ -280,7 +280,7 @@ class _Job:
         self.damaged.append(what)
         self.events.event("damaged", what=what)
 
-    def _open_original(self) -> StreamedModel:
+    def _open_original(self, *, check: bool = True) -> StreamedModel:
         model = self.config.model
         return open_model(
             self.fetched.model,
@@ -289,6 +289,7 @@ class _Job:
             device=self.device,
             blocks_path=model.blocks,
             trust_remote_code=model.trust_remote_code,
+            check=check,
         )
 
     def _store_identity(self) -> dict[str, str]:
@@ -333,7 +334,7 @@ class _Job:
         plans = self._stage(
             "allocate",
             lambda: allocate_model(
-                self._open_original().load(),
+                self._open_original(check=False).load(),
                 [batch.to(self.device) for batch in batches],
                 recipe,
                 blocks_path=self.config.model.blocks,

@@ -36,13 +36,12 @@ class Watcher:
 
     event: called with ("layer", report row) and ("block", seconds by kind of work).
     share: called with (share of all work just done, where).
-    stopping: asked after each group of linears whether to stop there; `stop` raises.
+    stopping: asked after each group of linears whether to stop there.
     """
 
     event: Callable[[str, dict[str, Any]], None] = lambda _name, _data: None
     share: Callable[[float, str], None] = lambda _share, _where: None
     stopping: Callable[[], bool] = lambda: False
-    stop: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,7 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     batches: token ids [batch, seqlen], all of one length.  store: open.
     plans: name of a linear -> what an allocation over the whole model decided of it.
     strict: raise NumericalError at the first layer with a fallback, see `claq_exp.fallbacks`.
+    Raises Interrupted once the group is in the store at which `watcher` wants to stop.
     """
     inputs = block_arguments(model, batches)
     hidden: Sequence[Tensor]
@@ -206,8 +206,7 @@ class _Block:
                 pending.publish(now=stopping)
                 trim()
                 if stopping:
-                    watcher.stop()
-                    raise Interrupted  # for another rank was asked to stop
+                    raise Interrupted
         pending.publish(now=True)
 
     @torch.no_grad()

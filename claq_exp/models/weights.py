@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, TensorSpan, read_header
 from claq_exp.errors import CheckpointError, NumericalError, SourceError, first_line
-from claq_exp.models.experts import FUSED, SeparateExperts
+from claq_exp.models.experts import FUSED, SeparateExperts, split_experts
 from claq_exp.models.skeleton import skeleton, tied_names
 
 
@@ -80,9 +80,8 @@ def stored_weights(
     if missing := [name for name in wanted if name not in found]:
         found = _converted(folder, model, missing, work, trust_remote_code)
     places = {name: place for name, place in found.items() if name in wanted}
-    for name, place in _experts(skeleton(config), places).items():
-        places[name] = place
-    return StoredWeights(places)
+    split_experts(model)
+    return StoredWeights(places | _experts(model, places))
 
 
 def check_finite(weights: StoredWeights) -> None:

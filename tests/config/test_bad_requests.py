@@ -83,6 +83,9 @@ WORDS = [
     (["a b=c d"], ["'a b=c d'", "KEY=VALUE"]),
 ]
 VALUES = [
+    (["stream=sometimes"], ["stream", "sometimes", "auto", "false", "true"]),
+    (["stream=true", "runtime.kernel=reference"], ["stream=true", "runtime.kernel=reference"]),
+    (["calibration.keep_in=int8"], ["calibration.keep_in", "int8", "bfloat16"]),
     (["+calibration.widnows=3"], ["widnows", "calibration"]),
     (["seed=1.5"], ["seed", "1.5", "Integer"]),
     (["seed=-1"], ["seed is -1", "0"]),

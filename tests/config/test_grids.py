@@ -104,9 +104,9 @@ def test_every_failing_job_is_told_from_the_others(run, outputs, capfd):
 
 @pytest.mark.case(80)
 def test_an_error_nobody_expected_stops_no_other_job_either(tiny_run, outputs, monkeypatch, capfd):
-    from claq_exp import runner
+    from claq_exp.reporting import plots
 
-    plot = runner.plot_layers
+    plot = plots.plot_layers
     calls = []
 
     def fail_first(*args):
@@ -115,7 +115,7 @@ def test_an_error_nobody_expected_stops_no_other_job_either(tiny_run, outputs, m
             raise RuntimeError("the plotter is broken")
         return plot(*args)
 
-    monkeypatch.setattr(runner, "plot_layers", fail_first)
+    monkeypatch.setattr(plots, "plot_layers", fail_first)
     words = [*tiny_run, "experiment=rtn_4bit", "threads=1", "~evaluation.corpora.wikipedia"]
     assert run_sweep([*words, "seed=7,8"], "as typed", run_job=here) == 1
     finished = [json.loads(path.read_text()) for path in outputs.rglob("results.json")]

@@ -113,6 +113,7 @@ def test_a_model_is_streamed_where_it_would_not_fit(monkeypatch):
     monkeypatch.setattr(needs, "free_memory", lambda device: int(needs.LIBRARIES) + 1000)
     assert planned(*words).needs.streams
     assert not planned(*words, "stream=false").needs.streams
+    assert not planned(*words, "runtime.kernel=reference").needs.streams
     assert not planned().needs.streams  # there are tasks, and lm-eval wants the whole
 
 

@@ -15,6 +15,7 @@ from claq_exp.cli import main
 from claq_exp.errors import SourceError
 from claq_exp.evaluation import measure
 from claq_exp.evaluation.divergence import LogitStore
+from claq_exp.reporting import plots
 from claq_exp.sources.cache import cache_folder
 
 
@@ -22,7 +23,7 @@ from claq_exp.sources.cache import cache_folder
 def quick(monkeypatch):
     monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
     gc.freeze()  # or each run goes through all objects of all imported libraries
-    monkeypatch.setattr(runner, "plot_layers", lambda report, path: path.write_bytes(b""))
+    monkeypatch.setattr(plots, "plot_layers", lambda report, path: path.write_bytes(b""))
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 
-from claq_exp import runner
 from claq_exp.cli import main
+from claq_exp.reporting import plots
 
 BLOCK = "model.layers.1"
 ATTENTION = [f"{BLOCK}.self_attn.{part}_proj" for part in "qkv"]
@@ -22,7 +22,7 @@ ATTENTION = [f"{BLOCK}.self_attn.{part}_proj" for part in "qkv"]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
-    monkeypatch.setattr(runner, "plot_layers", lambda report, path: path.write_bytes(b""))
+    monkeypatch.setattr(plots, "plot_layers", lambda report, path: path.write_bytes(b""))
 
 
 @pytest.fixture

@@ -32,13 +32,7 @@ def groups_of(block: nn.Module, inputs: BlockInputs) -> list[LinearGroup]:
     return [group for stage in find_stages(block, inputs) for group in stage]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they give on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)

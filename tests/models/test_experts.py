@@ -42,13 +42,7 @@ USED, IDLE = range(4), range(4, EXPERTS)
 TOKENS = token_batches(1)[0]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they give on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def plain(kind: str) -> PreTrainedModel:

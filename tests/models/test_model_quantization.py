@@ -19,6 +19,7 @@ from claq_exp.checkpoint.reader import load_model
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import write_checkpoint
 from claq_exp.errors import CalibrationError, CheckpointError, NumericalError
+from claq_exp.interruption import Interrupted
 from claq_exp.models.discover import linear_weight
 from claq_exp.models.quantize import Watcher, quantize_model
 from claq_exp.models.stream import WholeModel
@@ -36,13 +37,7 @@ PLAIN = Recipe(KMeans(), Fixed(2), NoReservation(), Gptq())
 BATCHES = token_batches(batches=3, size=4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they give on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quantized(model: nn.Module, folder: Path, recipe: Recipe = RECIPE, **options) -> Quantized:
@@ -238,12 +233,8 @@ def test_a_run_that_is_asked_to_stop_publishes_the_group_at_hand_and_repeats_non
         asked.append(1)
         return len(asked) == groups
 
-    def stop() -> None:
-        if len(asked) == groups:
-            raise Stop
-
-    with pytest.raises(Stop):
-        watcher = Watcher(stopping=stopping, stop=stop)
+    with pytest.raises(Interrupted):
+        watcher = Watcher(stopping=stopping)
         quantized(ARCHITECTURES[name].build(), tmp_path / "parts", watcher=watcher)
     done = list(opened(tmp_path / "parts").packed())
     architecture = ARCHITECTURES[name]

@@ -35,12 +35,7 @@ RECIPE = Recipe(KMeans(), OutlierOrder(2.5), Fixed(0.02), Gptq())
 BATCHES = [*token_batches(2, size=4), token_batches(1, size=2, seed=1)[0]]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

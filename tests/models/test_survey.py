@@ -19,13 +19,7 @@ from claq_exp.quantize.statistics import ColumnStatistics
 BATCHES = token_batches(batches=2, size=3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they give on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def inputs_by_hand(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
