@@ -1,0 +1,1 @@
+"""Number formats in which neighbouring numbers share a scale, and a codebook."""

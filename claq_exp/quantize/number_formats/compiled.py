@@ -1,0 +1,108 @@
+"""The search for codes and codebooks, compiled: bit for bit what `encoding.search` finds.
+
+Compiled by numba and cached on disk.  The errors of all codebooks lie side by side, so that one
+vector instruction serves them all.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import njit, uintp
+
+WIDTH = 16  # codebooks of a padded table
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _places(scaled, resolution, offset, places):  # type: ignore[no-untyped-def]
+    """Write the place of each number in a lookup table, see `encoding.LookupTable`."""
+    limit = np.float32(offset // 2)
+    for index in range(len(scaled)):
+        steps = min(max(scaled[index] * resolution, -limit), limit)
+        places[index] = np.int32(math.floor(steps) + math.ceil(steps)) + np.int32(offset)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _choose(scaled, places, table, errors):  # type: ignore[no-untyped-def]
+    """Return the codebook with the smallest sum of squared errors, the first of equals."""
+    errors[:] = np.float32(0.0)
+    for index in range(len(scaled)):
+        number, words = scaled[index], table[uintp(places[index])]
+        for book in range(WIDTH):
+            miss = number - words[book]
+            errors[book] += miss * miss
+    chosen, best = 0, errors[0]
+    for book in range(1, WIDTH):
+        if errors[book] < best:
+            chosen, best = book, errors[book]
+    return chosen
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _scale(values, step, scaled):  # type: ignore[no-untyped-def]
+    """Divide an array by its step, where it has one."""
+    for index in range(len(values)):
+        scaled[index] = values[index] / step if step > np.float32(0.0) else np.float32(0.0)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def round_rows(values, steps, table, resolution, offset, block):  # type: ignore[no-untyped-def]
+    """Replace numbers by the nearest that the format has.
+
+    values: [rows, columns] float32, overwritten.  steps: [rows, arrays] float32; an array has
+    ceil(columns / arrays) numbers rounded up to blocks, see `array`.
+    table: [places, WIDTH] float32 codewords, infinite beyond the codebooks that there are.
+    block: (numbers of an array, numbers of a block; 0 for one codebook).
+    """
+    array, size = block
+    columns = values.shape[1]
+    scaled, places = np.empty(array, dtype=np.float32), np.empty(array, dtype=np.int32)
+    errors = np.empty(WIDTH, dtype=np.float32)
+    for row in range(len(values)):
+        for number in range(steps.shape[1]):
+            start, stop = number * array, min((number + 1) * array, columns)
+            step = steps[row, number]
+            part = values[row, start:stop]
+            mine, at = scaled[: stop - start], places[: stop - start]
+            _scale(part, step, mine)
+            _places(mine, resolution, offset, at)
+            if size == 0:
+                for index in range(len(part)):
+                    part[index] = table[uintp(at[index]), 0] * step
+                continue
+            for first in range(0, len(part), size):
+                last = min(first + size, len(part))
+                book = _choose(mine[first:last], at[first:last], table, errors)
+                for index in range(first, last):
+                    part[index] = table[uintp(at[index]), book] * step
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def encode_rows(  # type: ignore[no-untyped-def]
+    values, steps, table, words, resolution, offset, block, codes, selectors
+):
+    """Write codes [rows, columns] and selectors [rows, blocks]; the rest as in `round_rows`.
+
+    words: [places, codebooks] uint8, the codes of the codewords in the table.
+    """
+    array, size = block
+    columns = values.shape[1]
+    scaled, places = np.empty(array, dtype=np.float32), np.empty(array, dtype=np.int32)
+    errors = np.empty(WIDTH, dtype=np.float32)
+    for row in range(len(values)):
+        for number in range(steps.shape[1]):
+            start, stop = number * array, min((number + 1) * array, columns)
+            mine, at = scaled[: stop - start], places[: stop - start]
+            _scale(values[row, start:stop], steps[row, number], mine)
+            _places(mine, resolution, offset, at)
+            if size == 0:
+                for index in range(stop - start):
+                    codes[row, start + index] = words[uintp(at[index]), 0]
+                continue
+            for first in range(0, stop - start, size):
+                last = min(first + size, stop - start)
+                book = _choose(mine[first:last], at[first:last], table, errors)
+                selectors[row, (start + first) // size] = book
+                for index in range(first, last):
+                    codes[row, start + index] = words[uintp(at[index]), book]
