@@ -47,15 +47,14 @@ def _scale(values, step, scaled):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def round_rows(values, steps, table, resolution, offset, block):  # type: ignore[no-untyped-def]
+def round_rows(values, steps, table, resolution, sizes):  # type: ignore[no-untyped-def]
     """Replace numbers by the nearest that the format has.
 
-    values: [rows, columns] float32, overwritten.  steps: [rows, arrays] float32; an array has
-    ceil(columns / arrays) numbers rounded up to blocks, see `array`.
+    values: [rows, columns] float32, overwritten.  steps: [rows, arrays] float32.
     table: [places, WIDTH] float32 codewords, infinite beyond the codebooks that there are.
-    block: (numbers of an array, numbers of a block; 0 for one codebook).
+    sizes: (offset of places, numbers of an array, numbers of a block; 0 for one codebook).
     """
-    array, size = block
+    offset, array, size = sizes
     columns = values.shape[1]
     scaled, places = np.empty(array, dtype=np.float32), np.empty(array, dtype=np.int32)
     errors = np.empty(WIDTH, dtype=np.float32)
@@ -79,14 +78,12 @@ def round_rows(values, steps, table, resolution, offset, block):  # type: ignore
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def encode_rows(  # type: ignore[no-untyped-def]
-    values, steps, table, words, resolution, offset, block, codes, selectors
-):
+def encode_rows(values, steps, table, words, resolution, sizes, codes, selectors):  # type: ignore[no-untyped-def]
     """Write codes [rows, columns] and selectors [rows, blocks]; the rest as in `round_rows`.
 
     words: [places, codebooks] uint8, the codes of the codewords in the table.
     """
-    array, size = block
+    offset, array, size = sizes
     columns = values.shape[1]
     scaled, places = np.empty(array, dtype=np.float32), np.empty(array, dtype=np.int32)
     errors = np.empty(WIDTH, dtype=np.float32)

@@ -16,7 +16,6 @@ from claq_exp.quantize.number_formats.compiled import encode_rows, round_rows
 from claq_exp.quantize.number_formats.table import Grid
 
 LEAST_NUMBERS = 1 << 14  # of a thread: a twentieth of a millisecond
-COUNT = 1 << 24  # numbers whose errors are in memory at a time
 
 
 def spread(values: Tensor, length: int, columns: int) -> Tensor:
@@ -41,12 +40,11 @@ def find_codes(values: Tensor, steps: Tensor, grid: Grid) -> tuple[Tensor, Tenso
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     selectors = torch.empty(rows, block_format.blocks(columns), dtype=torch.uint8)
     numbers, scales = values.contiguous().numpy(), steps.contiguous().numpy()
-    about = table.padded, table.codes.numpy(), np.float32(table.resolution), table.offset
-    sizes = _sizes(grid, columns)
+    about = table.padded, table.codes.numpy(), np.float32(table.resolution), _sizes(grid, columns)
 
     def encode(part: slice) -> None:
         written = codes[part].numpy(), selectors[part].numpy()
-        encode_rows(numbers[part], scales[part], *about, sizes, *written)
+        encode_rows(numbers[part], scales[part], *about, *written)
 
     _side_by_side(encode, rows, columns)
     return codes, selectors if block_format.codebooks > 1 else None
@@ -63,11 +61,8 @@ def round_numbers_(values: Tensor, steps: Tensor, grid: Grid) -> None:
         return
     table = grid.table
     numbers, scales = values.numpy(), steps.contiguous().numpy()
-    about = table.padded, np.float32(table.resolution), table.offset
-    sizes = _sizes(grid, values.shape[1])
-    _side_by_side(
-        lambda part: round_rows(numbers[part], scales[part], *about, sizes), *values.shape
-    )
+    about = table.padded, np.float32(table.resolution), _sizes(grid, values.shape[1])
+    _side_by_side(lambda part: round_rows(numbers[part], scales[part], *about), *values.shape)
 
 
 def codewords(codes: Tensor, selectors: Tensor | None, grid: Grid) -> Tensor:
@@ -114,10 +109,11 @@ def _wide(steps: Tensor, grid: Grid, columns: int) -> Tensor:
     return spread(steps, grid.format.array, columns)
 
 
-def _sizes(grid: Grid, columns: int) -> tuple[int, int]:
-    """Return the numbers of an array, and of a block; 0 where there is one codebook."""
+def _sizes(grid: Grid, columns: int) -> tuple[int, int, int]:
+    """Return the offset of places, the numbers of an array, and of a block (0: one codebook)."""
     block_format = grid.format
-    return block_format.array or columns, block_format.block if block_format.codebooks > 1 else 0
+    block = block_format.block if block_format.codebooks > 1 else 0
+    return grid.table.offset, block_format.array or columns, block
 
 
 def _side_by_side(work: Callable[[slice], None], rows: int, columns: int) -> None:
