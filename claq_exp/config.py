@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from claq_exp.calibration.windows import DRAWS
 from claq_exp.errors import ConfigError, one_of
 from claq_exp.models.bos import BOS_RULES
+from claq_exp.quantize.activation import ACTIVATION, Activation
 from claq_exp.quantize.budget import BudgetConfig
 from claq_exp.quantize.codebook import CODEBOOK
 from claq_exp.quantize.precision import PRECISION
@@ -24,6 +25,7 @@ from claq_exp.sources.model import ModelSource
 from claq_exp.sources.text import TextSource
 
 FAMILIES: dict[str, dict[str, type]] = {
+    "activation": ACTIVATION,
     "codebook": CODEBOOK,
     "precision": PRECISION,
     "reservation": RESERVATION,
@@ -247,6 +249,7 @@ class ExperimentConfig:
     precision: dict[str, Any] = field(default_factory=dict)
     reservation: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
+    activation: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -286,7 +289,13 @@ class ExperimentConfig:
 
         Raises ConfigError for an unknown name, field or value, or for strategies that do not match.
         """
-        return Recipe(**{family: _strategy(family, getattr(self, family)) for family in FAMILIES})
+        families = FAMILIES.keys() - {"activation"}  # weights do not depend on it
+        return Recipe(**{family: _strategy(family, getattr(self, family)) for family in families})
+
+    def activation_rule(self) -> Activation:
+        """Build the rule for activations; raises as `recipe`."""
+        rule: Activation = _strategy("activation", self.activation)
+        return rule
 
     def with_dtype(self, dtype: str) -> ExperimentConfig:
         """Return the same experiment with another `model.dtype`."""
@@ -304,9 +313,10 @@ class ExperimentConfig:
         parts = [self.codebook["name"], f"{self.precision['name']}{bits}"]
         if self.reservation["name"] != "none":
             parts.append(f"reserve_{self.reservation['name']}{self.reservation.get('ratio', '')}")
-        return "-".join(
-            [re.sub(r"[^A-Za-z0-9._]+", "_", part) for part in [*parts, self.solver["name"]]]
-        )
+        parts.append(self.solver["name"])
+        if self.activation["name"] != "none":
+            parts.append(f"a_{self.activation['name']}{self.activation.get('bits', '')}")
+        return "-".join([re.sub(r"[^A-Za-z0-9._]+", "_", part) for part in parts])
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for results and hashes."""
@@ -327,6 +337,7 @@ def config_from_omegaconf(composed: DictConfig) -> ExperimentConfig:
         raise ConfigError(one_line(error)) from error
     assert isinstance(config, ExperimentConfig)
     config.recipe()
+    config.activation_rule()
     return config
 
 

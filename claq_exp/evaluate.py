@@ -19,7 +19,7 @@ from claq_exp.evaluation.scores import ScoreStore, code_content
 from claq_exp.evaluation.tasks import check_tasks, task_content
 from claq_exp.inputs import corpus_windows
 from claq_exp.machine import choose_device, device_name, git_commit, settle, versions
-from claq_exp.measuring import checkpoint_subject
+from claq_exp.measuring import activation_bits, checkpoint_subject
 from claq_exp.models.load import DTYPES, forward_dtype, load_config, load_tokenizer
 from claq_exp.models.skeleton import dense_parameter_count
 from claq_exp.needs import wants_stream
@@ -90,6 +90,7 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
             "nominal": sizes.nominal,
             "linear": sizes.linear,
             "model": sizes.model,
+            "activation": activation_bits(folder, layouts),
             "ledger": sizes.ledger.as_dict(),
         },
         "size": {"checkpoint_bytes": sizes.bytes, "original_bytes": 2 * parameters},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from claq_exp.checkpoint.reader import open_checkpoint
+from claq_exp.checkpoint.reader import open_checkpoint, read_rounding
 from claq_exp.config import ExperimentConfig
 from claq_exp.evaluation.divergence import Comparison, LogitStore
 from claq_exp.evaluation.measure import Measurement, Meter
@@ -19,6 +19,7 @@ from claq_exp.evaluation.scores import ScoreStore, code_content
 from claq_exp.inputs import Fetched, Tokens
 from claq_exp.machine import device_name, versions
 from claq_exp.models.stream import StreamedModel
+from claq_exp.quantize.layout import WeightLayout
 from claq_exp.run_folder import RunFolder
 from claq_exp.runtime.load import load_checkpoint
 from claq_exp.sources.cache import cache_folder
@@ -55,6 +56,17 @@ def checkpoint_subject(
         if streams
         else None,
     )
+
+
+def activation_bits(folder: Path, layouts: Mapping[str, WeightLayout]) -> float | None:
+    """Return the bits of an input number of a checkpoint's layers on average; None if not rounded.
+
+    The inputs of layers side by side, which are rounded once, count for each.
+    """
+    rounding = read_rounding(folder)
+    if rounding is None:
+        return None
+    return rounding.bits(layout.columns for layout in layouts.values())
 
 
 @dataclass(frozen=True)

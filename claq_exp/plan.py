@@ -25,6 +25,7 @@ from claq_exp.models.load import DTYPES, stored_dtype
 from claq_exp.models.skeleton import skeleton, tied_names
 from claq_exp.needs import Linear, Needs, needs
 from claq_exp.needs import Sizes as NeededSizes
+from claq_exp.quantize.activation.rounding import expected_rounding
 from claq_exp.quantize.budget import Overhead, fit_budget
 from claq_exp.quantize.layout import HALF, WeightLayout
 from claq_exp.quantize.precision import LayerMap, RateDistortion
@@ -103,7 +104,8 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     layouts = planned_layouts(_less_description(recipe, shapes, description), shapes)
     evaluation = config.evaluation
     context = context_length(evaluation.context, model_config) if evaluation.corpora else 0
-    sizes = planned_sizes(model, layouts, stored_dtype(model_config))
+    rounding = expected_rounding(config.activation_rule(), layouts)
+    sizes = planned_sizes(model, layouts, stored_dtype(model_config), rounding)
     model_shape = _ModelShape.of(model, blocks, parameters, model_config)
     hidden = config.calibration.windows * config.calibration.seqlen * model_shape.width
     hidden_dtype = _hidden_dtype(config, hidden, model_config)

@@ -32,7 +32,8 @@ from claq_exp.heap import return_at_once
 from claq_exp.inputs import Fetched, Tokens, fetch, tokenize_inputs
 from claq_exp.interruption import Interruption, graceful
 from claq_exp.machine import choose_device, settle, versions
-from claq_exp.measuring import Bench, measured_on
+from claq_exp.measuring import Bench, activation_bits, measured_on
+from claq_exp.models.activations import observe_inputs
 from claq_exp.models.allocate import allocate_model
 from claq_exp.models.dispatch import loaded
 from claq_exp.models.load import forward_dtype, load_config, open_model, stored_dtype
@@ -40,6 +41,7 @@ from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
 from claq_exp.models.stream import StreamedModel
 from claq_exp.needs import check_needs
 from claq_exp.plan import HIDDEN_SHARE, Plan, make_plan
+from claq_exp.quantize.activation.rounding import Rounding, needs_text, settle_rounding
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.precision import RateDistortion
 from claq_exp.reporting.results import build_results, write_layers
@@ -221,6 +223,7 @@ class _Job:
             started=started,
             device=self.device,
             sizes=checkpoint_sizes(self.folder.checkpoint, layouts, self.plan.parameters),
+            activation_bits=activation_bits(self.folder.checkpoint, layouts),
             original_bytes=weight_bytes(self.fetched.model),
             corpora=self.tokens.corpora,
             original=original,
@@ -273,7 +276,8 @@ class _Job:
         if (counts := count_fallbacks(report))["layers"]:
             self.events.event("fallbacks", **counts)
         if not self.folder.checkpoint.is_dir():
-            self._stage("export", lambda: self._export(model, store))
+            rounding = self._settle_rounding(batches)
+            self._stage("export", lambda: self._export(model, store, rounding))
         return original, report
 
     def _note_damage(self, what: str) -> None:
@@ -313,7 +317,20 @@ class _Job:
             reset_peak()
         self.events.event(name, **data)
 
-    def _export(self, model: StreamedModel, store: BlockStore) -> None:
+    def _settle_rounding(self, batches: list[Tensor]) -> Rounding | None:
+        """Settle how activations are rounded; some rules look at those of the original model."""
+        rule = self.config.activation_rule()
+        if not needs_text(rule):
+            return settle_rounding(rule, None)
+        opened, names = self._open_original(check=False), list(self.plan.layouts)
+        return self._stage(
+            "activations",
+            lambda: settle_rounding(
+                rule, observe_inputs(opened, batches, names, self.progress.advance)
+            ),
+        )
+
+    def _export(self, model: StreamedModel, store: BlockStore, rounding: Rounding | None) -> None:
         write_checkpoint(
             self.folder.checkpoint,
             model.model,
@@ -321,6 +338,7 @@ class _Job:
             store.packed(),
             stored_dtype(self.model_config),
             read=model.read,
+            rounding=rounding,
         )
 
     def _allocate(self, batches: list[Tensor]) -> dict[str, MatrixPlan]:

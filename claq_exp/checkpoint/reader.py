@@ -14,8 +14,9 @@ from torch import Tensor
 from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.manifest import check_harmless, check_manifest
 from claq_exp.checkpoint.shards import open_tensors, read_spans
-from claq_exp.checkpoint.writer import FORMAT_VERSION, QUANT_METHOD
+from claq_exp.checkpoint.writer import FORMAT_VERSION, PLAIN_VERSION, QUANT_METHOD
 from claq_exp.errors import CheckpointError, ConfigError, first_line
+from claq_exp.quantize.activation.rounding import Rounding
 from claq_exp.quantize.layout import WeightLayout
 from claq_exp.quantize.quantized import QuantizedWeight, unpack_weight
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from claq_exp.models.stream import StreamedModel
 
 CONFIG_KEYS = {"quant_method", "format_version", "modules"}
-LAYOUT_KEYS = {field.name for field in fields(WeightLayout)}
+LAYOUT_KEYS = {field.name for field in fields(WeightLayout)} - {"block_format"}
 
 
 def read_layouts(folder: Path) -> dict[str, WeightLayout]:
@@ -34,13 +35,23 @@ def read_layouts(folder: Path) -> dict[str, WeightLayout]:
     Raises ConfigError when the folder is no checkpoint of ours, CheckpointError when it cannot be
     understood.
     """
+    return _parse(folder)[0]
+
+
+def read_rounding(folder: Path) -> Rounding | None:
+    """Return how the inputs of packed layers are rounded, from config.json; raises as above."""
+    return _parse(folder)[1]
+
+
+def _parse(folder: Path) -> tuple[dict[str, WeightLayout], Rounding | None]:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"checkpoint '{folder}' is no folder with a config.json")
     quantization = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise ConfigError(f"checkpoint '{folder}' is not quantized by claq_exp")
     try:
-        return parse_layouts(quantization)
+        layouts = parse_layouts(quantization)
+        return layouts, parse_rounding(quantization, layouts)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
@@ -51,22 +62,36 @@ def parse_layouts(quantization: Mapping[str, Any]) -> dict[str, WeightLayout]:
     Raises CheckpointError for another format version, and for any key too many or too few.
     """
     version = quantization.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:
-        older = type(version) is int and version < FORMAT_VERSION
+    if type(version) is not int or not PLAIN_VERSION <= version <= FORMAT_VERSION:
+        older = type(version) is int and version < PLAIN_VERSION
         raise CheckpointError(
-            f"it has format version {version}, this release reads {FORMAT_VERSION}; "
-            f"{'quantize again' if older else 'update claq_exp'}"
+            f"it has format version {version}, this release reads {PLAIN_VERSION} to "
+            f"{FORMAT_VERSION}; {'quantize again' if older else 'update claq_exp'}"
         )
-    if unknown := sorted(set(quantization) - CONFIG_KEYS):
+    known = CONFIG_KEYS | ({"activation"} if version == FORMAT_VERSION else set())
+    if unknown := sorted(set(quantization) - known):
         raise CheckpointError(f"quantization_config has an unknown key '{unknown[0]}'")
     modules = quantization.get("modules")
     if not isinstance(modules, dict) or not modules:
         raise CheckpointError("quantization_config lists no quantized layers")
-    return {name: _parse_layout(name, layout) for name, layout in modules.items()}
+    layouts = {name: _parse_layout(name, layout) for name, layout in modules.items()}
+    newer = [name for name, layout in layouts.items() if layout.block_format is not None]
+    if newer and version < FORMAT_VERSION:
+        raise CheckpointError(f"version {version} knows no block format, which {newer[0]} has")
+    return layouts
+
+
+def parse_rounding(quantization: Mapping[str, Any], linears: Collection[str]) -> Rounding | None:
+    """Return the rounding of activations from a `quantization_config`; linears: that are packed.
+
+    Raises CheckpointError where it cannot be understood.
+    """
+    data = quantization.get("activation")
+    return None if data is None else Rounding.from_json(data, linears)
 
 
 def _parse_layout(name: str, data: Any) -> WeightLayout:
-    if not isinstance(data, dict) or set(data) != LAYOUT_KEYS:
+    if not isinstance(data, dict) or set(data) - {"block_format"} != LAYOUT_KEYS:
         raise CheckpointError(f"the layout of {name} must have the keys {sorted(LAYOUT_KEYS)}")
     widths = data["columns_per_width"]
     if not isinstance(widths, dict) or not widths:
@@ -212,17 +237,20 @@ def open_checkpoint(
 ) -> StreamedModel:
     """Open a checkpoint as a model whose weights are dequantized block by block.
 
+    It rounds activations as the checkpoint says.
     dtype: of weights and activations.  trust_remote_code: run code that came with the original
     model; packed weights hold none.  Raises ConfigError for a folder that is no checkpoint,
     CheckpointError for one that is damaged: a file that differs from the manifest, a tensor that is
     missing, left over or of another shape.
     """
+    from claq_exp.models.activations import round_inputs
     from claq_exp.models.load import DTYPES
     from claq_exp.models.stream import StreamedModel
 
     folder = Path(folder)
     layouts = check_checkpoint(folder, trust_remote_code=trust_remote_code)
     model = check_model(folder, layouts, DTYPES[dtype], trust_remote_code=trust_remote_code)
+    round_inputs(model, read_rounding(folder), layouts)
     weights = PackedWeights(folder, layouts, _transposed(model))
     return StreamedModel(model, weights, device, blocks_path)
 

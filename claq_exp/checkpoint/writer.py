@@ -23,13 +23,16 @@ from claq_exp.checkpoint.shards import (
 )
 from claq_exp.errors import CheckpointError
 from claq_exp.models.skeleton import tied_names
+from claq_exp.quantize.activation.rounding import Rounding
 from claq_exp.quantize.layout import Ledger, WeightLayout
+from claq_exp.quantize.quantized import STORED_DTYPES
 from claq_exp.sources.cache import published
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT_VERSION = 2  # docs/format.md says when it grows
+FORMAT_VERSION = 3  # docs/format.md says when it grows
+PLAIN_VERSION = 2  # of a checkpoint without block formats and rounded activations
 QUANT_METHOD = "claq"
 
 
@@ -42,9 +45,10 @@ class PackedWeight:
 
     def unit(self, name: str) -> Unit:
         """Return what is written of the matrix; its tensors are asked for when it is written."""
-        types = {"F16": torch.float16, "U8": torch.uint8}
         like = {
-            f"{name}.{suffix}": torch.empty(stored.shape, dtype=types[stored.dtype], device="meta")
+            f"{name}.{suffix}": torch.empty(
+                stored.shape, dtype=STORED_DTYPES[stored.dtype], device="meta"
+            )
             for suffix, stored in self.layout.stored_tensors().items()
         }
         return Unit(like, None, lambda: {f"{name}.{s}": self.tensors[s] for s in self.tensors})
@@ -74,12 +78,14 @@ def write_checkpoint(
     dtype: torch.dtype,
     *,
     read: Callable[[str], Tensor] | None = None,
+    rounding: Rounding | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a checkpoint (docs/format.md) and publish it by rename.
 
     packed: name of the linear layer -> its packed weight.  dtype: of the tensors that stay
     unquantized.  read: returns a parameter of the model by name, for those on the meta device.
+    rounding: of the inputs of the packed layers.
     shard_bytes: of tensors in one file; those of one matrix stay together.
     Raises CheckpointError when `target` exists.
     """
@@ -88,7 +94,7 @@ def write_checkpoint(
     with published(target) as folder:
         save_units(folder, _units(model, packed, dtype, read), shard_bytes)
         layouts = {name: weight.layout for name, weight in packed.items()}
-        config = checkpoint_config(model, layouts, dtype)
+        config = checkpoint_config(model, layouts, dtype, rounding)
         config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for owner, name in ((config, "config.json"), (tokenizer, "tokenizer_config.json")):
@@ -102,22 +108,31 @@ def write_checkpoint(
 
 
 def checkpoint_config(
-    model: PreTrainedModel, layouts: Mapping[str, WeightLayout], dtype: torch.dtype
+    model: PreTrainedModel,
+    layouts: Mapping[str, WeightLayout],
+    dtype: torch.dtype,
+    rounding: Rounding | None = None,
 ) -> PretrainedConfig:
     """Return the config of a checkpoint, which says how each matrix is stored."""
     config = type(model.config).from_dict(model.config.to_dict())
     config.dtype = dtype
     config.architectures = [type(model).__name__]
+    plain = rounding is None and not any(layout.block_format for layout in layouts.values())
     config.quantization_config = {
         "quant_method": QUANT_METHOD,
-        "format_version": FORMAT_VERSION,
+        "format_version": PLAIN_VERSION if plain else FORMAT_VERSION,
         "modules": {name: layout.to_json() for name, layout in layouts.items()},
     }
+    if rounding is not None:
+        config.quantization_config["activation"] = rounding.to_json()
     return config
 
 
 def planned_sizes(
-    model: PreTrainedModel, layouts: Mapping[str, WeightLayout], dtype: torch.dtype
+    model: PreTrainedModel,
+    layouts: Mapping[str, WeightLayout],
+    dtype: torch.dtype,
+    rounding: Rounding | None = None,
 ) -> Sizes:
     """Return what a checkpoint with these layouts will take; `model` may be on the meta device."""
     packed = {name: PackedWeight(layout, {}) for name, layout in layouts.items()}
@@ -125,7 +140,7 @@ def planned_sizes(
         tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
         for tensor in unquantized_state(model, packed).values()
     )
-    config = checkpoint_config(model, layouts, dtype).to_json_string().encode()
+    config = checkpoint_config(model, layouts, dtype, rounding).to_json_string().encode()
     described = len(config) + described_bytes(_units(model, packed, dtype, None), SHARD_BYTES)
     ledger = Ledger.sum(
         [

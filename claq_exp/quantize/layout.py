@@ -6,11 +6,14 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from claq_exp.errors import CheckpointError
+from claq_exp.errors import CheckpointError, ConfigError
+from claq_exp.quantize.number_formats.formats import LEARNED, BlockFormat
 
 COLUMN_CODEBOOKS = "column_codebooks"
 ROW_GRID = "row_grid"
-KINDS = (COLUMN_CODEBOOKS, ROW_GRID)
+BLOCK_FORMAT = "block_format"
+KINDS = (COLUMN_CODEBOOKS, ROW_GRID, BLOCK_FORMAT)
+SIZES = {"F32": 32, "F16": 16, "U8": 8}  # bits of the types that are stored
 MAX_BITS = 8
 HALF = 16  # bits of a float16
 HALF_MAX = 65504.0  # the largest float16
@@ -50,7 +53,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the stored form: dtype (F16 or U8), shape, and the account that pays for it."""
+    """One tensor of the stored form: dtype (of SIZES), shape, and the account that pays for it."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -59,7 +62,7 @@ class StoredTensor:
     @property
     def bits(self) -> int:
         """Size in bits."""
-        size = 16 if self.dtype == "F16" else 8
+        size = SIZES[self.dtype]
         for length in self.shape:
             size *= length
         return size
@@ -83,6 +86,7 @@ class Form:
     group_size: int = 0
     shared_codebooks: bool = False
     row_scaled: bool = False
+    block_format: BlockFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class WeightLayout:
     shared_codebooks: one codebook per width, and a scale and shift per column.
     row_scaled: every row has a scale.
     reserved: float16 entries in the whole matrix; most_reserved: in its fullest column.
+    block_format: of the kind of that name, which has no reserved entries.
     """
 
     kind: str
@@ -105,6 +110,7 @@ class WeightLayout:
     row_scaled: bool = False
     reserved: int = 0
     most_reserved: int = 0
+    block_format: BlockFormat | None = None
 
     def __post_init__(self) -> None:
         counts = (self.rows, self.columns, self.group_size, self.reserved, self.most_reserved)
@@ -130,6 +136,24 @@ class WeightLayout:
             raise CheckpointError(
                 "a row grid has one code width, a positive group size and no codebooks"
             )
+        if (self.kind == BLOCK_FORMAT) != (self.block_format is not None):
+            raise CheckpointError(f"the layout of a {self.kind} and its block_format do not fit")
+        if self.block_format is not None:
+            self._check_block_format(self.block_format)
+
+    def _check_block_format(self, block_format: BlockFormat) -> None:
+        if (
+            list(self.columns_per_width) != [block_format.bits]
+            or self.shared_codebooks
+            or self.row_scaled
+            or self.reserved
+        ):
+            raise CheckpointError(
+                "a block format has codes of its own width, and neither row scales nor reserved "
+                "entries"
+            )
+        if not block_format.array or block_format.rule.bits != 8:
+            raise CheckpointError("a weight in a block format has scales of 8 bits for its arrays")
 
     @property
     def weights(self) -> int:
@@ -150,10 +174,12 @@ class WeightLayout:
             if self.kind == COLUMN_CODEBOOKS:
                 entries = (2**width,) if self.shared_codebooks else (columns, 2**width)
                 tensors[f"codebooks_{width}"] = StoredTensor("F16", entries, "codebooks")
-            else:
+            elif self.kind == ROW_GRID:
                 zeros = packed_bytes(self.rows * self.groups, width)
                 tensors["scales"] = StoredTensor("F16", (self.rows, self.groups), "scales")
                 tensors["zeros"] = StoredTensor("U8", (zeros,), "scales")
+        if self.block_format is not None:
+            tensors |= self._block_tensors(self.block_format)
         if self.shared_codebooks:
             tensors["column_scales"] = StoredTensor("F16", (self.columns, 2), "scales")
         if self.row_scaled:
@@ -169,6 +195,21 @@ class WeightLayout:
             tensors["reserved_values"] = StoredTensor("F16", (self.reserved,), "reserved_values")
             tensors["reserved_rows"] = StoredTensor("U8", (rows,), "reserved_positions")
             tensors["reserved_counts"] = StoredTensor("U8", (counts,), "reserved_positions")
+        return tensors
+
+    def _block_tensors(self, block_format: BlockFormat) -> dict[str, StoredTensor]:
+        arrays, blocks = block_format.arrays(self.columns), block_format.blocks(self.columns)
+        tensors = {"block_scales": StoredTensor("U8", (self.rows, arrays), "scales")}
+        if block_format.rule.outer:
+            limits = self.rows if block_format.rule.by_row else 1
+            tensors["block_limits"] = StoredTensor("F32", (limits,), "scales")
+        if blocks:
+            selectors = self.rows, packed_bytes(blocks, block_format.selector_bits)
+            tensors["block_selectors"] = StoredTensor("U8", selectors, "codebooks")
+        if block_format.codewords == LEARNED:
+            codewords = block_format.codebooks * 2**block_format.bits
+            stored = packed_bytes(codewords, block_format.codeword_bits)
+            tensors["block_codebooks"] = StoredTensor("U8", (stored,), "codebooks")
         return tensors
 
     def ledger(self) -> Ledger:
@@ -195,6 +236,8 @@ class WeightLayout:
         data["columns_per_width"] = {
             str(width): columns for width, columns in self.columns_per_width.items()
         }
+        if self.block_format is None:
+            del data["block_format"]
         return data
 
     @staticmethod
@@ -204,8 +247,12 @@ class WeightLayout:
             widths = {
                 int(width): int(columns) for width, columns in data["columns_per_width"].items()
             }
-            return WeightLayout(**{**data, "columns_per_width": widths})
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            blocks = data.get("block_format")
+            block_format = None if blocks is None else BlockFormat(**blocks)
+            return WeightLayout(
+                **{**data, "columns_per_width": widths, "block_format": block_format}
+            )
+        except (TypeError, ValueError, KeyError, AttributeError, ConfigError) as error:
             raise CheckpointError(
                 f"layout of a quantized weight is not readable: {error}"
             ) from error

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from claq_exp.errors import CheckpointError
 from claq_exp.quantize.layout import (
+    BLOCK_FORMAT,
     HALF_MAX,
     ROW_GRID,
     Form,
@@ -17,6 +18,8 @@ from claq_exp.quantize.layout import (
     WeightLayout,
     index_width,
 )
+from claq_exp.quantize.number_formats.formats import LEARNED
+from claq_exp.quantize.number_formats.levels import BlockLevels, unpack_block_levels
 from claq_exp.quantize.packing import pack, unpack, unpack_some
 from claq_exp.quantize.symmetric import bands
 
@@ -97,7 +100,8 @@ class RowGrid:
         return bool(torch.isfinite(self.scales).all())
 
 
-Levels = ColumnCodebooks | SharedCodebooks | RowGrid
+Levels = ColumnCodebooks | SharedCodebooks | RowGrid | BlockLevels
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "U8": torch.uint8}
 
 
 def _finite(tensor: Tensor | None) -> bool:
@@ -170,6 +174,11 @@ class QuantizedWeight:
                 steps = self.codes[:, columns].float() - self.levels.zeros[:, group].float()
                 yield columns, steps.mul_(self.levels.scales[:, group].float())
             return
+        if isinstance(self.levels, BlockLevels):
+            for columns in bands(self.codes.shape[1]):
+                places = torch.arange(columns.start, columns.stop)
+                yield columns, self.levels.values(self.codes[:, columns], places)
+            return
         levels = self.levels.levels(self.column_bits)
         for columns in bands(self.codes.shape[1]):
             codes = self.codes[:, columns].t().long()
@@ -198,12 +207,14 @@ class QuantizedWeight:
                 tensors[f"codebooks_{width}"] = self.levels.values[columns, : 2**width].contiguous()
             elif isinstance(self.levels, SharedCodebooks):
                 tensors[f"codebooks_{width}"] = self.levels.books[width]
-            else:
+            elif isinstance(self.levels, RowGrid):
                 tensors["scales"] = self.levels.scales.contiguous()
                 tensors["zeros"] = pack(self.levels.zeros.reshape(-1), width)
         if isinstance(self.levels, SharedCodebooks):
             tensors["column_scales"] = self.levels.column_scales
-        if not isinstance(self.levels, RowGrid) and self.levels.row_scales is not None:
+        if isinstance(self.levels, BlockLevels):
+            tensors |= self.levels.stored()
+        elif not isinstance(self.levels, RowGrid) and self.levels.row_scales is not None:
             tensors["row_scales"] = self.levels.row_scales
         if len(layout.columns_per_width) > 1:
             widths = torch.tensor(sorted(layout.columns_per_width), dtype=torch.uint8)
@@ -221,6 +232,9 @@ class QuantizedWeight:
 def layout_of(rows: int, column_bits: Tensor, form: Form, reserved_counts: Tensor) -> WeightLayout:
     """Return the layout of a matrix with these column bits [in] and reserved counts [in]."""
     widths, counts = torch.unique(column_bits, return_counts=True)
+    block_format = form.block_format
+    if block_format is not None:
+        block_format = replace(block_format, bits=int(widths[0]))
     return WeightLayout(
         kind=form.kind,
         rows=rows,
@@ -231,6 +245,7 @@ def layout_of(rows: int, column_bits: Tensor, form: Form, reserved_counts: Tenso
         row_scaled=form.row_scaled,
         reserved=int(reserved_counts.sum()),
         most_reserved=int(reserved_counts.max()),
+        block_format=block_format,
     )
 
 
@@ -284,6 +299,8 @@ def _unpack_levels(
         zeros = unpack(tensors["zeros"], width, layout.rows * layout.groups)
         zeros = zeros.to(torch.uint8).reshape(layout.rows, layout.groups)
         return RowGrid(tensors["scales"], zeros, layout.group_size)
+    if layout.kind == BLOCK_FORMAT:
+        return unpack_block_levels(layout, tensors)
     row_scales = tensors.get("row_scales")
     books = {width: tensors[f"codebooks_{width}"] for width in layout.columns_per_width}
     if layout.shared_codebooks:
@@ -300,15 +317,14 @@ def _check_tensors(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"stored tensors {sorted(tensors)} where the layout asks for {sorted(expected)}"
         )
-    dtypes = {"F16": torch.float16, "U8": torch.uint8}
     for suffix, spec in expected.items():
         tensor = tensors[suffix]
-        if tuple(tensor.shape) != spec.shape or tensor.dtype != dtypes[spec.dtype]:
+        if tuple(tensor.shape) != spec.shape or tensor.dtype != STORED_DTYPES[spec.dtype]:
             raise CheckpointError(
                 f"{suffix} is {tensor.dtype} {tuple(tensor.shape)}, the layout asks for "
                 f"{spec.dtype} {spec.shape}"
             )
-        if spec.dtype == "F16" and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{suffix} holds a value that is not finite")
     for suffix, (count, width) in _packed_rows(layout).items():
         used = count * width % 8
@@ -322,6 +338,11 @@ def _packed_rows(layout: WeightLayout) -> dict[str, tuple[int, int]]:
     if layout.kind == ROW_GRID:
         (width,) = layout.columns_per_width
         packed["zeros"] = (layout.rows * layout.groups, width)
+    if (blocks := layout.block_format) is not None:
+        if blocks.codebooks > 1:
+            packed["block_selectors"] = (blocks.blocks(layout.columns), blocks.selector_bits)
+        if blocks.codewords == LEARNED:
+            packed["block_codebooks"] = (blocks.codebooks * 2**blocks.bits, blocks.codeword_bits)
     if len(layout.columns_per_width) > 1:
         packed["column_bits"] = (layout.columns, index_width(len(layout.columns_per_width)))
     if layout.reserved:

@@ -45,6 +45,12 @@ class Recipe:
                 "this codebook needs one width for all columns; use precision=fixed, or "
                 "codebook=kmeans"
             )
+        width = getattr(self.codebook, "bits", None)
+        if width not in (None, int(plan.column_bits[0])):
+            raise ConfigError(
+                f"this codebook has codes of {width} bits; use precision=fixed precision.bits="
+                f"{width}"
+            )
         if not self.codebook.reserves and int(plan.reserved_counts.sum()):
             raise ConfigError(
                 "this codebook cannot leave entries out; use reservation=none, or codebook=kmeans"

@@ -266,6 +266,8 @@ def _costs(results: dict[str, Any]) -> Iterator[Measure]:
     original_bits["model"] = size["original_bytes"] / size["checkpoint_bytes"] * bits["model"]
     for name in ("linear", "nominal", "model"):
         yield Measure("bits", name, f"{name} bits", bits[name], original_bits[name])
+    rounded = bits.get("activation") or ORIGINAL_BITS
+    yield Measure("bits", "activation", "activation bits", rounded, ORIGINAL_BITS)
     before, after = size["original_bytes"] / 1e6, size["checkpoint_bytes"] / 1e6
     yield Measure("size", "checkpoint", "checkpoint, MB", after, before, digits=1)
     seconds = {"total": results["run"].get("seconds"), **results.get("timings", {})}

@@ -9,6 +9,7 @@ from claq_exp.errors import ConfigError, one_of
 from claq_exp.reporting.collect import Measure, Run
 
 BITS = ("bits.linear", "bits.nominal")  # of every table, side by side
+ACTIVATION_BITS = "bits.activation"  # where any run rounds activations
 SIZES = ("bits.model", "size.checkpoint")
 QUALITY = ("perplexity", "kl", "accuracy", "score", "average")
 GIVEN = ("bits", "size")  # follow from a budget, so that none is the best
@@ -53,7 +54,7 @@ def choose_columns(
     checkpoint too, where nothing is wanted.  Raises ConfigError for a measure that no run has.
     """
     known = {column.key: column for column in known_columns(runs)}
-    chosen = list(BITS)
+    chosen = [*BITS, ACTIVATION_BITS] if any(map(_rounds, runs)) else list(BITS)
     if not wanted:
         chosen += SIZES if sizes else ()
         chosen += [key for key, column in known.items() if column.kind in QUALITY]
@@ -65,6 +66,11 @@ def choose_columns(
             raise ConfigError(one_of("report: measure", word, choices))
         chosen += keys
     return [known[key] for key in dict.fromkeys(chosen)]
+
+
+def _rounds(run: Run) -> bool:
+    bits = run.measures[ACTIVATION_BITS]
+    return bits.quantized != bits.original
 
 
 def check_same_content(runs: Sequence[Run], columns: Sequence[Column]) -> list[str]:

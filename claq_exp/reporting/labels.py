@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 RECIPE = ("codebook", "precision", "reservation", "solver")
+ACTIVATION = "activation"
+KEPT = "none"  # the name of the rule that leaves activations alone
 
 
-def recipe_labels(config: dict[str, Any]) -> dict[str, str]:
+def families_of(configs: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the families that tables show: activations where any run rounds them."""
+    rounded = any(_activation(config)["name"] != KEPT for config in configs)
+    return (*RECIPE, ACTIVATION) if rounded else RECIPE
+
+
+def recipe_labels(config: dict[str, Any], families: Sequence[str] = RECIPE) -> dict[str, str]:
     """Return a few words for each family of strategies."""
-    return {
+    labels = {
         "codebook": codebook_label(config["codebook"]),
         "precision": precision_label(config),
         "reservation": _described(config["reservation"], "ratio"),
         "solver": str(config["solver"]["name"]),
+        ACTIVATION: activation_label(_activation(config)),
     }
+    return {family: labels[family] for family in families}
+
+
+def activation_label(activation: dict[str, Any]) -> str:
+    """Return a rule for activations with its bits and what shares a scale, e.g. `int 8 token`."""
+    label = codebook_label(activation)
+    if activation["name"] == "int":
+        label = f"int {activation.get('bits')}" + label.removeprefix("int")
+        label += "" if activation.get("group_size") else f" {activation.get('scope')}"
+    elif activation.get("scope", "token") != "token":
+        label += f" {activation['scope']}"
+    return label
+
+
+def _activation(config: dict[str, Any]) -> dict[str, Any]:
+    return config.get(ACTIVATION) or {"name": KEPT}
 
 
 def method_label(config: dict[str, Any]) -> str:
@@ -28,13 +54,22 @@ def method_label(config: dict[str, Any]) -> str:
         parts.append(f"AP {precision}")
     if reservation != "none":
         parts.append(f"OR {reservation} {config['reservation'].get('ratio', '')}".strip())
+    if _activation(config)["name"] != KEPT:
+        parts.append(f"A {activation_label(_activation(config))}")
     return " + ".join(parts)
 
 
 def codebook_label(codebook: dict[str, Any]) -> str:
-    """Return a codebook's name, with its group size where it has one."""
-    group_size = codebook.get("group_size")
-    return f"{codebook['name']} g{group_size}" if group_size else str(codebook["name"])
+    """Return a codebook's name, with its group size, or its array and number of codebooks."""
+    name, group_size = str(codebook["name"]), codebook.get("group_size")
+    if name != "lo_bcq":
+        return f"{name} g{group_size}" if group_size else name
+    words = [name, f"{codebook.get('array')}/{codebook.get('codebooks')}"]
+    if codebook.get("codeword_bits", 6) != 6:
+        words.append(f"INT{codebook['codeword_bits']}")
+    if (books := codebook.get("books", "universal")) != "universal":
+        words.append(books if books == "local" else "file")
+    return " ".join(words)
 
 
 def precision_label(config: dict[str, Any]) -> str:

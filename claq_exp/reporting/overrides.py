@@ -7,9 +7,13 @@ from typing import Any
 
 import yaml
 
-from claq_exp.reporting.labels import RECIPE
+from claq_exp.reporting.labels import ACTIVATION, RECIPE
 
-STRATEGIES = (*RECIPE, "tracking")  # groups whose options are called like what they choose
+STRATEGIES = (
+    *RECIPE,
+    ACTIVATION,
+    "tracking",
+)  # groups whose options are called like what they choose
 
 
 def config_of(overrides: Sequence[str]) -> dict[str, Any]:

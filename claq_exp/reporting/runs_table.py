@@ -19,7 +19,7 @@ from claq_exp.reporting.cells import (
 from claq_exp.reporting.collect import Collection, Run
 from claq_exp.reporting.columns import Column, check_same_content, choose_columns, known_columns
 from claq_exp.reporting.grid import Cell, Grid, Row
-from claq_exp.reporting.labels import RECIPE, recipe_labels
+from claq_exp.reporting.labels import families_of, recipe_labels
 from claq_exp.reporting.overrides import agree
 from claq_exp.reporting.settings import (
     check_seeds_only,
@@ -56,7 +56,8 @@ def runs_grid(
     runs = finished_runs(collection)
     columns = choose_columns(runs, metrics, sizes=True)
     notes = check_same_content(runs, columns)
-    own = ("model", *RECIPE)
+    families = families_of(run.config for run in runs)
+    own = ("model", *families)
     keys = {key: full_key(runs, key) for key in dict.fromkeys(by) if key not in own}
     groups = _groups(runs, seeds=seeds)
     groups = sorted(groups, key=order_by(runs, sort))
@@ -65,8 +66,8 @@ def runs_grid(
     for model in dict.fromkeys(model_of(group[0]) for group in groups):
         same = [group for group in groups if model_of(group[0]) == model]
         before = [run for group in same for run in group]
-        rows.append(_original_row(before, columns, keys, marks, counted=merged))
-        rows += [_row(group, columns, keys, marks, counted=merged) for group in same]
+        rows.append(_original_row(before, columns, keys, families, marks, counted=merged))
+        rows += [_row(group, columns, keys, families, marks, counted=merged) for group in same]
         models += [model] * (1 + len(same))
     labels = [column.label for column in columns]
     count = ["n"] if merged else []
@@ -214,6 +215,7 @@ def _row(
     group: Sequence[Run],
     columns: Sequence[Column],
     keys: dict[str, str],
+    families: Sequence[str],
     marks: Marks,
     *,
     counted: bool,
@@ -223,7 +225,7 @@ def _row(
     name = group[0].name if len(group) == 1 else f"{group[0].name} and {len(group) - 1} more"
     cells = [
         *(key_cell(own[0] if len(set(own)) == 1 else None) for own in values.values()),
-        *(Cell(text) for text in (model_of(group[0]), *recipe_labels(config).values())),
+        *(Cell(text) for text in (model_of(group[0]), *recipe_labels(config, families).values())),
         *(measured_cell(group, column, marks) for column in columns),
         *([Cell(str(len(group)), len(group))] if counted else []),
         Cell(name),
@@ -235,12 +237,13 @@ def _original_row(
     runs: Sequence[Run],
     columns: Sequence[Column],
     keys: dict[str, str],
+    families: Sequence[str],
     marks: Marks,
     *,
     counted: bool,
 ) -> Row:
     blank = [Cell("")] * len(keys)
-    recipe = [Cell(model_of(runs[0])), Cell("original"), *[Cell("")] * (len(RECIPE) - 1)]
+    recipe = [Cell(model_of(runs[0])), Cell("original"), *[Cell("")] * (len(families) - 1)]
     measured = [original_cell(runs, column, marks) for column in columns]
     return Row([*blank, *recipe, *measured, *[Cell("")] * (counted + 1)], original=True)
 
@@ -248,9 +251,10 @@ def _original_row(
 def _alike(groups: Sequence[Sequence[Run]]) -> list[str]:
     """Say in what runs differ whose rows show the same recipe."""
     found: dict[Any, list[Run]] = {}
+    families = families_of(group[0].config for group in groups)
     for group in groups:
         run = group[0]
-        labels = tuple(recipe_labels(run.config).values())
+        labels = tuple(recipe_labels(run.config, families).values())
         found.setdefault((model_of(run), *labels), []).append(run)
     keys = dict.fromkeys(
         key

@@ -51,6 +51,8 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
         (f"{kind} bits per weight", f"{original_bits[kind]:.2f}", f"{bits[kind]:.2f}")
         for kind in ("nominal", "linear", "model")
     ]
+    if rounded := bits.get("activation"):
+        rows.append(("bits per activation", f"{ORIGINAL_BITS:.2f}", f"{rounded:.2f}"))
     rows.append(
         ("checkpoint, MB", _megabytes(size["original_bytes"]), _megabytes(size["checkpoint_bytes"]))
     )
@@ -269,6 +271,8 @@ def _payloads(layers: Sequence[LayerSummary]) -> str:
         layout = layer.layout
         if layout.kind == ROW_GRID:
             kind = f"row grid, {layout.group_size} columns"
+        elif layout.block_format is not None:
+            kind = layout.block_format.describe()
         else:
             kind = "shared codebooks" if layout.shared_codebooks else "column codebooks"
             kind += ", row scales" if layout.row_scaled else ""

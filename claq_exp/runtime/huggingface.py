@@ -15,9 +15,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from claq_exp.checkpoint.reader import parse_layouts
+from claq_exp.checkpoint.reader import parse_layouts, parse_rounding
 from claq_exp.checkpoint.writer import QUANT_METHOD
 from claq_exp.errors import CheckpointError
+from claq_exp.models.activations import round_inputs
 from claq_exp.models.discover import LINEAR, linear_weight
 from claq_exp.models.experts import split_experts
 from claq_exp.quantize.layout import WeightLayout
@@ -25,7 +26,7 @@ from claq_exp.runtime.linear import QuantizedLinear
 
 
 class ClaqConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a checkpoint: format version and the layout of each matrix.
+    """The `quantization_config` of a checkpoint: version, layouts, and rounding of activations.
 
     Raises CheckpointError for another version, and for any key too many or too few.
     """
@@ -35,11 +36,12 @@ class ClaqConfig(QuantizationConfigMixin):
         format_version: int,
         modules: Mapping[str, Any],
         quant_method: str = QUANT_METHOD,
-        **unknown: Any,
+        **others: Any,
     ) -> None:
-        self.layouts = parse_layouts(
-            {"format_version": format_version, "modules": modules, **unknown}
-        )
+        described = {"format_version": format_version, "modules": modules, **others}
+        self.layouts = parse_layouts(described)
+        self.rounding = parse_rounding(described, self.layouts)
+        self._others = others
         self.quant_method = quant_method  # type: ignore[assignment]  # not one of theirs
         self.format_version = format_version
         self.modules = dict(modules)
@@ -50,6 +52,7 @@ class ClaqConfig(QuantizationConfigMixin):
             "quant_method": self.quant_method,
             "format_version": self.format_version,
             "modules": self.modules,
+            **self._others,
         }
 
 
@@ -61,7 +64,9 @@ class ClaqQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         split_experts(model)
-        pack_linears(model, self.quantization_config.layouts)
+        config = self.quantization_config
+        pack_linears(model, config.layouts)
+        round_inputs(model, config.rounding, config.layouts)
 
     def is_serializable(self) -> bool:
         """A loaded model can be saved again."""

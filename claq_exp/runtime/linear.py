@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from claq_exp.quantize.layout import WeightLayout
+from claq_exp.quantize.quantized import STORED_DTYPES
 from claq_exp.runtime.kernels import AUTO, REFERENCE, Kernel, choose_kernel, kernel_name
 from claq_exp.runtime.kernels.reference import dense_rows
 from claq_exp.runtime.operand import Operand, operand_of
-
-STORED_DTYPES = {"F16": torch.float16, "U8": torch.uint8}
 
 
 class QuantizedLinear(nn.Module):

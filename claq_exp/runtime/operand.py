@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from claq_exp.quantize.layout import HALF_MAX, WeightLayout
+from claq_exp.quantize.number_formats.levels import BlockLevels
 from claq_exp.quantize.quantized import RowGrid, unpack_side_tensors
 
 
@@ -49,6 +50,7 @@ class Operand:
     reserved_rows, reserved_columns: [r] int32; their entries have code 0, which counts for nothing.
     reserved_values: [r] float32, what stands in their place; no row scale applies.
     clamps: some level times its row scale lies beyond float16, where the matrix is cut off.
+    blocks: what codes stand for in a block format; the parts have no levels then.
     """
 
     rows: int
@@ -60,12 +62,15 @@ class Operand:
     reserved_columns: Tensor
     reserved_values: Tensor
     clamps: bool
+    blocks: BlockLevels | None = None
 
     def derived_tensors(self) -> list[Tensor]:
         """Return the tensors that were decoded, all but the codes."""
         tensors = [part.levels for part in self.parts] + [part.columns for part in self.parts]
         if self.grid is not None:
             tensors += [self.grid.scales, self.grid.zeros]
+        if self.blocks is not None:
+            tensors += [self.blocks.steps, self.blocks.selectors]
         tensors += [self.row_scales, self.reserved_rows, self.reserved_columns]
         return [tensor for tensor in [*tensors, self.reserved_values] if tensor is not None]
 
@@ -79,12 +84,15 @@ def operand_of(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Operand:
     """Decode all but the codes; raises CheckpointError where tensors do not fit the layout."""
     device = tensors[f"codes_{next(iter(layout.columns_per_width))}"].device
     side = unpack_side_tensors(layout, tensors)
-    levels, grid, row_scales, widest = None, None, None, 0.0
+    levels, grid, blocks, row_scales, widest = None, None, None, None, 0.0
     if isinstance(side.levels, RowGrid):
         scales, zeros = side.levels.scales.float(), side.levels.zeros.float()
         top = 2.0 ** max(layout.columns_per_width) - 1
         widest = float((scales * torch.maximum(zeros, top - zeros)).max())
         grid = Grid(scales.to(device), zeros.to(device), side.levels.group_size)
+    elif isinstance(side.levels, BlockLevels):
+        blocks = side.levels.to(device)
+        widest = float(blocks.steps.max() * blocks.grid.codebooks.abs().max())
     else:
         levels = side.levels.levels(side.column_bits)
         widest = float(levels.abs().max())
@@ -109,6 +117,7 @@ def operand_of(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Operand:
         reserved_columns=side.reserved.columns().to(device, torch.int32),
         reserved_values=side.reserved.values.float().to(device),
         clamps=widest > HALF_MAX,
+        blocks=blocks,
     )
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from claq_exp.quantize.allocation import ColumnPlan
+from claq_exp.quantize.codebook.block_formats import Bfp, LoBcq, MxFp4, NvFp4, Vsq
 from claq_exp.quantize.codebook.kmeans import KMeans, KMeansExact
 from claq_exp.quantize.codebook.simple import NormalFloat, Quantile, UniformColumn
 from claq_exp.quantize.codebook.sklearn_kmeans import SklearnKMeans
@@ -49,6 +50,7 @@ class Codebook(Protocol):
     reserves: works with reserved entries.
 
     A slow one also has `relative_cost`, its time for a column over that of kmeans, for estimates.
+    One with codes of a single width has `bits`, that width.
     """
 
     mixed_widths: ClassVar[bool]
@@ -62,11 +64,16 @@ class Codebook(Protocol):
 
 
 CODEBOOK: dict[str, type] = {
+    "bfp": Bfp,
     "kmeans": KMeans,
     "kmeans_exact": KMeansExact,
+    "lo_bcq": LoBcq,
+    "mxfp4": MxFp4,
     "normal_float": NormalFloat,
+    "nvfp4": NvFp4,
     "quantile": Quantile,
     "sklearn_kmeans": SklearnKMeans,
     "uniform": Uniform,
     "uniform_column": UniformColumn,
+    "vsq": Vsq,
 }

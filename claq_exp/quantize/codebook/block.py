@@ -6,6 +6,7 @@ side.  Compiled by numba and cached on disk.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -279,6 +280,37 @@ def quantize_block_on_grid(values, lower, task, codes):  # type: ignore[no-untyp
             code = min(max(code, np.float32(0.0)), top)
             kept = min(max(scale[row] * (code - zero[row]), -HALF_MAX), HALF_MAX)
             written[row] = np.uint8(code)
+            current[row] = (current[row] - kept) / divisor
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def quantize_block_in_format(values, lower, columns, task, codes):  # type: ignore[no-untyped-def]
+    """Quantize the columns of a block in a block format whose scales and codebooks are chosen.
+
+    values, lower, columns: as in `quantize_block`.
+    task: codes [places, codebooks] uint8, codewords [places, codebooks] float32, resolution and
+        offset of a lookup table (`claq_exp.quantize.number_formats.table`); steps [arrays, out]
+        float32 and the columns' arrays [block] int64; selectors [blocks, out] uint8 and the
+        columns' blocks [block] int64.
+    codes: [in, out] uint8, overwritten where the columns are.
+    """
+    table, words, resolution, offset, steps, arrays, selectors, blocks = task
+    limit = np.float32(offset // 2)
+    for position in range(len(columns)):
+        if len(lower):
+            compensate(values, lower, position)
+        divisor = lower[position, position] if len(lower) else np.float32(1.0)
+        current, written = values[position], codes[columns[position]]
+        step, book = steps[arrays[position]], selectors[blocks[position]]
+        for row in range(len(current)):
+            scaled = np.float32(0.0)
+            if step[row] > np.float32(0.0):
+                scaled = current[row] / step[row]
+            place = min(max(scaled * resolution, -limit), limit)
+            entry = np.int64(math.floor(place) + math.ceil(place)) + offset
+            kept = words[uintp(entry), uintp(book[row])] * step[row]
+            kept = min(max(kept, -HALF_MAX), HALF_MAX)
+            written[row] = table[uintp(entry), uintp(book[row])]
             current[row] = (current[row] - kept) / divisor
 
 

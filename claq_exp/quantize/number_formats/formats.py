@@ -129,6 +129,12 @@ class BlockFormat:
         half = 2 ** (self.bits - 1)
         return torch.arange(-half, half, dtype=torch.float32)[None]
 
+    def describe(self) -> str:
+        """Return this in a few words, e.g. `8 learned codebooks, arrays of 64 (e4m3)`."""
+        books = f"{self.codebooks} " if self.codebooks > 1 else ""
+        words = f"{books}learned codebooks" if self.codewords == LEARNED else self.codewords
+        return f"{words}, arrays of {self.array or 'a row'} ({self.scale})"
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         return asdict(self)

@@ -25,12 +25,14 @@ class ScaleRule:
         float32; 0 for an array of zeros.
     bits: of a stored scale.
     outer: the scale depends on an outer maximum, a float32 that is stored with it.
+    by_row: every row of a weight has an outer maximum, else the whole matrix.
     """
 
     find: Callable[[Tensor, Tensor, float], Tensor]
     read: Callable[[Tensor, Tensor, float], Tensor]
     bits: int
     outer: bool
+    by_row: bool = False
 
 
 def to_e4m3(values: Tensor) -> Tensor:
@@ -116,8 +118,8 @@ SCALES: dict[str, ScaleRule] = {
     # a power of two (OCP Microscaling; block floating point)
     "e8m0": ScaleRule(_find_e8m0, _read_e8m0, 8, outer=False),
     # an integer times an outer scale (VS-Quant)
-    "integer": ScaleRule(_find_integer, _read_integer, 8, outer=True),
+    "integer": ScaleRule(_find_integer, _read_integer, 8, outer=True, by_row=True),
     "float16": ScaleRule(_find_half, _read_half, 16, outer=False),
     # the outer scale alone
-    "outer": ScaleRule(_find_nothing, _read_limit, 0, outer=True),
+    "outer": ScaleRule(_find_nothing, _read_limit, 0, outer=True, by_row=True),
 }

@@ -23,7 +23,8 @@ def spread(values: Tensor, length: int, columns: int) -> Tensor:
 
     length: of a stretch, 0 for a single one.
     """
-    return values.repeat_interleave(length or columns, dim=-1)[..., :columns]
+    stretch = min(length or columns, columns)
+    return values.repeat_interleave(stretch, dim=-1)[..., :columns]
 
 
 def find_codes(values: Tensor, steps: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
@@ -113,7 +114,7 @@ def _sizes(grid: Grid, columns: int) -> tuple[int, int, int]:
     """Return the offset of places, the numbers of an array, and of a block (0: one codebook)."""
     block_format = grid.format
     block = block_format.block if block_format.codebooks > 1 else 0
-    return grid.table.offset, block_format.array or columns, block
+    return grid.table.offset, min(block_format.array or columns, columns), block
 
 
 def _side_by_side(work: Callable[[slice], None], rows: int, columns: int) -> None:

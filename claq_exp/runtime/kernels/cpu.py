@@ -80,6 +80,8 @@ class CpuKernel:
         """
         if operand.device.type != "cpu":
             return f"the CPU kernel cannot read a matrix on {operand.device}"
+        if operand.blocks is not None:
+            return "there is no CPU kernel for block formats"
         if operand.clamps:
             return "the CPU kernel does not cut weights off at the largest float16"
         try:

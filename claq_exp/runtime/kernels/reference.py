@@ -63,6 +63,9 @@ def dense_rows(operand: Operand, start: int, stop: int) -> Tensor:
         group = torch.arange(operand.columns, device=operand.device) // grid.group_size
         zeros = grid.zeros[start:stop][:, group]
         dense = grid.scales[start:stop][:, group] * (dense - zeros)
+    if operand.blocks is not None:
+        columns = torch.arange(operand.columns, device=operand.device)
+        dense = operand.blocks.rows(start, stop).values(dense, columns)
     if operand.row_scales is not None:
         dense *= operand.row_scales[start:stop, None]
     dense.clamp_(-HALF_MAX, HALF_MAX)

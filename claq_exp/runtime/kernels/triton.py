@@ -59,6 +59,8 @@ class TritonKernel:
             return "Triton is not installed"
         if operand.device.type != "cuda" and not triton.knobs.runtime.interpret:
             return f"the matrix lies on {operand.device}, not on a CUDA device"
+        if operand.blocks is not None:
+            return "there is no Triton kernel for block formats"
         if operand.clamps:
             return "some weights lie beyond float16 and are cut off there"
         return None

@@ -1,0 +1,202 @@
+"""Weights in block formats: a scale for each array of a row, a codebook for each block."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from claq_exp.errors import ConfigError
+from claq_exp.quantize.allocation import ColumnPlan
+from claq_exp.quantize.codebook.block import quantize_block_in_format
+from claq_exp.quantize.layout import BLOCK_FORMAT, Form
+from claq_exp.quantize.number_formats.encoding import encode
+from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
+from claq_exp.quantize.number_formats.levels import BlockLevels
+from claq_exp.quantize.number_formats.lo_bcq import design_codebooks, normalized_blocks
+from claq_exp.quantize.number_formats.table import Grid
+from claq_exp.quantize.number_formats.universal import LOCAL, read_codebooks
+from claq_exp.quantize.quantized import Reserved
+from claq_exp.quantize.statistics import ColumnStatistics
+
+LOCAL_NUMBERS = 1 << 17  # of a matrix that its own codebooks are designed on
+LOCAL_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class BlockCodebook(ABC):
+    """The base of block formats: scales and selectors are fixed before compensation.
+
+    Static as those of `uniform`, they cost no column index under act-order.
+    """
+
+    mixed_widths: ClassVar[bool] = False
+    reserves: ClassVar[bool] = False
+    bits: ClassVar[int | None] = None  # of a code, where the format has just one width
+
+    @abstractmethod
+    def block_format(self, bits: int) -> BlockFormat:
+        """Return the format with codes of so many bits."""
+
+    def grid(self, weight: Tensor, bits: int) -> Grid:
+        """Return the format with its codewords, for a weight [out, in] float32."""
+        return Grid.fixed(self.block_format(bits))
+
+    def form(self, _: int) -> Form:
+        """Return how the values of a matrix are stored, but for the width of codes."""
+        return Form(BLOCK_FORMAT, block_format=self.block_format(self.bits or 2))
+
+    def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> BlockColumns:
+        """Begin a matrix; all columns have one width."""
+        weight = statistics.weight
+        return BlockColumns(weight, self.grid(weight, int(plan.column_bits[0])))
+
+
+@dataclass(frozen=True)
+class MxFp4(BlockCodebook):
+    """E2M1 codewords and a power of two for each array (OCP Microscaling formats 1.0: MXFP4)."""
+
+    bits: ClassVar[int | None] = 4
+
+    array: int = 32
+
+    def block_format(self, bits: int) -> BlockFormat:
+        """Return the format."""
+        return BlockFormat(bits, self.array, "e8m0", E2M1)
+
+
+@dataclass(frozen=True)
+class NvFp4(BlockCodebook):
+    """E2M1 codewords, an E4M3 scale for each array and a float32 scale for the matrix (NVFP4)."""
+
+    bits: ClassVar[int | None] = 4
+
+    array: int = 16
+
+    def block_format(self, bits: int) -> BlockFormat:
+        """Return the format."""
+        return BlockFormat(bits, self.array, "e4m3", E2M1)
+
+
+@dataclass(frozen=True)
+class Vsq(BlockCodebook):
+    """Integers, an 8-bit integer scale for each array and a float32 scale for each row.
+
+    Source: VS-Quant (arXiv 2102.04503).
+    """
+
+    array: int = 16
+
+    def block_format(self, bits: int) -> BlockFormat:
+        """Return the format."""
+        return BlockFormat(bits, self.array, "integer", INTEGER)
+
+
+@dataclass(frozen=True)
+class Bfp(BlockCodebook):
+    """Integers and a power of two for each array: block floating point."""
+
+    array: int = 16
+
+    def block_format(self, bits: int) -> BlockFormat:
+        """Return the format."""
+        return BlockFormat(bits, self.array, "e8m0", INTEGER)
+
+
+@dataclass(frozen=True)
+class LoBcq(BlockCodebook):
+    """A codebook for each block, out of a few that suit blocks best; an E4M3 scale for each array.
+
+    Source: LO-BCQ (arXiv 2502.05376), reconstructed; docs/bcq.md.
+
+    block, array: numbers that share a codebook, and a scale.
+    codebooks: how many.  codeword_bits: of their entries, signed integers.
+    scale: e4m3, what codewords are multiplied by; or e4m3_inverse, what numbers are.
+    books: universal, those of the package; local, designed on each matrix; or the path of a file.
+    """
+
+    array: int = 64
+    block: int = 8
+    codebooks: int = 8
+    codeword_bits: int = 6
+    scale: str = "e4m3"
+    books: str = "universal"
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("e4m3", "e4m3_inverse"):
+            raise ConfigError(f"scale is '{self.scale}'; choose one of: e4m3, e4m3_inverse")
+        self.block_format(2)
+
+    def block_format(self, bits: int) -> BlockFormat:
+        """Return the format."""
+        sizes = self.block, self.codebooks, self.codeword_bits
+        return BlockFormat(bits, self.array, self.scale, LEARNED, *sizes)
+
+    def grid(self, weight: Tensor, bits: int) -> Grid:
+        """Return the format with its codebooks."""
+        block_format = self.block_format(bits)
+        if self.books != LOCAL:
+            return Grid(block_format, read_codebooks(self.books, block_format))
+        return Grid(block_format, local_codebooks(weight, block_format))
+
+
+def local_codebooks(weight: Tensor, block_format: BlockFormat) -> Tensor:
+    """Design codebooks on rows that are spread over a matrix: [codebooks, 2**bits] float32."""
+    rows, columns = weight.shape
+    some = torch.linspace(0, rows - 1, max(1, min(rows, LOCAL_NUMBERS // columns)))
+    blocks = normalized_blocks(weight[some.round().long()], block_format)
+    if len(blocks) < block_format.codebooks:  # a matrix of zeros, or a tiny one
+        filler = torch.linspace(-1, 1, block_format.codebooks * block_format.block)
+        blocks = torch.cat([blocks, filler.reshape(-1, block_format.block)])
+    design = design_codebooks(
+        blocks, block_format.bits, block_format.codebooks, rounds=LOCAL_ROUNDS
+    )
+    return design.rounded(block_format.codeword_bits)
+
+
+class BlockColumns:
+    """The codes found so far in a block format."""
+
+    def __init__(self, weight: Tensor, grid: Grid) -> None:
+        rows, columns = weight.shape
+        encoded = encode(weight, grid, by_row=grid.format.rule.by_row)
+        self._levels = BlockLevels.of(encoded, grid)
+        self._codes = np.zeros((columns, rows), dtype=np.uint8)
+        self._steps = np.ascontiguousarray(self._levels.steps.numpy().T)
+        selectors = encoded.selectors
+        if selectors is None:
+            selectors = torch.zeros(rows, 1, dtype=torch.uint8)
+        self._selectors = np.ascontiguousarray(selectors.numpy().T)
+        self._block = grid.format.block if grid.format.codebooks > 1 else columns
+        self._array = min(grid.format.array, columns)
+        self._table = grid.table
+
+    def quantize_block(
+        self,
+        columns: NDArray[np.int64],
+        values: NDArray[np.float32],
+        lower: NDArray[np.float32],
+    ) -> None:
+        """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
+        table = self._table
+        words = table.codes.numpy(), table.codewords.numpy()
+        places = np.float32(table.resolution), table.offset
+        shared = (self._steps, columns // self._array, self._selectors, columns // self._block)
+        quantize_block_in_format(values, lower, columns, (*words, *places, *shared), self._codes)
+
+    def codes(self) -> Tensor:
+        """Return the codes: [out, in] uint8."""
+        return torch.from_numpy(self._codes).t()
+
+    def levels(self) -> BlockLevels:
+        """Return scales and codebooks."""
+        return self._levels
+
+    def reserved(self) -> Reserved:
+        """Return no entries."""
+        return Reserved.none(len(self._codes))
