@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, watched
-from claq_exp.models.stream import BlockedModel
 from claq_exp.quantize.activation.rounding import Observed, Rounding
+
+if TYPE_CHECKING:
+    from claq_exp.models.stream import BlockedModel
 
 SAMPLED = 1 << 21  # numbers that are kept of all inputs together
 
