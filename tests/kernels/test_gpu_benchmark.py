@@ -1,4 +1,4 @@
-"""The GPU benchmark says in one line that it needs a GPU."""
+"""GPU benchmarks say in one line that they need a GPU."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_solve.py"
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def test_without_a_gpu_the_benchmark_says_so_in_one_line():
+@pytest.mark.parametrize(
+    ("script", "options"), [("gpu_solve.py", ["--bits", "2"]), ("gpu_rounding.py", [])]
+)
+def test_without_a_gpu_the_benchmark_says_so_in_one_line(script, options):
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "--bits", "2"],
+        [sys.executable, str(BENCHMARKS / script), *options],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from claq_exp.errors import NumericalError
-from claq_exp.quantize.number_formats.search import codewords, find_codes, round_numbers_, spread
+from claq_exp.quantize.number_formats.search import codewords, find_codes, round_numbers, spread
 from claq_exp.quantize.number_formats.table import Grid
 
 
@@ -77,7 +77,7 @@ def round_values(
     gives NaN.
     """
     block_format = grid.format
-    rows = values.detach().reshape(-1, values.shape[-1]).to(torch.float32, copy=True).contiguous()
+    rows = values.detach().reshape(-1, values.shape[-1])
     if not len(rows):
         return values
     maxima = array_maxima(rows, block_format.array)
@@ -89,8 +89,7 @@ def round_values(
         _check(maxima)
     scales = block_format.rule.find(maxima, outer, block_format.top)
     steps = block_format.rule.read(scales, outer, block_format.top)
-    round_numbers_(rows, steps, grid)
-    return rows.reshape(values.shape).to(values.dtype)
+    return round_numbers(rows, steps, grid).reshape(values.shape)
 
 
 def _check(maxima: Tensor) -> None:

@@ -1,4 +1,7 @@
-"""The search for the nearest codewords: compiled on a CPU, in torch everywhere else."""
+"""The search for the nearest codewords: compiled on a CPU, in torch everywhere else.
+
+Rounding on a GPU is a Triton kernel, where Triton is installed.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -51,11 +55,32 @@ def find_codes(values: Tensor, steps: Tensor, grid: Grid) -> tuple[Tensor, Tenso
     return codes, selectors if block_format.codebooks > 1 else None
 
 
+def round_numbers(values: Tensor, steps: Tensor, grid: Grid) -> Tensor:
+    """Return those numbers that the codes of numbers with known steps stand for.
+
+    values: [rows, columns] of a floating dtype, which the result has too; rounded to it from
+    float32.  steps: as in `find_codes`.
+    """
+    kernel = _gpu_kernel() if values.device.type == "cuda" else None
+    if kernel is not None and values.dtype in kernel.DTYPES:
+        values = values.contiguous()
+        rounded = torch.empty_like(values)
+        kernel.round_on_gpu(values, steps, grid, rounded)
+        return rounded
+    rounded = values.to(torch.float32, copy=True).contiguous()
+    round_numbers_(rounded, steps, grid)
+    return rounded.to(values.dtype)
+
+
 def round_numbers_(values: Tensor, steps: Tensor, grid: Grid) -> None:
     """Replace numbers with known steps by those that their codes stand for.
 
     values: [rows, columns] float32, contiguous, overwritten.  steps: as in `find_codes`.
     """
+    kernel = _gpu_kernel() if values.device.type == "cuda" else None
+    if kernel is not None:
+        kernel.round_on_gpu(values, steps, grid)
+        return
     if values.device.type != "cpu":
         codes, selectors = search_in_torch(values, steps, grid)
         values.copy_(codewords(codes, selectors, grid) * _wide(steps, grid, values.shape[1]))
@@ -104,6 +129,16 @@ def search_in_torch(values: Tensor, steps: Tensor, grid: Grid) -> tuple[Tensor, 
         chosen = chosen.masked_fill(smaller, book)
     selectors = spread(chosen.long(), block_format.block, columns)
     return all_codes.reshape(-1)[places * block_format.codebooks + selectors], chosen
+
+
+@cache
+def _gpu_kernel() -> ModuleType | None:
+    """Return what rounds on a GPU, or None without Triton."""
+    try:
+        from claq_exp.quantize.kernels import block_rounding
+    except ImportError:
+        return None
+    return block_rounding
 
 
 def _wide(steps: Tensor, grid: Grid, columns: int) -> Tensor:

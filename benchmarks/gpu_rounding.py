@@ -1,0 +1,99 @@
+"""Time the rounding of activations to block formats on a GPU beside a bfloat16 matrix product.
+
+    python benchmarks/gpu_rounding.py --rounds 50
+
+Activations are bfloat16 [2048, 4096], the product is that with [4096, 4096]; codebooks are random.
+"Kernel" is the Triton kernel alone, "whole" also finds maxima, scales and steps.  What is timed is
+recorded as a CUDA graph, and the L2 cache is overwritten before each replay.  Exits with code 2
+where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+from gpu_linear import FLUSH_BYTES, bandwidth, microseconds
+from torch import Tensor
+
+from claq_exp.quantize.number_formats.encoding import array_maxima, round_values
+from claq_exp.quantize.number_formats.formats import BlockFormat
+from claq_exp.quantize.number_formats.search import round_numbers
+from claq_exp.quantize.number_formats.table import Grid
+
+ROWS, COLUMNS = 2048, 4096
+
+
+def learned(codebooks: int) -> Grid:
+    """Return random codebooks of 16 integers of 6 bits, for blocks of 8 and arrays of 64."""
+    books = torch.stack([torch.randperm(63)[:16].sort().values for _ in range(codebooks)])
+    block_format = BlockFormat(4, 64, "e4m3", "learned", 8, codebooks, 6)
+    return Grid(block_format, books.float() - 31)
+
+
+def grids() -> dict[str, Grid]:
+    """Return what is timed, by name."""
+    fixed = {
+        "e2m1, arrays of 16": BlockFormat(4, 16, "e4m3", "e2m1"),
+        "e2m1, arrays of 32": BlockFormat(4, 32, "e8m0", "e2m1"),
+        "4-bit integers, arrays of 128": BlockFormat(4, 128, "float16", "integer"),
+        "8-bit integers, whole rows": BlockFormat(8, 0, "outer", "integer"),
+    }
+    return {
+        **{f"{count} codebooks": learned(count) for count in (2, 4, 8, 16)},
+        **{name: Grid.fixed(block_format) for name, block_format in fixed.items()},
+    }
+
+
+def steps_of(values: Tensor, grid: Grid) -> Tensor:
+    """Return what codewords are multiplied by: [rows, arrays] float32."""
+    maxima, rule, top = array_maxima(values, grid.format.array), grid.format.rule, grid.format.top
+    outer = maxima.amax(dim=1, keepdim=True)
+    return rule.read(rule.find(maxima, outer, top), outer, top)
+
+
+def compare(rounds: int) -> None:
+    """Print a line for every format."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    device_rate = bandwidth(rounds, flush)
+    values = torch.randn(ROWS, COLUMNS, device="cuda").bfloat16()
+    linear = torch.nn.Linear(COLUMNS, COLUMNS, bias=False, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        _, product = microseconds(lambda: linear(values), rounds, flush)
+    print(f"copy: {1e-9 * device_rate:.0f} GB/s; product: {product:.1f} us")
+    print("format: kernel us fastest/median, GB/s, share of a copy's; whole us, share of product")
+    for name, grid in grids().items():
+        steps = steps_of(values, grid)
+        fastest, median = microseconds(
+            lambda: round_numbers(values, steps, grid),  # noqa: B023
+            rounds,
+            flush,
+        )
+        _, whole = microseconds(lambda: round_values(values, grid), rounds, flush)  # noqa: B023
+        rate = (2 * values.nbytes + steps.nbytes) / (1e-6 * fastest)
+        print(
+            f"{name:30} {fastest:7.1f}/{median:7.1f} {1e-9 * rate:6.0f} {rate / device_rate:5.0%} "
+            f"{whole:7.1f} {whole / product:5.0%}",
+            flush=True,
+        )
+
+
+def main() -> int:
+    """Measure and print; return the exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=50, help="replays of each work (50)")
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(
+            "no CUDA device: this benchmark times rounding on a GPU; run it on a GPU",
+            file=sys.stderr,
+        )
+        return 2
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    compare(asked.rounds)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
