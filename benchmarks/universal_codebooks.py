@@ -21,7 +21,6 @@ from torch import Tensor
 
 from claq_exp.checkpoint.files import write_bytes
 from claq_exp.compose import compose_config
-from claq_exp.config import ExperimentConfig
 from claq_exp.inputs import fetch, tokenize_inputs
 from claq_exp.machine import versions
 from claq_exp.models.activations import observe_inputs
@@ -102,7 +101,7 @@ def noise() -> list[Tensor]:
 
 def model_rows(overrides: list[str]) -> tuple[list[Tensor], list[Tensor]]:
     """Return rows of every linear's weight, and of what enters it."""
-    config: ExperimentConfig = compose_config([*overrides, "evaluation=none", "calibration.windows=4"])
+    config = compose_config([*overrides, "evaluation=none", "calibration.windows=4"])
     fetched = fetch(config)
     tokens = tokenize_inputs(config, fetched.model, fetched.contents)
     model = open_model(fetched.model, cache_folder() / "converted", dtype="float32", device="cpu")

@@ -18,6 +18,7 @@ from claq_exp.quantize.number_formats.lo_bcq import (
     design_codebooks,
     fit_codebooks,
     normalized_blocks,
+    start_again,
 )
 from claq_exp.quantize.number_formats.table import Grid
 from claq_exp.quantize.number_formats.universal import read_codebooks
@@ -112,7 +113,7 @@ def test_the_same_seed_gives_the_same_codebooks_and_another_one_others():
 def test_the_order_inside_a_block_does_not_matter_to_its_codebook():
     blocks = normal(300, 8, 4).double().numpy()
     books = np.sort(normal(4, 16, 5).double().numpy(), axis=1)
-    shuffled = np.random.RandomState(0).permuted(blocks, axis=1)
+    shuffled = np.random.default_rng(0).permuted(blocks, axis=1)
     found = []
     for numbers in (blocks, shuffled):
         labels, misses = np.empty(300, dtype=np.int64), np.empty(300)
@@ -122,10 +123,13 @@ def test_the_order_inside_a_block_does_not_matter_to_its_codebook():
 
 
 def test_an_unused_codebook_starts_again_from_what_is_served_worst():
-    flat = torch.zeros(200, 8)
-    flat[:3] = 5 * normal(3, 8, 6)
-    design = design_codebooks(flat, 2, 4, start="random", rounds=20, tolerance=0.0)
-    assert design.errors[-1] < 0.5 * design.errors[0]
+    numbers = np.tile(np.linspace(-1, 1, 8), (500, 1))
+    numbers[400:] *= 50.0
+    misses = np.where(np.arange(500) < 400, 0.01, 10.0)
+    books = np.array([[-1.0, -0.3, 0.3, 1], [7, 8, 9, 10]])
+    start_again(numbers, np.zeros(500, dtype=np.int64), misses, books)
+    assert books[0].tolist() == [-1.0, -0.3, 0.3, 1]
+    assert books[1] == pytest.approx(np.quantile(numbers[400:405], [1 / 8, 3 / 8, 5 / 8, 7 / 8]))
 
 
 @pytest.mark.parametrize(("codebooks", "expected"), [(1, 8.3e-3), (8, 3.9e-3), (16, 3.3e-3)])

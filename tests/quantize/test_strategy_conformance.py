@@ -118,8 +118,8 @@ def test_equal_weights_come_back_to_float16_precision(family, name, value):
     assert_well_formed(solved.quantized, 30, 8)
     # codewords of block formats are fixed before, and a power of two hits no number as it is
     blocks = isinstance(solved.quantized.levels, BlockLevels)
-    assert solved.weight_error < (0.03 if blocks else 1e-5)
-    assert solved.output_error < (0.03 if blocks else 1e-5)
+    assert solved.weight_error < (0.06 if blocks else 1e-5)
+    assert solved.output_error < (0.06 if blocks else 1e-5)
 
 
 @pytest.mark.case(27)

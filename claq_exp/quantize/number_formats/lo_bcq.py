@@ -61,6 +61,8 @@ def normalized_blocks(values: Tensor, block_format: BlockFormat) -> Tensor:
     fill a block, are left out.  Returns [blocks, block] float32.
     """
     columns = values.shape[1] // block_format.block * block_format.block
+    if not columns:
+        return values.new_empty(0, block_format.block, dtype=torch.float32)
     values = values[:, :columns].float()
     maxima = array_maxima(values, block_format.array)
     limit = maxima.amax(dim=1, keepdim=True)
@@ -104,7 +106,7 @@ def design_codebooks(
         errors.append(float(misses.mean()) / numbers.shape[1])
         if len(errors) > 1 and errors[-2] - errors[-1] <= tolerance * errors[-2]:
             break
-        _start_again(numbers, labels, misses, books)
+        start_again(numbers, labels, misses, books)
         fit_codebooks(numbers, labels, books, PASSES)
     order = np.argsort(np.abs(books).max(axis=1), kind="stable")
     return Design(books[order], tuple(errors))
@@ -121,7 +123,7 @@ def _spaced(numbers: Books, labels: NDArray[np.int64], codebooks: int, entries: 
     return books
 
 
-def _start_again(
+def start_again(
     numbers: Books, labels: NDArray[np.int64], misses: NDArray[np.float64], books: Books
 ) -> None:
     """Have codebooks that no block uses start from the blocks that are served worst."""

@@ -67,28 +67,16 @@ def round_numbers(values: Tensor, steps: Tensor, grid: Grid) -> Tensor:
         rounded = torch.empty_like(values)
         kernel.round_on_gpu(values, steps, grid, rounded)
         return rounded
-    rounded = values.to(torch.float32, copy=True).contiguous()
-    round_numbers_(rounded, steps, grid)
-    return rounded.to(values.dtype)
-
-
-def round_numbers_(values: Tensor, steps: Tensor, grid: Grid) -> None:
-    """Replace numbers with known steps by those that their codes stand for.
-
-    values: [rows, columns] float32, contiguous, overwritten.  steps: as in `find_codes`.
-    """
-    kernel = _gpu_kernel() if values.device.type == "cuda" else None
-    if kernel is not None:
-        kernel.round_on_gpu(values, steps, grid)
-        return
     if values.device.type != "cpu":
-        codes, selectors = search_in_torch(values, steps, grid)
-        values.copy_(codewords(codes, selectors, grid) * _wide(steps, grid, values.shape[1]))
-        return
+        codes, selectors = search_in_torch(values.float(), steps, grid)
+        wide = _wide(steps, grid, values.shape[1])
+        return (codewords(codes, selectors, grid) * wide).to(values.dtype)
+    rounded = values.to(torch.float32, copy=True).contiguous()
     table = grid.table
-    numbers, scales = values.numpy(), steps.contiguous().numpy()
+    numbers, scales = rounded.numpy(), steps.contiguous().numpy()
     about = table.padded, np.float32(table.resolution), _sizes(grid, values.shape[1])
     _side_by_side(lambda part: round_rows(numbers[part], scales[part], *about), *values.shape)
+    return rounded.to(values.dtype)
 
 
 def codewords(codes: Tensor, selectors: Tensor | None, grid: Grid) -> Tensor:
