@@ -11,10 +11,11 @@ import torch
 
 from claq_exp.checkpoint.reader import parse_layouts
 from claq_exp.checkpoint.writer import FORMAT_VERSION, QUANT_METHOD
+from claq_exp.quantize.layout import KINDS
 from claq_exp.quantize.quantized import unpack_weight
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
-DTYPES = {"U8": torch.uint8, "F16": torch.float16}
+DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
 EXAMPLES = {
     section.partition("\n")[0]: section
     for section in DOCUMENT.partition("\n## Examples\n")[2].split("\n### ")[1:]
@@ -23,7 +24,7 @@ EXAMPLES = {
 
 def stored_in(section: str) -> dict[str, torch.Tensor]:
     tensors = {}
-    rows = re.findall(r"^\| (\w+) \| (U8|F16) \[([\d, ]+)\] \| ([0-9A-F ]+) \|$", section, re.M)
+    rows = re.findall(r"^\| (\w+) \| (U8|F16|F32) \[([\d, ]+)\] \| ([0-9A-F ]+) \|$", section, re.M)
     for name, dtype, shape, content in rows:
         flat = torch.frombuffer(bytearray.fromhex(content), dtype=DTYPES[dtype])
         tensors[name] = flat.reshape([int(length) for length in shape.split(",")])
@@ -38,7 +39,7 @@ def layout_in(section: str):
 
 def test_there_are_examples_of_all_payloads():
     layouts = [layout_in(section) for section in EXAMPLES.values()]
-    assert {layout.kind for layout in layouts} == {"column_codebooks", "row_grid"}
+    assert {layout.kind for layout in layouts} == set(KINDS)
     assert any(layout.shared_codebooks for layout in layouts)
     assert any(layout.reserved for layout in layouts)
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from claq_exp.checkpoint.reader import read_layouts, read_weights
+from claq_exp.checkpoint.reader import read_layouts, read_rounding, read_weights
 from claq_exp.checkpoint.writer import FORMAT_VERSION
+from claq_exp.quantize.layout import KINDS
 from claq_exp.runtime.load import load_checkpoint
 
 DATA = Path(__file__).parents[1] / "data"
@@ -27,7 +28,16 @@ GOLDEN = {
             [-1.2206, -0.4332, -1.2454, 0.5139],
             [-0.9534, -0.1872, -1.6029, -0.3366],
         ],
-    )
+    ),
+    3: (
+        "b789f5b02b48f51f80b76fe11c9b9cf9b96b7c7182bc39cb2307c518c1a8331b",
+        [
+            [-0.5666, 0.2931, -1.0282, -0.0966],
+            [0.6247, 0.2191, -0.2973, 0.1214],
+            [-0.7093, -0.4342, -1.1135, 0.5424],
+            [-0.4155, -0.2526, -1.1734, 0.0604],
+        ],
+    ),
 }
 
 
@@ -48,6 +58,7 @@ def test_its_matrices_are_those_that_were_written_to_the_bit(version):
     assert digest.hexdigest() == GOLDEN[version][0]
 
 
+@pytest.mark.filterwarnings("ignore:a packed layer is dequantized")
 @pytest.mark.parametrize("kernel", ["dense", "reference", "auto"])
 @pytest.mark.parametrize("version", GOLDEN)
 def test_its_logits_are_those_that_were_written(version, kernel):
@@ -60,7 +71,13 @@ def test_its_logits_are_those_that_were_written(version, kernel):
 def test_the_last_version_has_all_kinds_of_payload_two_files_and_a_tokenizer():
     folder = DATA / f"format_{max(GOLDEN)}"
     layouts = read_layouts(folder).values()
-    assert {layout.kind for layout in layouts} == {"column_codebooks", "row_grid"}
+    assert {layout.kind for layout in layouts} == set(KINDS)
+    assert {layout.block_format.scale for layout in layouts if layout.block_format} == {
+        "e4m3",
+        "e8m0",
+        "integer",
+    }
+    assert read_rounding(folder).scope == "static"
     assert {layout.shared_codebooks for layout in layouts} == {True, False}
     assert {layout.row_scaled for layout in layouts} == {True, False}
     assert any(len(layout.columns_per_width) > 1 and layout.reserved for layout in layouts)

@@ -307,7 +307,7 @@ CONTENT_TAMPERINGS = {
     "config with an unknown key": (edit_config(bits=4), "unknown key 'bits'"),
     "earlier version": (edit_config(format_version=1), "format version 1"),
     "version in words": (edit_config(format_version="2"), "format version 2"),
-    "future version": (edit_config(format_version=3), "format version 3"),
+    "future version": (edit_config(format_version=4), "format version 4"),
     "no version": (edit_config(format_version=None), "format version None"),
     "another method": (edit_config(quant_method="gptq"), "claq_exp"),
     "norm missing": (forget_norm, "model.norm.weight"),

@@ -49,7 +49,10 @@ NEEDS = {
     "model/hf.yaml": ["model.source=owner/name"],
     "calibration/text.yaml": ["calibration.path=some.txt"],
     "corpus/text.yaml": ["evaluation.corpora.wikipedia.path=some.txt"],
-    "codebook/uniform.yaml": ["precision=fixed", "reservation=none"],
+    **{
+        f"codebook/{name}.yaml": ["precision=fixed", "precision.bits=4", "reservation=none"]
+        for name in ("bfp", "lo_bcq", "mxfp4", "nvfp4", "uniform", "vsq")
+    },
 }
 
 

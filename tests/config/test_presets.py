@@ -21,7 +21,8 @@ PRESETS = groups()["experiment"]
 REFERENCE = [name for name in PRESETS if name.startswith("claq_reference/")]
 FITTED = [name for name in PRESETS if name.startswith("linear/or_")]  # by their share alone
 LINEAR = [name for name in PRESETS if name.startswith("linear/") and name not in FITTED]
-OWN = [name for name in PRESETS if name not in REFERENCE + LINEAR + FITTED]
+ROUNDED = [name for name in PRESETS if re.match(r"w\d+a\d+/", name)]
+OWN = [name for name in PRESETS if name not in REFERENCE + LINEAR + FITTED + ROUNDED]
 DEFAULT_BLOCK = [(576, 576), (192, 576), (192, 576), (576, 576), *[(1536, 576)] * 2, (576, 1536)]
 SMALL_LLAMA = {  # the shapes of a block of SmolLM2-135M
     **{name: (576, 576) for name in ("q", "o")},
@@ -89,6 +90,19 @@ def test_a_share_that_was_fitted_to_the_default_model_is_close_below_the_bits_of
     assert bits_in_name(name) - 0.02 < bits <= bits_in_name(name)  # the header is not in it
 
 
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_preset_of_weights_and_activations_has_the_bits_of_its_name(name):
+    weights, activations = re.match(r"w(\d+)a(\d+)/", name).groups()
+    assert layout_of(name).nominal_bits() == pytest.approx(int(weights))
+    block_format = preset(name).activation_rule().block_format()
+    assert (16 if block_format is None else block_format.bits) == int(activations)
+    if name.startswith("w4a4/") and "claq" not in name:
+        kind = preset(name).codebook["name"]
+        assert preset(name).activation["name"] == {"uniform": "int"}.get(kind, kind)
+        if layout_of(name).block_format is not None:
+            assert layout_of(name).block_format == block_format
+
+
 @pytest.mark.parametrize("name", REFERENCE)
 def test_a_preset_of_the_reference_has_the_columns_and_the_share_of_its_formulas(name):
     target = {2.12: 2.05, 2.24: 2.1, 3.12: 3.05, 3.23: 3.1}.get(bits_in_name(name))
@@ -129,7 +143,10 @@ def test_the_first_comment_says_the_row_and_what_was_published(name):
 
 
 def test_no_two_presets_are_the_same_recipe():
-    recipes = {name: repr((preset(name).recipe(), preset(name).budget)) for name in PRESETS}
+    recipes = {
+        name: repr((preset(name).recipe(), preset(name).budget, preset(name).activation))
+        for name in PRESETS
+    }
     assert len(set(recipes.values())) == len(recipes)
 
 
