@@ -71,11 +71,13 @@ def round_numbers(values: Tensor, steps: Tensor, grid: Grid) -> Tensor:
         codes, selectors = search_in_torch(values.float(), steps, grid)
         wide = _wide(steps, grid, values.shape[1])
         return (codewords(codes, selectors, grid) * wide).to(values.dtype)
-    rounded = values.to(torch.float32, copy=True).contiguous()
-    table = grid.table
-    numbers, scales = rounded.numpy(), steps.contiguous().numpy()
+    rounded = torch.empty(values.shape, dtype=torch.float32)
+    table, written = grid.table, rounded.numpy()
+    numbers, scales = values.float().contiguous().numpy(), steps.contiguous().numpy()
     about = table.padded, np.float32(table.resolution), _sizes(grid, values.shape[1])
-    _side_by_side(lambda part: round_rows(numbers[part], scales[part], *about), *values.shape)
+    _side_by_side(
+        lambda part: round_rows(numbers[part], scales[part], *about, written[part]), *values.shape
+    )
     return rounded.to(values.dtype)
 
 
