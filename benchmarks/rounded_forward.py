@@ -75,9 +75,6 @@ def main() -> int:
     print(f"plain forward      {1e6 * plain / tokens:10.1f} us a token")
     print(f"rounded forward    {1e6 * rounded / tokens:10.1f} us a token")
     print(f"rounding           {1e6 * (rounded - plain) / tokens:10.1f} us a token")
-    print(
-        f"inputs of layers   {sizes[0]:10d} numbers a token, those of layers side by side once each"
-    )
     print(f"ratio              {ratio:10.2f}, target {TARGETS[device.partition(':')[0]]}")
     return int(ratio > TARGETS[device.partition(":")[0]])
 

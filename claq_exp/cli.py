@@ -247,6 +247,7 @@ def _inspect(arguments: list[str]) -> int:
 
 def _dequantize(arguments: list[str]) -> int:
     from claq_exp.checkpoint.dense import write_dense
+    from claq_exp.checkpoint.reader import read_rounding
     from claq_exp.checkpoint.summary import checkpoint_folder
     from claq_exp.errors import one_of
     from claq_exp.models.load import DTYPES
@@ -267,8 +268,11 @@ def _dequantize(arguments: list[str]) -> int:
         raise ConfigError(one_of("dtype", options["dtype"], DTYPES))
     source, target = (Path(folder).expanduser() for folder in folders)
     remote = options["model.trust_remote_code"].lower() == "true"
-    write_dense(checkpoint_folder(source), target, dtype=options["dtype"], trust_remote_code=remote)
-    Console().print(str(target), highlight=False, markup=False, soft_wrap=True)
+    folder, console = checkpoint_folder(source), Console()
+    write_dense(folder, target, dtype=options["dtype"], trust_remote_code=remote)
+    console.print(str(target), highlight=False, markup=False, soft_wrap=True)
+    if read_rounding(folder) is not None:
+        console.print("Note: a plain folder does not round activations, as this checkpoint does.")
     return 0
 
 

@@ -40,6 +40,7 @@ FORWARD_EFFICIENCY = 0.7  # of a large matrix product's speed, for a whole forwa
 CALIBRATION_PASSES = 2.5  # forward passes of a block: up to each group, and once through
 COLUMN_SECONDS = 40e-6  # to fit and code one column
 ENTRY_SECONDS = 60e-9  # and for each of its entries
+ROUNDED = 1.5  # forward passes that a pass with rounded activations takes
 ALLOCATION = 3.0  # trial fits of a rate-distortion allocation, in column loops
 CORPUS_TOKENS = 300_000  # of a corpus of unknown length, about WikiText-2's test split
 TASK_TOKENS = 90  # of a row of a multiple-choice task, all choices together
@@ -305,6 +306,7 @@ def _seconds(
     rows = sum((task.rows or 2000) * TASK_TOKENS for task in evaluation.zero_shot.values())
     evaluate = 2 * (scored + rows) * passed / speed
     evaluate += TASK_START * bool(evaluation.zero_shot)
+    rounded = 1.0 if config.activation_rule().block_format() is None else ROUNDED
     disk = 2 * parameters / 5e8
     allocate = {}
     if isinstance(recipe.precision, RateDistortion):
@@ -317,7 +319,7 @@ def _seconds(
         **allocate,
         "quantize": calibrate + solve,
         "export": 1 + disk,
-        "evaluate quantized": 2 + disk + evaluate,
+        "evaluate quantized": 2 + disk + rounded * evaluate,
     }
 
 

@@ -14,10 +14,12 @@ from claq_exp.checkpoint.reader import (
     check_checkpoint,
     read_layouts,
     read_packed,
+    read_rounding,
     unquantized_shapes,
 )
 from claq_exp.checkpoint.writer import Sizes, checkpoint_sizes
 from claq_exp.errors import CheckpointError, ConfigError
+from claq_exp.quantize.activation.rounding import Rounding
 from claq_exp.quantize.layout import WeightLayout
 from claq_exp.quantize.quantized import unpack_side_tensors
 
@@ -57,7 +59,7 @@ class LayerSummary:
 class Summary:
     """A checkpoint: its sizes and its quantized layers.
 
-    parameters: of the model, tied ones once.
+    parameters: of the model, tied ones once.  rounding: of activations, or None.
     """
 
     folder: Path
@@ -65,6 +67,7 @@ class Summary:
     parameters: int
     sizes: Sizes
     layers: tuple[LayerSummary, ...]
+    rounding: Rounding | None
 
     @property
     def weights(self) -> int:
@@ -120,6 +123,7 @@ def summarize(folder: Path) -> Summary:
         parameters=parameters,
         sizes=checkpoint_sizes(folder, layouts, parameters),
         layers=tuple(sorted(layers, key=lambda layer: _natural(layer.name))),
+        rounding=read_rounding(folder),
     )
 
 

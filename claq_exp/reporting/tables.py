@@ -193,6 +193,8 @@ def _sizes_table(summary: Summary) -> Table:
     table.add_row("parameters", f"{summary.parameters:,}")
     table.add_row("linear layers", f"{len(summary.layers)} with {summary.weights:,} weights")
     table.add_row("payload", _payloads(summary.layers))
+    if summary.rounding is not None:
+        table.add_row("activations", summary.rounding.describe())
     for kind in ("nominal", "linear", "model"):
         table.add_row(f"{kind} bits per weight", f"{getattr(sizes, kind):.3f}")
     table.add_row("checkpoint", f"{_megabytes(sizes.bytes)} MB, 16-bit {_megabytes(half)} MB")

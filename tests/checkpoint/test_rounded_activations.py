@@ -15,6 +15,7 @@ from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.manifest import write_manifest
 from claq_exp.checkpoint.reader import open_checkpoint, read_layouts, read_rounding
 from claq_exp.checkpoint.writer import PackedWeight, write_checkpoint
+from claq_exp.cli import main
 from claq_exp.errors import CheckpointError
 from claq_exp.evaluation.predict import streamed
 from claq_exp.models.activations import round_inputs
@@ -180,3 +181,15 @@ def test_a_checkpoint_without_either_keeps_the_version_that_older_releases_read(
     assert quantization["format_version"] == 2
     assert "activation" not in quantization
     assert all(layout.block_format is None for layout in read_layouts(folder).values())
+
+
+def test_inspect_and_dequantize_tell_of_rounded_activations(
+    lo_bcq_checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "140")
+    assert main(["inspect", str(lo_bcq_checkpoint)]) == 0
+    text = capsys.readouterr().out
+    assert "4 bits: 8 learned codebooks, arrays of 64 (e4m3), a scale above for each token" in text
+    assert "e2m1, arrays of 16 (e4m3)" in text
+    assert main(["dequantize", str(lo_bcq_checkpoint), str(tmp_path / "plain")]) == 0
+    assert "a plain folder does not round activations" in capsys.readouterr().out

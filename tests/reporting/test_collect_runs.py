@@ -25,6 +25,7 @@ def test_every_number_of_a_run_is_a_measure_with_its_original(tmp_path):
         "bits.linear": (3.4, 16.0),
         "bits.nominal": (2.57, 16.0),
         "bits.model": (4.0, 16.0),
+        "bits.activation": (16.0, 16.0),
         "size.checkpoint": (5.0, 20.0),
         "time.total": (60.0, None),
         "time.load": (1.5, None),

@@ -68,7 +68,7 @@ def test_every_measure_has_both_values_difference_and_ratio(pair):
     (measures,) = [grid for grid in grids if grid.title == "Measures"]
     row = next(row for row in measures.rows if row.cells[0].text == "words perplexity")
     assert [cell.value for cell in row.cells[1:]] == [25.25, 50.5, 25.25, 2.0]
-    assert len(found) == 11
+    assert len(found) == 12
 
 
 def test_numbers_of_different_content_get_no_difference(pair):

@@ -9,6 +9,7 @@ from run_samples import RESULTS, result, seeded, write_runs, write_state
 
 from claq_exp.errors import ConfigError
 from claq_exp.reporting.collect import collect
+from claq_exp.reporting.labels import codebook_label, method_label
 from claq_exp.reporting.runs_table import runs_grid, unfinished_grid
 from claq_exp.run_folder import FAILED, RunState
 from claq_exp.sweep.record import Job, write_job
@@ -372,3 +373,42 @@ def test_huge_and_tiny_values_stay_readable(table):
     )
     assert texts(grid, "words perplexity")[1] == "1.25e+09"
     assert texts(grid, "words KL")[1] == "0.00012"
+
+
+LO_BCQ = {
+    "name": "lo_bcq",
+    "bits": 4,
+    "array": 64,
+    "codebooks": 8,
+    "books": "local",
+    "scope": "token",
+}
+
+
+def test_where_a_run_rounds_activations_all_show_what_to_and_its_bits(table):
+    plain = result()
+    rounded = result({"config.activation": LO_BCQ, "bits.activation": 4.54})
+    integers = {"name": "int", "bits": 8, "group_size": 0, "scope": "static"}
+    others = result({"config.activation": integers, "bits.activation": 8.0, "bits.linear": 5.0})
+    grid = table(plain, rounded, others)
+    assert texts(grid, "activation") == ["", "none", "lo_bcq 64/8 local", "int 8 static"]
+    assert texts(grid, "activation bits") == ["16.00", "16.00", "4.54", "8.00"]
+
+
+@pytest.mark.parametrize(
+    ("codebook", "label"),
+    [
+        ({"name": "lo_bcq", "array": 128, "codebooks": 16, "books": "universal"}, "lo_bcq 128/16"),
+        ({**LO_BCQ, "codeword_bits": 8, "books": "/a/b.json"}, "lo_bcq 64/8 INT8 file"),
+        ({"name": "uniform", "group_size": 64}, "uniform g64"),
+        ({"name": "nvfp4", "array": 16}, "nvfp4"),
+    ],
+)
+def test_a_codebook_is_named_with_its_sizes(codebook, label):
+    assert codebook_label(codebook) == label
+
+
+def test_a_line_of_a_plot_names_the_activations():
+    assert method_label(
+        result({"config.activation": {"name": "mxfp4", "array": 32}})["config"]
+    ) == ("kmeans + AP outlier_order + OR outlier_order 0.005 + A mxfp4")

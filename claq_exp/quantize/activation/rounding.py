@@ -62,6 +62,13 @@ class Rounding:
         )
         return total / sum(whole)
 
+    def describe(self) -> str:
+        """Return this in a few words."""
+        outer = f", a scale above for each {self.scope}" if self.grid.format.rule.outer else ""
+        if self.scope == STATIC and outer:
+            outer = ", scales above of the calibration text"
+        return f"{self.grid.format.bits} bits: {self.grid.format.describe()}{outer}"
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         learned = self.grid.format.codewords == LEARNED
