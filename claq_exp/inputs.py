@@ -19,6 +19,8 @@ from claq_exp.evaluation.tasks import check_tasks, local_file, task_content
 from claq_exp.models.bos import bos_rule, bos_token
 from claq_exp.models.context import check_context, check_vocabulary, context_length
 from claq_exp.models.load import load_config, load_tokenizer, tokenize
+from claq_exp.quantize.number_formats.universal import codebook_file
+from claq_exp.sources.cache import sha256_of
 from claq_exp.sources.kept import code_of, kept_tensors
 from claq_exp.sources.model import CODE, fingerprint, model_folder
 from claq_exp.sources.text import read_documents, text_content, text_files
@@ -89,6 +91,9 @@ def fetch(config: ExperimentConfig, note: Callable[[str], None] = lambda _: None
     for name, task in tasks.items():
         note(f"task {name}: {task.data or 'the hub'}")
         inputs[f"zero_shot.{name}"] = _task_input(name, task)
+    for family in ("codebook", "activation"):
+        if path := codebook_file(getattr(config, family).get("books")):
+            inputs[f"{family}.books"] = Input(str(path), sha256_of(path), (path,))
     note(f"model {config.model.name}: {config.model.source}")
     folder = model_folder(config.model)
     held = tuple(path for path in folder.iterdir() if path.is_file())

@@ -11,6 +11,7 @@ from torch import Tensor
 from claq_exp.errors import ConfigError, NumericalError, one_of
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook import Codebook, KMeans
+from claq_exp.quantize.codebook.block_formats import BlockCodebook
 from claq_exp.quantize.layout import MAX_BITS, WeightLayout
 from claq_exp.quantize.precision import Precision, RateDistortion
 from claq_exp.quantize.problem import LinearProblem
@@ -45,12 +46,8 @@ class Recipe:
                 "this codebook needs one width for all columns; use precision=fixed, or "
                 "codebook=kmeans"
             )
-        width = getattr(self.codebook, "bits", None)
-        if width not in (None, int(plan.column_bits[0])):
-            raise ConfigError(
-                f"this codebook has codes of {width} bits; use precision=fixed precision.bits="
-                f"{width}"
-            )
+        if isinstance(self.codebook, BlockCodebook):
+            self.codebook.check(int(plan.column_bits[0]))
         if not self.codebook.reserves and int(plan.reserved_counts.sum()):
             raise ConfigError(
                 "this codebook cannot leave entries out; use reservation=none, or codebook=kmeans"

@@ -127,6 +127,13 @@ VALUES = [
     (["evaluation.kl_windows=-1"], ["kl_windows is -1", "null"]),
     (["evaluation.kl_windows=1.5"], ["kl_windows", "1.5", "Integer"]),
     (["model.source="], ["model.source is empty"]),
+    (["activation=int", "activation.bits=9"], ["9 bits", "1 to 8"]),
+    (["activation=int", "activation.scope=layer"], ["scope 'layer'", "static, tensor, token"]),
+    (["activation=nvfp4", "activation.array=-1"], ["arrays of -1", "positive array"]),
+    (["activation=lo_bcq", "activation.codebooks=5"], ["4/64/8/5", "4/64/8/8", "books=local"]),
+    (["activation=lo_bcq", "activation.books=no.json"], ["books=no.json", "cannot be read"]),
+    (["codebook=mxfp4", "precision=fixed", "precision.bits=3"], ["4 bits", "precision.bits=4"]),
+    (["codebook=lo_bcq", "precision=fixed", "precision.bits=9"], ["precision.bits is 9"]),
     (["calibration.path="], ["a text needs a path"]),
 ]
 

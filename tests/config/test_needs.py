@@ -35,11 +35,12 @@ def unmeasured(words: list[str]) -> list[str]:
     "words",
     [
         ["experiment=claq_2.12"],
+        ["experiment=w4a4/lo_bcq_64_8"],
         ["experiment=gptq_4bit_g64", "solver=nearest"],
         ["codebook.shared=true", "codebook.row_scales=true", "precision.target_bits=2.5"],
         ["experiment=linear/or_2.6", "budget.bits=7"],
     ],
-    ids=["columns", "grid", "shared", "budget"],
+    ids=["columns", "blocks", "grid", "shared", "budget"],
 )
 def test_the_planned_bytes_are_those_of_the_checkpoint(words, tiny_run, only_folder):
     words = [*unmeasured(tiny_run), *words, "calibration.windows=2"]

@@ -8,6 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from claq_exp.errors import ConfigError, NumericalError
 from claq_exp.quantize.activation import ACTIVATION
@@ -215,6 +218,28 @@ def test_the_compiled_search_finds_what_the_search_in_torch_finds(grid):
     if selectors is not None:
         assert torch.equal(selectors, encoded.selectors)
     assert torch.equal(round_values(values, grid), decode(encoded, grid))
+
+
+@given(
+    name=st.sampled_from(sorted(GRIDS)),
+    values=arrays(
+        np.float32,
+        st.tuples(st.integers(1, 3), st.integers(1, 150)),
+        elements=st.floats(-(2.0**100), 2.0**100, width=32),
+    ),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_finite_numbers_come_out_finite_of_their_size_and_alike(name, values):
+    grid, numbers_ = GRIDS[name], torch.from_numpy(values)
+    rounded = round_values(numbers_, grid)
+    assert torch.isfinite(rounded).all()
+    largest = numbers_.abs().amax(dim=1, keepdim=True)
+    assert (rounded.abs() <= 2 * largest + 1e-7).all()  # scales and codes are rounded
+    encoded = encode(numbers_, grid, by_row=True)
+    codes, selectors = search_in_torch(numbers_, encoded.steps(grid), grid)
+    assert torch.equal(codes, encoded.codes)
+    assert selectors is None or torch.equal(selectors, encoded.selectors)
+    assert torch.equal(decode(encoded, grid), rounded)
 
 
 @pytest.mark.parametrize("codeword_bits", [4, 6, 8])

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from claq_exp.errors import ConfigError, one_of
 from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
+from claq_exp.quantize.number_formats.universal import LOCAL, UNIVERSAL, read_codebooks
 
 TOKEN, TENSOR, STATIC = "token", "tensor", "static"
 SCOPES = (TOKEN, TENSOR, STATIC)
@@ -127,8 +128,13 @@ class LoBcq(_Scoped):
     codebooks: int = 8
     codeword_bits: int = 6
     scale: str = "e4m3"
-    books: str = "universal"
+    books: str = UNIVERSAL
     scope: str = TOKEN
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.books != LOCAL:
+            read_codebooks(self.books, self.block_format())
 
     def block_format(self) -> BlockFormat:
         """Return the format."""

@@ -50,7 +50,6 @@ class Codebook(Protocol):
     reserves: works with reserved entries.
 
     A slow one also has `relative_cost`, its time for a column over that of kmeans, for estimates.
-    One with codes of a single width has `bits`, that width.
     """
 
     mixed_widths: ClassVar[bool]

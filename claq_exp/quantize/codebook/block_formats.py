@@ -43,6 +43,15 @@ class BlockCodebook(ABC):
     def block_format(self, bits: int) -> BlockFormat:
         """Return the format with codes of so many bits."""
 
+    def check(self, bits: int) -> None:
+        """Raise ConfigError where there are no codes of so many bits."""
+        if self.bits not in (None, bits):
+            raise ConfigError(
+                f"this codebook has codes of {self.bits} bits; use precision=fixed "
+                f"precision.bits={self.bits}"
+            )
+        self.block_format(bits)
+
     def grid(self, weight: Tensor, bits: int) -> Grid:
         """Return the format with its codewords, for a weight [out, in] float32."""
         return Grid.fixed(self.block_format(bits))
@@ -136,6 +145,12 @@ class LoBcq(BlockCodebook):
         """Return the format."""
         sizes = self.block, self.codebooks, self.codeword_bits
         return BlockFormat(bits, self.array, self.scale, LEARNED, *sizes)
+
+    def check(self, bits: int) -> None:
+        """Raise ConfigError where there are no codebooks for codes of so many bits."""
+        block_format = self.block_format(bits)
+        if self.books != LOCAL:
+            read_codebooks(self.books, block_format)
 
     def grid(self, weight: Tensor, bits: int) -> Grid:
         """Return the format with its codebooks."""

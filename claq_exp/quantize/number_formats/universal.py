@@ -38,18 +38,26 @@ def read_codebooks(books: str, block_format: BlockFormat) -> Tensor:
     books: `universal`, or the path of a file of the same form.
     Raises ConfigError where the file has none for this format.
     """
-    path = FILE if books == UNIVERSAL else Path(books).expanduser()
+    path = codebook_file(books) or FILE
     designs = _read(path)
     name = design_name(block_format)
     if name not in designs:
+        alike = [key for key in designs if key.startswith(f"{block_format.bits}/")] or [*designs]
         raise ConfigError(
             f"books={books} has no codebooks for bits/array/block/codebooks = {name}; there are: "
-            f"{', '.join(sorted(designs))}; choose one of them, or books=local"
+            f"{', '.join(sorted(alike))}; choose one of them, or books=local"
         )
     found = torch.tensor(designs[name], dtype=torch.float64)
     if found.shape != (block_format.codebooks, 2**block_format.bits):
         raise ConfigError(f"{path}: {name} is not {block_format.codebooks} codebooks")
     return round_codebooks(found, block_format.codeword_bits)
+
+
+def codebook_file(books: object) -> Path | None:
+    """Return the file that `books` names, or None where it names none."""
+    if not isinstance(books, str) or books in (UNIVERSAL, LOCAL):
+        return None
+    return Path(books).expanduser()
 
 
 @cache
