@@ -71,6 +71,7 @@ def observe_inputs(
 
     batches: token ids [batch, seqlen].  on_share: called with (share of the work, what).
     Samples are tokens evenly spaced over the first batch; an input of several layers is one.
+    An expert that no token reached gets the largest maximum of all.
     """
     inputs = capture_inputs(model, batches)
     hidden = list(inputs[0].hidden)
@@ -86,7 +87,8 @@ def observe_inputs(
                     hidden[number] = run_block(block, entering, number)
         inputs[index] = BlockInputs()
         on_share(1 / len(inputs), f"block {index}")
-    return Observed(gathered.maxima, tuple(gathered.samples))
+    unseen = dict.fromkeys(linears, max(gathered.maxima.values(), default=0.0))
+    return Observed(unseen | gathered.maxima, tuple(gathered.samples))
 
 
 class _Gathered:

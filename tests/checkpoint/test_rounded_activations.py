@@ -136,6 +136,12 @@ def lo_bcq_checkpoint(tiny_model, tmp_path_factory) -> Path:
     return Rounded(tiny_model, LoBcq()).write(place)
 
 
+def test_an_array_beyond_any_row_takes_no_more_memory_than_the_row():
+    rounding = settle_rounding(MxFp4(array=2**40), None)
+    values = torch.linspace(-3, 3, 100).reshape(2, 50)
+    assert torch.equal(rounding.round(values), settle_rounding(MxFp4(array=50), None).round(values))
+
+
 SOME = "model.layers.0.self_attn.q_proj"
 DAMAGES = {
     "a key more": lambda q: q["activation"].update(more=1),

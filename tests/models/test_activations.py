@@ -64,7 +64,7 @@ def test_what_is_observed_is_what_enters(architecture):
             model(batch, use_cache=False)
     for hook in hooks:
         hook.remove()
-    assert set(observed.maxima) <= set(names)
+    assert set(observed.maxima) == set(names)
     assert {name: observed.maxima[name] for name in expected} == pytest.approx(expected, rel=1e-5)
     assert observed.samples
 

@@ -38,7 +38,7 @@ def array_maxima(values: Tensor, array: int) -> Tensor:
     array: neighbours; 0 for whole rows.
     """
     columns = values.shape[-1]
-    array = array or columns
+    array = min(array or columns, columns)
     whole = values if columns % array == 0 else pad(values, (0, -columns % array))
     low, high = torch.aminmax(whole.unflatten(-1, (-1, array)), dim=-1)
     return torch.maximum(high, -low).float()

@@ -70,7 +70,8 @@ def round_numbers(values: Tensor, steps: Tensor, grid: Grid) -> Tensor:
     if values.device.type != "cpu":
         codes, selectors = search_in_torch(values.float(), steps, grid)
         wide = _wide(steps, grid, values.shape[1])
-        return (codewords(codes, selectors, grid) * wide).to(values.dtype)
+        found = (codewords(codes, selectors, grid) * wide).to(values.dtype)
+        return torch.where(values.isfinite(), found, values)
     rounded = torch.empty(values.shape, dtype=torch.float32)
     table, written = grid.table, rounded.numpy()
     numbers, scales = values.float().contiguous().numpy(), steps.contiguous().numpy()
@@ -98,7 +99,7 @@ def search_in_torch(values: Tensor, steps: Tensor, grid: Grid) -> tuple[Tensor, 
     """
     block_format, columns, table = grid.format, values.shape[1], grid.table
     wide = _wide(steps, grid, columns)
-    scaled = torch.where(wide > 0, values / wide, 0.0)
+    scaled = torch.where(wide > 0, values / wide, 0.0).nan_to_num()
     places = table.places(scaled)
     all_codes = table.codes.to(values.device)
     if block_format.codebooks == 1:
