@@ -59,6 +59,7 @@ class Plan:
     -> estimate.
     needs: memory and disk by stage.  original_bytes: of the model's weights in 16 bits.
     hidden_dtype, hidden_bytes: of the hidden states between two blocks.
+    activation_bits: of a number that enters a layer, on average; None where they are not rounded.
     """
 
     recipe: Recipe
@@ -72,6 +73,7 @@ class Plan:
     seconds: dict[str, float]
     blocks: int
     parameters: int
+    activation_bits: float | None = None
 
 
 def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: str) -> Plan:
@@ -123,6 +125,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         seconds=_seconds(config, recipe, parameters, layouts, mixture, device, context),
         blocks=len(blocks),
         parameters=parameters,
+        activation_bits=rounding and rounding.bits(w.columns for w in layouts.values()),
     )
 
 

@@ -137,6 +137,8 @@ def plan_table(plan: Plan) -> Table:
             f"{_megabytes(sizes.bytes)} MB, 16-bit {_megabytes(plan.original_bytes)} MB",
         ),
     ]
+    if plan.activation_bits is not None:
+        rows.insert(-1, ("bits per activation", f"{plan.activation_bits:.3f}"))
     total = sizes.ledger.total
     rows += [
         (f"  {account}", f"{100 * bits / total:.1f} %")

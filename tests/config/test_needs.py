@@ -44,9 +44,11 @@ def unmeasured(words: list[str]) -> list[str]:
 )
 def test_the_planned_bytes_are_those_of_the_checkpoint(words, tiny_run, only_folder):
     words = [*unmeasured(tiny_run), *words, "calibration.windows=2"]
-    planned = plan_for(compose_config(words), "cpu").sizes
+    plan = plan_for(compose_config(words), "cpu")
+    planned = plan.sizes
     assert main(words) == 0
     results = json.loads((only_folder() / "results.json").read_text())
+    assert plan.activation_bits == results["bits"]["activation"]
     assert planned.bytes == results["size"]["checkpoint_bytes"]
     assert planned.ledger.as_dict() == results["bits"]["ledger"]
     for kind in ("nominal", "linear", "model"):

@@ -100,6 +100,15 @@ def test_neither_half_of_a_round_lets_the_error_grow(start, draw):
     assert (own**2).sum() <= before.sum() * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("draw", [normal, heavy])
+def test_the_start_by_size_ends_lowest(draw):
+    blocks = normalized_blocks(draw(32, 2048, 14), lo_bcq(64, 8))
+    ends = {
+        name: design_codebooks(blocks, 4, 8, start=name, rounds=30).errors[-1] for name in STARTS
+    }
+    assert min(ends, key=ends.__getitem__) == "largest"
+
+
 def test_the_same_seed_gives_the_same_codebooks_and_another_one_others():
     blocks = normalized_blocks(heavy(16, 512, 3), lo_bcq(64, 4))
 
