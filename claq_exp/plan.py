@@ -125,7 +125,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         seconds=_seconds(config, recipe, parameters, layouts, mixture, device, context),
         blocks=len(blocks),
         parameters=parameters,
-        activation_bits=rounding and rounding.bits(w.columns for w in layouts.values()),
+        activation_bits=rounding.bits(w.columns for w in layouts.values()) if rounding else None,
     )
 
 
