@@ -34,7 +34,8 @@ NUMBER_STARTS = frozenset("0123456789+-.ni")  # nan and inf are numbers too
 RUN_FILES = {RESULTS_FILE, STATE_FILE, EVENTS_FILE}
 INSIDE = {"checkpoint", "work", "wandb"}  # of a run: no runs in there
 PARTS = ("run", "config", "bits", "size", "perplexity", "zero_shot")  # of every results.json
-TEXTS = {"tokens_sha256", "requests_sha256", "bos", "metric"}  # of the rows of a measure
+# of the rows of a measure, what is no number; the metrics of a task are numbers by name
+OTHERS = {"tokens_sha256", "requests_sha256", "bos", "metric", "metrics"}
 
 
 @dataclass(frozen=True)
@@ -191,9 +192,11 @@ def _check_numbers(run: Run) -> None:
     tables = {"ledger": results["bits"].get("ledger", {}), "timings": results.get("timings", {})}
     for part in ("perplexity", "kl", "zero_shot"):
         tables.update({f"{part}.{name}": row for name, row in results.get(part, {}).items()})
+    for name, row in results.get("zero_shot", {}).items():
+        tables[f"zero_shot.{name}.metrics"] = row.get("metrics", {})
     for place, row in tables.items():
         for key, value in row.items():
-            if key not in TEXTS and not isinstance(value, int | float | None):
+            if key not in OTHERS and not isinstance(value, int | float | None):
                 raise TypeError(f"{place}.{key} is no number")
     for key, measure in run.measures.items():
         for value in (measure.quantized, measure.original, measure.stderr):

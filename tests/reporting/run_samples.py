@@ -48,6 +48,8 @@ RESULTS: dict[str, Any] = {
             "quantized": 0.655,
             "stderr": 0.03,
             "rows": 200,
+            "shots": 0,
+            "metrics": {"acc": 0.655, "acc_norm": None},
             "requests_sha256": "dd",
         }
     },
