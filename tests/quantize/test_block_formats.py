@@ -127,6 +127,8 @@ def test_e4m3_is_its_closed_form_for_every_bfloat16():
     values = values[values.abs() <= 448]
     expected = torch.tensor([exact_e4m3(value) for value in values.tolist()])
     assert torch.equal(to_e4m3(values).float(), expected)
+    library = values.numpy().astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    assert np.array_equal(to_e4m3(values).float().numpy(), library)
 
 
 @pytest.mark.parametrize(
