@@ -11,6 +11,7 @@ from quantize_references import random_problem, recipe, solve
 
 from claq_exp.errors import NumericalError
 from claq_exp.quantize.codebook import CODEBOOK, KMeans, Uniform
+from claq_exp.quantize.codebook.block_formats import BlockCodebook
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.quantized import (
     QuantizedWeight,
@@ -126,8 +127,9 @@ def test_what_follows_a_level_beyond_float16_is_refused_or_finite(codebook):
     hessian = torch.full((4, 4), 0.5, dtype=torch.float64)
     hessian[:2, :2] = 1.9
     hessian[torch.arange(4), torch.arange(4)] = torch.tensor([2.0, 1.9, 1.0, 1.0]).double()
+    width = 4 if isinstance(codebook, BlockCodebook) else 1
     try:
-        solved = solve(weight, hessian, recipe(codebook=codebook, precision=Fixed(1)))
+        solved = solve(weight, hessian, recipe(codebook=codebook, precision=Fixed(width)))
     except NumericalError as error:
         assert "float16" in str(error)
     else:
