@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from functools import cache
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -29,8 +30,9 @@ EXTRAS = {  # option of Hydra's that a package brings -> our extra with that pac
 }
 
 
+@cache
 def register_sweeps() -> None:
-    """Make every file of `sweeps/` an option of the group `sweep`."""
+    """Make every file of `sweeps/` an option of the group `sweep`, once in a process."""
     store = ConfigStore.instance()
     for path in sorted(packaged_folder("sweeps").glob("*.yaml")):
         node = OmegaConf.load(path)
