@@ -102,7 +102,7 @@ def test_neither_half_of_a_round_lets_the_error_grow(start, draw):
 
 @pytest.mark.parametrize("draw", [normal, heavy])
 def test_the_start_by_size_ends_lowest(draw):
-    blocks = normalized_blocks(draw(32, 2048, 14), lo_bcq(64, 8))
+    blocks = normalized_blocks(draw(16, 2048, 14), lo_bcq(64, 8))
     ends = {
         name: design_codebooks(blocks, 4, 8, start=name, rounds=30).errors[-1] for name in STARTS
     }
@@ -148,9 +148,11 @@ def test_errors_on_normal_numbers_are_as_known(codebooks, expected):
 
 
 def test_errors_fall_with_codebooks_smaller_arrays_and_smaller_blocks():
-    train, test = normal(64, 2048, 9), normal(64, 2048, 10)
+    train, test = normal(32, 2048, 9), normal(64, 2048, 10)
     by_format = {
-        (array, block, count): error_of(test, designed(train, lo_bcq(array, count, block)))
+        (array, block, count): error_of(
+            test, designed(train, lo_bcq(array, count, block), rounds=15)
+        )
         for array, block, count in [(64, 8, 2), (64, 8, 4), (64, 8, 8), (32, 8, 4), (64, 4, 4)]
     }
     assert by_format[64, 8, 2] > by_format[64, 8, 4] > by_format[64, 8, 8]
