@@ -24,8 +24,7 @@ from claq_exp.checkpoint.shards import (
 from claq_exp.errors import CheckpointError
 from claq_exp.models.skeleton import tied_names
 from claq_exp.quantize.activation.rounding import Rounding
-from claq_exp.quantize.layout import Ledger, WeightLayout
-from claq_exp.quantize.quantized import STORED_DTYPES
+from claq_exp.quantize.layout import STORED_DTYPES, Ledger, WeightLayout
 from claq_exp.sources.cache import published
 
 if TYPE_CHECKING:

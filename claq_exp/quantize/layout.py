@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
+
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.quantize.number_formats.formats import LEARNED, BlockFormat
 
@@ -13,7 +15,7 @@ COLUMN_CODEBOOKS = "column_codebooks"
 ROW_GRID = "row_grid"
 BLOCK_FORMAT = "block_format"
 KINDS = (COLUMN_CODEBOOKS, ROW_GRID, BLOCK_FORMAT)
-SIZES = {"F32": 32, "F16": 16, "U8": 8}  # bits of the types that are stored
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "U8": torch.uint8}
 MAX_BITS = 8
 HALF = 16  # bits of a float16
 HALF_MAX = 65504.0  # the largest float16
@@ -53,7 +55,7 @@ class Ledger:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of the stored form: dtype (of SIZES), shape, and the account that pays for it."""
+    """One tensor of the stored form, and the account that pays for it.  dtype: of STORED_DTYPES."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -62,7 +64,7 @@ class StoredTensor:
     @property
     def bits(self) -> int:
         """Size in bits."""
-        size = SIZES[self.dtype]
+        size = 8 * STORED_DTYPES[self.dtype].itemsize
         for length in self.shape:
             size *= length
         return size

@@ -13,6 +13,7 @@ from claq_exp.quantize.layout import (
     BLOCK_FORMAT,
     HALF_MAX,
     ROW_GRID,
+    STORED_DTYPES,
     Form,
     Ledger,
     WeightLayout,
@@ -101,7 +102,6 @@ class RowGrid:
 
 
 Levels = ColumnCodebooks | SharedCodebooks | RowGrid | BlockLevels
-STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "U8": torch.uint8}
 
 
 def _finite(tensor: Tensor | None) -> bool:

@@ -8,8 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from claq_exp.quantize.layout import WeightLayout
-from claq_exp.quantize.quantized import STORED_DTYPES
+from claq_exp.quantize.layout import STORED_DTYPES, WeightLayout
 from claq_exp.runtime.kernels import AUTO, REFERENCE, Kernel, choose_kernel, kernel_name
 from claq_exp.runtime.kernels.reference import dense_rows
 from claq_exp.runtime.operand import Operand, operand_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -35,15 +36,18 @@ class NoActivation:
 
 
 @dataclass(frozen=True)
-class _Scoped:
+class _Scoped(ABC):
+    """The base of rules with a format: both are checked when one is made."""
+
     def __post_init__(self) -> None:
         scope = getattr(self, "scope", TOKEN)
         if scope not in SCOPES:
             raise ConfigError(one_of("activation.scope", scope, SCOPES))
         self.block_format()
 
+    @abstractmethod
     def block_format(self) -> BlockFormat:
-        raise NotImplementedError
+        """Return the format."""
 
 
 @dataclass(frozen=True)

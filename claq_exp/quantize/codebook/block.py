@@ -6,7 +6,6 @@ side.  Compiled by numba and cached on disk.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ from claq_exp.quantize.codebook.affine import fit_scale_and_shift
 from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
 from claq_exp.quantize.codebook.fused import multiply_add
+from claq_exp.quantize.number_formats.compiled import place_of
 
 KMEANS, EXACT, QUANTILES, FITTED, RANGE, ABSMAX = range(6)
 SHARED = FITTED  # this rule and those after it stretch a shared codebook
@@ -295,7 +295,6 @@ def quantize_block_in_format(values, lower, columns, task, codes):  # type: igno
     codes: [in, out] uint8, overwritten where the columns are.
     """
     table, words, resolution, offset, steps, arrays, selectors, blocks = task
-    limit = np.float32(offset // 2)
     for position in range(len(columns)):
         if len(lower):
             compensate(values, lower, position)
@@ -306,11 +305,10 @@ def quantize_block_in_format(values, lower, columns, task, codes):  # type: igno
             scaled = np.float32(0.0)
             if step[row] > np.float32(0.0):
                 scaled = current[row] / step[row]
-            place = min(max(scaled * resolution, -limit), limit)
-            entry = np.int64(math.floor(place) + math.ceil(place)) + offset
-            kept = words[uintp(entry), uintp(book[row])] * step[row]
+            place = uintp(place_of(scaled, resolution, offset))
+            kept = words[place, uintp(book[row])] * step[row]
             kept = min(max(kept, -HALF_MAX), HALF_MAX)
-            written[row] = table[uintp(entry), uintp(book[row])]
+            written[row] = table[place, uintp(book[row])]
             current[row] = (current[row] - kept) / divisor
 
 

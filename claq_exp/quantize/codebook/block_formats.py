@@ -14,6 +14,7 @@ from torch import Tensor
 from claq_exp.errors import ConfigError
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.block import quantize_block_in_format
+from claq_exp.quantize.codebook.columns import FixedColumns
 from claq_exp.quantize.layout import BLOCK_FORMAT, Form
 from claq_exp.quantize.number_formats.encoding import encode
 from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
@@ -21,7 +22,6 @@ from claq_exp.quantize.number_formats.levels import BlockLevels
 from claq_exp.quantize.number_formats.lo_bcq import design_codebooks, normalized_blocks
 from claq_exp.quantize.number_formats.table import Grid
 from claq_exp.quantize.number_formats.universal import LOCAL, read_codebooks
-from claq_exp.quantize.quantized import Reserved
 from claq_exp.quantize.statistics import ColumnStatistics
 
 LOCAL_NUMBERS = 1 << 17  # of a matrix that its own codebooks are designed on
@@ -174,14 +174,14 @@ def local_codebooks(weight: Tensor, block_format: BlockFormat) -> Tensor:
     return design.rounded(block_format.codeword_bits)
 
 
-class BlockColumns:
+class BlockColumns(FixedColumns):
     """The codes found so far in a block format."""
 
     def __init__(self, weight: Tensor, grid: Grid) -> None:
         rows, columns = weight.shape
+        super().__init__(rows, columns)
         encoded = encode(weight, grid, by_row=grid.format.rule.by_row)
         self._levels = BlockLevels.of(encoded, grid)
-        self._codes = np.zeros((columns, rows), dtype=np.uint8)
         self._steps = np.ascontiguousarray(self._levels.steps.numpy().T)
         selectors = encoded.selectors
         if selectors is None:
@@ -204,14 +204,6 @@ class BlockColumns:
         shared = (self._steps, columns // self._array, self._selectors, columns // self._block)
         quantize_block_in_format(values, lower, columns, (*words, *places, *shared), self._codes)
 
-    def codes(self) -> Tensor:
-        """Return the codes: [out, in] uint8."""
-        return torch.from_numpy(self._codes).t()
-
     def levels(self) -> BlockLevels:
         """Return scales and codebooks."""
         return self._levels
-
-    def reserved(self) -> Reserved:
-        """Return no entries."""
-        return Reserved.none(len(self._codes))

@@ -112,6 +112,21 @@ def reserved_entries(counts: Tensor, rows: Tensor, values: Tensor) -> Reserved:
     return reserved
 
 
+class FixedColumns:
+    """What quantizers have in common whose levels are fixed before, and which reserve nothing."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self._codes = np.zeros((columns, rows), dtype=np.uint8)
+
+    def codes(self) -> Tensor:
+        """Return the codes: [out, in] uint8."""
+        return torch.from_numpy(self._codes).t()
+
+    def reserved(self) -> Reserved:
+        """Return no entries."""
+        return Reserved.none(len(self._codes))
+
+
 class PythonColumns(ABC):
     """A quantizer in Python, column by column: the base for codebooks of your own.
 

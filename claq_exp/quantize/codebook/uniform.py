@@ -8,13 +8,13 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from claq_exp.errors import ConfigError
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.block import quantize_block_on_grid
+from claq_exp.quantize.codebook.columns import FixedColumns
 from claq_exp.quantize.layout import ROW_GRID, Form
-from claq_exp.quantize.quantized import Reserved, RowGrid
+from claq_exp.quantize.quantized import RowGrid
 from claq_exp.quantize.statistics import ColumnStatistics
 
 SMALLEST_SCALE = float(torch.finfo(torch.float16).tiny)
@@ -62,11 +62,11 @@ class Uniform:
         return UniformColumns(weight.shape[1], top, grid)
 
 
-class UniformColumns:
+class UniformColumns(FixedColumns):
     """The codes found so far on a fixed grid."""
 
     def __init__(self, columns: int, top: int, grid: RowGrid) -> None:
-        self._codes = np.zeros((columns, grid.scales.shape[0]), dtype=np.uint8)
+        super().__init__(grid.scales.shape[0], columns)
         self._grid = grid
         self._scales = np.ascontiguousarray(grid.scales.float().numpy().T)
         zeros = grid.zeros.float().numpy().T
@@ -84,14 +84,6 @@ class UniformColumns:
         task = (columns, groups, self._scales, self._zeros, self._top)
         quantize_block_on_grid(values, lower, task, self._codes)
 
-    def codes(self) -> Tensor:
-        """Return the codes: [out, in] uint8."""
-        return torch.from_numpy(self._codes).t()
-
     def levels(self) -> RowGrid:
         """Return the grid."""
         return self._grid
-
-    def reserved(self) -> Reserved:
-        """Return no entries."""
-        return Reserved.none(len(self._codes))

@@ -13,6 +13,14 @@ WIDTH = 16  # codebooks of a padded table
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def place_of(scaled, resolution, offset):  # type: ignore[no-untyped-def]
+    """Return the row of a lookup table for a float32, see `table.LookupTable`."""
+    limit = np.float32(offset // 2)
+    steps = min(max(scaled * resolution, -limit), limit)
+    return np.int32(np.floor(steps) + np.ceil(steps)) + np.int32(offset)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def _look_up(values, step, resolution, offset, scaled, places):  # type: ignore[no-untyped-def]
     """Divide an array by its step, where it has one, and write the place of each number.
 
@@ -23,10 +31,8 @@ def _look_up(values, step, resolution, offset, scaled, places):  # type: ignore[
             scaled[index] = values[index] / step
     else:
         scaled[: len(values)] = np.float32(0.0)
-    limit, middle = np.float32(offset // 2), np.int32(offset)
     for index in range(len(values)):
-        steps = min(max(scaled[index] * resolution, -limit), limit)
-        places[index] = np.int32(np.floor(steps) + np.ceil(steps)) + middle
+        places[index] = place_of(scaled[index], resolution, offset)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

@@ -52,26 +52,18 @@ class BlockLevels:
         block_format = self.grid.format
         return block_format.rule.read(self.scales, limit[:, None], block_format.top)
 
-    def values(self, codes: Tensor, columns: Tensor) -> Tensor:
-        """Return what the codes of some columns stand for: [out, k] uint8 -> float32.
+    def values(self, codes: Tensor, columns: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Return what the codes of some rows and columns stand for: [rows, k] -> float32.
 
         columns: [k] int64, their places in the matrix.
         """
         books = self.grid.codebooks
         words = codes.long()
         if self.selectors is not None:
-            words += self.selectors[:, columns // self.grid.format.block].long() * books.shape[1]
-        return books.reshape(-1)[words] * self.steps[:, columns // self.grid.format.array]
-
-    def rows(self, start: int, stop: int) -> BlockLevels:
-        """Return those of some rows."""
-        some = slice(start, stop)
-        return BlockLevels(
-            self.grid,
-            None if self.selectors is None else self.selectors[some],
-            self.scales[some],
-            self.limits if self.limits is None or len(self.limits) == 1 else self.limits[some],
-        )
+            words += (
+                self.selectors[rows][:, columns // self.grid.format.block].long() * books.shape[1]
+            )
+        return books.reshape(-1)[words] * self.steps[rows][:, columns // self.grid.format.array]
 
     def to(self, device: torch.device) -> BlockLevels:
         """Return the same on another device."""

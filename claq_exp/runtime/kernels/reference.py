@@ -65,7 +65,7 @@ def dense_rows(operand: Operand, start: int, stop: int) -> Tensor:
         dense = grid.scales[start:stop][:, group] * (dense - zeros)
     if operand.blocks is not None:
         columns = torch.arange(operand.columns, device=operand.device)
-        dense = operand.blocks.rows(start, stop).values(dense, columns)
+        dense = operand.blocks.values(dense, columns, slice(start, stop))
     if operand.row_scales is not None:
         dense *= operand.row_scales[start:stop, None]
     dense.clamp_(-HALF_MAX, HALF_MAX)
