@@ -363,6 +363,9 @@ def _strategy(family: str, values: dict[str, Any]) -> Any:
         options.pop(left_over, None)
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(strategy), options))
+    except ConfigError as error:
+        where = "" if f"{family}." in str(error) else f"{family}={name}: "
+        raise ConfigError(f"{where}{error}") from error
     except OmegaConfBaseException as error:
         known = ", ".join(sorted(own)) or "none"
         raise ConfigError(f"{family}={name}: {one_line(error)} (its fields: {known})") from error

@@ -127,7 +127,7 @@ VALUES = [
     (["evaluation.kl_windows=-1"], ["kl_windows is -1", "null"]),
     (["evaluation.kl_windows=1.5"], ["kl_windows", "1.5", "Integer"]),
     (["model.source="], ["model.source is empty"]),
-    (["activation=int", "activation.bits=9"], ["9 bits", "1 to 8"]),
+    (["activation=int", "activation.bits=9"], ["activation=int", "9 bits", "1 to 8"]),
     (["activation=int", "activation.scope=layer"], ["scope 'layer'", "static, tensor, token"]),
     (["activation=nvfp4", "activation.array=-1"], ["arrays of -1", "positive array"]),
     (["activation=lo_bcq", "activation.codebooks=5"], ["4/64/8/5", "4/64/8/8", "books=local"]),
