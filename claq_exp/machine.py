@@ -76,15 +76,22 @@ def settle(seed: int, threads: int | None) -> None:
 
 
 def matmul_speed(device: str) -> float:
-    """Return measured float32 multiply-adds per second, counted as two operations each."""
+    """Return measured float32 multiply-adds per second, counted as two operations each.
+
+    Takes about a tenth of a second.
+    """
     left, right = torch.randn(1024, 768, device=device), torch.randn(768, 1536, device=device)
-    repeats = 20
-    left @ right
-    started = time.perf_counter()
-    for _ in range(repeats):
-        product = left @ right
-    product.sum().item()  # waits for the device
-    return repeats * 2 * 1024 * 768 * 1536 / (time.perf_counter() - started)
+
+    def seconds(repeats: int) -> float:
+        started = time.perf_counter()
+        for _ in range(repeats):
+            product = left @ right
+        product.sum().item()  # waits for the device
+        return time.perf_counter() - started
+
+    seconds(1)  # the first product of a process starts threads or loads a library
+    repeats = min(20, 1 + int(0.1 / seconds(1)))
+    return repeats * 2 * 1024 * 768 * 1536 / seconds(repeats)
 
 
 def versions() -> dict[str, str]:

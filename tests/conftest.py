@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import random
 import shutil
@@ -11,6 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Threads cost more than they give on models this small, and pytest-xdist has a process a core.
+# Read once, when torch is imported; what the tests start inherits it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -20,10 +27,13 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import claq_exp.plan
 from claq_exp.machine import drop_stale_kernels
 from claq_exp.sources.cache import cache_folder
 
 drop_stale_kernels()  # before a test compiles or loads one
+gc.freeze()  # or each run goes through all objects of the libraries above
+atexit.register(gc.unfreeze)
 
 WORDS = ["the", "a", "cat", "dog", "runs", "sees", "small", "big", "red", "house", "tree", "and"]
 
@@ -46,21 +56,27 @@ def no_scores_of_other_tests(own_cache_of_scores: Path) -> None:
         shutil.rmtree(own_cache_of_scores / kept, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan takes the machine's speed as known, for measuring it is a good part of a tiny run."""
+    monkeypatch.setattr(claq_exp.plan, "matmul_speed", lambda device: 1e11)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """A run sets the threads of its process, and a test may."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def heeds_interruptions() -> Iterator[None]:
     """A shell starts what runs in its background with SIGINT ignored, and tests inherit that."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads cost more than they give on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import json
 import shutil
@@ -20,9 +19,7 @@ REQUEST, RUN = 2, 1
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
-    gc.freeze()  # or each run goes through all objects of all imported libraries
+def own_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("CLAQ_EXP_CACHE", str(tmp_path / "cache"))
 
 

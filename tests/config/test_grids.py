@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable
 
@@ -14,12 +13,6 @@ from claq_exp.sweep.grid import check_grid
 from claq_exp.sweep.record import read_jobs
 from claq_exp.sweep.run import run_sweep
 from claq_exp.sweep.work import Done, OnShare, Order, run_here
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
-    gc.freeze()  # or each run goes through all objects of all imported libraries
 
 
 def here(order: Order, on_share: OnShare, check: Callable[[], None]) -> Done:

@@ -16,11 +16,6 @@ from claq_exp.plan import Plan, make_plan, plan_for
 GIB = 2**30
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
-
-
 @pytest.fixture
 def only_folder(tmp_path):
     return lambda: next((tmp_path / "outputs" / "default").iterdir())

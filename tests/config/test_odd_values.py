@@ -11,11 +11,6 @@ from conftest import tiny_llama
 from claq_exp.cli import main
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
-
-
 @pytest.fixture
 def refusal(tiny_run, capfd):
     """Return the one line with which a plan of the tiny model is refused."""

@@ -6,8 +6,10 @@ import pytest
 from conftest import tiny_llama
 from transformers import MixtralConfig
 
+import claq_exp.plan
 import claq_exp.quantize.recipe
 from claq_exp.compose import compose_config
+from claq_exp.machine import matmul_speed
 from claq_exp.plan import Plan, make_plan
 from claq_exp.quantize.recipe import planned_layout
 
@@ -65,3 +67,14 @@ def test_a_mixture_of_experts_takes_the_time_of_the_experts_that_run():
 def test_a_slow_codebook_takes_longer_to_plan_for():
     usual = plan("experiment=claq_2.12").seconds["quantize"]
     assert plan("experiment=claq_2.12", "codebook=sklearn_kmeans").seconds["quantize"] > 1.5 * usual
+
+
+def test_times_follow_the_speed_of_the_machine(monkeypatch):
+    speed = matmul_speed("cpu")
+    assert 1e8 < speed < 1e14
+    seconds = []
+    for factor in (1, 1000):
+        measured = factor * speed
+        monkeypatch.setattr(claq_exp.plan, "matmul_speed", lambda device, found=measured: found)
+        seconds.append(plan("evaluation=perplexity").seconds["evaluate original"])
+    assert seconds[0] == pytest.approx(1000 * seconds[1])

@@ -313,9 +313,7 @@ def test_what_is_not_finite_is_null_in_the_results(value, written):
 
 
 @pytest.fixture
-def run(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
-
+def run(tiny_run, tmp_path):
     def run(*words: str) -> tuple[Path, dict]:
         assert (
             main([*tiny_run, "experiment=rtn_4bit", "precision.bits=2", "threads=1", *words]) == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 
@@ -20,9 +19,7 @@ from claq_exp.sources.cache import cache_folder
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
-    gc.freeze()  # or each run goes through all objects of all imported libraries
+def no_picture(monkeypatch):
     monkeypatch.setattr(plots, "plot_layers", lambda report, path: path.write_bytes(b""))
 
 

@@ -22,11 +22,6 @@ from claq_exp.tracking.wandb import WandbTracker, within
 PROGRAM = "import json, sys; from claq_exp.cli import main; sys.exit(main(json.loads(sys.argv[1])))"
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
-
-
 @pytest.fixture
 def words(tiny_run) -> list[str]:
     kept = [word for word in tiny_run if not word.startswith(("outputs=", "tracking="))]

@@ -20,8 +20,7 @@ ATTENTION = [f"{BLOCK}.self_attn.{part}_proj" for part in "qkv"]
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
+def no_picture(monkeypatch):
     monkeypatch.setattr(plots, "plot_layers", lambda report, path: path.write_bytes(b""))
 
 

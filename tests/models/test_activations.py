@@ -20,7 +20,6 @@ from claq_exp.quantize.activation.rounding import (
     settle_rounding,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BATCHES = token_batches(2, size=3)
 
 

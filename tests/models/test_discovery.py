@@ -32,9 +32,6 @@ def groups_of(block: nn.Module, inputs: BlockInputs) -> list[LinearGroup]:
     return [group for stage in find_stages(block, inputs) for group in stage]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 
 

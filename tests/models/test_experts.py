@@ -42,9 +42,6 @@ USED, IDLE = range(4), range(4, EXPERTS)
 TOKENS = token_batches(1)[0]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def plain(kind: str) -> PreTrainedModel:
     """A model as transformers builds it, with weights that make experts differ."""
     torch.manual_seed(0)

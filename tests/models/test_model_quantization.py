@@ -37,9 +37,6 @@ PLAIN = Recipe(KMeans(), Fixed(2), NoReservation(), Gptq())
 BATCHES = token_batches(batches=3, size=4)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def quantized(model: nn.Module, folder: Path, recipe: Recipe = RECIPE, **options) -> Quantized:
     return quantized_model(model, BATCHES, recipe, folder, **options)
 

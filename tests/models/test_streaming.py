@@ -35,9 +35,6 @@ RECIPE = Recipe(KMeans(), OutlierOrder(2.5), Fixed(0.02), Gptq())
 BATCHES = [*token_batches(2, size=4), token_batches(1, size=2, seed=1)[0]]
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def folder(request, tmp_path_factory) -> Path:
     """A model of each architecture, as transformers saves it: in bfloat16, in small shards."""

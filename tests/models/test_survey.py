@@ -19,9 +19,6 @@ from claq_exp.quantize.statistics import ColumnStatistics
 BATCHES = token_batches(batches=2, size=3)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def inputs_by_hand(model: nn.Module, names: list[str]) -> dict[str, torch.Tensor]:
     """What enters each linear in ordinary passes: [tokens, in] float64."""
     seen: dict[str, list[torch.Tensor]] = {name: [] for name in names}

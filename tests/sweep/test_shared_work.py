@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from pathlib import Path
@@ -17,12 +16,6 @@ from claq_exp.cli import main
 from claq_exp.compose import compose_config
 from claq_exp.inputs import fetch, tokenize_inputs
 from claq_exp.models import allocate
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
-    gc.freeze()
 
 
 @pytest.fixture
