@@ -19,6 +19,7 @@ from claq_exp.errors import ConfigError
 from claq_exp.resources import cores
 from claq_exp.torchrun import place
 
+ROUNDING = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA")  # what else chooses the kernels of matrix products
 PACKAGES = ("claq-exp", "torch", "transformers", "lm-eval", "numba", "numpy", "datasets")
 
 
@@ -106,10 +107,26 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: str) -> str:
-    """Return what a reader of results needs to know of the device."""
+    """Return what a reader of results needs to know of the device.
+
+    Scores are kept by it: another processor rounds the same products differently, and so do other
+    instructions of the same one.
+    """
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {platform.machine()}"
+    chosen = [torch.backends.cpu.get_cpu_capability()]
+    chosen += [f"{name}={os.environ[name]}" for name in ROUNDING if name in os.environ]
+    threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    return f"CPU, {threads}, {_processor()}, {', '.join(chosen)}"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:

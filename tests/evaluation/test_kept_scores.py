@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from claq_exp.evaluation import scores
 from claq_exp.evaluation.scores import ScoreStore, code_content
+from claq_exp.measuring import measured_on
 
 SUBJECT = {"model": "abc", "versions": {"torch": "2.0"}, "dtype": "float32"}
 MEASURE = {"perplexity": "def", "seqlen": 512}
@@ -37,6 +39,27 @@ def test_a_score_comes_back_as_it_was(store):
 )
 def test_a_score_of_another_subject_is_not_found(subject, store):
     assert ScoreStore(store.folder, subject).find(MEASURE) is None
+
+
+def test_a_score_of_another_processor_or_other_instructions_is_not_found(tmp_path, monkeypatch):
+    config = SimpleNamespace(model=SimpleNamespace(dtype="float32"))
+
+    def here() -> ScoreStore:
+        subject = measured_on(config, "cpu", "abc", "def")
+        return ScoreStore(tmp_path / "scores", subject)
+
+    store = here()
+    store.keep(MEASURE, SCORE)
+    assert here().find(MEASURE) == SCORE
+    for what, value in {
+        "claq_exp.machine._processor": lambda: "Another 9000",
+        "torch.backends.cpu.get_cpu_capability": lambda: "VSX",
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(what, value)
+            assert here().find(MEASURE) is None
+    monkeypatch.setenv("MKL_CBWR", "AUTO,STRICT")
+    assert here().find(MEASURE) is None
 
 
 @pytest.mark.parametrize("measure", [{**MEASURE, "seqlen": 513}, {"perplexity": "def"}, {}])

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from led_layers import Steps, assert_follows, logits_of, recorded
 from quantized_models import quantized_model
 from safetensors import safe_open
 from tiny_architectures import ARCHITECTURES, token_batches
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import claq_exp
@@ -30,16 +30,11 @@ TOKENS = token_batches(1, seed=5)[0]
 
 @dataclass(frozen=True)
 class Written:
-    """A checkpoint, the names of its packed layers, and the logits of the model it holds."""
+    """A checkpoint, the names of its packed layers, and what the model computes that it holds."""
 
     folder: Path
     linears: list[str]
-    logits: torch.Tensor
-
-
-def logits_of(model: nn.Module) -> torch.Tensor:
-    with torch.inference_mode():
-        return model(TOKENS).logits
+    steps: Steps
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -52,14 +47,14 @@ def written(request, tmp_path_factory, tiny_model) -> Written:
     folder = place / "checkpoint"
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     write_checkpoint(folder, model, tokenizer, result.packed, torch.float32)
-    return Written(folder, architecture.linears(), logits_of(model))
+    return Written(folder, architecture.linears(), recorded(model, result.packed, TOKENS))
 
 
 @pytest.mark.case(50, 52)
 @pytest.mark.parametrize("kernel", ["dense", "reference", "auto"])
 def test_the_packages_own_loader_gives_the_same_logits(written, kernel):
     loaded = claq_exp.load(written.folder, kernel=kernel)
-    torch.testing.assert_close(logits_of(loaded), written.logits, rtol=1e-4, atol=1e-5)
+    assert_follows(loaded, written.steps, TOKENS)
 
 
 def test_transformers_gives_the_same_logits(written):
@@ -68,7 +63,7 @@ def test_transformers_gives_the_same_logits(written):
     )
     assert not any(report.values())
     assert sorted(quantized_linears(loaded)) == sorted(written.linears)
-    torch.testing.assert_close(logits_of(loaded), written.logits, rtol=1e-4, atol=1e-5)
+    assert_follows(loaded, written.steps, TOKENS)
 
 
 def test_a_checkpoint_that_transformers_saved_again_is_the_same(written, tmp_path):
@@ -78,7 +73,7 @@ def test_a_checkpoint_that_transformers_saved_again_is_the_same(written, tmp_pat
     with safe_open(files[0], "pt") as first, safe_open(files[1], "pt") as second:
         assert set(first.keys()) == set(second.keys())
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    assert torch.equal(logits_of(again), logits_of(loaded))
+    assert torch.equal(logits_of(again, TOKENS), logits_of(loaded, TOKENS))
 
 
 def test_dequantized_it_is_a_plain_model_of_transformers(written, tmp_path):
@@ -88,4 +83,4 @@ def test_dequantized_it_is_a_plain_model_of_transformers(written, tmp_path):
     )
     assert not any(report.values())
     assert not [module for module in plain.modules() if isinstance(module, SeparateExperts)]
-    torch.testing.assert_close(logits_of(plain), written.logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits_of(plain, TOKENS), written.steps.logits, rtol=1e-5, atol=1e-5)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import combinations, pairwise
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
-from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.allocation import ColumnPlan
+from claq_exp.quantize.codebook import Codebook, ColumnQuantizer, KMeans
+from claq_exp.quantize.codebook.block import compensate
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, Solved, quantize_weight
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq
+from claq_exp.quantize.statistics import ColumnStatistics
 
 ColumnRule = Callable[[int, np.ndarray], np.ndarray]
 
@@ -75,6 +80,54 @@ def explicit_obs(
         work[:, left] -= np.outer(error, inverse[0])
         left.pop(0)
     return quantized, compensated
+
+
+@dataclass(frozen=True)
+class Led:
+    """A codebook that is led along a reference: each column starts from the reference's state.
+
+    Fits are chaotic: a last bit of one column may tip a clustering, and every column after it.
+    Here no column sees another's rounding: what the package compensated is held against the
+    reference's column, and the codebook's own step then quantizes the reference's, in float32.
+
+    codebook: the one under test.  compensated: [out, in] float64, of the reference.
+    """
+
+    codebook: Codebook
+    compensated: np.ndarray
+
+    @property
+    def mixed_widths(self) -> bool:
+        return self.codebook.mixed_widths
+
+    @property
+    def reserves(self) -> bool:
+        return self.codebook.reserves
+
+    def form(self, columns: int) -> object:
+        return self.codebook.form(columns)
+
+    def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> LedColumns:
+        return LedColumns(self.codebook.start(statistics, plan), self.compensated)
+
+
+class LedColumns:
+    """The quantizer of a matrix, led."""
+
+    def __init__(self, own: ColumnQuantizer, compensated: np.ndarray) -> None:
+        self._own, self._compensated = own, compensated
+        self.codes, self.levels, self.reserved = own.codes, own.levels, own.reserved
+
+    def quantize_block(self, columns: np.ndarray, values: np.ndarray, lower: np.ndarray) -> None:
+        for position, column in enumerate(columns.tolist()):
+            if len(lower):
+                compensate(values, lower, position)
+            one = slice(position, position + 1)
+            expected = self._compensated[:, column]
+            size = np.abs(expected).max()
+            assert values[position] == pytest.approx(expected, abs=1e-4 * size, rel=0)
+            values[position] = expected
+            self._own.quantize_block(columns[one], values[one], lower[one, one])
 
 
 def fitted(

@@ -139,61 +139,83 @@ BOOKS = {
 }
 
 
-def float64_loop(work, lower, bits, counts, rule, books, weights):
-    """Columns one after the other in float64; only the fit itself is the package's."""
-    work = work.astype(np.float64)
-    quantized, codes = np.empty_like(work), np.empty(work.shape, dtype=int)
-    for position in range(len(work)):
-        values = work[position] - lower[position, :position] @ work[:position]
-        single = values.astype(np.float32)
-        kept = sorted_choice(single, counts[position], tails=False)
-        given_weights = weights.copy()
-        given_weights[kept] = 0
-        if rule in OWN_FITS:
-            levels = fitted(OWN_FITS[rule], single, 2 ** bits[position], given_weights)
-            levels = as_half(levels.astype(np.float32)).astype(np.float64)
-        else:
-            book = books[bits[position]].half().float().numpy()
-            pair = fit_scale_and_shift(single, given_weights, book, rule - FITTED)
-            scale, shift = as_half(np.array(pair, dtype=np.float32))
-            levels = np.float64(scale) * book + np.float64(shift)
-        codes[position] = np.abs(values[:, None] - levels).argmin(axis=1)
-        codes[position, kept] = 0
-        quantized[position] = levels[codes[position]]
-        quantized[position, kept] = as_half(single[kept])
-        work[position] = (values - quantized[position]) / lower[position, position]
-    return codes, quantized, work
+def expected_column(single, width, count, rule, book, weights):
+    """A column's codes and what they stand for; only the fit itself is the package's."""
+    kept = sorted_choice(single, count, tails=False)
+    given_weights = weights.copy()
+    given_weights[kept] = 0
+    if rule in OWN_FITS:
+        levels = as_half(fitted(OWN_FITS[rule], single, 2**width, given_weights).astype(np.float32))
+    else:
+        book = book.half().float().numpy()
+        pair = fit_scale_and_shift(single, given_weights, book, rule - FITTED)
+        scale, shift = as_half(np.array(pair, dtype=np.float32))
+        levels = scale * book + shift
+    distances = np.abs(single.astype(np.float64)[:, None] - levels.astype(np.float64))
+    codes = distances.argmin(axis=1)
+    codes[kept] = 0
+    quantized = levels[codes]
+    quantized[kept] = as_half(single[kept])
+    return codes, quantized
+
+
+BITS = torch.tensor([3, 2, 4, 1, 3, 2, 4, 2, 3, 1, 2], dtype=torch.uint8)
+COUNTS = torch.arange(11) % 4
+
+
+def dequantized(quantizer: CompiledColumns) -> np.ndarray:
+    """What codes and reserved entries stand for: [in, out]."""
+    dense = quantizer.levels().levels(BITS).gather(1, quantizer.codes().t().long())
+    reserved = quantizer.reserved()
+    dense[reserved.columns(), reserved.rows] = reserved.values.float()
+    return dense.numpy()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("rule", [KMEANS, EXACT, QUANTILES, FITTED, RANGE, ABSMAX])
-def test_the_loop_is_that_of_numpy_in_float64(rule, weighted):
-    weight, hessian = random_problem(rows=45, columns=11, seed=rule)
-    system = Gptq(act_order=False).prepare(hessian)
+def test_a_step_of_the_loop_is_that_of_numpy(rule, weighted):
+    weight, _ = random_problem(rows=45, columns=11, seed=rule)
     row_weights = torch.rand(45, generator=torch.manual_seed(0)) + 0.1 if weighted else None
     statistics = flat(weight, row_weights)
-    bits = torch.tensor([3, 2, 4, 1, 3, 2, 4, 2, 3, 1, 2], dtype=torch.uint8)
-    counts = torch.arange(11) % 4
-    books = BOOKS[rule](statistics, bits) if rule in BOOKS else None
-    quantizer = CompiledColumns(statistics, ColumnPlan(bits, counts), rule, books=books)
-    values = weight.t().contiguous().numpy().copy()
-    lower = system.inverse_factor.t().contiguous().numpy()
-    quantizer.quantize_block(np.arange(11), values, lower)
-    codes, quantized, errors = float64_loop(
-        weight.t().numpy(),
-        lower.astype(np.float64),
-        bits.tolist(),
-        counts.tolist(),
-        rule,
-        books,
-        statistics.importance().numpy(),
-    )
-    assert quantizer.codes().t().numpy().tolist() == codes.tolist()
-    assert values == pytest.approx(errors, rel=1e-3, abs=2e-3)
-    reserved = quantizer.reserved()
-    dense = quantizer.levels().levels(bits).gather(1, quantizer.codes().t().long())
-    dense[reserved.columns(), reserved.rows] = reserved.values.float()
-    assert dense.numpy() == pytest.approx(quantized, rel=2e-3, abs=2e-3)
+    books = BOOKS[rule](statistics, BITS) if rule in BOOKS else None
+    quantizer = CompiledColumns(statistics, ColumnPlan(BITS, COUNTS), rule, books=books)
+    columns, codes, quantized = weight.t().contiguous().numpy(), [], []
+    importance = statistics.importance().numpy()
+    for column, single in enumerate(columns):
+        width, count = int(BITS[column]), int(COUNTS[column])
+        book = books[width] if books else None
+        found = expected_column(single, width, count, rule, book, importance)
+        codes.append(found[0].tolist())
+        quantized.append(found[1])
+        errors, divisor = single[None].copy(), np.full((1, 1), 0.7, dtype=np.float32)
+        quantizer.quantize_block(np.array([column]), errors, divisor)
+        assert np.array_equal(errors[0], (single - found[1]) / divisor[0, 0])
+    assert quantizer.codes().t().tolist() == codes
+    assert np.array_equal(dequantized(quantizer), quantized)
+
+
+@pytest.mark.parametrize("rule", [KMEANS, EXACT, QUANTILES])
+def test_a_block_of_the_loop_is_the_steps_one_after_the_other(rule):
+    # so few digits that every sum is exact: no order of adding changes what is fitted
+    generator = np.random.default_rng(rule)
+    work = generator.integers(256, 1024, (11, 45)) / 256
+    below = np.tril(generator.integers(-1, 2, (11, 11)), -1)
+    lower = below + np.diag([1.0, 2, 1, 1, 2, 1, 1, 2, 1, 1, 1])
+    statistics = flat(torch.from_numpy(work.T.copy()).float())
+    quantizer = CompiledColumns(statistics, ColumnPlan(BITS, COUNTS), rule)
+    values = work.astype(np.float32)
+    quantizer.quantize_block(np.arange(11), values, lower.astype(np.float32))
+    quantized = np.empty_like(work)
+    for column in range(11):
+        work[column] -= lower[column, :column] @ work[:column]
+        single = work[column].astype(np.float32)
+        assert np.array_equal(single, work[column])
+        width, count = int(BITS[column]), int(COUNTS[column])
+        ones = np.ones(45, dtype=np.float32)
+        _, quantized[column] = expected_column(single, width, count, rule, None, ones)
+        work[column] = (work[column] - quantized[column]) / lower[column, column]
+    assert np.array_equal(values, work)
+    assert np.array_equal(dequantized(quantizer), quantized)
 
 
 class MyKMeans:

@@ -79,7 +79,8 @@ def test_leading_dimensions_and_bias(kernel, shape):
 def test_views_that_are_not_contiguous():
     weight = random_weight(9, 12, (3,))
     inputs = torch.randn(12, 5, generator=torch.Generator().manual_seed(3)).t()
-    assert torch.equal(layer_of(weight)(inputs), layer_of(weight)(inputs.contiguous()))
+    misses = (layer_of(weight)(inputs).double() - exact_product(weight, inputs)).abs()
+    assert bool((misses <= rounding_bound(weight, inputs)).all())
 
 
 def test_the_reference_works_in_chunks_of_rows(monkeypatch):
