@@ -79,12 +79,13 @@ def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Return the parameters that only rename another one, e.g. a tied head: name -> the other."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied is not None:  # by the config of each part of the model
+        return dict(tied)
     if not getattr(model.config, "tie_word_embeddings", False):
         return {}
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if tied is None:  # code that came with the model, and is older than this entry
-        tied = dict.fromkeys(getattr(model, "_tied_weights_keys", None) or (), _embedding(model))
-    return dict(tied)
+    # code that came with the model, and is older than this entry
+    return dict.fromkeys(getattr(model, "_tied_weights_keys", None) or (), _embedding(model))
 
 
 def _embedding(model: PreTrainedModel) -> str:
