@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -75,19 +76,19 @@ def open_model(
 
     Experts are split.  work: folder for what must be converted before it can be read.
     check: without, what needs a look at all weights is left out, for a model that was checked.
-    found: called with what is known of the model when its weights are found.
+    found: called with what is known of the model when its weights are found and checked.
     Raises ConfigError for a model that is already quantized or looks ahead, SourceError when a
     tensor is missing, NumericalError for weights that are not finite, or that their type in
     forward passes or in the checkpoint cannot hold.
     """
     original = look_at(folder, trust_remote_code=trust_remote_code)
     original, weights = weights_of(original, work, trust_remote_code=trust_remote_code)
-    found(original)
     whole = skeleton(original.config, DTYPES[dtype])
     read_generation_config(whole, folder)
     model = StreamedModel(whole, weights, device, blocks_path)
     if check:
-        _check_numbers(model, weights, original, dtype)
+        original = replace(original, too_small=_check_numbers(model, weights, original, dtype))
+    found(original)
     if check and _looks_ahead(model):
         raise ConfigError(
             f"{folder} ({original.config.model_type}) is no causal language model: what it "
@@ -98,8 +99,11 @@ def open_model(
 
 def _check_numbers(
     model: StreamedModel, weights: StoredWeights, original: Original, dtype: str
-) -> None:
-    """Read every weight once; raises NumericalError as `check_held`."""
+) -> tuple[str, ...]:
+    """Read every weight once, and return those that are too small for a type that they meet.
+
+    Raises NumericalError as `check_held`.
+    """
     stored = stored_dtype(original.config)
     packed = {
         f"{model.path}.{index}.{name}.weight"
@@ -108,7 +112,11 @@ def _check_numbers(
         if isinstance(module, LINEAR) and f"{name}.weight" not in router_weights(block)
     }
     kept = model.model.state_dict().keys() - packed
-    run_in = (DTYPES[dtype], f"which model.dtype={dtype} asks for; set model.dtype=float32")
+    wider = "rescale the weights" if dtype == "float32" else "set model.dtype=float32"
+    wider = "rescale the weights" if dtype == "float32" else "set model.dtype=float32"
+    run_in = (DTYPES[dtype], f"which model.dtype={dtype} asks for; {wider}")
+    pack_in = (torch.float16, "in which levels and outliers are stored; rescale the weights")
+    too_small = []
     for name in weights:
         weight = weights.read(name)
         fits = next((n for n, t in DTYPES.items() if t == weight.dtype), "float32")
@@ -117,7 +125,9 @@ def _check_numbers(
             f"which the checkpoint keeps this tensor in: write "
             f'"dtype": "{fits}" into {original.folder / "config.json"}',
         )
-        check_held(name, weight, (run_in, keep_in) if name in kept else (run_in,))
+        if check_held(name, weight, (run_in, keep_in if name in kept else pack_in)):
+            too_small.append(name)
+    return tuple(too_small)
 
 
 def _looks_ahead(model: StreamedModel) -> bool:

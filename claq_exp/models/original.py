@@ -42,6 +42,7 @@ class Original:
     untied: parameters that config.json ties to another one, and that are stored unlike it.
     unused: stored tensors that no parameter takes; None where it takes transformers to know.
     adapter: a file of an adapter beside the model, which is not applied.
+    too_small: tensors that a type which they meet rounds to nothing; known once all were read.
     """
 
     folder: Path
@@ -50,6 +51,7 @@ class Original:
     untied: tuple[str, ...] = ()
     unused: tuple[str, ...] | None = None
     adapter: str | None = None
+    too_small: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return what results.json says of it."""
@@ -59,6 +61,8 @@ class Original:
             "unused_tensors": len(unused),
             "unused_examples": list(unused[:EXAMPLES]),
             "adapter": self.adapter,
+            "too_small": len(self.too_small),
+            "too_small_examples": list(self.too_small[:EXAMPLES]),
         }
 
     def remarks(self) -> list[str]:
@@ -90,6 +94,13 @@ def source_losses(found: Mapping[str, Any]) -> list[str]:
         losses.append(
             f"{adapter} lies beside the model, and its adapter is not applied; merge it into the "
             "model, or take its files out"
+        )
+    if small := found.get("too_small"):
+        tensors = f"{small:,} tensor{'s hold' if small > 1 else ' holds'}"
+        losses.append(
+            f"{tensors} numbers that are too small for float16, and lose more than rounding, e.g. "
+            f"{found['too_small_examples'][0]}; rescale the weights, or where they are kept as "
+            'they are, write "dtype": "float32" into config.json'
         )
     return losses
 
@@ -183,6 +194,15 @@ def _most_stored(stored: Stored) -> torch.dtype | None:
     return FLOATS[counts.most_common(1)[0][0]] if counts else None
 
 
+def _perhaps_tied(model: PreTrainedModel, missing: list[str]) -> str:
+    """Say what to do where a head is missing that may have been tied to the embedding."""
+    head = model.get_output_embeddings()
+    names = [f"{name}.weight" for name, module in model.named_modules() if module is head]
+    if missing != names or tied_names(model):
+        return ""
+    return '; if it is the embedding again, write "tie_word_embeddings": true into config.json'
+
+
 def _converted(
     original: Original,
     model: PreTrainedModel,
@@ -217,7 +237,10 @@ def _converted(
             f"{folder} holds tensors of another shape than its config: {mismatched[0]}"
         )
     if missing := sorted(report["missing_keys"]):
-        raise SourceError(f"{folder} lacks {len(missing)} tensors of its model, e.g. {missing[0]}")
+        count = f"{len(missing)} tensor{'s' if len(missing) > 1 else ''}"
+        raise SourceError(
+            f"{folder} lacks {count} of its model, e.g. {missing[0]}{_perhaps_tied(model, missing)}"
+        )
     hooks = (getattr(module, "_hf_hook", None) for module in loaded.modules())
     maps = (getattr(hook, "weights_map", None) for hook in hooks)
     index = next(found.dataset.index for found in maps if found is not None)

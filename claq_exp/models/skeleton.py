@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,8 @@ def skeleton(
     _check_counts(config)
     try:
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote, **options)
+            own = copy.deepcopy(config)  # it is given the dtype
+            model = AutoModelForCausalLM.from_config(own, trust_remote_code=remote, **options)
     except Exception as error:
         name = config.name_or_path or "the model"
         if type(config) not in AutoModelForCausalLM._model_mapping and not remote:

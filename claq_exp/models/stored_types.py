@@ -50,30 +50,38 @@ def refuse_quantized(
     for name, (_, span) in stored.items():
         if span.dtype not in FLOATS and (name in names or name.endswith((".weight", "_proj"))):
             raise ConfigError(
-                f"{folder} stores {name} as {span.dtype}, so that it is already quantized; {give}"
+                f"{folder} stores {name} as {span.dtype}, which is no plain floating type: it is "
+                f"already quantized, or damaged; {give}"
             )
 
 
-def check_held(name: str, weight: Tensor, held_in: Iterable[tuple[torch.dtype, str]]) -> None:
-    """Raise NumericalError where a tensor is not finite, or some type cannot hold it.
+def check_held(name: str, weight: Tensor, held_in: Iterable[tuple[torch.dtype, str]]) -> bool:
+    """Raise NumericalError where a tensor is not finite, or has a number beyond a type.
 
+    Returns whether its numbers are too small for a type, so that more than rounding is lost.
     held_in: types, and the end of the sentence about each: who asks for it, and what to change.
     """
     if not weight.is_floating_point() or weight.numel() == 0:
-        return
+        return False
     ends = torch.stack(torch.aminmax(weight))  # NaN carries over
     if not torch.isfinite(ends).all():
         found = _first(weight, ~torch.isfinite(weight))
         raise NumericalError(f"{name}{found}; repair the model's weights")
-    for dtype, asked in held_in:
+    types = dict(held_in)
+    for dtype, asked in types.items():
         if not torch.isfinite(ends.to(dtype)).all():
             found = _first(weight, ~torch.isfinite(weight.to(dtype)))
             raise NumericalError(f"{name}{found}, beyond {_short(dtype)}, {asked}")
-        if dtype == torch.float16 != weight.dtype and _change(weight, dtype) > LOST:
-            raise NumericalError(
-                f"{name} holds numbers of {ends.abs().max().item():.3g} and less, too small for "
-                f"{_short(dtype)}, {asked}"
-            )
+    narrow = torch.float16 in types and weight.dtype != torch.float16
+    return narrow and _change(weight, torch.float16) > LOST
+
+
+def fits_float16(weights: Iterable[Tensor]) -> bool:
+    """Tell whether float16 can hold finite tensors, within rounding."""
+    try:
+        return not any(check_held("", weight, ((torch.float16, ""),)) for weight in weights)
+    except NumericalError:
+        return False
 
 
 def _first(weight: Tensor, wrong: Tensor) -> str:

@@ -166,7 +166,10 @@ def _in_safetensors(folder: Path, source: str) -> Path:
 
 
 def _converted(gguf: Path, sha256: str | None) -> Path:
-    """Return the float16 safetensors form of a GGUF file, made once and kept in the cache."""
+    """Return the safetensors form of a GGUF file, made once and kept in the cache.
+
+    It is in float16, or in float32 where float16 cannot hold it.
+    """
     content = sha256_of(gguf)
     if sha256 and content != sha256:
         raise SourceError(f"{gguf} has sha256 {content}, the config asks for {sha256}")
@@ -182,6 +185,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
     from claq_exp.models.experts import fuse_experts, split_experts
     from claq_exp.models.skeleton import dense_parameter_shapes, tied_names
+    from claq_exp.models.stored_types import fits_float16
 
     place: dict[str, Any] = {
         "pretrained_model_name_or_path": str(gguf.parent),
@@ -201,13 +205,11 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         raise SourceError(f"{gguf}: transformers did not give dense weights of the expected shapes")
     fuse_experts(model)
     left_out = tied_names(model)
-    halves = {
-        name: tensor.to(torch.float16).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in left_out
-    }
-    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.dtype = torch.float16
+    whole = {name: t for name, t in model.state_dict().items() if name not in left_out}
+    dtype = torch.float16 if fits_float16(whole.values()) else torch.float32
+    stored = {name: tensor.to(dtype).contiguous() for name, tensor in whole.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.dtype = dtype
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if model.generation_config is not None:

@@ -69,6 +69,8 @@ def weight_files(folder: Path) -> WeightFiles:
         raise ConfigError(
             f"model folder '{folder}' has no weights: {instead_of_weights(_files(folder))}"
         )
+    if not (folder / name).is_file():
+        raise SourceError(f"{folder / name} leads nowhere; fetch the model again")
     if not name.endswith(".index.json"):
         return WeightFiles((folder / name,))
     places = read_index(folder / name)
@@ -147,7 +149,7 @@ def _named(folder: Path) -> str | None:
 def _files(folder: Path) -> list[str]:
     """Return the files of a folder and of `original/`, where Meta's form lies."""
     paths = [*folder.iterdir(), *folder.glob("original/*")]
-    return sorted(path.relative_to(folder).as_posix() for path in paths if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in paths if not path.is_dir())
 
 
 def _others(names: Iterable[str]) -> list[str]:
