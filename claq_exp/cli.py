@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,6 +154,7 @@ def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> Non
     """Run one experiment and print its table."""
     from claq_exp.distributed import ALONE
     from claq_exp.fallbacks import fallback_notes
+    from claq_exp.models.original import source_notes
     from claq_exp.reporting.tables import overlap_notes, result_table
     from claq_exp.runner import run
 
@@ -170,11 +171,16 @@ def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> Non
     console.print(result_table(outcome.results))
     if config.model.remark:
         console.print(f"Note: {config.model.remark}.", highlight=False)
-    told = fallback_notes(outcome.results.get("fallbacks", {}))
-    for line in (*overlap_notes(outcome.results), *told, *outcome.notes):
-        console.print(f"Note: {line}", highlight=False, markup=False, soft_wrap=True)
+    told = source_notes(outcome.results.get("source", {}))
+    told += fallback_notes(outcome.results.get("fallbacks", {}))
+    _print_notes(console, [*overlap_notes(outcome.results), *told, *outcome.notes])
     for name in ("results.json", "layers.csv", "layers.png", "checkpoint"):
         console.print(f"{outcome.folder / name}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_notes(console: Console, notes: Iterable[str]) -> None:
+    for line in notes:
+        console.print(f"Note: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_config(arguments: list[str]) -> int:
@@ -192,7 +198,9 @@ def _plan(overrides: list[str]) -> int:
 
     config = compose_config(overrides)
     plan = plan_for(config, choose_device(config.device))
-    Console().print(plan_table(plan))
+    console = Console()
+    console.print(plan_table(plan))
+    _print_notes(console, plan.notes)
     return 0
 
 
@@ -296,6 +304,7 @@ def _bench(arguments: list[str]) -> int:
 def _fetch(overrides: list[str]) -> int:
     from claq_exp.compose import compose_config
     from claq_exp.inputs import fetch
+    from claq_exp.models.load import look_at
     from claq_exp.reporting.tables import input_lines
     from claq_exp.sources.cache import fetch_log
     from claq_exp.tracking.progress import noise_to, own_stderr
@@ -306,8 +315,10 @@ def _fetch(overrides: list[str]) -> int:
         fetched = fetch(
             config, lambda line: note.print(line, highlight=False, markup=False, soft_wrap=True)
         )
+        original = look_at(fetched.model, trust_remote_code=config.model.trust_remote_code)
     for line in input_lines(fetched.inputs):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+    _print_notes(console, original.remarks())
     return 0
 
 

@@ -22,8 +22,14 @@ from claq_exp.models.load import load_config, load_tokenizer, tokenize
 from claq_exp.quantize.number_formats.universal import codebook_file
 from claq_exp.sources.cache import sha256_of
 from claq_exp.sources.kept import code_of, kept_tensors
-from claq_exp.sources.model import CODE, fingerprint, model_folder
+from claq_exp.sources.model import (
+    description_files,
+    fingerprint,
+    model_folder,
+    tokenizer_fingerprint,
+)
 from claq_exp.sources.text import read_documents, text_content, text_files
+from claq_exp.sources.weight_files import weight_files
 
 NOT_READ = (  # fields of a text that its content or its draw stands for
     *("source", "path", "sha256", "revision", "files"),
@@ -96,8 +102,8 @@ def fetch(config: ExperimentConfig, note: Callable[[str], None] = lambda _: None
             inputs[f"{family}.books"] = Input(str(path), sha256_of(path), (path,))
     note(f"model {config.model.name}: {config.model.source}")
     folder = model_folder(config.model)
-    held = tuple(path for path in folder.iterdir() if path.is_file())
-    inputs["model"] = Input(config.model.source, fingerprint(folder), held)
+    held = {*description_files(folder), *weight_files(folder).files}
+    inputs["model"] = Input(config.model.source, fingerprint(folder), tuple(sorted(held)))
     return Fetched(folder, inputs)
 
 
@@ -130,7 +136,7 @@ def tokenize_inputs(
     remote = config.model.trust_remote_code
     tokenizer = load_tokenizer(folder, trust_remote_code=remote)
     model_config = load_config(folder, trust_remote_code=remote)
-    origin = None if contents is None else Origin(fingerprint(folder, CODE), contents)
+    origin = None if contents is None else Origin(tokenizer_fingerprint(folder), contents)
     calibration = config.calibration
     check_context("calibration.seqlen", calibration.seqlen, model_config)
     draw = Draw(calibration.windows, calibration.seqlen, calibration.seed, "calibration")

@@ -60,6 +60,7 @@ class Plan:
     needs: memory and disk by stage.  original_bytes: of the model's weights in 16 bits.
     hidden_dtype, hidden_bytes: of the hidden states between two blocks.
     activation_bits: of a number that enters a layer, on average; None where they are not rounded.
+    notes: what a person must know of the stored tensors.
     """
 
     recipe: Recipe
@@ -74,6 +75,7 @@ class Plan:
     blocks: int
     parameters: int
     activation_bits: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: str) -> Plan:
@@ -327,11 +329,17 @@ def _seconds(
 
 
 def plan_for(config: ExperimentConfig, device: str) -> Plan:
-    """Fetch a model's config (hub models: nothing but that) and plan its run."""
-    from claq_exp.models.load import forward_dtype, load_config
+    """Fetch a model's config (hub models: nothing but that) and plan its run.
+
+    Stored tensors that are here are looked at, as a run does.
+    """
+    from claq_exp.models.load import forward_dtype, look_at
+    from claq_exp.models.original import check_strictly
     from claq_exp.sources.model import model_folder
 
     folder: Path = model_folder(config.model, weights=False)
-    model_config = load_config(folder, trust_remote_code=config.model.trust_remote_code)
-    config = config.with_dtype(forward_dtype(config.model.dtype, model_config, device))
-    return make_plan(config, model_config, device)
+    original = look_at(folder, trust_remote_code=config.model.trust_remote_code)
+    if config.strict:
+        check_strictly(original)
+    config = config.with_dtype(forward_dtype(config.model.dtype, original.config, device))
+    return replace(make_plan(config, original.config, device), notes=tuple(original.remarks()))

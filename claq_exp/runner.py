@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from claq_exp import __version__
 from claq_exp.assist import Quantization
@@ -36,7 +35,8 @@ from claq_exp.measuring import Bench, activation_bits, measured_on
 from claq_exp.models.activations import observe_inputs
 from claq_exp.models.allocate import allocate_model
 from claq_exp.models.dispatch import loaded
-from claq_exp.models.load import forward_dtype, load_config, open_model, stored_dtype
+from claq_exp.models.load import forward_dtype, look_at, open_model, stored_dtype
+from claq_exp.models.original import Original, check_strictly
 from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
 from claq_exp.models.stream import StreamedModel
 from claq_exp.needs import check_needs
@@ -96,7 +96,10 @@ def run(
     settle(config.seed, config.threads)
     with noise_to(fetch_log()):
         fetched = fetch(config)
-    model_config = load_config(fetched.model, trust_remote_code=config.model.trust_remote_code)
+    original = look_at(fetched.model, trust_remote_code=config.model.trust_remote_code)
+    if config.strict:
+        check_strictly(original)
+    model_config = original.config
     config = config.with_dtype(forward_dtype(config.model.dtype, model_config, device))
     identity = run_identity(config, fetched.contents, __version__)
     folder = RunFolder.of(config, identity)
@@ -126,7 +129,7 @@ def run(
                 noise_to(folder.path / "third_party.log"),
                 EventLog(folder.path / EVENTS_FILE, [tracker] if tracker else []) as events,
             ):
-                inputs = (fetched, model_config, tokens)
+                inputs = (fetched, original, tokens)
                 job = _Job(config, folder, *inputs, plan, device, bar, events, ranks, interruption)
                 results = job.results(command)
                 events.results(results)
@@ -169,7 +172,7 @@ class _Job:
     config: ExperimentConfig
     folder: RunFolder
     fetched: Fetched
-    model_config: PretrainedConfig
+    source: Original
     tokens: Tokens
     plan: Plan
     device: str
@@ -188,7 +191,7 @@ class _Job:
             self.fetched,
             self.tokens,
             self.device,
-            vocabulary=self.model_config.get_text_config().vocab_size,
+            vocabulary=self.source.config.get_text_config().vocab_size,
             streams=self.plan.needs.streams,
             on_event=self.events.event,
             on_share=self.progress.advance,
@@ -231,12 +234,13 @@ class _Job:
             kl=kl,
             spent=self.events.spent(),
             report=report,
+            source=self.source,
         )
 
     def _quantize(self) -> tuple[Measurement, list[dict[str, Any]]]:
         """Measure the original, quantize it and write the checkpoint; return its report rows."""
         config = self.config
-        model = self._stage("load", self._open_original)
+        model = self._stage("load", lambda: self._open_original(found=self._note_source))
         original = self._stage(
             "evaluate original",
             lambda: self.bench.original(
@@ -284,7 +288,17 @@ class _Job:
         self.damaged.append(what)
         self.events.event("damaged", what=what)
 
-    def _open_original(self, *, check: bool = True) -> StreamedModel:
+    def _note_source(self, found: Original) -> None:
+        """Keep what is known of the model once its weights are found; see `check_strictly`."""
+        self.source = found
+        if found.remarks():
+            self.events.event("source", **found.as_dict())
+        if self.config.strict:
+            check_strictly(found)
+
+    def _open_original(
+        self, *, check: bool = True, found: Callable[[Original], None] = lambda _: None
+    ) -> StreamedModel:
         model = self.config.model
         return open_model(
             self.fetched.model,
@@ -294,6 +308,7 @@ class _Job:
             blocks_path=model.blocks,
             trust_remote_code=model.trust_remote_code,
             check=check,
+            found=found,
         )
 
     def _store_identity(self) -> dict[str, str]:
@@ -336,7 +351,7 @@ class _Job:
             model.model,
             self.tokens.tokenizer,
             store.packed(),
-            stored_dtype(self.model_config),
+            stored_dtype(self.source.config),
             read=model.read,
             rounding=rounding,
         )

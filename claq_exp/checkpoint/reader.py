@@ -241,7 +241,7 @@ def open_checkpoint(
     dtype: of weights and activations.  trust_remote_code: run code that came with the original
     model; packed weights hold none.  Raises ConfigError for a folder that is no checkpoint,
     CheckpointError for one that is damaged: a file that differs from the manifest, a tensor that is
-    missing, left over or of another shape.
+    missing, left over or of another shape; NumericalError for one that `dtype` cannot hold.
     """
     from claq_exp.models.activations import round_inputs
     from claq_exp.models.load import DTYPES
@@ -250,6 +250,7 @@ def open_checkpoint(
     folder = Path(folder)
     layouts = check_checkpoint(folder, trust_remote_code=trust_remote_code)
     model = check_model(folder, layouts, DTYPES[dtype], trust_remote_code=trust_remote_code)
+    check_dtype(folder, layouts, dtype)
     round_inputs(model, read_rounding(folder), layouts)
     weights = PackedWeights(folder, layouts, _transposed(model))
     return StreamedModel(model, weights, device, blocks_path)
@@ -282,6 +283,26 @@ def check_model(
             f"{folder}/config.json makes no model: {first_line(error)}"
         ) from error
     return model
+
+
+def check_dtype(folder: Path, layouts: Mapping[str, WeightLayout], dtype: str) -> None:
+    """Raise NumericalError for a tensor that is not packed, with a number beyond a dtype."""
+    from claq_exp.models.load import DTYPES
+    from claq_exp.models.stored_types import FLOATS, check_held
+
+    kept = unquantized_shapes(folder, layouts)
+    held_in = ((DTYPES[dtype], f"which dtype={dtype} asks for; choose float32"),)
+    narrower = {
+        name
+        for spans in read_spans(folder).values()
+        for name, span in spans.items()
+        if name in kept and FLOATS.get(span.dtype, DTYPES[dtype]) != DTYPES[dtype]
+    }
+    if dtype == "float32" or not narrower:
+        return
+    with open_tensors(folder) as get:
+        for name in sorted(narrower):
+            check_held(name, get(name), held_in)
 
 
 def _read_config(folder: Path, *, layers: int, trust: bool) -> PretrainedConfig:

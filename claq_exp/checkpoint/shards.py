@@ -68,7 +68,10 @@ class Unit:
         """Yield name and tensor as they are stored, on the CPU."""
         tensors = self.tensors if self.read is None else self.read()
         for name, tensor in tensors.items():
-            yield name, tensor.detach().to("cpu", self._stored(self.tensors[name]))
+            stored = tensor.detach().to("cpu", self._stored(self.tensors[name]))
+            if stored.dtype != tensor.dtype and not torch.isfinite(stored).all():
+                raise CheckpointError(f"{name} holds a value that {stored.dtype} cannot hold")
+            yield name, stored
 
     def _stored(self, tensor: Tensor) -> torch.dtype:
         if self.dtype is None or not tensor.is_floating_point():

@@ -26,6 +26,7 @@ from claq_exp.models.skeleton import tied_names
 from claq_exp.quantize.activation.rounding import Rounding
 from claq_exp.quantize.layout import STORED_DTYPES, Ledger, WeightLayout
 from claq_exp.sources.cache import published
+from claq_exp.sources.weight_files import NAMED
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -116,6 +117,8 @@ def checkpoint_config(
     config = type(model.config).from_dict(model.config.to_dict())
     config.dtype = dtype
     config.architectures = [type(model).__name__]
+    if getattr(config, NAMED, None) is not None:  # the original's file of weights
+        delattr(config, NAMED)
     plain = rounding is None and not any(layout.block_format for layout in layouts.values())
     config.quantization_config = {
         "quant_method": QUANT_METHOD,

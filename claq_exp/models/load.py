@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,9 +17,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from claq_exp.errors import ConfigError, SourceError, first_line
 from claq_exp.models.blocks import first_output
+from claq_exp.models.discover import LINEAR
+from claq_exp.models.experts import router_weights
+from claq_exp.models.original import Original, look, weights_of
 from claq_exp.models.skeleton import read_generation_config, skeleton
+from claq_exp.models.stored_types import check_held
 from claq_exp.models.stream import StreamedModel
-from claq_exp.models.weights import check_finite, stored_weights
+from claq_exp.models.weights import StoredWeights
 
 AHEAD = 0.05  # relative change of hidden states that is no rounding, be it of bfloat16
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,6 +32,14 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """Read config.json.  Raises ConfigError when it asks for code that is not allowed to run."""
     return _read(AutoConfig, folder, trust_remote_code=trust_remote_code)
+
+
+def look_at(folder: Path, *, trust_remote_code: bool = False) -> Original:
+    """Read config.json of an original model, and what its stored tensors say beside it.
+
+    Raises as `load_config` and `look`.
+    """
+    return look(folder, load_config(folder, trust_remote_code=trust_remote_code))
 
 
 def load_model(
@@ -56,29 +70,64 @@ def open_model(
     blocks_path: str | None = None,
     trust_remote_code: bool = False,
     check: bool = True,
+    found: Callable[[Original], None] = lambda _: None,
 ) -> StreamedModel:
     """Open the model of a Hugging Face folder, to be read block by block, and check it.
 
     Experts are split.  work: folder for what must be converted before it can be read.
     check: without, what needs a look at all weights is left out, for a model that was checked.
+    found: called with what is known of the model when its weights are found and checked.
     Raises ConfigError for a model that is already quantized or looks ahead, SourceError when a
-    tensor is missing, NumericalError for weights that are not finite.
+    tensor is missing, NumericalError for weights that are not finite, or that their type in
+    forward passes or in the checkpoint cannot hold.
     """
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{folder} is already quantized; give the original model")
-    weights = stored_weights(folder, config, work, trust_remote_code=trust_remote_code)
-    if check:
-        check_finite(weights)
-    whole = skeleton(config, DTYPES[dtype])
+    original = look_at(folder, trust_remote_code=trust_remote_code)
+    original, weights = weights_of(original, work, trust_remote_code=trust_remote_code)
+    whole = skeleton(original.config, DTYPES[dtype])
     read_generation_config(whole, folder)
     model = StreamedModel(whole, weights, device, blocks_path)
+    if check:
+        original = replace(original, too_small=_check_numbers(model, weights, original, dtype))
+    found(original)
     if check and _looks_ahead(model):
         raise ConfigError(
-            f"{folder} ({config.model_type}) is no causal language model: what it predicts after a "
-            "token changes with the tokens that follow; give a decoder"
+            f"{folder} ({original.config.model_type}) is no causal language model: what it "
+            "predicts after a token changes with the tokens that follow; give a decoder"
         )
     return model
+
+
+def _check_numbers(
+    model: StreamedModel, weights: StoredWeights, original: Original, dtype: str
+) -> tuple[str, ...]:
+    """Read every weight once, and return those that are too small for a type that they meet.
+
+    Raises NumericalError as `check_held`.
+    """
+    stored = stored_dtype(original.config)
+    packed = {
+        f"{model.path}.{index}.{name}.weight"
+        for index, block in enumerate(model.blocks)
+        for name, module in block.named_modules()
+        if isinstance(module, LINEAR) and f"{name}.weight" not in router_weights(block)
+    }
+    kept = model.model.state_dict().keys() - packed
+    wider = "rescale the weights" if dtype == "float32" else "set model.dtype=float32"
+    wider = "rescale the weights" if dtype == "float32" else "set model.dtype=float32"
+    run_in = (DTYPES[dtype], f"which model.dtype={dtype} asks for; {wider}")
+    pack_in = (torch.float16, "in which levels and outliers are stored; rescale the weights")
+    too_small = []
+    for name in weights:
+        weight = weights.read(name)
+        fits = next((n for n, t in DTYPES.items() if t == weight.dtype), "float32")
+        keep_in = (
+            stored,
+            f"which the checkpoint keeps this tensor in: write "
+            f'"dtype": "{fits}" into {original.folder / "config.json"}',
+        )
+        if check_held(name, weight, (run_in, keep_in if name in kept else pack_in)):
+            too_small.append(name)
+    return tuple(too_small)
 
 
 def _looks_ahead(model: StreamedModel) -> bool:
@@ -96,8 +145,13 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenize
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype:
-    """Return the dtype of the stored weights, float16 where the config does not say."""
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float16
+    """Return the dtype of what a checkpoint keeps: that of the stored weights.
+
+    float16 where the config does not say, float32 where it says another than these.
+    """
+    if not isinstance(config.dtype, torch.dtype):
+        return torch.float16
+    return config.dtype if config.dtype in DTYPES.values() else torch.float32
 
 
 def forward_dtype(wanted: str, config: PretrainedConfig, device: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,8 @@ def skeleton(
     _check_counts(config)
     try:
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote, **options)
+            own = copy.deepcopy(config)  # it is given the dtype
+            model = AutoModelForCausalLM.from_config(own, trust_remote_code=remote, **options)
     except Exception as error:
         name = config.name_or_path or "the model"
         if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
@@ -79,12 +81,13 @@ def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Return the parameters that only rename another one, e.g. a tied head: name -> the other."""
+    tied = getattr(model, "all_tied_weights_keys", None)
+    if tied is not None:  # by the config of each part of the model
+        return dict(tied)
     if not getattr(model.config, "tie_word_embeddings", False):
         return {}
-    tied = getattr(model, "all_tied_weights_keys", None)
-    if tied is None:  # code that came with the model, and is older than this entry
-        tied = dict.fromkeys(getattr(model, "_tied_weights_keys", None) or (), _embedding(model))
-    return dict(tied)
+    # code that came with the model, and is older than this entry
+    return dict.fromkeys(getattr(model, "_tied_weights_keys", None) or (), _embedding(model))
 
 
 def _embedding(model: PreTrainedModel) -> str:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from claq_exp.checkpoint.files import read_json
-from claq_exp.checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, TensorSpan, read_header
-from claq_exp.errors import CheckpointError, NumericalError, SourceError, first_line
-from claq_exp.models.experts import FUSED, SeparateExperts, split_experts
-from claq_exp.models.skeleton import skeleton, tied_names
+from claq_exp.checkpoint.shards import TensorSpan, read_header
+from claq_exp.errors import CheckpointError, SourceError
+from claq_exp.models.experts import FUSED, SeparateExperts
+from claq_exp.sources.weight_files import weight_files
+
+COMPARED = 1 << 22  # numbers of two tensors that are compared at a time
 
 
 class Weights(Protocol):
@@ -39,6 +39,33 @@ class Place:
     first: int = 0
     rows: int = 0
 
+    def read(self) -> Tensor:
+        """Return the tensor, mapped.  Raises SourceError when its file cannot be read."""
+        with self._opened() as file:
+            if self.expert is None:
+                found: Tensor = file.get_tensor(self.key)
+                return found
+            expert: Tensor = file.get_slice(self.key)[self.expert]
+            return expert[self.first : self.first + self.rows]
+
+    def same_as(self, other: Place) -> bool:
+        """Tell whether two whole tensors hold the same numbers; reads no more than it must."""
+        if (self.file, self.key) == (other.file, other.key):
+            return True
+        one, two = self.read(), other.read()
+        pieces = (tensor.reshape(-1).split(COMPARED) for tensor in (one, two))
+        return one.shape == two.shape and all(
+            bool((a == b).all()) for a, b in zip(*pieces, strict=True)
+        )
+
+    @contextmanager
+    def _opened(self) -> Iterator[Any]:
+        try:
+            with safe_open(self.file, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise SourceError(f"{self.file} cannot be read: {error}") from error
+
 
 class StoredWeights:
     """The weights of a Hugging Face folder."""
@@ -48,85 +75,41 @@ class StoredWeights:
 
     def read(self, name: str) -> Tensor:
         """Return a parameter, mapped.  Raises SourceError when its file cannot be read."""
-        place = self._places[name]
-        try:
-            with safe_open(place.file, framework="pt") as file:
-                if place.expert is None:
-                    return file.get_tensor(place.key)
-                expert: Tensor = file.get_slice(place.key)[place.expert]
-                return expert[place.first : place.first + place.rows]
-        except (OSError, SafetensorError) as error:
-            raise SourceError(f"{place.file} cannot be read: {error}") from error
+        return self._places[name].read()
 
     def __iter__(self) -> Iterator[str]:
         """Go over the names of all tensors as they are stored, experts in one piece."""
         return (name for name, place in self._places.items() if place.expert is None)
 
 
-def stored_weights(
-    folder: Path, config: PretrainedConfig, work: Path, *, trust_remote_code: bool = False
-) -> StoredWeights:
-    """Find the weights of a Hugging Face folder for the model of its config.
+def stored_tensors(folder: Path) -> dict[str, tuple[Path, TensorSpan]]:
+    """Return tensor -> (file, span) of all weights of a folder, from their headers.
 
-    work: folder for what transformers must convert first: experts stored one by one, and names of
-    older releases.  Raises SourceError when a tensor is missing or has another shape.
+    Of a tensor that is in two files the one counts that the index names.
+    Raises ConfigError for a folder without weights, SourceError for files that cannot be read.
     """
-    model = skeleton(config, split=False)
-    tied = tied_names(model)
-    wanted = {
-        name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied
-    }
-    found = _as_stored(_stored(folder), wanted, model.base_model_prefix)
-    if missing := [name for name in wanted if name not in found]:
-        found = _converted(folder, model, missing, work, trust_remote_code)
-    places = {name: place for name, place in found.items() if name in wanted}
-    split_experts(model)
-    return StoredWeights(places | _experts(model, places))
-
-
-def check_finite(weights: StoredWeights) -> None:
-    """Read every weight once.  Raises NumericalError that names the first that is not finite."""
-    for name in weights:
-        weight = weights.read(name)
-        if not weight.is_floating_point() or weight.numel() == 0:
-            continue
-        ends = torch.stack(torch.aminmax(weight))  # NaN carries over
-        if not torch.isfinite(ends).all():
-            place = torch.nonzero(~torch.isfinite(weight))[0].tolist()
-            value = weight[tuple(place)].item()
-            raise NumericalError(f"{name}{place} is {value}; repair the model's weights")
-
-
-def _stored(folder: Path) -> dict[str, tuple[Path, TensorSpan]]:
-    """Return tensor -> (file, span), of the files that a folder's index names, if it has one."""
+    weights = weight_files(folder)
+    listed = weights.places or {}
+    found: dict[str, tuple[Path, TensorSpan]] = {}
     try:
-        if not (folder / INDEX_FILE).is_file():
-            files = [folder / WEIGHTS_FILE]
-            listed = None
-        else:
-            listed = read_json(folder / INDEX_FILE).get("weight_map")
-            if not isinstance(listed, dict):
-                raise SourceError(f"{folder / INDEX_FILE} has no weight_map")
-            names = {Path(str(name)).name for name in listed.values()}
-            files = [folder / name for name in sorted(names)]
-        return {
-            name: (file, span)
-            for file in files
-            for name, span in read_header(file).items()
-            if listed is None or listed.get(name) == file.name
-        }
+        for file in weights.files:
+            name = file.relative_to(folder).as_posix()
+            for tensor, span in read_header(file).items():
+                if tensor not in found or listed.get(tensor) == name:
+                    found[tensor] = (file, span)
     except CheckpointError as error:
         raise SourceError(str(error)) from error
+    return found
 
 
-def _as_stored(
+def as_stored(
     stored: Mapping[str, tuple[Path, TensorSpan]],
-    wanted: Mapping[str, tuple[int, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
     prefix: str,
 ) -> dict[str, Place]:
     """Find tensors that are stored as the model names them, or without its prefix, or with one."""
     found = {}
-    for name, shape in wanted.items():
+    for name, shape in shapes.items():
         names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
         key = next((key for key in names if key in stored), None)
         if key is None:
@@ -141,42 +124,7 @@ def _as_stored(
     return found
 
 
-def _converted(
-    folder: Path, model: PreTrainedModel, missing: list[str], work: Path, trust_remote_code: bool
-) -> dict[str, Place]:
-    """Have transformers bring the tensors into the form of this release, on disk."""
-    lacking = f"{folder} lacks {len(missing)} tensors of its model, e.g. {missing[0]}"
-    try:
-        factory: Any = AutoModelForCausalLM
-        loaded, report = factory.from_pretrained(
-            folder,
-            device_map={"": "disk"},
-            offload_folder=work,
-            dtype=model.dtype,
-            trust_remote_code=trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that the message can name the tensor
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SourceError(f"{lacking} ({first_line(error)})") from error
-    if mismatched := sorted(str(key) for key in report["mismatched_keys"]):
-        raise SourceError(
-            f"{folder} holds tensors of another shape than its config: {mismatched[0]}"
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise SourceError(f"{folder} lacks {len(missing)} tensors of its model, e.g. {missing[0]}")
-    hooks = (getattr(module, "_hf_hook", None) for module in loaded.modules())
-    maps = (getattr(hook, "weights_map", None) for hook in hooks)
-    index = next(found.dataset.index for found in maps if found is not None)
-    return {
-        name: Place(Path(entry["safetensors_file"]), entry.get("weight_name", name))
-        for name, entry in index.items()
-    }
-
-
-def _experts(model: nn.Module, fused: Mapping[str, Place]) -> dict[str, Place]:
+def expert_places(model: nn.Module, fused: Mapping[str, Place]) -> dict[str, Place]:
     """Return the places of split experts inside the fused tensors."""
     places = {}
     for path, module in model.named_modules():

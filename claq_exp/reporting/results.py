@@ -20,6 +20,7 @@ from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.zero_shot import average_accuracy
 from claq_exp.fallbacks import count_fallbacks
 from claq_exp.machine import device_name, git_commit, versions
+from claq_exp.models.original import Original
 from claq_exp.resources import peak_memory
 from claq_exp.torchrun import place
 
@@ -63,6 +64,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
     kl: dict[str, Divergence],
     spent: dict[str, float],
     report: list[dict[str, Any]],
+    source: Original,
 ) -> dict[str, Any]:
     """Return the content of results.json (schema 1); a value that is not finite is null."""
     finished = datetime.now(UTC)
@@ -82,6 +84,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
             "git": git_commit(),
         },
         "config": config.as_dict(),
+        "source": source.as_dict(),
         "bits": {
             "nominal": sizes.nominal,
             "linear": sizes.linear,

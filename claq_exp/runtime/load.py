@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import claq_exp.runtime.huggingface  # noqa: F401 - teaches transformers the format
-from claq_exp.checkpoint.reader import check_checkpoint, check_model, open_checkpoint
+from claq_exp.checkpoint.reader import (
+    check_checkpoint,
+    check_dtype,
+    check_model,
+    open_checkpoint,
+)
 from claq_exp.errors import CheckpointError, ConfigError, first_line, one_of
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.runtime.linear import quantized_linears
@@ -48,6 +53,7 @@ def load_checkpoint(
         raise ConfigError(one_of("kernel", kernel, [AUTO, DENSE, *KERNEL]))
     layouts = check_checkpoint(folder, trust_remote_code=trust_remote_code)
     check_model(folder, layouts, trust_remote_code=trust_remote_code)
+    check_dtype(folder, layouts, dtype)
     model = _from_pretrained(folder, dtype, device_map, trust_remote_code)
     layers = quantized_linears(model)
     if set(layers) != set(layouts):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,31 +12,27 @@ from typing import Any
 from claq_exp.errors import ConfigError, SourceError
 from claq_exp.sources.cache import cached_folder, sha256_of
 from claq_exp.sources.hub import not_given
-from claq_exp.sources.pickled import (
-    PICKLED,
-    PICKLED_INDEX,
-    convert_pickled,
-    copy_descriptions,
-    pickled_files,
+from claq_exp.sources.pickled import convert_pickled, copy_descriptions
+from claq_exp.sources.weight_files import (
+    ORDER,
+    has_weights,
+    instead_of_weights,
+    only_an_adapter,
+    preferred,
+    read_index,
+    weight_files,
 )
 from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
 
-WEIGHTS = "*.safetensors"
 DESCRIPTIONS = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
 CODE = "*.py"
-HUB_WEIGHTS = {  # file of a repository -> pattern of its weights, as transformers prefers them
-    "model.safetensors": "model.safetensors",
-    "model.safetensors.index.json": "model-*.safetensors",
-    "pytorch_model.bin": "pytorch_model.bin",
-    PICKLED_INDEX: "pytorch_model-*.bin",
-}
 
 
 @dataclass
 class ModelSource:
     """Where a model comes from.
 
-    source: hub id, local folder (Hugging Face layout, safetensors or pytorch_model*.bin), local
+    source: hub id, local folder (Hugging Face layout, safetensors or pytorch_model.bin), local
         .gguf file, or wheel:// .gguf.
     sha256: content of a GGUF file; required for wheel://.
     revision: branch, tag or commit of a hub model.
@@ -66,24 +63,44 @@ def model_folder(model: ModelSource, *, weights: bool = True) -> Path:
         return _converted(path, model.sha256)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ConfigError(f"model folder '{model.source}' has no config.json")
-        return _in_safetensors(path, model.source) if weights else path
+            advice = only_an_adapter(file.name for file in path.iterdir())
+            raise ConfigError(
+                f"model folder '{model.source}' has no config.json"
+                + (f", but an adapter; {advice}" if advice else "")
+            )
+        if not weights:
+            if has_weights(path):  # refused before a plan is made of a model that cannot be run
+                weight_files(path)
+            return path
+        return _in_safetensors(path, model.source)
     if path.is_absolute() or model.source.startswith((".", "~")) or model.source.count("/") > 1:
         raise ConfigError(f"model folder '{model.source}' does not exist (looked in {Path.cwd()})")
     folder = _from_hub(model, weights)
     return _in_safetensors(folder, model.source) if weights else folder
 
 
-def fingerprint(folder: Path, weights: str = WEIGHTS) -> str:
+def fingerprint(folder: Path) -> str:
     """Return a hash of the content of configuration, tokenizer and weights.
 
-    weights: pattern of the files with weights.  Files of the hub's cache are named by their content
-    already, so their links are hashed instead.
+    Files of the hub's cache are named by their content already, so their links are hashed instead.
     """
+    return _hashed(folder, (*description_files(folder), *weight_files(folder).files))
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Return a hash of the content of configuration and tokenizer, with their code."""
+    return _hashed(folder, description_files(folder))
+
+
+def description_files(folder: Path) -> list[Path]:
+    """Return the files of configuration and tokenizer, with their code."""
+    return [path for pattern in (*DESCRIPTIONS, CODE) for path in folder.glob(pattern)]
+
+
+def _hashed(folder: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    patterns = (*DESCRIPTIONS, weights, CODE)
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        digest.update(path.name.encode())
+    for path in sorted(set(files)):
+        digest.update(path.relative_to(folder).as_posix().encode())
         stored_by_hash = path.is_symlink() and path.resolve().parent.name == "blobs"
         digest.update((path.resolve().name if stored_by_hash else sha256_of(path)).encode())
     return digest.hexdigest()
@@ -91,13 +108,13 @@ def fingerprint(folder: Path, weights: str = WEIGHTS) -> str:
 
 def weight_bytes(folder: Path) -> int:
     """Return the size of all weight files."""
-    return sum(path.stat().st_size for path in folder.glob(WEIGHTS))
+    return weight_files(folder).bytes
 
 
 def _from_hub(model: ModelSource, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # only needed for hub models
 
-    wanted = [_hub_weights(model)] if weights else []
+    wanted = _hub_weights(model) if weights else []
     try:
         return Path(
             snapshot_download(
@@ -108,9 +125,9 @@ def _from_hub(model: ModelSource, weights: bool) -> Path:
         raise not_given("model", model.source, error) from error
 
 
-def _hub_weights(model: ModelSource) -> str:
-    """Return the pattern of a hub model's weights, so that none are fetched in two formats."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
+def _hub_weights(model: ModelSource) -> list[str]:
+    """Return the files of a hub model's weights, so that none are fetched in two formats."""
+    from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
     try:
         # a list of files would be asked for again and again while the hub is out of reach
@@ -119,33 +136,40 @@ def _hub_weights(model: ModelSource) -> str:
     except Exception:  # noqa: BLE001 - what is in the cache may do; if not, the download says why
         cached = {
             name: try_to_load_from_cache(model.source, name, revision=model.revision)
-            for name in HUB_WEIGHTS
+            for name in ORDER
         }
         names = [name for name, place in cached.items() if isinstance(place, str)]
-    found = (pattern for name, pattern in HUB_WEIGHTS.items() if name in names)
-    return next(found, WEIGHTS)
+    name = preferred(names)
+    if name is None and names:
+        raise ConfigError(f"model '{model.source}' has no weights: {instead_of_weights(names)}")
+    if name is None or not name.endswith(".index.json"):
+        return [name] if name else []
+    try:
+        index = hf_hub_download(model.source, name, revision=model.revision)
+    except Exception as error:
+        raise not_given("model", model.source, error, name) from error
+    return sorted(set(read_index(Path(index)).values()))
 
 
 def _in_safetensors(folder: Path, source: str) -> Path:
     """Return the folder, or where its weights are pickled, its form in safetensors in the cache."""
-    if next(folder.glob(WEIGHTS), None) is not None:
+    weights = weight_files(folder)
+    if not weights.pickled:
         return folder
-    files = pickled_files(folder)
-    if not files:
-        raise ConfigError(
-            f"model '{source}' has no weights: looked for {WEIGHTS} and {PICKLED} in {folder}"
-        )
     name = source.rstrip("/").rpartition("/")[2]
 
     def convert(new: Path) -> None:
-        convert_pickled(files, new)
+        convert_pickled(weights.files, new)
         copy_descriptions(folder, new, (*DESCRIPTIONS, CODE))
 
-    return cached_folder(f"models/{name}-{fingerprint(folder, PICKLED)[:16]}", convert)
+    return cached_folder(f"models/{name}-{fingerprint(folder)[:16]}", convert)
 
 
 def _converted(gguf: Path, sha256: str | None) -> Path:
-    """Return the float16 safetensors form of a GGUF file, made once and kept in the cache."""
+    """Return the safetensors form of a GGUF file, made once and kept in the cache.
+
+    It is in float16, or in float32 where float16 cannot hold it.
+    """
     content = sha256_of(gguf)
     if sha256 and content != sha256:
         raise SourceError(f"{gguf} has sha256 {content}, the config asks for {sha256}")
@@ -161,6 +185,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
 
     from claq_exp.models.experts import fuse_experts, split_experts
     from claq_exp.models.skeleton import dense_parameter_shapes, tied_names
+    from claq_exp.models.stored_types import fits_float16
 
     place: dict[str, Any] = {
         "pretrained_model_name_or_path": str(gguf.parent),
@@ -180,13 +205,11 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         raise SourceError(f"{gguf}: transformers did not give dense weights of the expected shapes")
     fuse_experts(model)
     left_out = tied_names(model)
-    halves = {
-        name: tensor.to(torch.float16).contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in left_out
-    }
-    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
-    model.config.dtype = torch.float16
+    whole = {name: t for name, t in model.state_dict().items() if name not in left_out}
+    dtype = torch.float16 if fits_float16(whole.values()) else torch.float32
+    stored = {name: tensor.to(dtype).contiguous() for name, tensor in whole.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.dtype = dtype
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if model.generation_config is not None:

@@ -6,36 +6,18 @@ import json
 import pickle
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from claq_exp.errors import SourceError, first_line
+from claq_exp.sources.weight_files import PICKLED_INDEX, weight_files
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PICKLED = "pytorch_model*.bin"
-PICKLED_INDEX = "pytorch_model.bin.index.json"
 
-
-def pickled_files(folder: Path) -> list[Path]:
-    """Return the pickled weights files of a folder: those of its index, else all by name.
-
-    Raises SourceError when a file of the index is missing.
-    """
-    index = folder / PICKLED_INDEX
-    if not index.is_file():
-        return sorted(folder.glob(PICKLED))
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise SourceError(f"{index} names no files of weights: {first_line(error)}") from error
-    if missing := [name for name in names if not (folder / name).is_file()]:
-        raise SourceError(f"{index} names {missing[0]}, which is not there; fetch the model again")
-    return [folder / name for name in names]
-
-
-def convert_pickled(files: list[Path], target: Path) -> None:
+def convert_pickled(files: Sequence[Path], target: Path) -> None:
     """Write the tensors of pickled files as safetensors, file by file, with an index for several.
 
     No code of a pickle is run.  Raises SourceError for a file that holds anything but tensors.
@@ -62,7 +44,7 @@ def copy_descriptions(folder: Path, target: Path, patterns: tuple[str, ...]) -> 
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         if path.is_file() and path.name != PICKLED_INDEX:
             shutil.copyfile(path, target / path.name)
-    origin = {"pickled": [path.name for path in pickled_files(folder)]}
+    origin = {"pickled": [path.name for path in weight_files(folder).files]}
     (target / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 
 

@@ -44,7 +44,7 @@ def test_a_missing_tensor_is_refused_by_name(folder):
     tensors = load_file(path)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(SourceError, match=r"lacks 1 tensors.*layers\.1\.mlp\.up_proj"):
+    with pytest.raises(SourceError, match=r"lacks 1 tensor of.*layers\.1\.mlp\.up_proj"):
         load_model(folder, dtype="float32", device="cpu")
 
 
