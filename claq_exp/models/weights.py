@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, TensorSpan, read_header
@@ -147,7 +147,7 @@ def _converted(
     """Have transformers bring the tensors into the form of this release, on disk."""
     lacking = f"{folder} lacks {len(missing)} tensors of its model, e.g. {missing[0]}"
     try:
-        factory: Any = AutoModelForCausalLM
+        factory: Any = type(model)
         loaded, report = factory.from_pretrained(
             folder,
             device_map={"": "disk"},
