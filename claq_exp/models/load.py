@@ -14,12 +14,11 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from claq_exp.errors import ConfigError, SourceError, first_line
-from claq_exp.models.blocks import first_output
+from claq_exp.models.flow import check_flow
 from claq_exp.models.skeleton import read_generation_config, skeleton
 from claq_exp.models.stream import StreamedModel
 from claq_exp.models.weights import check_finite, stored_weights
 
-AHEAD = 0.05  # relative change of hidden states that is no rounding, be it of bfloat16
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -61,8 +60,8 @@ def open_model(
 
     Experts are split.  work: folder for what must be converted before it can be read.
     check: without, what needs a look at all weights is left out, for a model that was checked.
-    Raises ConfigError for a model that is already quantized or looks ahead, SourceError when a
-    tensor is missing, NumericalError for weights that are not finite.
+    Raises ConfigError for a model that is already quantized or cannot be run block by block,
+    SourceError when a tensor is missing, NumericalError for weights that are not finite.
     """
     config = load_config(folder, trust_remote_code=trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
@@ -73,21 +72,9 @@ def open_model(
     whole = skeleton(config, DTYPES[dtype])
     read_generation_config(whole, folder)
     model = StreamedModel(whole, weights, device, blocks_path)
-    if check and _looks_ahead(model):
-        raise ConfigError(
-            f"{folder} ({config.model_type}) is no causal language model: what it predicts after a "
-            "token changes with the tokens that follow; give a decoder"
-        )
+    if check:
+        check_flow(model, str(folder))
     return model
-
-
-def _looks_ahead(model: StreamedModel) -> bool:
-    """Tell whether a later token changes what is known of an earlier one, as in BERT."""
-    tokens = torch.tensor([[1, 2] + [later] * 6 for later in (1, 2)])
-    output = first_output(model, tokens)
-    hidden = output[0] if isinstance(output, tuple) else output
-    first, second = hidden[:, 1].float()
-    return bool((first - second).norm() > AHEAD * first.norm())
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:
