@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from claq_exp.calibration.overlap import shared_share
 from claq_exp.calibration.windows import DRAWS, Draw, begin_with
+from claq_exp.checkpoint.manifest import asking_for_code
 from claq_exp.config import DrawnText, ExperimentConfig, TaskConfig
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.tasks import check_tasks, local_file, task_content
@@ -21,8 +22,9 @@ from claq_exp.models.context import check_context, check_vocabulary, context_len
 from claq_exp.models.load import load_config, load_tokenizer, tokenize
 from claq_exp.quantize.number_formats.universal import codebook_file
 from claq_exp.sources.cache import sha256_of
+from claq_exp.sources.companions import CODE
 from claq_exp.sources.kept import code_of, kept_tensors
-from claq_exp.sources.model import CODE, fingerprint, model_folder
+from claq_exp.sources.model import fingerprint, model_folder
 from claq_exp.sources.text import read_documents, text_content, text_files
 
 NOT_READ = (  # fields of a text that its content or its draw stands for
@@ -96,6 +98,7 @@ def fetch(config: ExperimentConfig, note: Callable[[str], None] = lambda _: None
             inputs[f"{family}.books"] = Input(str(path), sha256_of(path), (path,))
     note(f"model {config.model.name}: {config.model.source}")
     folder = model_folder(config.model)
+    asking_for_code(folder)  # reads what the checkpoint will hold a copy of, and must be readable
     held = tuple(path for path in folder.iterdir() if path.is_file())
     inputs["model"] = Input(config.model.source, fingerprint(folder), held)
     return Fetched(folder, inputs)

@@ -337,6 +337,7 @@ class _Job:
             self.tokens.tokenizer,
             store.packed(),
             stored_dtype(self.model_config),
+            source=self.fetched.model,
             read=model.read,
             rounding=rounding,
         )

@@ -15,9 +15,9 @@ TOWERS = "AutoModelForMultimodalLM"  # text beside images, video or sound
 TEXT = "AutoModelForCausalLM"
 
 
-def runs_own_code(config: PretrainedConfig) -> bool:
-    """Tell whether a config's class came with the model; it was allowed when it was read."""
-    return type(config).__module__.startswith(CODE_PACKAGE)
+def runs_own_code(part: object) -> bool:
+    """Tell whether the class of a config or tokenizer came with the model; it was allowed then."""
+    return type(part).__module__.startswith(CODE_PACKAGE)
 
 
 def text_config(config: PretrainedConfig) -> PretrainedConfig:

@@ -10,6 +10,7 @@ from typing import Any
 
 from claq_exp.errors import ConfigError, SourceError
 from claq_exp.sources.cache import cached_folder, sha256_of
+from claq_exp.sources.companions import CODE, TEMPLATES, TERMS, TOKENIZER
 from claq_exp.sources.hub import not_given
 from claq_exp.sources.pickled import (
     PICKLED,
@@ -21,8 +22,7 @@ from claq_exp.sources.pickled import (
 from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
 
 WEIGHTS = "*.safetensors"
-DESCRIPTIONS = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
-CODE = "*.py"
+DESCRIPTIONS = ("*.json", "*.txt", *TOKENIZER, "*.codes", *TEMPLATES, "*.jinja", *TERMS)
 HUB_WEIGHTS = {  # file of a repository -> pattern of its weights, as transformers prefers them
     "model.safetensors": "model.safetensors",
     "model.safetensors.index.json": "model-*.safetensors",
@@ -83,7 +83,7 @@ def fingerprint(folder: Path, weights: str = WEIGHTS) -> str:
     digest = hashlib.sha256()
     patterns = (*DESCRIPTIONS, weights, CODE)
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-        digest.update(path.name.encode())
+        digest.update(path.relative_to(folder).as_posix().encode())
         stored_by_hash = path.is_symlink() and path.resolve().parent.name == "blobs"
         digest.update((path.resolve().name if stored_by_hash else sha256_of(path)).encode())
     return digest.hexdigest()
@@ -97,13 +97,9 @@ def weight_bytes(folder: Path) -> int:
 def _from_hub(model: ModelSource, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # only needed for hub models
 
-    wanted = [_hub_weights(model)] if weights else []
+    wanted = [*DESCRIPTIONS, CODE, *([_hub_weights(model)] if weights else [])]
     try:
-        return Path(
-            snapshot_download(
-                model.source, revision=model.revision, allow_patterns=[*DESCRIPTIONS, *wanted]
-            )
-        )
+        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=wanted))
     except Exception as error:
         raise not_given("model", model.source, error) from error
 
