@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from claq_exp.calibration.overlap import shared_share
 from claq_exp.calibration.windows import DRAWS, Draw, begin_with
+from claq_exp.checkpoint.manifest import asking_for_code
 from claq_exp.config import DrawnText, ExperimentConfig, TaskConfig
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.tasks import check_tasks, local_file, task_content
@@ -102,6 +103,7 @@ def fetch(config: ExperimentConfig, note: Callable[[str], None] = lambda _: None
             inputs[f"{family}.books"] = Input(str(path), sha256_of(path), (path,))
     note(f"model {config.model.name}: {config.model.source}")
     folder = model_folder(config.model)
+    asking_for_code(folder)  # reads what the checkpoint will hold a copy of, and must be readable
     held = {*description_files(folder), *weight_files(folder).files}
     inputs["model"] = Input(config.model.source, fingerprint(folder), tuple(sorted(held)))
     return Fetched(folder, inputs)

@@ -352,6 +352,7 @@ class _Job:
             self.tokens.tokenizer,
             store.packed(),
             stored_dtype(self.source.config),
+            source=self.fetched.model,
             read=model.read,
             rounding=rounding,
         )

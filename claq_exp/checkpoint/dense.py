@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from claq_exp.checkpoint.files import read_json, sync_folder
@@ -12,8 +11,9 @@ from claq_exp.checkpoint.shards import INDEX_FILE, SHARD_BYTES
 from claq_exp.errors import ConfigError
 from claq_exp.models.experts import fuse_experts
 from claq_exp.sources.cache import published
+from claq_exp.sources.companions import copy_file
 
-REWRITTEN = {"config.json", "generation_config.json", INDEX_FILE}  # the model itself saves these
+REWRITTEN = {"config.json", INDEX_FILE}  # the model itself saves these
 
 
 def write_dense(
@@ -26,6 +26,7 @@ def write_dense(
 ) -> None:
     """Dequantize a checkpoint into a plain Hugging Face folder, published by rename.
 
+    Tokenizer, processors, chat templates and the like come along byte by byte.
     dtype: of all weights.  trust_remote_code: as in `load_model`.  Raises ConfigError when `target`
     exists or `folder` is no checkpoint, CheckpointError for a damaged one.
     """
@@ -39,6 +40,6 @@ def write_dense(
             path.chmod(0o644)  # as in `save_tensors`
         for name in read_json(folder / MANIFEST)["files"]:
             if name not in REWRITTEN and not name.endswith(".safetensors"):
-                shutil.copyfile(folder / name, new / name)
+                copy_file(folder / name, new / name)
         sync_folder(new)
     sync_folder(target.parent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from claq_exp.checkpoint.files import read_json, write_json
 from claq_exp.checkpoint.shards import TensorSpan, read_spans
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.sources.cache import sha256_of
+from claq_exp.sources.companions import PROCESSORS, TEMPLATES, TERMS
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22  # bytes read at a time
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # can hold code
-DESCRIPTIONS = ("config.json", "tokenizer_config.json")  # where auto_map can stand
+DESCRIPTIONS = ("config.json", "tokenizer_config.json", *PROCESSORS)  # where auto_map can stand
 
 
 def write_manifest(folder: Path) -> None:
@@ -34,7 +36,7 @@ def check_manifest(folder: Path) -> None:
     """Raise CheckpointError unless every listed file and tensor is there, whole and unchanged.
 
     Goes over the bytes once.  A tensor that was hit is named; so is a file that is not listed,
-    unless it is hidden, a `*.md` or a licence.
+    unless it is hidden, a `*.md` or terms of use.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -52,7 +54,7 @@ def check_manifest(folder: Path) -> None:
     if absent := sorted(set(files) - present):
         raise CheckpointError(f"{folder} lacks the file '{absent[0]}' of its manifest")
     for name in sorted(present - set(files) - {MANIFEST}):
-        if not name.endswith(".md") and not name.startswith("LICENSE"):
+        if not any(fnmatchcase(name, pattern) for pattern in ("*.md", *TERMS)):
             raise CheckpointError(f"{folder / name} is not in the manifest; take it out")
     shards = read_spans(folder)
     found: dict[str, dict[str, Any]] = {}
@@ -62,6 +64,15 @@ def check_manifest(folder: Path) -> None:
         found.update(_check_file(folder / name, facts, shards.get(name, {}), tensors))
     if found != tensors:
         raise CheckpointError(f"{path} lists other tensors than the weights hold")
+
+
+def asking_for_code(folder: Path) -> list[str]:
+    """Return the names of the descriptions of a folder that have an `auto_map`."""
+    return [
+        name
+        for name in DESCRIPTIONS
+        if (folder / name).is_file() and "auto_map" in read_json(folder / name)
+    ]
 
 
 def check_harmless(folder: Path, *, trust_remote_code: bool) -> None:
@@ -76,11 +87,7 @@ def check_harmless(folder: Path, *, trust_remote_code: bool) -> None:
     if trust_remote_code:
         return
     asks = [name for name in sorted(_present(folder)) if name.endswith(".py")]
-    asks += [
-        name
-        for name in DESCRIPTIONS
-        if (folder / name).is_file() and "auto_map" in read_json(folder / name)
-    ]
+    asks += asking_for_code(folder)
     if asks:
         raise ConfigError(
             f"{folder} asks to run code of its own ({asks[0]}); set model.trust_remote_code=true "
@@ -128,7 +135,10 @@ def _hash(path: Path, spans: dict[str, TensorSpan]) -> tuple[str, dict[str, str]
 
 
 def _present(folder: Path) -> set[str]:
-    """Return the names of the files of a folder, hidden ones left out."""
+    """Return the names of the files of a folder and of its chat templates, without hidden ones."""
+    inside = {path for pattern in ("*", *TEMPLATES) for path in folder.glob(pattern)}
     return {
-        path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
+        path.relative_to(folder).as_posix()
+        for path in inside
+        if path.is_file() and not path.name.startswith(".")
     }

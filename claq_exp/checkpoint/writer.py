@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from claq_exp.checkpoint.files import read_json, sync_folder, write_json
-from claq_exp.checkpoint.manifest import check_manifest, write_manifest
+from claq_exp.checkpoint.manifest import asking_for_code, check_manifest, write_manifest
 from claq_exp.checkpoint.shards import (
     INDEX_FILE,
     SHARD_BYTES,
@@ -23,9 +23,11 @@ from claq_exp.checkpoint.shards import (
 )
 from claq_exp.errors import CheckpointError
 from claq_exp.models.skeleton import tied_names
+from claq_exp.models.towers import runs_own_code
 from claq_exp.quantize.activation.rounding import Rounding
 from claq_exp.quantize.layout import STORED_DTYPES, Ledger, WeightLayout
 from claq_exp.sources.cache import published
+from claq_exp.sources.companions import GENERATION, Companions
 from claq_exp.sources.weight_files import NAMED
 
 if TYPE_CHECKING:
@@ -70,13 +72,14 @@ class Sizes:
     model: float
 
 
-def write_checkpoint(
+def write_checkpoint(  # noqa: PLR0913 - every one has a default, but what is written
     target: Path,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     packed: Mapping[str, PackedWeight],
     dtype: torch.dtype,
     *,
+    source: Path | None = None,
     read: Callable[[str], Tensor] | None = None,
     rounding: Rounding | None = None,
     shard_bytes: int = SHARD_BYTES,
@@ -84,7 +87,11 @@ def write_checkpoint(
     """Write a checkpoint (docs/format.md) and publish it by rename.
 
     packed: name of the linear layer -> its packed weight.  dtype: of the tensors that stay
-    unquantized.  read: returns a parameter of the model by name, for those on the meta device.
+    unquantized.
+    source: folder of the original, whose tokenizer files, settings of processors and of generation,
+    chat templates and licence come along byte by byte (`Companions`); what it lacks, the tokenizer
+    and the model write.
+    read: returns a parameter of the model by name, for those on the meta device.
     rounding: of the inputs of the packed layers.
     shard_bytes: of tensors in one file; those of one matrix stay together.
     Raises CheckpointError when `target` exists.
@@ -96,11 +103,7 @@ def write_checkpoint(
         layouts = {name: weight.layout for name, weight in packed.items()}
         config = checkpoint_config(model, layouts, dtype, rounding)
         config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for owner, name in ((config, "config.json"), (tokenizer, "tokenizer_config.json")):
-            _forget_unused_code(owner, folder / name)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(folder)
+        _write_companions(folder, model, tokenizer, source)
         write_manifest(folder)
         sync_folder(folder)
     check_manifest(target)
@@ -174,12 +177,36 @@ def _read_one(read: Callable[[str], Tensor], name: str) -> dict[str, Tensor]:
     return {name: read(name)}
 
 
-def _forget_unused_code(owner: object, path: Path) -> None:
-    """Drop `auto_map`, which asks for code, where the class of the library itself was in use."""
-    if path.is_file() and not type(owner).__module__.startswith("transformers_modules"):
-        data = read_json(path)
-        if data.pop("auto_map", None) is not None:
-            write_json(path, data)
+def _write_companions(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: Path | None,
+) -> None:
+    """Write what belongs to a model beside config and weights: the source's, where it has it."""
+    vocabulary = tuple(getattr(tokenizer, "vocab_files_names", {}).values())
+    companions = None if source is None else Companions(source, vocabulary)
+    files = [] if companions is None else [*companions.tokenizer(), *companions.others()]
+    if companions is None or not companions.tokenizer():
+        tokenizer.save_pretrained(folder)
+    if model.generation_config is not None and Path(GENERATION) not in files:
+        model.generation_config.save_pretrained(folder)
+    if companions is not None:
+        companions.copy(files, folder)
+    own_code = {"config.json": model.config, "tokenizer_config.json": tokenizer}
+    remote = [name for name, owner in own_code.items() if runs_own_code(owner)]
+    for name in asking_for_code(folder):
+        if not remote or (name in own_code and name not in remote):
+            _forget_code(folder / name)
+    if companions is not None and asking_for_code(folder):
+        companions.copy(companions.code(), folder)
+
+
+def _forget_code(path: Path) -> None:
+    """Drop `auto_map`, which asks for code, where no such code was in use."""
+    data = read_json(path)
+    del data["auto_map"]
+    write_json(path, data)
 
 
 def unquantized_state(

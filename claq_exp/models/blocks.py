@@ -60,7 +60,7 @@ def block_arguments(model: BlockedModel, batches: list[Tensor]) -> list[BlockInp
                 _recorder(noted, size, index == len(inputs) - 1, wrap)
                 for index, noted in enumerate(inputs)
             ]
-            with suppress(StopForward), _replaced(model.blocks, recorders):
+            with suppress(StopForward), replaced(model.blocks, recorders):
                 whole(batch.to(model.device), use_cache=False)
     return inputs
 
@@ -92,7 +92,7 @@ def entering_hidden(model: BlockedModel, batches: list[Tensor]) -> Iterator[Tens
 
     with model.outside(head=False) as whole:
         for batch in batches:
-            with suppress(StopForward), _replaced(model.blocks, [note] * len(model.blocks)):
+            with suppress(StopForward), replaced(model.blocks, [note] * len(model.blocks)):
                 whole(batch.to(model.device), use_cache=False)
             yield found.pop()
 
@@ -109,7 +109,7 @@ def first_output(model: BlockedModel, tokens: Tensor) -> Any:
             raise StopForward
 
         others = [run] * len(model.blocks)
-        with suppress(StopForward), _replaced(model.blocks, others):
+        with suppress(StopForward), replaced(model.blocks, others):
             whole(tokens.to(model.device), use_cache=False)
     return outputs[0]
 
@@ -127,13 +127,13 @@ def finish(model: BlockedModel, batches: list[Tensor], hidden: Iterable[Tensor])
     with model.outside(head=True) as whole:
         for batch, states in zip(batches, hidden, strict=True):
             done = [lambda *_, states=states, **__: wrap(states)] * len(model.blocks)
-            with _replaced(model.blocks, done):
+            with replaced(model.blocks, done):
                 output = whole(batch.to(model.device), use_cache=False)
             yield output
 
 
 @contextmanager
-def _replaced(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
+def replaced(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
     """Have other functions compute the blocks, as long as this is open."""
     for block, forward in zip(blocks, forwards, strict=True):
         block.forward = forward

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from claq_exp.errors import ConfigError
+from claq_exp.models.towers import text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -25,7 +26,8 @@ def bos_rule(wanted: str, config: PretrainedConfig) -> str:
     """
     if wanted != AUTO:
         return wanted
-    return WINDOW if "gemma" in config.model_type else TEXT
+    kinds = (config.model_type, text_config(config).model_type)
+    return WINDOW if any("gemma" in kind for kind in kinds) else TEXT
 
 
 def bos_token(rule: str, tokenizer: Tokenizer, where: str) -> int | None:

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from claq_exp.errors import ConfigError, SourceError
 from claq_exp.models.blocks import BlockInputs, run_block, watched
 from claq_exp.models.experts import expert_lists, place_among_experts, router_weights
+from claq_exp.models.towers import text_tower
 
 LINEAR = (nn.Linear, Conv1D)
 
@@ -29,8 +30,9 @@ Stage = tuple[LinearGroup, ...]
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
     """Return (name, modules) of the decoder blocks.
 
-    path: name of the list, for models where the rule (the list whose blocks hold most weights in
-    linear layers) finds the wrong one.  Raises ConfigError that says what was looked for.
+    path: name of the list, for models where the rule (the list of the text tower whose blocks hold
+    most weights in linear layers) finds the wrong one.  Raises ConfigError that says what was
+    looked for.
     """
     lists = {
         name: module
@@ -44,13 +46,16 @@ def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.Modu
                 f"{', '.join(lists) or 'none'}"
             )
         return path, lists[path]
-    if not lists:
+    tower, within = text_tower(model)
+    own = {name: held for name, held in lists.items() if not tower or name.startswith(f"{tower}.")}
+    if not own:
+        beside = f"; outside of the text tower {tower} there are {', '.join(lists)}"
         raise ConfigError(
-            f"no decoder blocks found in {type(model).__name__}: looked for an nn.ModuleList "
-            "with linear layers; name it with model.blocks"
+            f"no decoder blocks found in {type(within).__name__}: looked for an nn.ModuleList "
+            f"with linear layers; name it with model.blocks{beside if lists else ''}"
         )
-    name = max(lists, key=lambda key: _linear_weights(lists[key]))
-    return name, lists[name]
+    name = max(own, key=lambda key: _linear_weights(own[key]))
+    return name, own[name]
 
 
 def linears_of(block: nn.Module) -> dict[str, nn.Module]:

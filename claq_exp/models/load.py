@@ -16,16 +16,15 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from claq_exp.errors import ConfigError, SourceError, first_line
-from claq_exp.models.blocks import first_output
 from claq_exp.models.discover import LINEAR
 from claq_exp.models.experts import router_weights
+from claq_exp.models.flow import check_flow
 from claq_exp.models.original import Original, look, weights_of
 from claq_exp.models.skeleton import read_generation_config, skeleton
 from claq_exp.models.stored_types import check_held
 from claq_exp.models.stream import StreamedModel
 from claq_exp.models.weights import StoredWeights
 
-AHEAD = 0.05  # relative change of hidden states that is no rounding, be it of bfloat16
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -77,9 +76,9 @@ def open_model(
     Experts are split.  work: folder for what must be converted before it can be read.
     check: without, what needs a look at all weights is left out, for a model that was checked.
     found: called with what is known of the model when its weights are found and checked.
-    Raises ConfigError for a model that is already quantized or looks ahead, SourceError when a
-    tensor is missing, NumericalError for weights that are not finite, or that their type in
-    forward passes or in the checkpoint cannot hold.
+    Raises ConfigError for a model that is already quantized or cannot be run block by block,
+    SourceError when a tensor is missing, NumericalError for weights that are not finite, or that
+    their type in forward passes or in the checkpoint cannot hold.
     """
     original = look_at(folder, trust_remote_code=trust_remote_code)
     original, weights = weights_of(original, work, trust_remote_code=trust_remote_code)
@@ -89,11 +88,8 @@ def open_model(
     if check:
         original = replace(original, too_small=_check_numbers(model, weights, original, dtype))
     found(original)
-    if check and _looks_ahead(model):
-        raise ConfigError(
-            f"{folder} ({original.config.model_type}) is no causal language model: what it "
-            "predicts after a token changes with the tokens that follow; give a decoder"
-        )
+    if check:
+        check_flow(model, str(folder))
     return model
 
 
@@ -113,7 +109,6 @@ def _check_numbers(
     }
     kept = model.model.state_dict().keys() - packed
     wider = "rescale the weights" if dtype == "float32" else "set model.dtype=float32"
-    wider = "rescale the weights" if dtype == "float32" else "set model.dtype=float32"
     run_in = (DTYPES[dtype], f"which model.dtype={dtype} asks for; {wider}")
     pack_in = (torch.float16, "in which levels and outliers are stored; rescale the weights")
     too_small = []
@@ -128,15 +123,6 @@ def _check_numbers(
         if check_held(name, weight, (run_in, keep_in if name in kept else pack_in)):
             too_small.append(name)
     return tuple(too_small)
-
-
-def _looks_ahead(model: StreamedModel) -> bool:
-    """Tell whether a later token changes what is known of an earlier one, as in BERT."""
-    tokens = torch.tensor([[1, 2] + [later] * 6 for later in (1, 2)])
-    output = first_output(model, tokens)
-    hidden = output[0] if isinstance(output, tuple) else output
-    first, second = hidden[:, 1].float()
-    return bool((first - second).norm() > AHEAD * first.norm())
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Tokenizer:

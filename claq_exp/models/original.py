@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from claq_exp.checkpoint.shards import TensorSpan
 from claq_exp.errors import SourceError, first_line
@@ -217,7 +217,7 @@ def _converted(
     folder = original.folder
     lacking = f"{folder} lacks {len(missing)} tensors of its model, e.g. {missing[0]}"
     try:
-        factory: Any = AutoModelForCausalLM
+        factory: Any = type(model)
         loaded, report = factory.from_pretrained(
             folder,
             config=copy.deepcopy(original.config),

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from claq_exp.errors import ConfigError, SourceError, first_line
+from claq_exp.errors import SourceError, first_line
 from claq_exp.models.experts import split_experts
+from claq_exp.models.towers import model_factory, runs_own_code, text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -22,28 +23,23 @@ LARGEST = 1 << 26  # entries of a vocabulary, positions, width of a layer
 def skeleton(
     config: PretrainedConfig, dtype: torch.dtype | None = None, *, split: bool = True
 ) -> PreTrainedModel:
-    """Build the causal language model of a config with its parameters on the meta device.
+    """Build the language model of a config with its parameters on the meta device.
 
     Buffers, which are computed and not read, are there.  dtype: of the parameters, None for the
     config's.  split: take experts apart.  Raises ConfigError for any other kind of model,
     SourceError for a config that makes none.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
-    remote = type(config).__module__.startswith("transformers_modules")  # allowed when it was read
+    factory, remote = model_factory(config), runs_own_code(config)
     options = {} if dtype is None else {"dtype": dtype}
     _check_counts(config)
     try:
         with init_empty_weights():
             own = copy.deepcopy(config)  # it is given the dtype
-            model = AutoModelForCausalLM.from_config(own, trust_remote_code=remote, **options)
+            model: PreTrainedModel = factory.from_config(own, trust_remote_code=remote, **options)
     except Exception as error:
         name = config.name_or_path or "the model"
-        if type(config) not in AutoModelForCausalLM._model_mapping and not remote:
-            raise ConfigError(
-                f"{name} ({config.model_type}) is no causal language model"
-            ) from error
         raise SourceError(f"{name}: its config makes no model: {first_line(error)}") from error
     if split:
         split_experts(model)
@@ -56,7 +52,7 @@ def _check_counts(config: PretrainedConfig) -> None:
         "layers": MOST_LAYERS,
         **dict.fromkeys(("size", "dim", "heads", "embeddings"), LARGEST),
     }
-    for key, value in config.get_text_config().to_dict().items():
+    for key, value in text_config(config).to_dict().items():
         most = counts.get(key.rpartition("_")[2])
         if most is not None and isinstance(value, int) and value > most:
             name = config.name_or_path or "the model"

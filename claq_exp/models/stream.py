@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from claq_exp.models.discover import find_blocks
 from claq_exp.models.skeleton import tied_names
+from claq_exp.models.towers import other_towers
 from claq_exp.models.weights import Weights
 
 
@@ -95,11 +96,14 @@ class StreamedModel:
     def outside(self, *, head: bool) -> Iterator[PreTrainedModel]:
         """Have the weights outside of the blocks in memory; without `head`, none behind them.
 
-        Of the table of token embeddings only the rows are read that are looked up.
+        Of the table of token embeddings only the rows are read that are looked up; of towers for
+        images and sound nothing but the model's first parameter, which it asks for its device.
         """
         table = self.model.get_input_embeddings()
         last = self.model.get_output_embeddings()
-        left_out = {*self.blocks.modules(), table, *(() if head else (last,))}
+        towers = {module for tower in other_towers(self.model) for module in tower.modules()}
+        towers.discard(next(module for module in self.model.modules() if _has_own(module)))
+        left_out = {*towers, *self.blocks.modules(), table, *(() if head else (last,))}
         modules = {n: m for n, m in self.model.named_modules() if m not in left_out}
         with self._filled(modules), self._looked_up(table):
             yield self.model
@@ -160,6 +164,10 @@ class StreamedModel:
             del table.forward
             table.padding_idx = padding
             table.weight = empty
+
+
+def _has_own(module: nn.Module) -> bool:
+    return next(module.parameters(recurse=False), None) is not None
 
 
 def _parameters(

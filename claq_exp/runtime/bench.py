@@ -184,7 +184,8 @@ def _by_form(layers: Mapping[str, QuantizedLinear]) -> dict[str, list[QuantizedL
 
 @torch.inference_mode()
 def _generation_seconds(model: Any) -> float:
-    prompt = torch.arange(PROMPT, device=model.device)[None] % model.config.vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
+    prompt = torch.arange(PROMPT, device=model.device)[None] % vocabulary
     started = time.perf_counter()
     model.generate(
         prompt,

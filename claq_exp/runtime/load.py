@@ -52,9 +52,9 @@ def load_checkpoint(
     if kernel not in (AUTO, *KERNEL):
         raise ConfigError(one_of("kernel", kernel, [AUTO, DENSE, *KERNEL]))
     layouts = check_checkpoint(folder, trust_remote_code=trust_remote_code)
-    check_model(folder, layouts, trust_remote_code=trust_remote_code)
+    empty = check_model(folder, layouts, trust_remote_code=trust_remote_code)
     check_dtype(folder, layouts, dtype)
-    model = _from_pretrained(folder, dtype, device_map, trust_remote_code)
+    model = _from_pretrained(type(empty), folder, dtype, device_map, trust_remote_code)
     layers = quantized_linears(model)
     if set(layers) != set(layouts):
         raise CheckpointError(f"{folder} did not load as packed; its config.json does not fit")
@@ -69,13 +69,10 @@ def load_checkpoint(
 
 
 def _from_pretrained(
-    folder: Path, dtype: str, device_map: str | None, trust_remote_code: bool
+    factory: Any, folder: Path, dtype: str, device_map: str | None, trust_remote_code: bool
 ) -> Any:
-    from transformers import AutoModelForCausalLM
-
     from claq_exp.models.load import DTYPES
 
-    factory: Any = AutoModelForCausalLM
     try:
         model, report = factory.from_pretrained(
             folder,

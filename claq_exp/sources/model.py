@@ -11,6 +11,7 @@ from typing import Any
 
 from claq_exp.errors import ConfigError, SourceError
 from claq_exp.sources.cache import cached_folder, sha256_of
+from claq_exp.sources.companions import CODE, TEMPLATES, TERMS, TOKENIZER
 from claq_exp.sources.hub import not_given
 from claq_exp.sources.pickled import convert_pickled, copy_descriptions
 from claq_exp.sources.weight_files import (
@@ -24,8 +25,7 @@ from claq_exp.sources.weight_files import (
 )
 from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
 
-DESCRIPTIONS = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
-CODE = "*.py"
+DESCRIPTIONS = ("*.json", "*.txt", *TOKENIZER, "*.codes", *TEMPLATES, "*.jinja", *TERMS)
 
 
 @dataclass
@@ -114,13 +114,9 @@ def weight_bytes(folder: Path) -> int:
 def _from_hub(model: ModelSource, weights: bool) -> Path:
     from huggingface_hub import snapshot_download  # only needed for hub models
 
-    wanted = _hub_weights(model) if weights else []
+    wanted = [*DESCRIPTIONS, CODE, *(_hub_weights(model) if weights else [])]
     try:
-        return Path(
-            snapshot_download(
-                model.source, revision=model.revision, allow_patterns=[*DESCRIPTIONS, *wanted]
-            )
-        )
+        return Path(snapshot_download(model.source, revision=model.revision, allow_patterns=wanted))
     except Exception as error:
         raise not_given("model", model.source, error) from error
 

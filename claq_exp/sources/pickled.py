@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from claq_exp.errors import SourceError, first_line
+from claq_exp.sources.companions import copy_file
 from claq_exp.sources.weight_files import PICKLED_INDEX, weight_files
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def copy_descriptions(folder: Path, target: Path, patterns: tuple[str, ...]) -> 
     """Copy configuration and tokenizer, and note where the weights come from."""
     for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
         if path.is_file() and path.name != PICKLED_INDEX:
-            shutil.copyfile(path, target / path.name)
+            copy_file(path, target / path.relative_to(folder))
     origin = {"pickled": [path.name for path in weight_files(folder).files]}
     (target / "origin.json").write_text(json.dumps(origin, indent=2) + "\n", encoding="utf-8")
 

@@ -216,7 +216,7 @@ def test_dequantize_leaves_nothing_when_it_fails(checkpoint, tmp_path, monkeypat
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "tokenizer.json")
 
-    monkeypatch.setattr("claq_exp.checkpoint.dense.shutil.copyfile", full)
+    monkeypatch.setattr("claq_exp.checkpoint.dense.copy_file", full)
     assert main(["dequantize", str(checkpoint), str(tmp_path / "dense")]) == RUN
     assert "No space left" in complaint(capfd)
     assert list(tmp_path.iterdir()) == []
