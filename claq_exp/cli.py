@@ -153,8 +153,7 @@ def _run(overrides: list[str], ranks: Ranks | None) -> int:
 def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> None:
     """Run one experiment and print its table."""
     from claq_exp.distributed import ALONE
-    from claq_exp.fallbacks import fallback_notes
-    from claq_exp.reporting.tables import overlap_notes, result_table
+    from claq_exp.reporting.tables import result_notes, result_table
     from claq_exp.runner import run
 
     note = Console(stderr=True)
@@ -170,8 +169,7 @@ def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> Non
     console.print(result_table(outcome.results))
     if config.model.remark:
         console.print(f"Note: {config.model.remark}.", highlight=False)
-    told = fallback_notes(outcome.results.get("fallbacks", {}))
-    for line in (*overlap_notes(outcome.results), *told, *outcome.notes):
+    for line in (*result_notes(outcome.results), *outcome.notes):
         console.print(f"Note: {line}", highlight=False, markup=False, soft_wrap=True)
     for name in ("results.json", "layers.csv", "layers.png", "checkpoint"):
         console.print(f"{outcome.folder / name}", highlight=False, markup=False, soft_wrap=True)
