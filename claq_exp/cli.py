@@ -203,14 +203,17 @@ def _report(arguments: list[str]) -> int:
 def _evaluate(overrides: list[str]) -> int:
     from claq_exp.compose import compose_config
     from claq_exp.evaluate import evaluate_checkpoint
-    from claq_exp.reporting.tables import result_table
+    from claq_exp.reporting.tables import result_notes, result_table
 
-    results, path = evaluate_checkpoint(
-        compose_config(overrides), _command(["evaluate", *overrides])
+    named = any(word.startswith(("model=", "model.source=")) for word in overrides)
+    found = evaluate_checkpoint(
+        compose_config(overrides), _command(["evaluate", *overrides]), named=named
     )
     console = Console()
-    console.print(result_table(results))
-    console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+    console.print(result_table(found.results))
+    for line in (*result_notes(found.results), *found.notes):
+        console.print(f"Note: {line}", highlight=False, markup=False, soft_wrap=True)
+    console.print(str(found.path), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
