@@ -153,9 +153,7 @@ def _run(overrides: list[str], ranks: Ranks | None) -> int:
 def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> None:
     """Run one experiment and print its table."""
     from claq_exp.distributed import ALONE
-    from claq_exp.fallbacks import fallback_notes
-    from claq_exp.models.original import source_notes
-    from claq_exp.reporting.tables import overlap_notes, result_table
+    from claq_exp.reporting.tables import result_notes, result_table
     from claq_exp.runner import run
 
     note = Console(stderr=True)
@@ -171,9 +169,7 @@ def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> Non
     console.print(result_table(outcome.results))
     if config.model.remark:
         console.print(f"Note: {config.model.remark}.", highlight=False)
-    told = source_notes(outcome.results.get("source", {}))
-    told += fallback_notes(outcome.results.get("fallbacks", {}))
-    _print_notes(console, [*overlap_notes(outcome.results), *told, *outcome.notes])
+    _print_notes(console, [*result_notes(outcome.results), *outcome.notes])
     for name in ("results.json", "layers.csv", "layers.png", "checkpoint"):
         console.print(f"{outcome.folder / name}", highlight=False, markup=False, soft_wrap=True)
 
@@ -213,14 +209,17 @@ def _report(arguments: list[str]) -> int:
 def _evaluate(overrides: list[str]) -> int:
     from claq_exp.compose import compose_config
     from claq_exp.evaluate import evaluate_checkpoint
-    from claq_exp.reporting.tables import result_table
+    from claq_exp.reporting.tables import result_notes, result_table
 
-    results, path = evaluate_checkpoint(
-        compose_config(overrides), _command(["evaluate", *overrides])
+    named = any(word.startswith(("model=", "model.source=")) for word in overrides)
+    found = evaluate_checkpoint(
+        compose_config(overrides), _command(["evaluate", *overrides]), named=named
     )
     console = Console()
-    console.print(result_table(results))
-    console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+    console.print(result_table(found.results))
+    for line in (*result_notes(found.results), *found.notes):
+        console.print(f"Note: {line}", highlight=False, markup=False, soft_wrap=True)
+    console.print(str(found.path), highlight=False, markup=False, soft_wrap=True)
     return 0
 
 

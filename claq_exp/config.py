@@ -241,6 +241,7 @@ class ExperimentConfig:
     outputs: folder of all runs, relative to the working directory.
     resume: auto (continue or start), required (never start over), never (start over).
     checkpoint: an existing checkpoint, for `claq-exp evaluate` and `claq-exp bench runtime`.
+    original: `claq-exp evaluate` measures the original too, where it is known.
     """
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig("unset"))
@@ -265,6 +266,7 @@ class ExperimentConfig:
     outputs: str = "outputs"
     resume: str = "auto"
     checkpoint: str | None = None
+    original: bool = True
 
     def __post_init__(self) -> None:
         _check_name("name", self.name)

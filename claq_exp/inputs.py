@@ -32,6 +32,7 @@ from claq_exp.sources.model import (
 from claq_exp.sources.text import read_documents, text_content, text_files
 from claq_exp.sources.weight_files import weight_files
 
+TASK = "zero_shot."
 NOT_READ = (  # fields of a text that its content or its draw stands for
     *("source", "path", "sha256", "revision", "files"),
     *("windows", "seqlen", "batch_size", "seed", "bos"),
@@ -71,6 +72,15 @@ class Fetched:
         """A hash of the content of each input."""
         return {key: found.content for key, found in self.inputs.items()}
 
+    @property
+    def tasks(self) -> dict[str, str]:
+        """Task -> a hash of all that defines its score."""
+        return {
+            key.removeprefix(TASK): found.content
+            for key, found in self.inputs.items()
+            if key.startswith(TASK)
+        }
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -97,7 +107,7 @@ def fetch(config: ExperimentConfig, note: Callable[[str], None] = lambda _: None
         inputs[f"corpora.{name}"] = _text_input(corpus)
     for name, task in tasks.items():
         note(f"task {name}: {task.data or 'the hub'}")
-        inputs[f"zero_shot.{name}"] = _task_input(name, task)
+        inputs[f"{TASK}{name}"] = _task_input(name, task)
     for family in ("codebook", "activation"):
         if path := codebook_file(getattr(config, family).get("books")):
             inputs[f"{family}.books"] = Input(str(path), sha256_of(path), (path,))

@@ -8,19 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from claq_exp.checkpoint.reader import open_checkpoint, read_rounding
 from claq_exp.config import ExperimentConfig
 from claq_exp.evaluation.divergence import Comparison, LogitStore
 from claq_exp.evaluation.measure import Measurement, Meter
+from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore, code_content
-from claq_exp.inputs import Fetched, Tokens
 from claq_exp.machine import device_name, versions
 from claq_exp.models.stream import StreamedModel
 from claq_exp.quantize.layout import WeightLayout
-from claq_exp.run_folder import RunFolder
 from claq_exp.runtime.load import load_checkpoint
 from claq_exp.sources.cache import cache_folder
 from claq_exp.sources.model import fingerprint
@@ -71,16 +70,22 @@ def activation_bits(folder: Path, layouts: Mapping[str, WeightLayout]) -> float 
 
 @dataclass(frozen=True)
 class Bench:
-    """One run's measurements; what was measured of a model before is found and not repeated.
+    """Measurements of a checkpoint and of its original.
 
+    What was measured of a model before is found and not repeated.
+    checkpoint: its folder.  work: folder for what is only needed until the end.
+    model: hash of the original's files.  tasks: task -> hash of all that defines its score.
     vocabulary: logits of a token.  streams: models are read block by block.
     on_event: called with a kind of event and its data.  on_share: with (share of the work, what).
     """
 
     config: ExperimentConfig
-    folder: RunFolder
-    fetched: Fetched
-    tokens: Tokens
+    checkpoint: Path
+    work: Path
+    model: str
+    tasks: Mapping[str, str]
+    tokenizer: PreTrainedTokenizerBase
+    corpora: Mapping[str, Corpus]
     device: str
     vocabulary: int
     streams: bool
@@ -90,24 +95,32 @@ class Bench:
     def original_logits(self) -> LogitStore:
         """Return where the original's logits are kept for the comparison with the checkpoint's."""
         wanted = self.config.evaluation.kl_windows
-        counts = {name: len(corpus.windows) for name, corpus in self.tokens.corpora.items()}
+        counts = {name: len(corpus.windows) for name, corpus in self.corpora.items()}
         if wanted is not None:
             counts = {name: min(wanted, count) for name, count in counts.items()}
-        return LogitStore(self.folder.work, counts)
+        return LogitStore(self.work, counts)
 
-    def original(self, model: StreamedModel, load: Callable[[], PreTrainedModel]) -> Measurement:
+    def measure_original(
+        self, model: StreamedModel, load: Callable[[], PreTrainedModel]
+    ) -> Measurement:
         """Measure the original, and keep its logits.  load: brings it into memory."""
         logits = self.original_logits()
         wanted = {} if logits.complete() else logits.windows
-        store = self._scores(cache_folder() / "originals", self.fetched.contents["model"])
+        store = self._scores(cache_folder() / "originals", self.model)
         subject = Subject("original", self.device, load, (lambda: model) if self.streams else None)
         return self._measure(subject, store, wanted, logits.record)
 
-    def checkpoint(self, comparison: Comparison) -> Measurement:
-        """Measure the checkpoint as it is on disk, and compare its logits."""
-        folder = self.folder.checkpoint
-        subject = checkpoint_subject(self.config, folder, self.device, streams=self.streams)
-        store = self._scores(self.folder.work / "scores", fingerprint(folder))
+    def measure_checkpoint(self, comparison: Comparison | None) -> Measurement:
+        """Measure the checkpoint as it is on disk.
+
+        comparison: what compares its logits with the original's; None where there are none.
+        """
+        subject = checkpoint_subject(
+            self.config, self.checkpoint, self.device, streams=self.streams
+        )
+        store = self._scores(self.work / "scores", fingerprint(self.checkpoint))
+        if comparison is None:
+            return self._measure(subject, store, {}, lambda _corpus, _window, _logits: None)
         return self._measure(subject, store, self.original_logits().windows, comparison.add)
 
     def _scores(self, folder: Path, model: str) -> ScoreStore:
@@ -122,20 +135,19 @@ class Bench:
         logit_windows: dict[str, int],
         on_logits: Callable[[str, int, Tensor], None],
     ) -> Measurement:
-        contents = self.fetched.contents
-        tasks = {name: contents[f"zero_shot.{name}"] for name in self.config.evaluation.zero_shot}
         meter = Meter(
             subject,
             self.vocabulary,
-            self.tokens.tokenizer,
+            self.tokenizer,
             self.device,
             store,
-            tasks,
+            self.tasks,
             logit_windows,
+            strict=self.config.strict,
             on_value=lambda kind, name, value: self.on_event(
                 kind, dataset=name, model=subject.name, value=value
             ),
             on_share=self.on_share,
             on_logits=on_logits,
         )
-        return meter.measure(self.tokens.corpora, self.config.evaluation)
+        return meter.measure(self.corpora, self.config.evaluation)

@@ -24,6 +24,7 @@ NEUTRAL = (
     "outputs",
     "resume",
     "checkpoint",
+    "original",
     "threads",
     "device_map",
     "stream",

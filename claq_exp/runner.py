@@ -24,6 +24,7 @@ from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.config import ExperimentConfig
 from claq_exp.distributed import ALONE, Ranks
 from claq_exp.errors import CheckpointError
+from claq_exp.evaluation.caveats import tell_caveats
 from claq_exp.evaluation.divergence import Comparison
 from claq_exp.evaluation.measure import Measurement
 from claq_exp.fallbacks import count_fallbacks
@@ -132,6 +133,7 @@ def run(
                 inputs = (fetched, original, tokens)
                 job = _Job(config, folder, *inputs, plan, device, bar, events, ranks, interruption)
                 results = job.results(command)
+                tell_caveats(results, events.event, strict=config.strict)
                 events.results(results)
                 events.event("finished", seconds=results["run"]["seconds"])
             folder.write_results(results)
@@ -187,9 +189,12 @@ class _Job:
         """What measures the model before and after."""
         return Bench(
             self.config,
-            self.folder,
-            self.fetched,
-            self.tokens,
+            self.folder.checkpoint,
+            self.folder.work,
+            self.fetched.contents["model"],
+            self.fetched.tasks,
+            self.tokens.tokenizer,
+            self.tokens.corpora,
             self.device,
             vocabulary=self.source.config.get_text_config().vocab_size,
             streams=self.plan.needs.streams,
@@ -204,7 +209,9 @@ class _Job:
         original, report = self._quantize()
         gc.collect()  # the original model must be gone before the checkpoint is loaded
         comparison = Comparison(self.bench.original_logits())
-        quantized = self._stage("evaluate quantized", lambda: self.bench.checkpoint(comparison))
+        quantized = self._stage(
+            "evaluate quantized", lambda: self.bench.measure_checkpoint(comparison)
+        )
         kl = comparison.results()
         for name, row in kl.items():
             self.events.event(
@@ -243,7 +250,7 @@ class _Job:
         model = self._stage("load", lambda: self._open_original(found=self._note_source))
         original = self._stage(
             "evaluate original",
-            lambda: self.bench.original(
+            lambda: self.bench.measure_original(
                 model, lambda: loaded(self._open_original(check=False), config.device_map)
             ),
         )

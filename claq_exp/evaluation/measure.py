@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from claq_exp.config import EvaluationConfig
+from claq_exp.evaluation.caveats import refuse_score
 from claq_exp.evaluation.perplexity import Corpus, Perplexity, perplexity, windows_at_once
 from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore
@@ -36,6 +37,7 @@ class Meter:
     vocabulary: logits of a token.  task_contents: task -> hash of all that defines its score.
     logit_windows: corpus -> how many of its first windows must run through the model for their
     logits, known score or not.
+    strict: refuse a task whose score has a caveat, before the next one is measured.
     on_value: called with (perplexity or zero_shot, name, value).  on_share: called with (share of
     the work, what).  on_logits: called with (corpus, number of the window, logits [seqlen - 1,
     vocabulary]).
@@ -48,6 +50,7 @@ class Meter:
     store: ScoreStore
     task_contents: Mapping[str, str]
     logit_windows: Mapping[str, int] = field(default_factory=dict)
+    strict: bool = False
     on_value: Callable[[str, str, float], None] = lambda _kind, _name, _value: None
     on_share: Callable[[float, str], None] = lambda _share, _detail: None
     on_logits: Callable[[str, int, Tensor], None] = lambda _corpus, _window, _logits: None
@@ -64,6 +67,8 @@ class Meter:
         for name in evaluation.zero_shot:
             self.on_share(0.0, name)
             task = self._task(name, evaluation)
+            if self.strict:
+                refuse_score(name, task)
             result.zero_shot[name] = task
             self.on_value("zero_shot", name, task.value)
         return result

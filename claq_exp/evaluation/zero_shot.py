@@ -7,16 +7,20 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from claq_exp.errors import SourceError, first_line
-from claq_exp.evaluation.tasks import load_task, metric_key, right_answer
+from claq_exp.evaluation.lending import lent, seed_like_lm_eval, unchanged_process
+from claq_exp.evaluation.tasks import (
+    load_task,
+    metric_key,
+    request_count,
+    right_answer,
+    unanswered,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from lm_eval.api.task import Task
     from lm_eval.tasks.manager import TaskDict
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +40,10 @@ class TaskScore:
     stderr: standard error of the value (None: the metric has none).  shots: examples in the prompt.
     requests_sha256: of every prompt, continuation and right answer in order, to compare like with
     like.
+    requests: how often the model was asked.  cut_requests: of them, those whose prompt was longer
+    than the context allows, and lost `cut_tokens` in all from the beginning.  without_score: those
+    with an answer that is no number.  unanswered_rows: rows whose right answer is none of their
+    choices.
     """
 
     metric: str
@@ -45,6 +53,11 @@ class TaskScore:
     shots: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     requests_sha256: str = ""
+    requests: int = 0
+    cut_requests: int = 0
+    cut_tokens: int = 0
+    without_score: int = 0
+    unanswered_rows: int = 0
 
 
 def score_tasks(
@@ -89,21 +102,23 @@ def _score(
     batch_size: int | str,
     on_share: Callable[[float], None],
 ) -> TaskScore:
-    loaded = load_task(name, task)
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+    with unchanged_process(), lent(model):
+        loaded = load_task(name, task)
+        import lm_eval
 
-    from claq_exp.models.dispatch import input_device
+        from claq_exp.evaluation.adapter import Adapter, Answers
+        from claq_exp.models.dispatch import input_device
 
-    device = input_device(model)
-    if batch_size == "auto" and device.type == "cpu":
-        kinds = {leaf.OUTPUT_TYPE for leaf in loaded["tasks"].values()}
-        batch_size = 1 if WHOLE_CONTEXT in kinds else CPU_REQUESTS
-    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    adapter._device = device  # where it sends token ids
-    adapter.set_cache_hook(_Progress(loaded["tasks"].values(), on_share))
-    try:
-        with _one_process():
+        device = input_device(model)
+        if batch_size == "auto" and device.type == "cpu":
+            kinds = {leaf.OUTPUT_TYPE for leaf in loaded["tasks"].values()}
+            batch_size = 1 if WHOLE_CONTEXT in kinds else CPU_REQUESTS
+        adapter = Adapter(model, tokenizer, batch_size, device)
+        answers = Answers(loaded["tasks"].values(), on_share)
+        adapter.set_cache_hook(answers)
+        os.environ["DISABLE_MULTIPROC"] = "1"  # a fork of a process with threads can hang
+        seed_like_lm_eval()
+        try:
             results = lm_eval.evaluate(
                 adapter,
                 loaded,
@@ -112,12 +127,17 @@ def _score(
                 bootstrap_iters=BOOTSTRAPS,
                 log_samples=False,
             )
-    except Exception as error:
-        where = f"task '{name}' on {task.data or 'the rows of the hub'}"
-        raise SourceError(f"lm-eval could not run the {where}: {first_line(error)}") from error
+        except Exception as error:
+            where = f"task '{name}' on {task.data or 'the rows of the hub'}"
+            raise SourceError(f"lm-eval could not run the {where}: {first_line(error)}") from error
     on_share(1.0)
     assert results is not None
-    return _task_score(name, task, loaded, results)
+    return replace(
+        _task_score(name, task, loaded, results),
+        cut_requests=adapter.cut_requests,
+        cut_tokens=adapter.cut_tokens,
+        without_score=answers.without_score,
+    )
 
 
 def _task_score(
@@ -141,6 +161,8 @@ def _task_score(
         shots=task.shots,
         metrics={key.removesuffix(",none"): value for key, value in metrics.items()},
         requests_sha256=_requests_content(loaded["tasks"].values()),
+        requests=request_count(loaded["tasks"].values()),
+        unanswered_rows=sum(len(unanswered(leaf)) for leaf in loaded["tasks"].values()),
     )
 
 
@@ -151,35 +173,3 @@ def _requests_content(leaves: Iterable[Task]) -> str:
             asked = [instance.request_type, *instance.args, right_answer(leaf, instance.doc)]
             digest.update(json.dumps(asked, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
-
-
-class _Progress:
-    """Told by lm-eval of every answer, in the place of a cache of answers."""
-
-    dbdict = None
-
-    def __init__(self, leaves: Iterable[Task], on_share: Callable[[float], None]) -> None:
-        self._leaves, self._on_share = list(leaves), on_share
-        self._done = self._wanted = 0
-
-    def add_partial(self, _kind: str, _request: Any, _answer: Any) -> None:
-        """Count an answer."""
-        if not self._wanted:  # the requests are there when the first answer is
-            instances = (leaf.instances for leaf in self._leaves)
-            self._wanted = sum(len(some or ()) for some in instances)
-        self._done += 1
-        self._on_share(min(1.0, self._done / self._wanted))
-
-
-@contextmanager
-def _one_process() -> Iterator[None]:
-    """Keep lm-eval from forking for a standard error: a fork of a process with threads can hang."""
-    before = os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before

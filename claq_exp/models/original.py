@@ -27,6 +27,7 @@ from claq_exp.models.weights import (
     expert_places,
     stored_tensors,
 )
+from claq_exp.sources.notes import source_losses, source_notes
 from claq_exp.sources.weight_files import adapter_beside, has_weights, weight_files
 
 Stored = Mapping[str, tuple[Path, TensorSpan]]
@@ -68,41 +69,6 @@ class Original:
     def remarks(self) -> list[str]:
         """Return a sentence for each thing that a person must know of the stored tensors."""
         return source_notes(self.as_dict())
-
-
-def source_notes(found: Mapping[str, Any]) -> list[str]:
-    """Return the sentences about what `Original.as_dict` tells; the first ones are no loss."""
-    notes = []
-    if untied := found.get("untied"):
-        notes.append(
-            f"{untied[0]} is stored unlike the tensor that config.json ties it to; the model is "
-            "untied, as transformers loads it, and so is the checkpoint"
-        )
-    return notes + source_losses(found)
-
-
-def source_losses(found: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each thing that another model than the stored one comes from."""
-    losses = []
-    if unused := found.get("unused_tensors"):
-        tensors = f"{unused:,} stored tensor{'s have' if unused > 1 else ' has'}"
-        losses.append(
-            f"{tensors} no place in the model of config.json and {'are' if unused > 1 else 'is'} "
-            f"left out, e.g. {found['unused_examples'][0]}; mend config.json, or take them out"
-        )
-    if adapter := found.get("adapter"):
-        losses.append(
-            f"{adapter} lies beside the model, and its adapter is not applied; merge it into the "
-            "model, or take its files out"
-        )
-    if small := found.get("too_small"):
-        tensors = f"{small:,} tensor{'s hold' if small > 1 else ' holds'}"
-        losses.append(
-            f"{tensors} numbers that are too small for float16, and lose more than rounding, e.g. "
-            f"{found['too_small_examples'][0]}; rescale the weights, or where they are kept as "
-            'they are, write "dtype": "float32" into config.json'
-        )
-    return losses
 
 
 def check_strictly(original: Original) -> None:

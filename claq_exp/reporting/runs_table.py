@@ -8,6 +8,7 @@ from typing import Any
 
 from claq_exp.checkpoint.files import read_json
 from claq_exp.errors import ConfigError
+from claq_exp.evaluation.caveats import caveats
 from claq_exp.fallbacks import fallback_notes
 from claq_exp.reporting.cells import (
     Marks,
@@ -174,6 +175,12 @@ def table_notes(runs: Sequence[Run], columns: Sequence[Column], rows: Sequence[R
     ):
         notes += [f"{model}: {remark}."] if remark else []
     notes += dict.fromkeys(f"{note}." for run in runs for note in overlap_notes(run.results or {}))
+    notes += dict.fromkeys(
+        f"{caveat.words}."
+        for run in runs
+        for caveat in caveats(run.results or {})
+        if caveat.kind == "cut"
+    )
     fallen = [run for run in runs if fallback_notes((run.results or {}).get("fallbacks", {}))]
     if fallen:
         notes.append(

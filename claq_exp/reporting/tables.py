@@ -9,8 +9,11 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from claq_exp.evaluation.caveats import caveats
 from claq_exp.evaluation.zero_shot import is_accuracy
+from claq_exp.fallbacks import fallback_notes
 from claq_exp.quantize.layout import ROW_GRID
+from claq_exp.sources.notes import source_notes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -84,6 +87,16 @@ def overlap_notes(results: dict[str, Any]) -> list[str]:
         "calibration text holds too; its perplexity flatters the quantized model"
         for name, row in results["perplexity"].items()
         if (row.get("overlap") or 0.0) >= OVERLAP
+    ]
+
+
+def result_notes(results: dict[str, Any]) -> list[str]:
+    """Return the lines below a run's table: what makes its numbers worth less than they look."""
+    return [
+        *overlap_notes(results),
+        *source_notes(results.get("source", {})),
+        *(caveat.words for caveat in caveats(results)),
+        *fallback_notes(results.get("fallbacks", {})),
     ]
 
 

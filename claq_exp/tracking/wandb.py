@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import threading
@@ -72,10 +73,10 @@ class WandbTracker:
             project=tracking.project,
             name=name,
             group=tracking.group,
-            tags=tracking.tags,
+            tags=list(tracking.tags),
             mode=tracking.mode,  # type: ignore[arg-type]
             dir=folder,
-            config=config,
+            config=copy.deepcopy(config),
             job_type="quantize",
             settings=limits(),
         )
@@ -89,7 +90,8 @@ class WandbTracker:
         rows: list[Any] = [[*row.values()] for row in comparison_rows(results)]
         table = wandb.Table(columns=["measure", "original", "quantized"], data=rows)
         self._run.log({"comparison": table})
-        self._run.summary.update({key: results[key] for key in ("bits", "size", "kl", "timings")})
+        kept = {key: results[key] for key in ("bits", "size", "kl", "timings")}
+        self._run.summary.update(copy.deepcopy(kept))  # results.json is written after this
 
     def _guard(self, call: Any, *args: Any) -> None:
         if self.failure is not None:

@@ -136,6 +136,34 @@ def test_a_run_that_broke_down_is_still_closed(monkeypatch, tmp_path):
     assert run.exit_codes == [1]
 
 
+@pytest.mark.case(221)
+def test_what_wandb_changes_of_its_arguments_is_its_own(monkeypatch, tmp_path):
+    import wandb
+
+    class Greedy(dict):
+        def update(self, values: dict) -> None:
+            values["bits"]["linear"] = None
+
+    run = FakeRun(calls=9)
+    run.summary = Greedy()
+
+    def init(**options):
+        options["config"]["model"].clear()
+        options["tags"].append("more")
+        return run
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "Table", lambda **options: None)
+    config, tracking = {"model": {"name": "tiny"}}, TrackingConfig("wandb", tags=["one"])
+    results = {"perplexity": {}, "zero_shot": {}, "size": {}, "kl": {}, "timings": {}}
+    results["bits"] = {"linear": 3.5}
+    mirror = WandbTracker(tracking, tmp_path, "name", config)
+    mirror.finish(results)
+    assert mirror.failure is None
+    assert (config, tracking.tags) == ({"model": {"name": "tiny"}}, ["one"])
+    assert results["bits"] == {"linear": 3.5}
+
+
 def test_a_failed_run_is_closed_with_exit_code_one(monkeypatch, tmp_path):
     run = FakeRun(calls=9)
     tracker(monkeypatch, tmp_path, run).finish(None)
