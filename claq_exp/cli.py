@@ -154,7 +154,7 @@ def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> Non
     """Run one experiment and print its table."""
     from claq_exp.distributed import ALONE
     from claq_exp.fallbacks import fallback_notes
-    from claq_exp.reporting.tables import overlap_notes, result_table
+    from claq_exp.reporting.tables import overlap_notes, result_table, text_notes
     from claq_exp.runner import run
 
     note = Console(stderr=True)
@@ -171,7 +171,8 @@ def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> Non
     if config.model.remark:
         console.print(f"Note: {config.model.remark}.", highlight=False)
     told = fallback_notes(outcome.results.get("fallbacks", {}))
-    for line in (*overlap_notes(outcome.results), *told, *outcome.notes):
+    read = text_notes(outcome.results)
+    for line in (*read, *overlap_notes(outcome.results), *told, *outcome.notes):
         console.print(f"Note: {line}", highlight=False, markup=False, soft_wrap=True)
     for name in ("results.json", "layers.csv", "layers.png", "checkpoint"):
         console.print(f"{outcome.folder / name}", highlight=False, markup=False, soft_wrap=True)
@@ -205,13 +206,15 @@ def _report(arguments: list[str]) -> int:
 def _evaluate(overrides: list[str]) -> int:
     from claq_exp.compose import compose_config
     from claq_exp.evaluate import evaluate_checkpoint
-    from claq_exp.reporting.tables import result_table
+    from claq_exp.reporting.tables import result_table, text_notes
 
     results, path = evaluate_checkpoint(
         compose_config(overrides), _command(["evaluate", *overrides])
     )
     console = Console()
     console.print(result_table(results))
+    for line in text_notes(results):
+        console.print(f"Note: {line}", highlight=False, markup=False, soft_wrap=True)
     console.print(str(path), highlight=False, markup=False, soft_wrap=True)
     return 0
 

@@ -21,7 +21,7 @@ from claq_exp.quantize.reservation import RESERVATION
 from claq_exp.quantize.solver import SOLVER
 from claq_exp.quantize.strategy import find_strategy
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
-from claq_exp.sources.model import ModelSource
+from claq_exp.sources.model import NAME_LENGTH, ModelSource, source_name
 from claq_exp.sources.text import TextSource
 
 FAMILIES: dict[str, dict[str, type]] = {
@@ -34,7 +34,7 @@ FAMILIES: dict[str, dict[str, type]] = {
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 RESUME = ("auto", "required", "never")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{NAME_LENGTH - 1}}}")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class ModelConfig(ModelSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.name:
-            self.name = re.sub(r"[^A-Za-z0-9._-]+", "_", self.source.rstrip("/").rpartition("/")[2])
+            self.name = source_name(self.source)
         _check_choice("model.dtype", self.dtype, DTYPES)
         _check_name("model.name", self.name)
 
@@ -393,5 +393,6 @@ def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
 def _check_name(key: str, value: str) -> None:
     if not NAME.fullmatch(value):
         raise ConfigError(
-            f"{key} '{value}' must be letters, digits, '.', '_' or '-', for it names a folder"
+            f"{key} '{value}' must be up to {NAME_LENGTH} letters, digits, '.', '_' or '-', and "
+            "begin with a letter or digit, for it names a folder"
         )

@@ -17,13 +17,13 @@ from claq_exp.errors import ConfigError
 from claq_exp.evaluation.measure import Meter
 from claq_exp.evaluation.scores import ScoreStore, code_content
 from claq_exp.evaluation.tasks import check_tasks, task_content
-from claq_exp.inputs import corpus_windows
+from claq_exp.inputs import corpus_losses, corpus_windows
 from claq_exp.machine import choose_device, device_name, git_commit, settle, versions
 from claq_exp.measuring import activation_bits, checkpoint_subject
 from claq_exp.models.load import DTYPES, forward_dtype, load_config, load_tokenizer
 from claq_exp.models.skeleton import dense_parameter_count
 from claq_exp.needs import wants_stream
-from claq_exp.reporting.results import average_row, perplexity_rows, zero_shot_rows
+from claq_exp.reporting.results import average_row, perplexity_rows, text_rows, zero_shot_rows
 from claq_exp.sources.cache import fetch_log
 from claq_exp.sources.model import fingerprint
 from claq_exp.tracking.progress import RunProgress, noise_to
@@ -94,6 +94,7 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
             "ledger": sizes.ledger.as_dict(),
         },
         "size": {"checkpoint_bytes": sizes.bytes, "original_bytes": 2 * parameters},
+        "texts": text_rows(corpus_losses(corpora)),
         "perplexity": perplexity_rows(corpora, None, measured),
         "kl": {},  # there is no original to compare with
         "zero_shot": zero_shot_rows(None, measured),

@@ -87,6 +87,17 @@ def overlap_notes(results: dict[str, Any]) -> list[str]:
     ]
 
 
+def text_notes(results: dict[str, Any]) -> list[str]:
+    """Return a line for each text of which something was not read as it stands."""
+    notes = []
+    for name, row in results.get("texts", {}).items():
+        if skipped := row["records_skipped"]:
+            notes.append(f"{name}: {skipped:,} records whose text is null were skipped")
+        if damaged := row["characters_damaged"]:
+            notes.append(f"{name}: {damaged:,} characters of the text are damaged, or control ones")
+    return notes
+
+
 def input_lines(inputs: Mapping[str, Input]) -> list[str]:
     """Return a line for each input: what, from where, size, beginning of its hash, and place."""
     rows = [

@@ -41,7 +41,10 @@ def not_given(kind: str, name: str, error: Exception, file: str = "") -> SourceE
     kind: model or data set.  file: the one that was asked for.
     """
     instead = "a local folder as model.source" if kind == "model" else "a local file as path"
-    return SourceError(f"{kind} '{name}' {_reason(kind, name, error, file)}; or give {instead}")
+    here = f" (no folder of that name in {Path.cwd()})" if kind == "model" else ""
+    return SourceError(
+        f"{kind} '{name}'{here} {_reason(kind, name, error, file)}; or give {instead}"
+    )
 
 
 def _reason(kind: str, name: str, error: Exception, file: str) -> str:

@@ -98,7 +98,7 @@ def _example(folder: Path) -> str:
     return "*.txt"
 
 
-def _absence(given: str, path: Path) -> str:  # noqa: PLR0911 - one for each reason
+def _absence(given: str, path: Path) -> str:
     """Say why a path is not there."""
     if path.is_symlink():
         return f"is a link to '{path.readlink()}', which does not exist"
