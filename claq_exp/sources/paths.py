@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from itertools import islice
 from pathlib import Path
 
 from claq_exp.errors import ConfigError
-from claq_exp.sources.content import JSON, PLAIN, suffix_of
+from claq_exp.sources.content import JSON, PACKED, PLAIN, suffix_of
 from claq_exp.sources.hub import PATTERN
 from claq_exp.sources.tables import TABLES
 
@@ -27,7 +29,8 @@ def looks_like_path(source: str) -> bool:
     if WINDOWS.match(source) or ADDRESS.match(source):
         return True
     try:
-        there = Path(source).expanduser().exists()
+        path = Path(source).expanduser()
+        there = path.exists() or path.is_symlink()
     except (OSError, RuntimeError, ValueError):
         there = False
     return there or source.startswith(("/", ".", "~"))
@@ -61,21 +64,26 @@ def files_below(folder: Path, files: str | None) -> list[Path]:
             f"'{folder}' is a folder, with {_held(folder)}; give one file, or which of them as "
             f"files, e.g. files={_example(folder)}"
         )
-    named = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    found = [path for name, path in sorted(named.items()) if fnmatch(name, files)]
-    if found := [path for path in found if path.is_file()]:
-        return found
+    if found := sorted(name for name in _walked(folder) if fnmatch(name, files)):
+        return [folder / name for name in found]
     raise ConfigError(
         f"folder '{folder}' has no file that matches files={files}, but {_held(folder)}; take e.g. "
         f"files={_example(folder)}"
     )
 
 
+def _walked(folder: Path) -> Iterator[str]:
+    """Give the files below a folder, relative to it, without hidden ones."""
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            if not name.startswith("."):
+                yield Path(place, name).relative_to(folder).as_posix()
+
+
 def _names(folder: Path) -> list[str]:
-    """Return files below a folder, without hidden ones; not all of very many."""
-    paths = (path.relative_to(folder) for path in islice(folder.rglob("*"), LOOKED_AT))
-    seen = (path for path in paths if not path.as_posix().startswith(".") and "/." not in str(path))
-    return sorted(path.as_posix() for path in seen if (folder / path).is_file())
+    """Return files below a folder, not all of very many."""
+    return sorted(islice(_walked(folder), LOOKED_AT))
 
 
 def _held(folder: Path) -> str:
@@ -93,8 +101,9 @@ def _example(folder: Path) -> str:
     for kind in KINDS:
         for name in names:
             if suffix_of(name) == kind and Path(name).name not in DESCRIPTIONS:
-                parent = Path(name).parent.as_posix()
-                return f"{'' if parent == '.' else f'{parent}/'}*{''.join(Path(name).suffixes)}"
+                parent, ends = Path(name).parent.as_posix(), Path(name).suffixes
+                ending = "".join(ends[-2:] if ends[-1].lower() in PACKED else ends[-1:])
+                return f"{'' if parent == '.' else f'{parent}/'}*{ending}"
     return "*.txt"
 
 

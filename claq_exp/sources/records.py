@@ -21,8 +21,8 @@ def json_records(path: Path, encoding: str | None, losses: Losses) -> Iterator[t
     with read_lines(path, encoding, losses) as lines:
         numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
         for first, line in numbered:
-            if first_record := _whole(path, line, lines):
-                yield from first_record
+            if (records := _whole(path, line, lines)) is not None:
+                yield from records
                 return
             yield f"line {first}", _parsed(line, f"{path} line {first}")
             break
@@ -30,8 +30,8 @@ def json_records(path: Path, encoding: str | None, losses: Losses) -> Iterator[t
             yield f"line {number}", _parsed(line, f"{path} line {number}")
 
 
-def _whole(path: Path, line: str, rest: Iterator[str]) -> list[tuple[str, Any]]:
-    """Return the records of a file that is one value; none where `line` is a record of its own."""
+def _whole(path: Path, line: str, rest: Iterator[str]) -> list[tuple[str, Any]] | None:
+    """Return the records of a file that is one value; None where `line` is a record of its own."""
     if line.lstrip().startswith("["):
         values = _parsed("".join([line, *rest]), str(path))
         return [(f"record {number}", value) for number, value in enumerate(values, start=1)]
@@ -40,7 +40,7 @@ def _whole(path: Path, line: str, rest: Iterator[str]) -> list[tuple[str, Any]]:
     except (ValueError, RecursionError):
         with contextlib.suppress(ValueError, RecursionError):
             return [("record 1", json.loads("".join([line, *rest])))]
-    return []
+    return None
 
 
 def _parsed(text: str, where: str) -> Any:

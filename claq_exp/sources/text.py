@@ -68,7 +68,7 @@ class TextSource:
             raise ConfigError(one_of("lines", self.lines, LINES))
         if self.encoding is not None:
             try:
-                b"".decode(self.encoding)
+                "a".encode(self.encoding)
             except (LookupError, ValueError) as error:
                 raise ConfigError(
                     f"encoding '{self.encoding}' is not known; give e.g. utf-16-le or cp1252"
