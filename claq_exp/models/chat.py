@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import date
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from claq_exp.errors import ConfigError, SourceError, first_line
@@ -12,7 +12,10 @@ if TYPE_CHECKING:
 
     from claq_exp.sources.fields import Conversation, Writer
 
-TODAY = date(2024, 7, 26)  # for templates that print it, Llama's own; else tokens change every day
+# What templates print as today's, else tokens would change every day; Llama's own for no date.
+TODAY = datetime(2024, 7, 26)
+DATES = "".join(f" | replace('%{part}', '{TODAY:%{part}}')" for part in "aAbBdHIjmMpSyY")
+PINNED = f"{{% macro strftime_now(format) %}}{{{{ format{DATES} }}}}{{% endmacro +%}}"
 
 
 def chat_writer(tokenizer: Tokenizer, where: str) -> Writer:
@@ -27,11 +30,11 @@ def chat_writer(tokenizer: Tokenizer, where: str) -> Writer:
             "a model that was trained on conversations"
         )
 
+    template = PINNED + tokenizer.get_chat_template()
+
     def write(messages: Conversation) -> str:
         try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, strftime_now=TODAY.strftime
-            )
+            text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
         except Exception as error:  # a template is foreign code
             raise SourceError(
                 f"{where}: the chat template refuses a conversation of roles "
