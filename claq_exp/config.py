@@ -124,8 +124,8 @@ class TaskConfig:
     metric: which of the task's metrics the tables show; METRIC,FILTER where it has filters.
     rows: score the first so many rows, of each task of a group (null: all).
     shots: examples in each prompt, as lm-eval draws them.
-    data: file with the rows of the split that lm-eval scores, in place of the hub: .jsonl, .json,
-        .parquet, .arrow, or .raw with WikiText articles, also .gz; wheel:// too.
+    data: file with the rows of the split that lm-eval scores, in place of the hub: JSON, CSV,
+        .parquet, .arrow, or .raw with WikiText articles, also packed; wheel:// too.
     sha256: content of the data file; required for wheel://.
     shots_data: file with the rows that examples are drawn from, where `data` is a file.
     shots_sha256: content of that file.
