@@ -21,7 +21,7 @@ from claq_exp.quantize.reservation import RESERVATION
 from claq_exp.quantize.solver import SOLVER
 from claq_exp.quantize.strategy import find_strategy
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
-from claq_exp.sources.model import ModelSource
+from claq_exp.sources.model import NAME_LENGTH, ModelSource, source_name
 from claq_exp.sources.text import TextSource
 
 FAMILIES: dict[str, dict[str, type]] = {
@@ -34,7 +34,7 @@ FAMILIES: dict[str, dict[str, type]] = {
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 RESUME = ("auto", "required", "never")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{NAME_LENGTH - 1}}}")
 
 
 @dataclass
@@ -58,7 +58,7 @@ class ModelConfig(ModelSource):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.name:
-            self.name = re.sub(r"[^A-Za-z0-9._-]+", "_", self.source.rstrip("/").rpartition("/")[2])
+            self.name = source_name(self.source)
         _check_choice("model.dtype", self.dtype, DTYPES)
         _check_name("model.name", self.name)
 
@@ -124,8 +124,8 @@ class TaskConfig:
     metric: which of the task's metrics the tables show; METRIC,FILTER where it has filters.
     rows: score the first so many rows, of each task of a group (null: all).
     shots: examples in each prompt, as lm-eval draws them.
-    data: file with the rows of the split that lm-eval scores, in place of the hub: .jsonl, .json,
-        .parquet, .arrow, or .raw with WikiText articles, also .gz; wheel:// too.
+    data: file with the rows of the split that lm-eval scores, in place of the hub: JSON, CSV,
+        .parquet, .arrow, or .raw with WikiText articles, also packed; wheel:// too.
     sha256: content of the data file; required for wheel://.
     shots_data: file with the rows that examples are drawn from, where `data` is a file.
     shots_sha256: content of that file.
@@ -395,5 +395,6 @@ def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
 def _check_name(key: str, value: str) -> None:
     if not NAME.fullmatch(value):
         raise ConfigError(
-            f"{key} '{value}' must be letters, digits, '.', '_' or '-', for it names a folder"
+            f"{key} '{value}' must be up to {NAME_LENGTH} letters, digits, '.', '_' or '-', and "
+            "begin with a letter or digit, for it names a folder"
         )

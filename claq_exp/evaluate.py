@@ -25,7 +25,7 @@ from claq_exp.evaluation.divergence import Comparison, Divergence
 from claq_exp.evaluation.measure import Measurement
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.tasks import check_tasks, task_content
-from claq_exp.inputs import corpus_windows
+from claq_exp.inputs import corpus_losses, corpus_windows
 from claq_exp.machine import choose_device, device_name, git_commit, settle, versions
 from claq_exp.measuring import Bench, activation_bits
 from claq_exp.models.context import check_context
@@ -34,7 +34,13 @@ from claq_exp.models.load import DTYPES, forward_dtype, load_config, load_tokeni
 from claq_exp.models.skeleton import dense_parameter_count
 from claq_exp.models.stream import StreamedModel
 from claq_exp.needs import GIB, wants_stream
-from claq_exp.reporting.results import average_row, kl_rows, perplexity_rows, zero_shot_rows
+from claq_exp.reporting.results import (
+    average_row,
+    kl_rows,
+    perplexity_rows,
+    text_rows,
+    zero_shot_rows,
+)
 from claq_exp.resources import free_memory
 from claq_exp.sources.cache import fetch_log
 from claq_exp.sources.model import fingerprint, model_folder, weight_bytes
@@ -124,6 +130,7 @@ def evaluate_checkpoint(
         },
         **settings,
         **_sizes(subject, original),
+        "texts": text_rows(corpus_losses(subject.corpora)),
         "perplexity": perplexity_rows(subject.corpora, before, after),
         "kl": kl_rows(kl),
         "zero_shot": zero_shot_rows(before, after),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tokenizers
+import torch
 import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -18,10 +19,12 @@ from claq_exp.config import DrawnText, ExperimentConfig, TaskConfig
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.tasks import check_tasks, local_file, task_content
 from claq_exp.models.bos import bos_rule, bos_token
+from claq_exp.models.chat import chat_writer
 from claq_exp.models.context import check_context, check_vocabulary, context_length
 from claq_exp.models.load import load_config, load_tokenizer, tokenize
 from claq_exp.quantize.number_formats.universal import codebook_file
 from claq_exp.sources.cache import sha256_of
+from claq_exp.sources.content import Losses
 from claq_exp.sources.kept import code_of, kept_tensors
 from claq_exp.sources.model import (
     description_files,
@@ -41,7 +44,11 @@ WINDOW_CODE = (
     "inputs.py",
     "calibration/windows.py",
     "models/bos.py",
+    "models/chat.py",
     "models/load.py",
+    "sources/content.py",
+    "sources/fields.py",
+    "sources/records.py",
     "sources/tables.py",
     "sources/text.py",
 )
@@ -84,11 +91,17 @@ class Fetched:
 
 @dataclass(frozen=True)
 class Tokens:
-    """calibration: [windows, seqlen] int64.  corpora: by name."""
+    """calibration: [windows, seqlen] int64, of a text with `losses`.  corpora: by name."""
 
     tokenizer: PreTrainedTokenizerBase
     calibration: Tensor
+    losses: Losses
     corpora: dict[str, Corpus]
+
+    @property
+    def text_losses(self) -> dict[str, Losses]:
+        """What was not read of each text: calibration and corpora.*."""
+        return {"calibration": self.losses, **corpus_losses(self.corpora)}
 
 
 def fetch(config: ExperimentConfig, note: Callable[[str], None] = lambda _: None) -> Fetched:
@@ -153,13 +166,18 @@ def tokenize_inputs(
     check_context("calibration.seqlen", calibration.seqlen, model_config)
     draw = Draw(calibration.windows, calibration.seqlen, calibration.seed, "calibration")
     rule = bos_rule(calibration.bos, model_config)
-    windows = _windows(calibration, draw, tokenizer, rule, origin)
+    windows, losses = _windows(calibration, draw, tokenizer, rule, origin)
     check_vocabulary("calibration", windows, model_config)
     corpora = {
-        name: Corpus(corpus.windows, corpus.bos, shared_share(corpus.windows, windows))
+        name: replace(corpus, overlap=shared_share(corpus.windows, windows))
         for name, corpus in corpus_windows(config, tokenizer, model_config, origin).items()
     }
-    return Tokens(tokenizer, windows, corpora)
+    return Tokens(tokenizer, windows, losses, corpora)
+
+
+def corpus_losses(corpora: Mapping[str, Corpus]) -> dict[str, Losses]:
+    """Return what was not read of each corpus, as corpora.NAME."""
+    return {f"corpora.{name}": corpus.losses for name, corpus in corpora.items()}
 
 
 def corpus_windows(
@@ -180,7 +198,8 @@ def corpus_windows(
     corpora = {}
     for name, corpus in evaluation.corpora.items():
         draw = Draw(corpus.windows, seqlen, corpus.seed, f"evaluation.corpora.{name}")
-        corpora[name] = Corpus(_windows(corpus, draw, tokenizer, rule, origin), rule)
+        windows, losses = _windows(corpus, draw, tokenizer, rule, origin)
+        corpora[name] = Corpus(windows, rule, losses=losses)
         check_vocabulary(draw.where, corpora[name].windows, model_config)
     return corpora
 
@@ -191,7 +210,7 @@ def _windows(
     tokenizer: PreTrainedTokenizerBase,
     rule: str,
     origin: Origin | None,
-) -> Tensor:
+) -> tuple[Tensor, Losses]:
     if origin is None:
         return _cut_windows(text, draw, tokenizer, rule)
     key = {
@@ -204,22 +223,29 @@ def _windows(
         "versions": [transformers.__version__, tokenizers.__version__],
         "code": code_of(Path(__file__).parent / name for name in WINDOW_CODE),
     }
-    kept = kept_tensors(
-        "tokens", key, lambda: {"windows": _cut_windows(text, draw, tokenizer, rule).contiguous()}
-    )
-    return kept["windows"]
+
+    def make() -> dict[str, Tensor]:
+        windows, losses = _cut_windows(text, draw, tokenizer, rule)
+        counts = torch.tensor([losses.skipped, losses.damaged])
+        return {"windows": windows.contiguous(), "losses": counts}
+
+    kept = kept_tensors("tokens", key, make)
+    return kept["windows"], Losses(*kept["losses"].tolist())
 
 
 def _cut_windows(
     text: DrawnText, draw: Draw, tokenizer: PreTrainedTokenizerBase, rule: str
-) -> Tensor:
+) -> tuple[Tensor, Losses]:
     token = bos_token(rule, tokenizer, draw.where.partition(".")[0])
-    begun = token is not None
+    special = token is None and not text.chat  # chat templates have special tokens of their own
 
     def encode(passage: str) -> Tensor:
-        return tokenize(tokenizer, passage, special=not begun)
+        return tokenize(tokenizer, passage, special=special)
 
+    losses = Losses()
+    write = chat_writer(tokenizer, draw.where) if text.chat else str
+    documents = read_documents(text, losses, write)
     if token is None:
-        return DRAWS[text.draw](read_documents(text), text.join, encode, draw)
+        return DRAWS[text.draw](documents, text.join, encode, draw), losses
     body = Draw(draw.windows, draw.seqlen - 1, draw.seed, draw.where)
-    return begin_with(token, DRAWS[text.draw](read_documents(text), text.join, encode, body))
+    return begin_with(token, DRAWS[text.draw](documents, text.join, encode, body)), losses

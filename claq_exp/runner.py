@@ -45,7 +45,7 @@ from claq_exp.plan import HIDDEN_SHARE, Plan, make_plan
 from claq_exp.quantize.activation.rounding import Rounding, needs_text, settle_rounding
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.precision import RateDistortion
-from claq_exp.reporting.results import build_results, write_layers
+from claq_exp.reporting.results import build_results, text_rows, write_layers
 from claq_exp.resources import free_memory, peak_memory, reset_peak
 from claq_exp.run_folder import (
     CONFIG_FILE,
@@ -206,6 +206,9 @@ class _Job:
         """Go through all stages and return the content of results.json."""
         started = datetime.now(UTC)
         self.events.event("started", run=self.folder.path.name, versions=versions())
+        for text, row in text_rows(self.tokens.text_losses).items():
+            if any(row.values()):
+                self.events.event("text", text=text, **row)
         original, report = self._quantize()
         gc.collect()  # the original model must be gone before the checkpoint is loaded
         comparison = Comparison(self.bench.original_logits())
@@ -236,6 +239,7 @@ class _Job:
             activation_bits=activation_bits(self.folder.checkpoint, layouts),
             original_bytes=weight_bytes(self.fetched.model),
             corpora=self.tokens.corpora,
+            losses=self.tokens.text_losses,
             original=original,
             quantized=quantized,
             kl=kl,

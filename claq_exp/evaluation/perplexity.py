@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from claq_exp.evaluation.predict import Predictor
+from claq_exp.sources.content import Losses
 
 CPU_TOKENS = 2048  # at a time: more gain nothing on a CPU, and their logits take memory
 GPU_TOKENS = 16384
@@ -23,12 +24,13 @@ class Corpus:
     """A corpus for perplexity: windows [n, seqlen] int64, and which rule put their first tokens.
 
     overlap: share of its tokens in passages that the calibration windows hold too (None: nothing
-    to compare with).
+    to compare with).  losses: what of its text was not read.
     """
 
     windows: Tensor
     bos: str
     overlap: float | None = None
+    losses: Losses = field(default_factory=Losses)
 
     def content(self) -> str:
         """Return the hash that identifies the tokens in results."""

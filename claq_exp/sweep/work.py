@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from claq_exp.config import ExperimentConfig
-from claq_exp.reporting.tables import overlap_notes
+from claq_exp.reporting.tables import overlap_notes, text_notes
 from claq_exp.runner import run
 from claq_exp.tracking.progress import RunProgress
 
@@ -47,7 +47,8 @@ def run_here(order: Order, on_share: OnShare) -> Done:
     outcome = run(
         order.config, order.command, progress=partial(RunProgress, on_share=on_share), wait=True
     )
-    notes = (*overlap_notes(outcome.results), *outcome.notes)
+    read = text_notes(outcome.results)
+    notes = (*read, *overlap_notes(outcome.results), *outcome.notes)
     return Done(outcome.folder.name, outcome.found, objective(outcome.results), notes)
 
 

@@ -133,7 +133,7 @@ def test_a_missing_file_of_rows_is_named(field, data, tmp_path):
 def test_a_file_of_an_unknown_kind_names_the_known_ones(name, tmp_path):
     (tmp_path / name).write_text("{}", encoding="utf-8")
     message = refusal(ConfigError, data=str(tmp_path / name))
-    assert ".jsonl, .json, .parquet, .arrow, .raw" in message
+    assert ".jsonl, .json, .ndjson, .parquet, .arrow, .csv, .tsv, .raw" in message
 
 
 def test_another_content_than_pinned_is_refused(data):

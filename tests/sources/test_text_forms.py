@@ -52,7 +52,8 @@ def test_every_form_of_a_plain_file_gives_the_same_text(name, content, source):
 
 @pytest.mark.case(60)
 def test_bytes_that_are_no_utf8_are_replaced_and_the_rest_is_kept(source):
-    assert read_text(source("latin.txt", b"caf\xe9 and tea")) == "caf� and tea"
+    content = b"tea " * 50 + b"caf\xe9 and tea"
+    assert read_text(source("latin.txt", content)) == "tea " * 50 + "caf� and tea"
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_only_a_newline_ends_a_line_of_jsonl(odd, source):
 @pytest.mark.case(62)
 @pytest.mark.parametrize(
     "line",
-    [b'{"text": "cut', b'["a list"]', b'"a string"', b'{"body": "another field"}', b"5"],
+    [b'["a list"]', b'"a string"', b'{"body": "another field"}', b"5"],
     ids=bytes.decode,
 )
 def test_a_broken_line_of_jsonl_is_named_with_file_and_number(line, source):
@@ -99,17 +100,17 @@ def test_a_broken_line_of_jsonl_is_named_with_file_and_number(line, source):
     assert "\n" not in str(caught.value)
 
 
-def test_a_document_without_text_does_not_become_the_word_none(source):
-    text = source("rows.jsonl", b'{"text": "a"}\n{"text": null}\n')
-    with pytest.raises(SourceError, match="line 2"):
+@pytest.mark.case(62)
+def test_a_line_that_is_no_json_is_named_with_file_and_number(source):
+    text = source("rows.jsonl", jsonl(DOCUMENTS[:1]) + b'\n{"text": "cut\n')
+    with pytest.raises(SourceError) as caught:
         read_text(text)
+    assert f"{text.path} line 3: no JSON (" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", [b"no gzip", gzip.compress(TEXT.encode() * 99)[:30]], ids=["other", "cut short"]
-)
-def test_a_damaged_gz_file_is_named(content, source):
-    text = source("text.txt.gz", content)
+def test_a_damaged_gz_file_is_named(source):
+    text = source("text.txt.gz", gzip.compress(TEXT.encode() * 99)[:30])
     with pytest.raises(SourceError, match=r"text\.txt\.gz"):
         read_text(text)
 
@@ -171,7 +172,7 @@ def test_documents_of_a_data_set_are_joined_and_a_wrong_field_names_the_others(m
     rows = datasets.Dataset.from_dict({"body": DOCUMENTS})
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
     assert read_text(TextSource("some/set", field="body")) == "\n\n".join(DOCUMENTS)
-    with pytest.raises(ConfigError, match="no field 'text'; it has: body"):
+    with pytest.raises(ConfigError, match=r"no field 'text'; it has: body \(string\)"):
         read_text(TextSource("some/set"))
 
 
@@ -216,9 +217,9 @@ def test_tables_give_their_field_and_name_the_others(kind, tmp_path):
         rows.save_to_disk(tmp_path / "saved")
         (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(path)
     assert list(read_documents(TextSource(path=str(path), field="body"))) == DOCUMENTS
-    with pytest.raises(ConfigError, match="no field 'text'; it has: body, number"):
+    with pytest.raises(ConfigError, match=r"no field 'text'; it has: body \(string\), number"):
         read_documents(TextSource(path=str(path)))
-    with pytest.raises(ConfigError, match="field 'number' is no text"):
+    with pytest.raises(ConfigError, match="field 'number' is no text but int64"):
         read_documents(TextSource(path=str(path), field="number"))
     path.write_bytes(b"no table")
     with pytest.raises(SourceError, match=f"rows.{kind} cannot be read as a table"):
@@ -242,8 +243,8 @@ def test_a_split_is_asked_of_the_library_datasets(monkeypatch):
 def test_files_of_a_data_set_exclude_a_subset_and_have_a_known_kind():
     with pytest.raises(ConfigError, match=r"'a/b' is asked for files 'c\.json' and for subset 'd'"):
         TextSource("a/b", files="c.json", subset="d")
-    with pytest.raises(ConfigError, match=r"kind of files 'x\.csv\.gz' '\.csv' is not known.*json"):
-        read_documents(TextSource("a/b", files="x.csv.gz"))
+    with pytest.raises(ConfigError, match=r"kind of files 'x\.pdf\.gz' '\.pdf' is not known.*json"):
+        read_documents(TextSource("a/b", files="x.pdf.gz"))
 
 
 def test_the_content_of_a_data_set_is_that_of_its_documents(monkeypatch):
