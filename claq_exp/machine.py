@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import claq_exp.quantize.codebook
+from claq_exp import accelerator
 from claq_exp.errors import ConfigError
 from claq_exp.resources import cores
 from claq_exp.torchrun import place
@@ -30,16 +31,19 @@ def choose_device(wanted: str) -> str:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     here = place()
-    if here.local_size > 1 and wanted.startswith("cuda"):
-        if wanted != "cuda":
-            raise ConfigError(f"device={wanted} is one for {here.local_size} processes; give cuda")
-        wanted = f"cuda:{here.local_rank}"
-    if wanted.startswith("cuda"):
-        index = int(wanted.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
+    if accelerator.is_cpu(wanted):
+        return wanted
+    kind, _, index = wanted.partition(":")
+    if here.local_size > 1:
+        if index:
             raise ConfigError(
-                f"device={wanted}: this machine has {torch.cuda.device_count()} CUDA devices"
+                f"device={wanted} is one for {here.local_size} processes; give {kind}"
             )
+        index = str(here.local_rank)
+        wanted = f"{kind}:{index}"
+    there = accelerator.count(kind)
+    if int(index or 0) >= there:
+        raise ConfigError(f"device={wanted}: this machine has {there} {kind.upper()} devices")
     return wanted
 
 
@@ -80,6 +84,7 @@ def matmul_speed(device: str) -> float:
     left, right = torch.randn(1024, 768, device=device), torch.randn(768, 1536, device=device)
     repeats = 20
     left @ right
+    accelerator.synchronize(device)  # the first product also starts the library
     started = time.perf_counter()
     for _ in range(repeats):
         product = left @ right
@@ -100,8 +105,8 @@ def versions() -> dict[str, str]:
 
 def device_name(device: str) -> str:
     """Return what a reader of results needs to know of the device."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+    if not accelerator.is_cpu(device):
+        return accelerator.name(device)
     return f"CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {platform.machine()}"
 
 

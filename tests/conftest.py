@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pretend_device
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
@@ -61,6 +62,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def pretend() -> Iterator[str]:
+    """A device beside the CPU, where there is no real one: see `pretend_device`."""
+    if torch.accelerator.is_available():
+        pytest.skip("a device that is there would be hidden by a pretended one")
+    if not hasattr(torch._C, "_acc"):
+        pytest.skip("this release of torch has no backends in Python")
+    with pretend_device.in_use() as name:
+        yield name
 
 
 @pytest.fixture(scope="session")
