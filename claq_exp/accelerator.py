@@ -10,6 +10,7 @@ from types import ModuleType
 import torch
 
 CPU = "cpu"
+ROCM = torch.version.hip is not None  # what torch calls cuda are AMD's devices
 
 
 def is_known(device: str) -> bool:

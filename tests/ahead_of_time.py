@@ -9,12 +9,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,16 +49,15 @@ class Case:
     """A kernel with all that is fixed when it is compiled.
 
     kernel: module:name.  constants: its constexpr arguments; of a pointer that is left out None.
-    types: of arguments that are no float32 pointer and no int32 number.  aligned: arguments that
-    16 divides.
+    options: of the launch.  types: of arguments that are no float32 pointer and no int32
+    number.  aligned: arguments that 16 divides.
     """
 
     kernel: str
     constants: Mapping[str, Any]
-    warps: int
+    options: Mapping[str, Any]
     types: Mapping[str, str] = field(default_factory=dict)
     aligned: Sequence[str] = ()
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,19 +76,33 @@ class Built:
     error: str = ""
 
 
-def kernels_of(package: str) -> Iterator[tuple[str, Any]]:
-    """Yield (module:name, kernel) of every `@triton.jit` function of a package."""
-    root = importlib.import_module(package)
-    for found in pkgutil.walk_packages(root.__path__, f"{package}."):
-        spec = importlib.util.find_spec(found.name)
-        source = Path(str(spec and spec.origin))
-        if source.suffix != ".py" or "triton.jit" not in source.read_text(encoding="utf-8"):
+def kernels_of(package: str) -> dict[str, Any]:
+    """Return module:name -> kernel of every `@triton.jit` function of a package."""
+    folder = Path(str(importlib.import_module(package).__file__)).parent
+    found = {}
+    for source in sorted(folder.rglob("*.py")):
+        if "@triton.jit" not in source.read_text(encoding="utf-8"):
             continue
-        module = importlib.import_module(found.name)
-        for name, value in vars(module).items():
+        path = ".".join((package, *source.relative_to(folder).with_suffix("").parts))
+        for name, value in vars(importlib.import_module(path)).items():
             made = getattr(value, "fn", None)
-            if made is not None and getattr(made, "__module__", None) == found.name:
-                yield f"{found.name}:{name}", value
+            if made is not None and getattr(made, "__module__", None) == path:
+                found[f"{path}:{name}"] = value
+    return found
+
+
+def used_by(kernel: Any) -> set[Any]:
+    """Return a kernel, and all kernels that are compiled into it."""
+    found, left = set[Any](), [kernel]
+    while left:
+        one = left.pop()
+        if one in found:
+            continue
+        found.add(one)
+        around = one.fn.__globals__
+        named = [around.get(name) for name in one.fn.__code__.co_names]
+        left += [other for other in named if hasattr(other, "fn")]
+    return found
 
 
 def build(cases: Mapping[str, Case], architecture: str) -> dict[str, Built]:
@@ -115,7 +127,7 @@ def build(cases: Mapping[str, Case], architecture: str) -> dict[str, Built]:
 def _compile(case: Case, architecture: Architecture) -> Built:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
 
     module, _, name = case.kernel.partition(":")
     kernel = getattr(importlib.import_module(module), name)
@@ -127,10 +139,15 @@ def _compile(case: Case, architecture: Architecture) -> Built:
             default = "*fp32" if argument.endswith("_ptr") else "i32"
             signature[argument] = case.types.get(argument, default)
     divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    target = GPUTarget(architecture.backend, architecture.name, architecture.warp)
+    known = make_backend(target).parse_options(dict(case.options)).__dict__
+    for option in case.options:
+        if option not in known:  # as a launch would say
+            raise KeyError(f"Keyword argument {option} was specified but unrecognised")
     compiled = triton.compile(
         ASTSource(kernel, signature, constexprs=dict(case.constants), attrs=divisible),
-        target=GPUTarget(architecture.backend, architecture.name, architecture.warp),
-        options={"num_warps": case.warps, **case.options},
+        target=target,
+        options=dict(case.options),
     )
     shared = compiled.metadata.shared
     if architecture.backend == "hip":

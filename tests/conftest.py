@@ -29,6 +29,14 @@ drop_stale_kernels()  # before a test compiles or loads one
 WORDS = ["the", "a", "cat", "dog", "runs", "sees", "small", "big", "red", "house", "tree", "and"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-launch",
+        action="store_true",
+        help="compile every launch of every Triton kernel for every architecture",
+    )
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache_of_scores() -> Iterator[Path]:
     """A cache that shares what was downloaded, converted or compiled, and no scores."""

@@ -142,6 +142,21 @@ class Address:
     __int__ = __index__
 
 
+class _Storage:
+    """The memory of a tensor, as far as it is asked for."""
+
+    def __init__(self, tensor: PretendTensor) -> None:
+        self.device, self._own = tensor.device, tensor.raw.untyped_storage()
+
+    def data_ptr(self) -> Address:
+        return Address(self._own.data_ptr())
+
+    def nbytes(self) -> int:
+        return self._own.nbytes()
+
+    size = __len__ = nbytes
+
+
 class PretendTensor(Tensor):
     """A tensor on the device.  raw: its numbers, an ordinary tensor."""
 
@@ -194,6 +209,10 @@ class PretendTensor(Tensor):
     def data_ptr(self) -> Any:
         """Return an address that only a device can read."""
         return Address(self.raw.data_ptr())
+
+    def untyped_storage(self) -> Any:
+        """Return what is asked of a storage to tell tensors with the same memory from others."""
+        return _Storage(self)
 
     def tolist(self) -> Any:
         """Return the numbers; the host waits for them."""
