@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from claq_exp.accelerator import is_known
 from claq_exp.calibration.windows import DRAWS
 from claq_exp.errors import ConfigError, one_of
 from claq_exp.models.bos import BOS_RULES
@@ -227,8 +228,8 @@ class ExperimentConfig:
     into objects.
     name: the folder under `outputs` that collects related runs.
     seed: of the calibration windows.
-    device: auto, cpu, cuda or cuda:N, for forward passes, and for columns where a GPU
-        can solve them.
+    device: auto (a GPU of cuda, else the CPU), cpu, cuda or cuda:N, or another kind that torch
+        knows, for forward passes, and for columns where a GPU can solve them.
     threads: CPU threads (null: PyTorch's default).
     device_map: auto, balanced or sequential spread a model that is measured over all devices, as
         accelerate does, for one that is larger than a device.
@@ -283,7 +284,7 @@ class ExperimentConfig:
             )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed is {self.seed}; give a whole number from 0 to {2**32 - 1}")
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+        if self.device != AUTO and not is_known(self.device):
             raise ConfigError(one_of("device", self.device, ("auto", "cpu", "cuda", "cuda:N")))
 
     def recipe(self) -> Recipe:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import claq_exp.quantize.codebook
+from claq_exp import accelerator
 from claq_exp.errors import ConfigError
 from claq_exp.resources import cores
 from claq_exp.torchrun import place
@@ -31,16 +32,19 @@ def choose_device(wanted: str) -> str:
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     here = place()
-    if here.local_size > 1 and wanted.startswith("cuda"):
-        if wanted != "cuda":
-            raise ConfigError(f"device={wanted} is one for {here.local_size} processes; give cuda")
-        wanted = f"cuda:{here.local_rank}"
-    if wanted.startswith("cuda"):
-        index = int(wanted.partition(":")[2] or 0)
-        if index >= torch.cuda.device_count():
+    if accelerator.is_cpu(wanted):
+        return wanted
+    kind, _, index = wanted.partition(":")
+    if here.local_size > 1:
+        if index:
             raise ConfigError(
-                f"device={wanted}: this machine has {torch.cuda.device_count()} CUDA devices"
+                f"device={wanted} is one for {here.local_size} processes; give {kind}"
             )
+        index = str(here.local_rank)
+        wanted = f"{kind}:{index}"
+    there = accelerator.count(kind)
+    if int(index or 0) >= there:
+        raise ConfigError(f"device={wanted}: this machine has {there} {kind.upper()} devices")
     return wanted
 
 
@@ -84,6 +88,7 @@ def matmul_speed(device: str) -> float:
     left, right = torch.randn(1024, 768, device=device), torch.randn(768, 1536, device=device)
 
     def seconds(repeats: int) -> float:
+        accelerator.synchronize(device)
         started = time.perf_counter()
         for _ in range(repeats):
             product = left @ right
@@ -112,8 +117,8 @@ def device_name(device: str) -> str:
     Scores are kept by it: another processor rounds the same products differently, and so do other
     instructions of the same one.
     """
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+    if not accelerator.is_cpu(device):
+        return accelerator.name(device)
     chosen = [torch.backends.cpu.get_cpu_capability()]
     chosen += [f"{name}={os.environ[name]}" for name in ROUNDING if name in os.environ]
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"

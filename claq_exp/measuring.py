@@ -47,7 +47,7 @@ def checkpoint_subject(
     }
     return Subject(
         "quantized",
-        device,
+        None if config.device_map else device,
         lambda: load_checkpoint(
             folder, kernel=config.runtime.kernel, device_map=config.device_map, **place
         ),
@@ -107,7 +107,8 @@ class Bench:
         logits = self.original_logits()
         wanted = {} if logits.complete() else logits.windows
         store = self._scores(cache_folder() / "originals", self.model)
-        subject = Subject("original", self.device, load, (lambda: model) if self.streams else None)
+        device = None if self.config.device_map else self.device
+        subject = Subject("original", device, load, (lambda: model) if self.streams else None)
         return self._measure(subject, store, wanted, logits.record)
 
     def measure_checkpoint(self, comparison: Comparison | None) -> Measurement:

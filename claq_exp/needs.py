@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from claq_exp.accelerator import is_cpu
 from claq_exp.errors import ConfigError
 from claq_exp.resources import available_memory, free_disk, free_memory
 
@@ -78,7 +79,7 @@ def needs(sizes: Sizes, disk: float, device: str, threads: int, stream: bool | s
     logits = LOGIT_COPIES * 4 * sizes.logits
     at_once = sizes.whole + logits
     in_parts = sizes.block + sizes.head + sizes.streamed_hidden + logits
-    on_gpu = device.startswith("cuda")
+    on_gpu = not is_cpu(device)
     streams = wants_stream(stream, at_once, device, tasks=sizes.tasks)
     measured = in_parts if streams else at_once
     solved = _solving(sizes.linears, threads)
@@ -102,7 +103,7 @@ def wants_stream(stream: bool | str, at_once: float, device: str, *, tasks: bool
     """
     if stream != "auto":
         return stream is True
-    room = free_memory(device) - (0 if device.startswith("cuda") else LIBRARIES)
+    room = free_memory(device) - (LIBRARIES if is_cpu(device) else 0)
     return at_once > room and not tasks
 
 

@@ -44,12 +44,11 @@ def available_memory() -> int:
 
 def free_memory(device: str) -> int:
     """Return the bytes that may still be taken of a device's memory, be it a GPU's."""
-    if not device.startswith("cuda"):
-        return available_memory()
-    import torch
+    from claq_exp import accelerator
 
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free)
+    return (
+        available_memory() if accelerator.is_cpu(device) else accelerator.free_and_total(device)[0]
+    )
 
 
 def free_disk(folder: Path) -> int:

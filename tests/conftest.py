@@ -18,6 +18,7 @@ import pytest
 # Read once, when torch is imported; what the tests start inherits it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pretend_device
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -36,6 +37,14 @@ gc.freeze()  # or each run goes through all objects of the libraries above
 atexit.register(gc.unfreeze)
 
 WORDS = ["the", "a", "cat", "dog", "runs", "sees", "small", "big", "red", "house", "tree", "and"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-launch",
+        action="store_true",
+        help="compile every launch of every Triton kernel for every architecture",
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -77,6 +86,17 @@ def heeds_interruptions() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def pretend() -> Iterator[str]:
+    """A device beside the CPU, where there is no real one: see `pretend_device`."""
+    if torch.accelerator.is_available():
+        pytest.skip("a device that is there would be hidden by a pretended one")
+    if not hasattr(torch._C, "_acc"):
+        pytest.skip("this release of torch has no backends in Python")
+    with pretend_device.in_use() as name:
+        yield name
 
 
 @pytest.fixture(scope="session")

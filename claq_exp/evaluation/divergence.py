@@ -144,10 +144,13 @@ class Comparison:
         if window >= self._store.windows.get(corpus, 0):
             return
         original = self._store.read(corpus, window).split(CHUNK)
-        for before, after in zip(original, logits.split(CHUNK), strict=True):
-            kl, agreement = divergences(before.to(after.device), after)
-            self._kl.setdefault(corpus, []).append(kl.cpu())
-            self._agreement.setdefault(corpus, []).append(agreement.cpu())
+        compared = [
+            divergences(before.to(after.device), after)
+            for before, after in zip(original, logits.split(CHUNK), strict=True)
+        ]
+        kl, agreement = (torch.cat(parts).cpu() for parts in zip(*compared, strict=True))
+        self._kl.setdefault(corpus, []).append(kl)
+        self._agreement.setdefault(corpus, []).append(agreement)
 
     def results(self) -> dict[str, Divergence]:
         """Return corpus -> divergence over all windows that were added."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from claq_exp import accelerator
 from claq_exp.evaluation.predict import Predictor
 from claq_exp.sources.content import Losses
 
@@ -103,8 +104,8 @@ def windows_at_once(wanted: int | str, seqlen: int, vocabulary: int, device: str
     """Return the batch size for windows of `seqlen` tokens; `auto` depends on the device alone."""
     if isinstance(wanted, int):
         return wanted
-    if not device.startswith("cuda"):
+    if accelerator.is_cpu(device):
         return max(1, CPU_TOKENS // seqlen)
-    memory = torch.cuda.get_device_properties(device).total_memory
+    _, memory = accelerator.free_and_total(device)
     fitting = int(LOGIT_SHARE * memory / (vocabulary * 8))  # tokens: two copies in 32 bits
     return max(1, min(GPU_TOKENS, fitting) // seqlen)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from claq_exp.models.blocks import capture_inputs, entering_hidden, finish, run_block
+from claq_exp.models.dispatch import input_device
 from claq_exp.models.stream import BlockedModel
 
 Tick = Callable[[float], None]
@@ -31,14 +32,15 @@ class Predictor(Protocol):
 class Subject:
     """A model to be measured, which is loaded when it is needed.
 
-    name: original or quantized.  load: brings it into memory.  open: for reading it block by block;
-    None where it is to be measured in memory.
+    name: original or quantized.  device: where it takes token ids; None where accelerate decides.
+    load: brings it into memory.  open: for reading it block by block; None where it is to be
+    measured in memory.
     """
 
     def __init__(
         self,
         name: str,
-        device: str,
+        device: str | None,
         load: Callable[[], PreTrainedModel],
         open_: Callable[[], BlockedModel] | None = None,
     ) -> None:
@@ -51,11 +53,12 @@ class Subject:
         """Yield the logits of each batch, see `Predictor`."""
         if self._open is not None:
             return streamed(self._open())(batches, tick)
-        return in_memory(self.model(), self._device)(batches, tick)
+        model = self.model()
+        return in_memory(model, self._device or input_device(model))(batches, tick)
 
 
-def in_memory(model: nn.Module, device: str) -> Predictor:
-    """Return the predictor of a model that is loaded."""
+def in_memory(model: nn.Module, device: str | torch.device) -> Predictor:
+    """Return the predictor of a model that is loaded.  device: where it takes token ids."""
 
     @torch.inference_mode()
     def predict(batches: list[Tensor], tick: Tick) -> Iterator[Tensor]:

@@ -87,15 +87,16 @@ def observe_inputs(
                     hidden[number] = run_block(block, entering, number)
         inputs[index] = BlockInputs()
         on_share(1 / len(inputs), f"block {index}")
-    unseen = dict.fromkeys(linears, max(gathered.maxima.values(), default=0.0))
-    return Observed(unseen | gathered.maxima, tuple(gathered.samples))
+    maxima = gathered.maxima()
+    unseen = dict.fromkeys(linears, max(maxima.values(), default=0.0))
+    return Observed(unseen | maxima, tuple(gathered.samples))
 
 
 class _Gathered:
     """What was seen so far.  each: numbers that are kept of an input."""
 
     def __init__(self, each: int) -> None:
-        self.maxima: dict[str, float] = {}
+        self._maxima: dict[str, Tensor] = {}
         self.samples: list[Tensor] = []
         self._each = each
         self._last: Tensor | None = None
@@ -108,10 +109,17 @@ class _Gathered:
 
         return {module: sink(name) for module, name in linears.items()}
 
+    def maxima(self) -> dict[str, float]:
+        """Return the largest magnitude of each input; a device is waited for here alone."""
+        return {name: float(largest) for name, largest in self._maxima.items()}
+
     def _see(self, name: str, entering: Tensor, sampled: bool) -> None:
-        largest = float(entering.abs().max()) if entering.numel() else 0.0
-        self.maxima[name] = max(self.maxima.get(name, 0.0), largest)
-        if not sampled or entering is self._last or not entering.numel():
+        if not entering.numel():
+            self._maxima.setdefault(name, entering.new_zeros(()))
+            return
+        largest = entering.abs().max()
+        self._maxima[name] = torch.maximum(self._maxima.get(name, largest), largest)
+        if not sampled or entering is self._last:
             return
         self._last = entering
         tokens = entering.reshape(-1, entering.shape[-1])

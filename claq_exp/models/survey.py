@@ -33,7 +33,7 @@ class _Gradients:
 
     def add(self, gradient: Tensor) -> None:
         flat = gradient.reshape(-1, gradient.shape[-1]).float()
-        self.squares += flat.square().sum(dim=0).cpu()
+        self.squares += flat.square().sum(dim=0)
         self.tokens += len(flat)
 
 
@@ -191,7 +191,8 @@ def _row_importance(
     hooks = []
     for index, block in enumerate(blocks):
         for name, module in linears_of(block).items():
-            held = _Gradients(torch.zeros(linear_weight(module).shape[0]))
+            weight = linear_weight(module)
+            held = _Gradients(torch.zeros(weight.shape[0], device=weight.device))
             sums[f"{path}.{index}.{name}"] = held
             hooks.append(module.register_forward_hook(_watch(held)))
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
@@ -212,7 +213,7 @@ def _row_importance(
             hook.remove()
     importance = {}
     for name, held in sums.items():
-        mean = held.squares / max(held.tokens, 1)
+        mean = held.squares.cpu() / max(held.tokens, 1)
         if not torch.isfinite(mean).all():
             raise CalibrationError(
                 f"the gradients of {name} are not finite; set precision.importance=output, or "

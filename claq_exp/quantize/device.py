@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -29,7 +30,7 @@ def solve_on_device(
     problems: on the CPU.  system: on either.  plans: what was decided before of matrices by name.
     The kernel knows k-means with a codebook per column, up to 5 bits, and reservation by magnitude.
     """
-    on_cpu = system.cpu()
+    on_cpu = replace(system, inverse_factor=None).cpu()  # which no one asks for there
     decided = [decide(problem, on_cpu, recipe, plans.get(problem.name))[1] for problem in problems]
     codebooks = [plan.codebook for plan in decided if _known(plan)]
     scaled = {codebook.row_scales for codebook in codebooks if isinstance(codebook, KMeans)}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from claq_exp.accelerator import synchronize
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.summary import checkpoint_folder
 from claq_exp.config import ExperimentConfig
@@ -93,7 +94,8 @@ def bench_checkpoint(config: ExperimentConfig, on_step: Callable[[str], None]) -
 
 def kernels_for(device: str) -> list[str]:
     """Return the kernels that are meant for a device, the fastest first."""
-    return [FASTEST[torch.device(device).type], "reference"]
+    own = FASTEST.get(torch.device(device).type)
+    return ["reference"] if own is None else [own, "reference"]
 
 
 def bench_generation(
@@ -195,8 +197,7 @@ def _generation_seconds(model: Any) -> float:
         do_sample=False,
         pad_token_id=0,
     )
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(model.device)
     return time.perf_counter() - started
 
 
@@ -223,7 +224,6 @@ def _fastest(calls: Mapping[str, Callable[[], Tensor]], device: str) -> dict[str
         for name, call in calls.items():
             started = time.perf_counter()
             call()
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
+            synchronize(device)
             least[name] = min(least[name], time.perf_counter() - started)
     return least

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -172,59 +167,3 @@ def test_many_numbers_on_a_gpu(name, dtype):
     found = round_numbers(values.cuda(), steps.cuda(), grid)
     assert same_bits(found.cpu(), round_numbers(values, steps, grid))
 
-
-COMPILE = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from claq_exp.quantize.kernels.block_rounding import round_blocks
-
-element, *chosen = sys.argv[1:]
-names = ("block", "books", "height", "piece", "unroll", "ragged", "warps")
-chosen = dict(zip(names, map(int, chosen), strict=True))
-warps = chosen.pop("warps")
-types = dict(
-    source_ptr="*" + element, target_ptr="*" + element, steps_ptr="*fp32", table_ptr="*fp32",
-    resolution="fp32",
-)
-signature = {
-    name: "constexpr" if name in chosen else types.get(name, "i32")
-    for name in round_blocks.arg_names
-}
-aligned = ("source_ptr", "target_ptr", "steps_ptr", "table_ptr", "columns")
-attributes = {
-    (round_blocks.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned
-}
-source = ASTSource(round_blocks, signature, constexprs=chosen, attrs=attributes)
-compiled = triton.compile(
-    source,
-    target=GPUTarget("cuda", 90, 32),
-    options={"num_warps": warps, "enable_fp_fusion": False},
-)
-assert len(compiled.asm["cubin"]) > 0
-print(compiled.asm["ptx"])
-"""
-
-
-@pytest.mark.parametrize(
-    ("element", "sizes"),
-    [("bf16", (8, 16, 32, 8, 4, 0, 1)), ("fp32", (16, 1, 128, 16, 4, 0, 4))],
-)
-def test_the_kernel_compiles_for_hopper_and_rounds_as_ieee_754_says(tmp_path, element, sizes):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
-    script = Path(tmp_path, "compile.py")  # a kernel's source must be readable from a file
-    script.write_text(COMPILE, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, str(script), element, *map(str, sizes)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "div.rn.f32" in done.stdout
-    assert ("cvt.rn.bf16" in done.stdout) == (element == "bf16")
-    for forbidden in ("div.full", "div.approx", "fma.rn.f32", ".ftz"):
-        assert forbidden not in done.stdout

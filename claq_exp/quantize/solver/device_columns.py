@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from claq_exp.accelerator import ROCM
 from claq_exp.errors import ConfigError, NumericalError
 from claq_exp.quantize.quantized import ColumnCodebooks, QuantizedWeight, Reserved
 from claq_exp.quantize.solver.columns import ColumnSystem
@@ -151,7 +153,7 @@ def _launcher(stack: _Stack, kernels: ModuleType) -> Callable[[int], None]:
     padded = max(32 * LEAST_WARPS, 1 << (tallest - 1).bit_length())
     compensated = stack.factor is not None
     reserves = bool((stack.plan[1] > 0).any())
-    warps = warps_for(padded)
+    options = launch_options(padded, rocm=ROCM)
     kernel = kernels.quantize_column[(len(stack.starts) - 1,)]
 
     def launch(offset: int) -> None:
@@ -177,19 +179,22 @@ def _launcher(stack: _Stack, kernels: ModuleType) -> Callable[[int], None]:
             reserves=reserves,
             scaled=stack.scales is not None,
             weighted=stack.row_weights is not None,
-            num_warps=warps,
-            maxnreg=min(REGISTERS // (32 * warps), 255),
-            enable_fp_fusion=True,
+            **options,
         )
 
     return launch
 
 
-def warps_for(rows: int) -> int:
-    """Return the warps of a program for a power of two of rows: 16 to 32 values per thread."""
-    if rows > 16384:
-        return 32
-    return min(max(rows // 512, LEAST_WARPS), 16)
+def launch_options(rows: int, *, rocm: bool = False) -> dict[str, Any]:
+    """Return Triton's options for a program of a power of two of rows: 16 to 32 values per thread.
+
+    rocm: a warp has 64 threads there, of at most 1024, and registers cannot be asked for.
+    """
+    if rocm:
+        return {"num_warps": min(max(rows // 1024, LEAST_WARPS), 16), "enable_fp_fusion": True}
+    warps = 32 if rows > 16384 else min(max(rows // 512, LEAST_WARPS), 16)
+    registers = min(REGISTERS // (32 * warps), 255)
+    return {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": True}
 
 
 def _solve(stack: _Stack, launch: Callable[[int], None], graph: bool) -> None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from claq_exp.accelerator import ROCM
 from claq_exp.runtime.kernels.triton_operand import TritonOperand, TritonPart, prepare
 from claq_exp.runtime.operand import Operand
 
@@ -255,12 +256,23 @@ def _launch_part(
     )
     constants: dict[str, Any] = dict(launch.constants)
     if launch.kernel == "sum_tiles":
-        # TF32 holds every float16 and bfloat16, so that products of those are exact.
-        exact = part.half and inputs.dtype != torch.float32
-        constants["precision"] = "tf32" if exact else "tf32x3"
-        constants["narrow"] = part.half and inputs.dtype == torch.float16
+        constants |= tile_constants(inputs.dtype, half=part.half, rocm=ROCM)
     kernel = getattr(decode, launch.kernel)[(launch.row_blocks, launch.splits)]
     kernel(*arguments, **constants, num_warps=launch.warps, num_stages=1, enable_fp_fusion=True)
+
+
+def tile_constants(dtype: torch.dtype, *, half: bool, rocm: bool = False) -> dict[str, Any]:
+    """Return how `sum_tiles` multiplies inputs of a type by levels; half: float16 holds them all.
+
+    TF32 holds every float16 and bfloat16, so that products of those are exact; those of other
+    numbers take three of TF32.  AMD's devices multiply in float32, and most have no TF32.
+    """
+    exact = half and dtype != torch.float32
+    on_cuda = "tf32" if exact else "tf32x3"
+    return {
+        "precision": "ieee" if rocm else on_cuda,
+        "narrow": half and dtype == torch.float16,
+    }
 
 
 def _group_sums(inputs: Tensor, group_size: int) -> Tensor:
