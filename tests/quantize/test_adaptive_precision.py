@@ -17,7 +17,7 @@ from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import planned_layout, quantize_weight
 from claq_exp.quantize.statistics import ColumnStatistics
 
-QUICK = settings(max_examples=100, deadline=None, derandomize=True)
+QUICK = settings(max_examples=100)
 
 
 def statistics_of(weight: torch.Tensor, distortion: torch.Tensor | None = None) -> ColumnStatistics:
