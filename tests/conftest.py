@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import random
@@ -31,6 +32,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import claq_exp.plan
 from claq_exp.machine import drop_stale_kernels
 from claq_exp.sources.cache import cache_folder
+
+with contextlib.suppress(ImportError):  # some checks of a GPU go without
+    from hypothesis import settings
+
+    settings.register_profile("same", derandomize=True, deadline=None)
+    settings.load_profile("same")  # the same examples each time, on every machine
 
 drop_stale_kernels()  # before a test compiles or loads one
 gc.freeze()  # or each run goes through all objects of the libraries above

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from claq_exp.calibration.windows import DRAWS, Draw, begin_with
 from claq_exp.errors import ConfigError
 
-QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+QUICK = settings(max_examples=60)
 TEXT = " ".join(map(str, range(1000)))
 
 

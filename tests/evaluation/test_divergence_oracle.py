@@ -64,7 +64,7 @@ SIZES = {
 }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**SIZES)
 def test_it_equals_the_definition_and_torchs_own(tokens, vocabulary, scale, seed):
     before, after = (logits(tokens, vocabulary, scale, seed + i) for i in (0, 1))
@@ -81,7 +81,7 @@ def test_it_equals_the_definition_and_torchs_own(tokens, vocabulary, scale, seed
     assert agrees.tolist() == tops
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(**SIZES)
 def test_it_is_never_negative_and_zero_for_itself(tokens, vocabulary, scale, seed):
     before, after = (logits(tokens, vocabulary, scale, seed + i) for i in (0, 1))
@@ -266,6 +266,8 @@ def expected(before, after, windows: torch.Tensor) -> Divergence:
             torch.cat([model(window[None]).logits[0, :-1] for window in windows]).double()
             for model in (before, after)
         )
+    for leading, second in (*p.topk(2).values, *q.topk(2).values):
+        assert leading - second > 1e-6  # by more than float32 rounds: batches agree on the first
     kl = kl_divergence(Categorical(logits=p), Categorical(logits=q))
     same = (p.argmax(-1) == q.argmax(-1)).double()
     return Divergence(kl.mean().item(), same.mean().item(), len(kl))

@@ -70,7 +70,7 @@ def slow(model: Table, tokens: torch.Tensor) -> float:
     return math.exp(math.fsum(losses) / len(losses))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     count=st.integers(1, 5),
     seqlen=st.integers(2, 9),

@@ -72,6 +72,13 @@ def log_likelihood(model, tokenizer, prompt: str, target: str) -> float:
     )
 
 
+def best(values: list[float]) -> int:
+    """The place of the largest, which leads by far more than batches and processors round."""
+    second, first = sorted(values)[-2:]
+    assert first - second > 1e-4
+    return values.index(first)
+
+
 def accuracies(model, tokenizer, rows) -> dict[str, float]:
     plain = normalised = 0
     for row in rows:
@@ -79,8 +86,8 @@ def accuracies(model, tokenizer, rows) -> dict[str, float]:
         answers = [row["sol1"], row["sol2"]]
         values = [log_likelihood(model, tokenizer, prompt, f" {answer}") for answer in answers]
         by_length = [value / len(text) for value, text in zip(values, answers, strict=True)]
-        plain += values.index(max(values)) == row["label"]
-        normalised += by_length.index(max(by_length)) == row["label"]
+        plain += best(values) == row["label"]
+        normalised += best(by_length) == row["label"]
     return {"acc": plain / len(rows), "acc_norm": normalised / len(rows)}
 
 
@@ -116,8 +123,8 @@ def test_hellaswag_divides_by_the_characters_of_the_cleaned_ending(model, tokeni
         endings = [cleaned(ending) for ending in row["endings"]]
         values = [log_likelihood(model, tokenizer, prompt, f" {ending}") for ending in endings]
         by_length = [value / len(text) for value, text in zip(values, endings, strict=True)]
-        plain += values.index(max(values)) == int(row["label"])
-        normalised += by_length.index(max(by_length)) == int(row["label"])
+        plain += best(values) == int(row["label"])
+        normalised += best(by_length) == int(row["label"])
     found = score(model, tokenizer, data, "hellaswag", metric="acc_norm")
     assert plain != normalised
     assert found.value == pytest.approx(normalised / 12)
@@ -133,7 +140,7 @@ def test_winogrande_scores_what_follows_the_blank_after_either_option(model, tok
             log_likelihood(model, tokenizer, before + row[option], f" {after.strip()}")
             for option in ("option1", "option2")
         ]
-        right += values.index(max(values)) == int(row["answer"]) - 1
+        right += best(values) == int(row["answer"]) - 1
     found = score(model, tokenizer, write_rows(tmp_path / "rows.jsonl", rows), "winogrande")
     assert 0 < right < 12
     assert found.value == pytest.approx(right / 12)

@@ -109,7 +109,7 @@ import time
 from claq_exp.models import quantize
 whole = quantize.solve_hessian
 def solve_hessian(*arguments, **options):
-    for _ in range(200):
+    for _ in range(2400):  # two minutes: whoever waits for a group is seen
         time.sleep(0.05)
     return whole(*arguments, **options)
 quantize.solve_hessian = solve_hessian

@@ -261,10 +261,9 @@ def test_a_second_signal_waits_for_nothing(start, command, undisturbed, tmp_path
     deadline = time.monotonic() + 30
     while NOTICE not in child.output() and time.monotonic() < deadline:
         time.sleep(0.02)
-    asked = time.monotonic()
     child.signal(signal.SIGINT)
     assert child.exit_code() == 75, child.output()
-    assert time.monotonic() - asked < 5  # a group takes ten seconds
+    assert not [event for event in events(outputs) if event["event"] == "layer"]
     assert run_state(run_folder(outputs)) == RunState("interrupted")
     assert start(command(outputs)).exit_code() == 0
     assert_same_outcome(run_folder(outputs), undisturbed)

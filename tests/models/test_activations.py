@@ -117,13 +117,25 @@ def test_static_scales_follow_from_the_text_and_do_not_depend_on_the_batch(llama
     whole = WholeModel(llama)
     rule = Int(bits=8, scope="static")
     assert needs_text(rule)
-    rounding = settle_rounding(rule, observe_inputs(whole, BATCHES, linears(whole)))
+    observed = observe_inputs(whole, BATCHES, linears(whole))
+    rounding = settle_rounding(rule, observed)
     model = copy.deepcopy(llama)
     round_inputs(model, rounding, linears(whole))
-    together = logits(model)
-    with torch.inference_mode():
-        alone = model(BATCHES[0][:1], use_cache=False).logits
-    assert torch.allclose(alone, together[:1], atol=1e-4)
+    entering: dict[str, torch.Tensor] = {}
+    for name in linears(whole):
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, inputs, name=name: entering.update({name: inputs[0]})
+        )
+    logits(model)
+    for name, values in entering.items():
+        limit = rounding.limit(name)
+        assert limit == observed.maxima[name]
+        assert torch.equal(rounding.round(values, limit), values)  # it is on that grid already
+        others = torch.randn(values.shape, generator=torch.Generator().manual_seed(0)) * limit
+        together = rounding.round(others, limit)
+        assert not torch.equal(together, others)
+        assert torch.equal(rounding.round(others[:1], limit), together[:1])
+    assert set(entering) == set(linears(whole))
     planned = expected_rounding(rule, linears(whole))
     assert planned.to_json().keys() == rounding.to_json().keys()
     assert planned.maxima.keys() == rounding.maxima.keys()

@@ -17,7 +17,7 @@ from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import planned_layout, quantize_weight
 from claq_exp.quantize.statistics import ColumnStatistics
 
-QUICK = settings(max_examples=100, deadline=None, derandomize=True)
+QUICK = settings(max_examples=100)
 
 
 def statistics_of(weight: torch.Tensor, distortion: torch.Tensor | None = None) -> ColumnStatistics:
@@ -141,7 +141,9 @@ def test_under_gptq_equal_counts_are_ordered_by_the_price_that_the_solver_states
     quantized = solve(weight, hessian, chosen).quantized
     high = torch.nonzero(quantized.column_bits == 4).flatten().tolist()
     assert statistics_of(weight).outlier_counts(13.0).sum() == 0
-    assert set(high) == set(torch.argsort(saliency, descending=True)[:5].tolist())
+    ordered = saliency.sort(descending=True)
+    assert ordered.values[4] > 1.001 * ordered.values[5]  # no rounding decides
+    assert set(high) == set(ordered.indices[:5].tolist())
     assert quantized.layout().nominal_bits() == 2.5
 
 
@@ -181,8 +183,9 @@ def test_hessian_gives_the_higher_width_to_the_columns_of_largest_saliency():
         price = 1 / np.linalg.inv(matrix[np.ix_(left, left)])[0, 0]
         saliency[column] = np.mean(weight.double().numpy()[:, column] ** 2) * price
     bits = solve(weight, hessian, recipe(precision=Hessian(2.5))).quantized.column_bits
-    high = sorted(saliency, key=saliency.__getitem__, reverse=True)[:5]
-    assert torch.nonzero(bits == 4).flatten().tolist() == sorted(high)
+    falling = sorted(saliency, key=saliency.__getitem__, reverse=True)
+    assert saliency[falling[4]] > 1.001 * saliency[falling[5]]  # no rounding decides
+    assert torch.nonzero(bits == 4).flatten().tolist() == sorted(falling[:5])
 
 
 def test_magnitude_gives_the_higher_width_to_the_columns_of_largest_mean_size():

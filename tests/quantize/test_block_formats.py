@@ -230,7 +230,7 @@ def test_the_compiled_search_finds_what_the_search_in_torch_finds(grid):
         elements=st.floats(-(2.0**100), 2.0**100, width=32),
     ),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_finite_numbers_come_out_finite_of_their_size_and_alike(name, values):
     grid, numbers_ = GRIDS[name], torch.from_numpy(values)
     rounded = round_values(numbers_, grid)

@@ -16,7 +16,7 @@ from claq_exp.quantize.reservation import Fixed as FixedReservation
 from claq_exp.quantize.reservation import JointReservation
 
 SHAPES = {"q": (576, 576), "k": (192, 576), "down": (576, 1536), "odd": (49, 130)}
-QUICK = settings(max_examples=40, deadline=None, derandomize=True)
+QUICK = settings(max_examples=40)
 
 
 def beside(layouts) -> float:

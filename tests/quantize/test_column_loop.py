@@ -38,7 +38,7 @@ from claq_exp.quantize.reservation import Fixed as FixedReservation
 from claq_exp.quantize.solver import Gptq, Nearest
 from claq_exp.quantize.statistics import ColumnStatistics
 
-QUICK = settings(max_examples=100, deadline=None, derandomize=True)
+QUICK = settings(max_examples=100)
 OWN_FITS = {KMEANS: fit_levels, EXACT: fit_levels_exact, QUANTILES: fit_quantiles}
 
 
@@ -55,7 +55,7 @@ def assert_same_bits(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.array_equal(found.view(np.uint32), expected.view(np.uint32))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 @given(st.floats(width=32, allow_nan=False))
 def test_rounding_to_float16_is_that_of_numpy(value):
     values = np.array([value, -value], dtype=np.float32)

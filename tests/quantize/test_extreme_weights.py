@@ -143,10 +143,21 @@ def test_what_follows_a_level_beyond_float16_is_refused_or_finite(codebook):
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_the_relative_error_hardly_depends_on_the_size_of_the_weights(scale):
     weight, hessian = random_problem(rows=60, columns=8, seed=1)
-    plain = solve(weight, hessian, recipe())
-    scaled = solve(weight * scale, hessian, recipe())
+    chosen = recipe(solver=Nearest())  # no column follows from another one's rounding
+    plain, scaled = (solve(weight * factor, hessian, chosen) for factor in (1.0, scale))
     assert scaled.weight_error == pytest.approx(plain.weight_error, rel=0.05)
     assert scaled.output_error == pytest.approx(plain.output_error, rel=0.05)
+
+
+@pytest.mark.parametrize("scale", [2.0**-2, 2.0**10])
+def test_a_power_of_two_changes_no_code(scale):
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randint(64, 512, (60, 8), generator=generator) / 128  # no level is subnormal
+    _, hessian = random_problem(rows=60, columns=8, seed=1)
+    plain, scaled = (solve(weight * factor, hessian, recipe()) for factor in (1.0, scale))
+    assert torch.equal(scaled.quantized.codes, plain.quantized.codes)
+    assert scaled.weight_error == pytest.approx(plain.weight_error, rel=1e-6)
+    assert scaled.output_error == pytest.approx(plain.output_error, rel=1e-6)
 
 
 @pytest.mark.parametrize("damage", ["books", "column_scales", "row_scales"])

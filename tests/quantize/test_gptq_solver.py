@@ -321,7 +321,7 @@ def test_fewer_tokens_than_inputs_still_give_a_finite_result():
 
 
 @pytest.mark.case(22, 27)
-@settings(derandomize=True, deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     rows=st.integers(1, 12),
     columns=st.integers(1, 20),

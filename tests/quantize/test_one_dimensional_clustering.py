@@ -19,7 +19,7 @@ from claq_exp.quantize.codebook.block import assign_codes
 from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
 
-QUICK = settings(max_examples=80, deadline=None, derandomize=True)
+QUICK = settings(max_examples=80)
 REAL_MODEL = Path(__file__).parents[2].parent / "shared/models/stories15M/model.safetensors"
 
 

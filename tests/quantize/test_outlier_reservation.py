@@ -19,7 +19,7 @@ from claq_exp.quantize.reservation.shares import counts_from_shares
 from claq_exp.quantize.solver import Gptq, Nearest
 from claq_exp.quantize.statistics import ColumnStatistics
 
-QUICK = settings(max_examples=100, deadline=None, derandomize=True)
+QUICK = settings(max_examples=100)
 ratios = st.one_of(st.sampled_from([0.0, 1e-9, 0.005, 0.5, 1.0]), st.floats(0, 1))
 
 

@@ -24,7 +24,7 @@ from claq_exp.quantize.quantized import (
     unpack_weight,
 )
 
-QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+QUICK = settings(max_examples=60)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -104,7 +104,7 @@ weights = st.builds(
 
 @pytest.mark.case(49)
 @pytest.mark.parametrize("width", range(1, 17))
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15)
 @given(rows=st.integers(1, 70), count=st.sampled_from([1, 2, 7, 8, 9, 49, 70]), seed=seeds)
 def test_packed_integers_come_back_and_stand_least_significant_bit_first(width, rows, count, seed):
     values = np.random.default_rng(seed).integers(0, 2**width, (rows, count))

@@ -26,7 +26,7 @@ from claq_exp.quantize.rate_distortion import (
 )
 from claq_exp.quantize.statistics import ColumnStatistics
 
-QUICK = settings(max_examples=60, deadline=None, derandomize=True)
+QUICK = settings(max_examples=60)
 FORMS = st.builds(Form, shared_codebooks=st.booleans(), row_scaled=st.booleans())
 
 

@@ -16,7 +16,7 @@ from claq_exp.quantize.codebook.simple import normal_float
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.solver import Nearest
 
-QUICK = settings(max_examples=80, deadline=None, derandomize=True)
+QUICK = settings(max_examples=80)
 # bitsandbytes' table of NF4
 NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,

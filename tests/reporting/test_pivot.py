@@ -263,7 +263,7 @@ DESIGNS = st.dictionaries(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(DESIGNS)
 def test_every_run_is_in_one_cell_and_means_agree_with_pandas(design):
     runs = [run(target, name, value, seed) for (target, name, seed), value in design.items()]
