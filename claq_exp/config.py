@@ -236,9 +236,9 @@ class ExperimentConfig:
     stream: read the model block by block while it is measured too, slower and in less memory; auto
         where it would not fit as a whole.
     check_resources: refuse to start where memory or disk are less than what is planned.
-    strict: fail at the first layer that cannot be quantized as asked (`claq_exp.fallbacks`): larger
-        damping, dead inputs, fewer tokens than inputs, rounding to nearest, values cut or
-        clusterings cut short.
+    strict: fail at the first layer that cannot be quantized as asked (`claq_exp.fallbacks`: larger
+        damping, dead inputs, few tokens, rounding to nearest, ...), and at the first score that is
+        worth less than it looks (`claq_exp.evaluation.caveats`).
     outputs: folder of all runs, relative to the working directory.
     resume: auto (continue or start), required (never start over), never (start over).
     checkpoint: an existing checkpoint, for `claq-exp evaluate` and `claq-exp bench runtime`.

@@ -113,12 +113,12 @@ def _score(
         if batch_size == "auto" and device.type == "cpu":
             kinds = {leaf.OUTPUT_TYPE for leaf in loaded["tasks"].values()}
             batch_size = 1 if WHOLE_CONTEXT in kinds else CPU_REQUESTS
-        adapter = Adapter(model, tokenizer, batch_size, device)
         answers = Answers(loaded["tasks"].values(), on_share)
-        adapter.set_cache_hook(answers)
         os.environ["DISABLE_MULTIPROC"] = "1"  # a fork of a process with threads can hang
         seed_like_lm_eval()
         try:
+            adapter = Adapter(model, tokenizer, batch_size, device)
+            adapter.set_cache_hook(answers)
             results = lm_eval.evaluate(
                 adapter,
                 loaded,
