@@ -82,7 +82,7 @@ def open_model(
     forward passes or in the checkpoint cannot hold.
     """
     original = look_at(folder, trust_remote_code=trust_remote_code)
-    original, weights = weights_of(original, work, trust_remote_code=trust_remote_code)
+    weights = weights_of(original, work, trust_remote_code=trust_remote_code)
     whole = skeleton(original.config, DTYPES[dtype])
     read_generation_config(whole, folder)
     model = StreamedModel(whole, weights, device, blocks_path)
