@@ -81,7 +81,7 @@ def open_model(
     their type in forward passes or in the checkpoint cannot hold.
     """
     original = look_at(folder, trust_remote_code=trust_remote_code)
-    original, weights = weights_of(original, work, trust_remote_code=trust_remote_code)
+    weights = weights_of(original, work, trust_remote_code=trust_remote_code)
     whole = skeleton(original.config, DTYPES[dtype])
     read_generation_config(whole, folder)
     model = StreamedModel(whole, weights, device, blocks_path)
@@ -108,18 +108,16 @@ def _check_numbers(
         if isinstance(module, LINEAR) and f"{name}.weight" not in router_weights(block)
     }
     kept = model.model.state_dict().keys() - packed
-    wider = "rescale the weights" if dtype == "float32" else "set model.dtype=float32"
+    rescale, place = "rescale the weights", original.folder / "config.json"
+    wider = rescale if dtype == "float32" else "set model.dtype=float32"
     run_in = (DTYPES[dtype], f"which model.dtype={dtype} asks for; {wider}")
-    pack_in = (torch.float16, "in which levels and outliers are stored; rescale the weights")
+    pack_in = (torch.float16, f"in which levels and outliers are stored; {rescale}")
     too_small = []
     for name in weights:
         weight = weights.read(name)
         fits = next((n for n, t in DTYPES.items() if t == weight.dtype), "float32")
-        keep_in = (
-            stored,
-            f"which the checkpoint keeps this tensor in: write "
-            f'"dtype": "{fits}" into {original.folder / "config.json"}',
-        )
+        wider = rescale if stored == torch.float32 else f'write "dtype": "{fits}" into {place}'
+        keep_in = (stored, f"which the checkpoint keeps this tensor in; {wider}")
         if check_held(name, weight, (run_in, keep_in if name in kept else pack_in)):
             too_small.append(name)
     return tuple(too_small)

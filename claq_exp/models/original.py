@@ -6,7 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from claq_exp.models.unused import unused_tensors
 from claq_exp.models.weights import (
     Place,
     StoredWeights,
-    as_stored,
     expert_places,
+    placed,
     stored_tensors,
 )
 from claq_exp.sources.notes import source_losses, source_notes
@@ -41,7 +41,7 @@ class Original:
     config: that of the folder, with the ties and the dtype of the stored tensors.
     places: where each tensor lies; of those that it lacks transformers must make them.
     untied: parameters that config.json ties to another one, and that are stored unlike it.
-    unused: stored tensors that no parameter takes; None where it takes transformers to know.
+    unused: stored tensors that no parameter takes.
     adapter: a file of an adapter beside the model, which is not applied.
     too_small: tensors that a type which they meet rounds to nothing; known once all were read.
     """
@@ -50,17 +50,16 @@ class Original:
     config: PretrainedConfig
     places: Mapping[str, Place]
     untied: tuple[str, ...] = ()
-    unused: tuple[str, ...] | None = None
+    unused: tuple[str, ...] = ()
     adapter: str | None = None
     too_small: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return what results.json says of it."""
-        unused = self.unused or ()
         return {
             "untied": list(self.untied),
-            "unused_tensors": len(unused),
-            "unused_examples": list(unused[:EXAMPLES]),
+            "unused_tensors": len(self.unused),
+            "unused_examples": list(self.unused[:EXAMPLES]),
             "adapter": self.adapter,
             "too_small": len(self.too_small),
             "too_small_examples": list(self.too_small[:EXAMPLES]),
@@ -94,8 +93,7 @@ def look(folder: Path, config: PretrainedConfig) -> Original:
     model = skeleton(config, split=False)
     state = model.state_dict()
     refuse_quantized(folder, config, stored, {n for n, t in state.items() if t.is_floating_point()})
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    places = as_stored(stored, shapes, model.base_model_prefix)
+    places, left_over = placed(model, stored)
     tied = tied_names(model)
     untied = _stored_apart(tied, places)
     if untied:
@@ -105,17 +103,13 @@ def look(folder: Path, config: PretrainedConfig) -> Original:
             places.setdefault(name, places.get(other) or places[name])
             places.setdefault(other, places[name])
     left_out = tied_names(model)
-    used = {place.key for place in places.values()}
     places = {name: place for name, place in places.items() if name not in left_out}
-    whole = set(shapes) - set(left_out) <= set(places)
-    unused = unused_tensors(model, set(stored) - used) if whole else None
+    unused = unused_tensors(model, left_over)
     return Original(folder, config, places, untied, unused, adapter_beside(folder))
 
 
-def weights_of(
-    original: Original, work: Path, *, trust_remote_code: bool = False
-) -> tuple[Original, StoredWeights]:
-    """Return the weights, and what is known of the model once they are found.
+def weights_of(original: Original, work: Path, *, trust_remote_code: bool = False) -> StoredWeights:
+    """Return the weights of a model.
 
     work: folder for what transformers must convert first: experts stored one by one, and names of
     older releases.  Raises SourceError when a tensor is missing or has another shape.
@@ -124,11 +118,10 @@ def weights_of(
     wanted = [name for name in model.state_dict() if name not in tied_names(model)]
     places = original.places
     if missing := [name for name in wanted if name not in places]:
-        places, unexpected = _converted(original, model, missing, work, trust_remote_code)
-        original = replace(original, unused=unused_tensors(model, unexpected))
+        places = _converted(original, model, missing, work, trust_remote_code)
     places = {name: places[name] for name in wanted if name in places}
     split_experts(model)
-    return original, StoredWeights(places | expert_places(model, places))
+    return StoredWeights(places | expert_places(model, places))
 
 
 def _stored_apart(tied: Mapping[str, str], places: Mapping[str, Place]) -> tuple[str, ...]:
@@ -175,11 +168,8 @@ def _converted(
     missing: list[str],
     work: Path,
     trust_remote_code: bool,
-) -> tuple[dict[str, Place], list[str]]:
-    """Have transformers bring the tensors into the form of this release, on disk.
-
-    Returns their places, and the stored names that it had no use for.
-    """
+) -> dict[str, Place]:
+    """Have transformers bring the tensors into the form of this release, on disk."""
     folder = original.folder
     lacking = f"{folder} lacks {len(missing)} tensors of its model, e.g. {missing[0]}"
     try:
@@ -210,8 +200,7 @@ def _converted(
     hooks = (getattr(module, "_hf_hook", None) for module in loaded.modules())
     maps = (getattr(hook, "weights_map", None) for hook in hooks)
     index = next(found.dataset.index for found in maps if found is not None)
-    places = {
+    return {
         name: Place(Path(entry["safetensors_file"]), entry.get("weight_name", name))
         for name, entry in index.items()
     }
-    return places, sorted(report["unexpected_keys"])

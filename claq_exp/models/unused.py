@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from transformers import PreTrainedModel
 
@@ -21,9 +21,10 @@ BESIDE = re.compile(
 )
 
 
-def unused_tensors(model: PreTrainedModel, left_over: Iterable[str]) -> tuple[str, ...]:
+def unused_tensors(model: PreTrainedModel, left_over: Mapping[str, str]) -> tuple[str, ...]:
     """Return those of the stored tensors without a parameter that the model is poorer without.
 
+    left_over: tensor -> what it would be called in the model.
     What the model's class ignores, what is computed, and what lies beside a text model is not
     missed.
     """
@@ -32,8 +33,8 @@ def unused_tensors(model: PreTrainedModel, left_over: Iterable[str]) -> tuple[st
     modules = {name for name, _ in model.named_modules()}
     return tuple(
         name
-        for name in sorted(left_over)
-        if not ignored.search(name) and not _beside(name, modules, model.base_model_prefix)
+        for name, inside in sorted(left_over.items())
+        if not ignored.search(inside) and not _beside(inside, modules, model.base_model_prefix)
     )
 
 

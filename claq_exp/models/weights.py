@@ -10,6 +10,14 @@ from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from claq_exp.checkpoint.shards import TensorSpan, read_header
 from claq_exp.errors import CheckpointError, SourceError
@@ -102,26 +110,39 @@ def stored_tensors(folder: Path) -> dict[str, tuple[Path, TensorSpan]]:
     return found
 
 
-def as_stored(
-    stored: Mapping[str, tuple[Path, TensorSpan]],
-    shapes: Mapping[str, tuple[int, ...]],
-    prefix: str,
-) -> dict[str, Place]:
-    """Find tensors that are stored as the model names them, or without its prefix, or with one."""
-    found = {}
-    for name, shape in shapes.items():
-        names = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        key = next((key for key in names if key in stored), None)
-        if key is None:
-            continue
-        file, span = stored[key]
-        if span.shape != shape:
-            raise SourceError(
-                f"{file} holds tensors of another shape than its config: {name} is "
-                f"{list(span.shape)}, the model's {list(shape)}"
-            )
-        found[name] = Place(file, key)
-    return found
+def placed(
+    model: PreTrainedModel, stored: Mapping[str, tuple[Path, TensorSpan]]
+) -> tuple[dict[str, Place], dict[str, str]]:
+    """Find the parameters that are stored as the model holds them, by transformers' own renaming.
+
+    Returns parameter -> place, and tensor -> what it would be called in the model, of those that no
+    parameter takes.  What transformers must convert is in neither.
+    Raises SourceError for a tensor of another shape.
+    """
+    state = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    found: dict[str, Place] = {}
+    left_over: dict[str, str] = {}
+    for key in sorted(stored, key=lambda key: (key not in state, dot_natural_key(key))):
+        around = (model.base_model_prefix, state)
+        name, converter = rename_source_key(key, renamings, converters, *around)
+        if name not in state:  # it is called as in the model, or lacks a prefix
+            alone, _ = rename_source_key(key, [], [], *around)
+            name, converter = (alone, None) if alone in state else (name, converter)
+        if name not in state or name in found:
+            left_over[key] = name
+        elif converter is None:
+            file, span = stored[key]
+            shape = tuple(state[name].shape)
+            if span.shape != shape:
+                raise SourceError(
+                    f"{file} holds tensors of another shape than its config: {key} is "
+                    f"{list(span.shape)}, the model's {list(shape)}"
+                )
+            found[name] = Place(file, key)
+    return found, left_over
 
 
 def expert_places(model: nn.Module, fused: Mapping[str, Place]) -> dict[str, Place]:

@@ -67,7 +67,22 @@ def _read(path: Path) -> dict[str, Tensor]:
                 f"{path} holds something other than tensors: {name!r} is {type(value).__name__}; "
                 "give a file with nothing but the model's weights"
             )
+        if form := _unusual(value):
+            raise SourceError(f"{path}: {name} is {form}; give the original model's weights")
     return state
+
+
+def _unusual(tensor: Tensor) -> str | None:
+    """Return what a tensor is that safetensors, or the model, cannot take as numbers in rows."""
+    import torch
+
+    forms = {
+        "quantized already": tensor.is_quantized,
+        "complex": tensor.is_complex(),
+        "sparse": tensor.layout != torch.strided,
+        "without content": tensor.is_meta,
+    }
+    return next((form for form, found in forms.items() if found), None)
 
 
 def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:

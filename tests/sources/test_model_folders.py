@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,9 +58,20 @@ def test_the_fingerprint_changes_with_every_file_of_a_tokenizer(name, model):
     assert fingerprint(model) != before
 
 
-def test_the_fingerprint_changes_with_a_shard_more(model):
-    before = fingerprint(model)
-    shutil.copy(model / "model.safetensors", model / "model-2.safetensors")
+def in_shards(model: Path, names: list[str]) -> Path:
+    """Have the index name copies of the model's file; what it says of the tensors is not read."""
+    for name in names:
+        shutil.copy(model / "model.safetensors", model / name)
+    (model / "model.safetensors").unlink()
+    places = {f"tensor {number}": name for number, name in enumerate(names)}
+    index = {"metadata": {}, "weight_map": places}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    return model
+
+
+def test_the_fingerprint_changes_with_every_shard(model):
+    before = fingerprint(in_shards(model, ["model-1.safetensors", "model-2.safetensors"]))
+    flip(model / "model-2.safetensors")
     assert fingerprint(model) != before
 
 
@@ -91,14 +103,15 @@ def test_a_symlink_into_another_folder_is_read_for_its_content(model, tmp_path):
 
 def test_weight_bytes_are_those_of_all_shards(model):
     size = (model / "model.safetensors").stat().st_size
-    shutil.copy(model / "model.safetensors", model / "model-2.safetensors")
+    shutil.copy(model / "model.safetensors", model / "consolidated.safetensors")
+    in_shards(model, ["model-1.safetensors", "model-2.safetensors"])
     assert weight_bytes(model) == 2 * size
 
 
 def test_a_plan_needs_no_weights_but_a_run_does(model):
     (model / "model.safetensors").unlink()
     assert model_folder(ModelSource(str(model)), weights=False) == model
-    with pytest.raises(ConfigError, match=r"no weights: looked for \*\.safetensors and pytorch_mo"):
+    with pytest.raises(ConfigError, match=r"no weights: looked for model\.safetensors, .*json$"):
         model_folder(ModelSource(str(model)))
 
 
@@ -117,10 +130,18 @@ class Hub:
         self.asked: dict[str, object] = {}
         monkeypatch.setattr("huggingface_hub.snapshot_download", self.download)
         monkeypatch.setattr("huggingface_hub.HfApi.model_info", self.describe)
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", self.fetch)
 
     def download(self, name, revision, allow_patterns):
         self.asked |= {"name": name, "revision": revision, "patterns": allow_patterns}
         return str(self.folder)
+
+    def fetch(self, name, file, revision):
+        shards = SHARDS if file.startswith("pytorch") else ["a-1.safetensors", "a-2.safetensors"]
+        path = self.folder.parent / "index.json"
+        places = {"x": shards[0], "y": shards[1], "z": shards[0]}
+        path.write_text(json.dumps({"weight_map": places}))
+        return str(path)
 
     def describe(self, name, revision):
         if isinstance(self.names, Exception):
@@ -152,19 +173,30 @@ SHARDS = [f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2)]
 @pytest.mark.parametrize(
     ("names", "wanted"),
     [
-        (["model.safetensors", "pytorch_model.bin"], "model.safetensors"),
-        (["model.safetensors.index.json", "consolidated.safetensors"], "model-*.safetensors"),
-        (["pytorch_model.bin", "flax_model.msgpack"], "pytorch_model.bin"),
-        (["pytorch_model.bin.index.json", *SHARDS], "pytorch_model-*.bin"),
-        (["weights.safetensors"], "*.safetensors"),
-        (OSError("no network, and perhaps all of it in the cache"), "*.safetensors"),
+        (["model.safetensors", "pytorch_model.bin"], ["model.safetensors"]),
+        (["model.safetensors", "model.safetensors.index.json"], ["model.safetensors"]),
+        (
+            ["model.safetensors.index.json", "consolidated.safetensors"],
+            ["a-1.safetensors", "a-2.safetensors"],
+        ),
+        (["pytorch_model.bin", "adapter_model.safetensors"], ["pytorch_model.bin"]),
+        (["pytorch_model.bin.index.json", *SHARDS], SHARDS),
+        (OSError("no network, and perhaps all of it in the cache"), []),
     ],
     ids=str,
 )
 def test_weights_are_fetched_in_one_format(names, wanted, model, monkeypatch):
     hub = Hub(monkeypatch, model, names)
     assert model_folder(ModelSource("owner/name")) == model
-    assert [p for p in hub.asked["patterns"] if "safetensors" in p or "bin" in p] == [wanted]
+    assert [p for p in hub.asked["patterns"] if "safetensors" in p or "bin" in p] == wanted
+
+
+@pytest.mark.case(209)
+def test_a_hub_model_without_weights_is_refused_before_anything_is_fetched(model, monkeypatch):
+    hub = Hub(monkeypatch, model, ["adapter_config.json", "adapter_model.safetensors"])
+    with pytest.raises(ConfigError, match=r"found adapter_model\.safetensors; merge the adapter"):
+        model_folder(ModelSource("owner/name"))
+    assert not hub.asked
 
 
 def test_a_gguf_file_that_is_none_is_named(tmp_path, monkeypatch):
