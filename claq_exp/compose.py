@@ -104,9 +104,11 @@ def is_swept(text: str) -> bool:
     try:
         return bool(OverridesParser.create().parse_override(text).is_sweep_override())
     except HydraException as error:
+        key, _, value = text.partition("=")
+        quoted = "KEY=VALUE" if "'" in value or not value else f"\"{key}='{value}'\""
         raise ConfigError(
-            f"'{text}' cannot be read as an override; write KEY=VALUE, with quotes around a value "
-            "that holds odd characters"
+            f"'{text}' cannot be read as an override; write {quoted}, with two kinds of quotes "
+            "around a value of odd characters: one is for the shell"
         ) from error
 
 

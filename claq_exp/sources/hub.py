@@ -71,16 +71,18 @@ def _reason(kind: str, name: str, error: Exception, file: str) -> str:
 
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}"
     said = first_line(error)
+    here = f" (nor a folder of that name in {Path.cwd()})" if kind == "model" else ""
     if isinstance(error, GatedRepoError) or "is a gated dataset" in said:
         return f"is gated: accept its terms on {page} and log in with 'hf auth login'"
     if isinstance(error, RevisionNotFoundError) or said.startswith("Revision "):
         return f"has no such revision; see {page}"
     if isinstance(error, RepositoryNotFoundError) or "doesn't exist on the Hub" in said:
-        return "is not on the hub, or is private: check its name, or log in with 'hf auth login'"
+        advice = "check its name, or log in with 'hf auth login'"
+        return f"is not on the hub{here}, or is private: {advice}"
     transport = "TransportError" in {kind.__name__ for kind in type(error).__mro__}  # of httpx
     if transport or isinstance(error, LocalEntryNotFoundError | ConnectionError):
         return (
-            f"is not wholly in the local cache, and the hub is out of reach{_cause(error)}: run "
+            f"is not wholly in the local cache{here}, and the hub is out of reach{_cause(error)}: run "
             "'claq-exp fetch' where it is within reach"
         )
     if isinstance(error, EntryNotFoundError):

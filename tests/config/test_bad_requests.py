@@ -75,6 +75,7 @@ WORDS = [
     (["+precision.foo=1"], ["precision=outlier_order", "'foo'", "target_bits, threshold"]),
     (["precision.target_bits=9"], ["precision.target_bits=9", "2 to 4"]),
     (["frobnicate"], ["'frobnicate'", "KEY=VALUE"]),
+    (["model.source=模型"], ["cannot be read as an override", "\"model.source='模型'\""]),
     (["--frobnicate"], ["'--frobnicate'", "--help"]),
     (["precision.target_bits=[1,"], ["'precision.target_bits=[1,'", "KEY=VALUE"]),
     (["a b=c d"], ["'a b=c d'", "KEY=VALUE"]),
@@ -132,6 +133,7 @@ VALUES = [
     (["codebook=mxfp4", "precision=fixed", "precision.bits=3"], ["4 bits", "precision.bits=4"]),
     (["codebook=lo_bcq", "precision=fixed", "precision.bits=9"], ["precision.bits is 9"]),
     (["calibration.path="], ["a text needs a path"]),
+    (["calibration.encoding=klingon"], ["encoding 'klingon' is not known", "cp1252"]),
 ]
 
 

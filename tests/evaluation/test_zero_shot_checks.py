@@ -146,7 +146,7 @@ def test_another_content_than_pinned_is_refused(data):
     [
         ({"label": 2}, "row 4 has the right answer 2, which is none of its 2 choices"),
         ({"label": -1}, "row 4 has the right answer -1"),
-        ({"sol3": "x"}, "row 4 and the first one differ in their fields: sol3"),
+        ({"sol3": "x"}, "line 4 and the first one differ in their fields: sol3"),
         ({"label": "one"}, "row 4"),
     ],
 )
