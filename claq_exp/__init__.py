@@ -1,6 +1,7 @@
 """Experiments with column-level adaptive weight quantization (CLAQ) of large language models.
 
-After `import claq_exp`, transformers' `from_pretrained` loads packed checkpoints.
+After `import claq_exp`, transformers' `from_pretrained` loads packed checkpoints, and PEFT puts
+LoRA adapters on their layers.
 """
 
 from __future__ import annotations
@@ -30,3 +31,4 @@ def load(
 on_import(
     "transformers.quantizers.auto", lambda: importlib.import_module("claq_exp.runtime.huggingface")
 )
+on_import("peft.tuners.lora.config", lambda: importlib.import_module("claq_exp.runtime.adapters"))

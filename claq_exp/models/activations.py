@@ -43,21 +43,45 @@ class _RoundingHook:
     limit: float | None
 
     def __call__(self, _: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return self.shared.round(inputs[0], self.limit), *inputs[1:]
+        entering: Tensor = inputs[0]
+        with torch.no_grad():
+            rounded = self.shared.round(entering, self.limit)
+        if torch.is_grad_enabled() and entering.requires_grad:
+            rounded = _StraightThrough.apply(entering, rounded)
+        return rounded, *inputs[1:]
 
 
-def round_inputs(model: nn.Module, rounding: Rounding | None, linears: Iterable[str]) -> None:
+class _StraightThrough(torch.autograd.Function):
+    """Rounded numbers that hand gradients on to the numbers that they stand for."""
+
+    @staticmethod
+    def forward(ctx: Any, entering: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def round_inputs(
+    model: nn.Module,
+    rounding: Rounding | None,
+    linears: Iterable[str],
+    places: Mapping[str, str] | None = None,
+) -> None:
     """Have layers round what enters them from now on; their weights may be replaced meanwhile.
 
-    rounding: None to leave everything as it is.  linears: names of the layers.  An input that
-    several layers get one after the other is rounded once.
+    rounding: None to leave everything as it is.  linears: names of the layers.  places: name ->
+    where it stands in this model, if elsewhere.  An input that several layers get one after the
+    other is rounded once.
     """
     if rounding is None:
         return
     shared = _Shared(rounding)
     for name in linears:
         hook = _RoundingHook(shared, rounding.limit(name))
-        model.get_submodule(name).register_forward_pre_hook(hook)
+        place = name if places is None else places[name]
+        model.get_submodule(place).register_forward_pre_hook(hook)
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -65,8 +65,9 @@ class ClaqQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         split_experts(model)
         config = self.quantization_config
-        pack_linears(model, config.layouts)
-        round_inputs(model, config.rounding, config.layouts)
+        places = places_of(model, config.layouts)
+        pack_linears(model, {place: config.layouts[name] for name, place in places.items()})
+        round_inputs(model, config.rounding, places, places)
 
     def is_serializable(self) -> bool:
         """A loaded model can be saved again."""
@@ -74,8 +75,23 @@ class ClaqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights have no gradients."""
-        return False
+        """Adapters beside packed weights can be trained; packed weights have no gradients."""
+        return True
+
+
+def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Return name -> where a layer stands in a model with another head, or none, than the original.
+
+    Names are those of the causal language model: its base model lacks their first part, as with
+    stored tensors, which transformers finds in the same way.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = {name for name, _ in model.named_modules()}
+    places = {}
+    for name in names:
+        other = name.removeprefix(prefix)
+        places[name] = other if name not in modules and other in modules else name
+    return places
 
 
 def pack_linears(model: nn.Module, layouts: Mapping[str, WeightLayout]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from claq_exp.quantize.layout import STORED_DTYPES, WeightLayout
 from claq_exp.runtime.kernels import AUTO, REFERENCE, Kernel, choose_kernel, kernel_name
-from claq_exp.runtime.kernels.reference import dense_rows
+from claq_exp.runtime.kernels.reference import dense_rows, multiply_back
 from claq_exp.runtime.operand import Operand, operand_of
 
 
@@ -63,12 +63,12 @@ class QuantizedLinear(nn.Module):
         return {suffix: self.get_buffer(suffix) for suffix in self.layout.stored_tensors()}
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Multiply: [..., in] -> [..., out], in the type of the inputs."""
+        """Multiply: [..., in] -> [..., out], in the type of the inputs; differentiable in them."""
         operand, kernel = self._prepared()
         rows = inputs.reshape(-1, self.in_features)
         if kernel.most_inputs is not None and len(rows) > kernel.most_inputs:
             kernel = REFERENCE
-        outputs = kernel.multiply(operand, rows.contiguous())
+        outputs = _product(operand, kernel, rows.contiguous())
         if self.bias is not None:
             outputs = outputs + self.bias.to(outputs.dtype)
         return outputs.reshape(*inputs.shape[:-1], self.out_features)
@@ -126,6 +126,27 @@ class QuantizedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ready": None}
+
+
+class _Product(torch.autograd.Function):
+    """inputs @ weight^T with gradients of the inputs; the dense weight is not kept for them."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, operand: Operand, kernel: Kernel) -> Tensor:
+        ctx.operand = operand
+        return kernel.multiply(operand, inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return multiply_back(ctx.operand, gradient), None, None
+
+
+def _product(operand: Operand, kernel: Kernel, inputs: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and inputs.requires_grad):
+        return kernel.multiply(operand, inputs)
+    outputs: Tensor = _Product.apply(inputs, operand, kernel)
+    return outputs
 
 
 def quantized_linears(model: nn.Module) -> dict[str, QuantizedLinear]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from packed_models import Written, change_json
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.manifest import write_manifest
@@ -87,6 +87,14 @@ def rounded(request, tiny_model) -> Rounded:
 @pytest.fixture(scope="module")
 def checkpoint(rounded, tmp_path_factory) -> Path:
     return rounded.write(tmp_path_factory.mktemp("rounded") / "checkpoint")
+
+
+@pytest.mark.case(264)
+def test_the_base_model_rounds_as_the_whole_does(checkpoint):
+    base = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
+    whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    with torch.inference_mode():
+        torch.testing.assert_close(base(TOKENS)[0], whole.model(TOKENS)[0])
 
 
 def test_every_loader_gives_the_model_that_was_written(rounded, checkpoint):

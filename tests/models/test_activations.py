@@ -155,3 +155,18 @@ def test_codebooks_of_the_text_suit_it_better_than_those_of_noise(llama):
         return float(sum(misses))
 
     assert error(local) < error(noise)
+
+
+@pytest.mark.case(265)
+def test_gradients_pass_through_rounded_inputs(llama):
+    model = copy.deepcopy(llama).requires_grad_(False)
+    round_inputs(model, settle_rounding(NvFp4(), None), linears(WholeModel(model)))
+    table = model.get_input_embeddings().weight.requires_grad_()
+    plain = model(BATCHES[0], use_cache=False).logits
+    assert torch.equal(plain.detach(), logits(model))
+    plain.square().sum().backward()
+    assert (table.grad[BATCHES[0].unique()].abs().sum(dim=1) > 0).all()
+    layer = model.model.layers[0].mlp.down_proj
+    inputs = torch.randn(2, layer.in_features, requires_grad=True)
+    layer(inputs).sum().backward()
+    torch.testing.assert_close(inputs.grad, layer.weight.sum(dim=0).expand(2, -1))

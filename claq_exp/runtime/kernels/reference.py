@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,16 +29,30 @@ class ReferenceKernel:
 
     def multiply(self, operand: Operand, inputs: Tensor) -> Tensor:
         """Return inputs @ matrix^T, see Kernel; sums are those of torch's product."""
-        step = max(CHUNK // operand.columns // GROUP, 1) * GROUP
         outputs = inputs.new_empty(len(inputs), operand.rows)
-        for start in range(0, operand.rows, step):
-            stop = min(start + step, operand.rows)
+        for start, stop in _stretches(operand):
             dense = dense_rows(operand, start, stop).to(inputs.dtype)
             outputs[:, start:stop] = linear(inputs, dense)
         return outputs
 
 
 REFERENCE = ReferenceKernel()
+
+
+def multiply_back(operand: Operand, gradient: Tensor) -> Tensor:
+    """Return gradient @ matrix: [n, out] -> [n, in], what reaches the inputs of a product."""
+    total = gradient.new_zeros(len(gradient), operand.columns)
+    for start, stop in _stretches(operand):
+        dense = dense_rows(operand, start, stop).to(gradient.dtype)
+        total += gradient[:, start:stop] @ dense
+    return total
+
+
+def _stretches(operand: Operand) -> Iterator[tuple[int, int]]:
+    """Yield (first, end) of the rows that are dense at a time."""
+    step = max(CHUNK // operand.columns // GROUP, 1) * GROUP
+    for start in range(0, operand.rows, step):
+        yield start, min(start + step, operand.rows)
 
 
 def dense_rows(operand: Operand, start: int, stop: int) -> Tensor:
