@@ -26,6 +26,16 @@ def command_line(about: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def device_option(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`."""
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu, with TRITON_INTERPRET=1: the way it works, on no GPU; figures mean nothing",
+    )
+
+
 def parse(parser: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
     """Read the command line; `quick` holds other defaults, for `--quick`."""
     if parser.parse_args().quick:

@@ -24,16 +24,6 @@ MOST_ROUNDS = 20  # of a copy or a large product
 QUICK_BYTES, QUICK_SIDE = 1 << 16, 64
 
 
-def device_option(parser: argparse.ArgumentParser) -> None:
-    """Add `--device`."""
-    parser.add_argument(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda",
-        help="cpu, with TRITON_INTERPRET=1: the way it works, on no GPU; figures mean nothing",
-    )
-
-
 def device_objection(asked: argparse.Namespace, about: str) -> str | None:
     """Say in a line why the device cannot be used, or None."""
     if asked.device == "cuda" and not torch.cuda.is_available():

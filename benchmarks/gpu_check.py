@@ -37,8 +37,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from common import command_line, parse
-from device_time import device_option
+from common import command_line, device_option, parse
 from gpu_report import FAILED, LATE, LEFT_OUT, OK, Outcome, write_report
 
 ROOT = Path(__file__).parent.parent
@@ -81,7 +80,7 @@ def parts(asked: argparse.Namespace) -> list[Part]:
     pytest = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
     pytest += ["--continue-on-collection-errors", f"--junitxml={out / 'tests.xml'}", *tests]
     if not missing(("xdist",)) and not asked.quick:
-        pytest += ["-n", str(WORKERS), "--dist", "loadfile"]
+        pytest += ["-p", "xdist", "-n", str(WORKERS), "--dist", "loadfile"]
     run = ("omegaconf", "numba", "accelerate", "matplotlib", "psutil", "rich")
     return [
         Part("limits", 20, script("gpu_limits.py", "limits")),
@@ -109,7 +108,8 @@ def run_part(part: Part, out: Path, limit: float) -> Outcome:
         return Outcome(part.name, LEFT_OUT, reason=f"not installed: {', '.join(lacking)}")
     started = time.monotonic()
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
+    own = {"HF_HUB_OFFLINE": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # others' may be broken
+    environment = {**os.environ, **own, "PYTHONPATH": os.pathsep.join(paths)}
     with (out / f"{part.name}.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, *part.command],

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import command_line, note, parse
-from device_time import device_option, usable
+from common import command_line, device_option, note, parse
+from device_time import usable
 from tiny_model import write_text, write_tiny_model
 
 from claq_exp.config import (

@@ -14,8 +14,8 @@ import subprocess
 import sys
 
 import torch
-from common import command_line, note, parse
-from device_time import PRODUCT, Stopwatch, device_option, usable
+from common import command_line, device_option, note, parse
+from device_time import PRODUCT, Stopwatch, usable
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "numba")
 

@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import command_line, note, parse
-from device_time import Stopwatch, device_option, usable
+from common import command_line, device_option, note, parse
+from device_time import Stopwatch, usable
 
 from claq_exp.quantize.layout import packed_bytes
 from claq_exp.runtime.kernels.triton import (

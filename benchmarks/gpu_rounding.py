@@ -14,8 +14,8 @@ import argparse
 import sys
 
 import torch
-from common import command_line, note, parse
-from device_time import Stopwatch, device_option, usable
+from common import command_line, device_option, note, parse
+from device_time import Stopwatch, usable
 from torch import Tensor
 
 from claq_exp.quantize.number_formats.encoding import array_maxima, round_values

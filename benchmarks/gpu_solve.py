@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from common import command_line, note, parse
-from device_time import Stopwatch, device_option, usable, wait
+from common import command_line, device_option, note, parse
+from device_time import Stopwatch, usable, wait
 from torch import Tensor
 
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan

@@ -57,7 +57,7 @@ def miniature(tmp_path_factory) -> Path:
     (folder / "without").mkdir()
     (folder / "without" / "sitecustomize.py").write_text(WITHOUT)
     path = os.pathsep.join([str(folder / "without"), str(ROOT)])
-    words = ["--device", "cpu", "--quick", "--out", str(folder / "out")]
+    words = ["--device", "cpu", "--quick", "--scale", "10", "--out", str(folder / "out")]
     done = subprocess.run(
         [sys.executable, str(BENCHMARKS / "gpu_check.py"), *words],
         env={**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "1"},
