@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import resource
 import subprocess
 import sys
@@ -19,9 +18,9 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from common import command_line, note, parse
+from tiny_model import byte_tokenizer, write_text
+from transformers import LlamaConfig
 
 from claq_exp.checkpoint.files import write_json
 from claq_exp.checkpoint.tensor_file import write_tensors
@@ -30,13 +29,12 @@ from claq_exp.models.skeleton import skeleton
 from claq_exp.plan import Plan, plan_for
 
 GIB = 2**30
-WORDS = ("the", "cat", "sees", "a", "red", "house", "and", "a", "tree")
 FLAT = 0.05  # by how much a later block's peak may differ from the second's
 
 
 def main() -> int:
     """Print the table; return 1 where a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--folder", type=Path, required=True, help="for model and runs")
     parser.add_argument("--hidden", type=int, default=3072)
     parser.add_argument("--intermediate", type=int, default=8192)
@@ -46,7 +44,8 @@ def main() -> int:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--limit-gib", type=float, default=8.0, help="of address space")
     parser.add_argument("overrides", nargs="*", help="more GROUP.FIELD=VALUE of claq-exp")
-    arguments = parser.parse_args()
+    quick = {"hidden": 128, "intermediate": 128, "blocks": 2, "vocabulary": 256}
+    arguments = parse(parser, **quick, windows=2, seqlen=64)
     model = arguments.folder / f"random-{arguments.hidden}-{arguments.blocks}"
     config = LlamaConfig(
         hidden_size=arguments.hidden,
@@ -99,19 +98,8 @@ def write_model(config: LlamaConfig, folder: Path) -> None:
     places = {name: file for file, names in shards.items() for name in names}
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": places})
     byte_tokenizer().save_pretrained(folder)
-    generator_of_words = random.Random(0)
-    words = [generator_of_words.choice(WORDS) for _ in range(20000)]
-    (folder / "text.txt").write_text(" ".join(words), encoding="utf-8")
+    write_text(folder / "text.txt", 20000)
     config.save_pretrained(folder)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(BPE(vocab={piece: i for i, piece in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=alphabet[0])
 
 
 def overrides(arguments: argparse.Namespace, model: Path) -> list[str]:
@@ -171,6 +159,19 @@ def judge(arguments: argparse.Namespace, planned: Plan, block: int, seconds: flo
     }
     for name, value in rows.items():
         print(f"{name:36} {value}")
+    note(
+        arguments,
+        parameters=planned.parameters,
+        worst_block_bytes=max(peaks),
+        target_bytes=target,
+        later_over_second=last / second,
+        peak_bytes=whole,
+        planned_peak_bytes=planned.needs.memory,
+        checkpoint_bytes=size,
+        planned_checkpoint_bytes=planned.sizes.bytes,
+        quantizing_s=float(quantizing),
+        seconds=seconds,
+    )
     missed = max(peaks) > target or abs(last / second - 1) > FLAT
     return int(missed)
 

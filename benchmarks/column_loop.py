@@ -11,12 +11,12 @@ loop, and the fit of a column alone.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
+from common import command_line, note, parse
 
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook import Codebook, KMeans, SklearnKMeans, Uniform
@@ -31,11 +31,11 @@ SAMPLED = 24  # columns that scikit-learn is timed on
 
 def main() -> None:
     """Print one row per shape and width."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="ROWSxCOLUMNS ...")
     parser.add_argument("--bits", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
+    arguments = parse(parser, shapes=["48x32"], bits=[2], repeats=1)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     print("shape        bits  uniform, s  k-means, s  k-means/uniform  sklearn/k-means  fit alone")
     for shape in arguments.shapes:
@@ -51,6 +51,16 @@ def main() -> None:
                 f"{shape:12s} {bits:4d} {uniform:11.3f} {kmeans:11.3f} {kmeans / uniform:16.2f} "
                 f"{(uniform + columns * theirs) / kmeans:16.0f} {theirs / ours:10.0f}",
                 flush=True,
+            )
+            note(
+                arguments,
+                shape=shape,
+                bits=bits,
+                uniform_s=uniform,
+                kmeans_s=kmeans,
+                ratio=kmeans / uniform,
+                sklearn_ratio=(uniform + columns * theirs) / kmeans,
+                fit_ratio=theirs / ours,
             )
 
 

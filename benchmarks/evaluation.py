@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 
 import torch
+from common import command_line, note, parse, run_words
 from torch import Tensor, nn
 
 from claq_exp.compose import compose_config
@@ -23,36 +24,49 @@ from claq_exp.evaluation.perplexity import Corpus, perplexity, windows_at_once
 from claq_exp.evaluation.predict import in_memory
 from claq_exp.inputs import corpus_windows, fetch
 from claq_exp.machine import choose_device, device_name, settle
-from claq_exp.models.load import load_config, load_model, load_tokenizer
+from claq_exp.models.load import forward_dtype, load_config, load_model, load_tokenizer
 
 
 def main() -> None:
     """Print tokens per second, ratio and perplexities of each corpus."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("overrides", nargs="*", help="GROUP.FIELD=VALUE ...")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    config = compose_config(["evaluation=perplexity", *arguments.overrides])
+    arguments = parse(parser, windows=2, rounds=1)
+    with run_words(arguments, evaluated=True) as words:
+        measure(arguments, words)
+
+
+def measure(arguments: argparse.Namespace, words: list[str]) -> None:
+    """Measure the perplexities of a run's corpora in both ways."""
+    config = compose_config(["evaluation=perplexity", *words])
     device = choose_device(config.device)
     settle(config.seed, config.threads)
     fetched = fetch(config)
-    corpora = corpus_windows(config, load_tokenizer(fetched.model), load_config(fetched.model))
-    model = load_model(fetched.model, dtype=config.model.dtype, device=device)
+    model_config = load_config(fetched.model)
+    corpora = corpus_windows(config, load_tokenizer(fetched.model), model_config)
+    dtype = forward_dtype(config.model.dtype, model_config, device)
+    model = load_model(fetched.model, dtype=dtype, device=device)
     print(device_name(device))
     for name, corpus in corpora.items():
         short = replace(corpus, windows=corpus.windows[: arguments.windows])
-        compare(name, model, short, config.evaluation.batch_size, device, arguments.rounds)
+        compare(arguments, name, model, short, config.evaluation.batch_size, device)
 
 
 def compare(
-    name: str, model: nn.Module, corpus: Corpus, batch_size: int | str, device: str, rounds: int
+    arguments: argparse.Namespace,
+    name: str,
+    model: nn.Module,
+    corpus: Corpus,
+    batch_size: int | str,
+    device: str,
 ) -> None:
     """Run both in turn and print what they gave."""
     seqlen = corpus.windows.shape[1]
     at_once = windows_at_once(batch_size, seqlen, model.config.vocab_size, device)
     ours, plain = [], []
-    for _ in range(rounds + 1):
+    for _ in range(arguments.rounds + 1):
         started = time.perf_counter()
         value = perplexity(in_memory(model, device), corpus, at_once).value
         ours.append(time.perf_counter() - started)
@@ -66,6 +80,15 @@ def compare(
         f"{speed:,.0f} tokens/s, {statistics.median(ratios):.2f} x the plain loop "
         f"({min(ratios):.2f} to {max(ratios):.2f}); "
         f"perplexity {value:.4f}, plain loop {expected:.4f}"
+    )
+    ratio = statistics.median(ratios)
+    note(
+        arguments,
+        corpus=name,
+        tokens_per_s=speed,
+        ratio=ratio,
+        perplexity=value,
+        plain_perplexity=expected,
     )
 
 

@@ -2,9 +2,12 @@
 
     python benchmarks/gpu_linear.py --rounds 50
     python benchmarks/gpu_linear.py --tune claq_exp/runtime/kernels/tuning.json
+    python benchmarks/gpu_linear.py --tune FILE --seconds 60
+    python benchmarks/gpu_linear.py --tuning FILE
 
 Shapes are those of Llama-2-7B and 70B; codes are random.  A product is recorded as a CUDA graph,
-and the L2 cache is overwritten before each replay.  Exits with code 2 where there is no GPU.
+and the L2 cache is overwritten before each replay.  Shares are those of a large copy and of a large
+bfloat16 product on the same device.  Exits with code 2 where there is no GPU.
 """
 
 from __future__ import annotations
@@ -12,19 +15,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
+import random
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from common import command_line, device_option, note, parse
+from device_time import Stopwatch, usable
 
 from claq_exp.quantize.layout import packed_bytes
 from claq_exp.runtime.kernels.triton import (
     JOINED,
     TritonKernel,
+    Tuning,
     default_tuning,
     dense_rows,
     family_of,
@@ -44,18 +50,20 @@ FORMS = {"2 bits": (2,), "4 bits": (4,), "2/4 bits, 0.5 % reserved": (2, 4)}
 RESERVED = 0.005
 BATCHES = (1, 4, 16)
 TUNED_SHAPES = ((4096, 4096), (28672, 8192))  # one of each size class
+CHECKED_SHAPE = (4096, 1024)
+QUICK_SHAPE = (64, 32)
+WORST_ERROR = 1e-4  # of a float32 product, over its largest entry
 TRIALS: dict[str, dict[str, tuple[int, ...]]] = {
     "joint": {"lanes": (4, 8, 16), "runs": (1, 2), "unroll": (1, 2, 4), "programs": (2, 4, 8)},
     "lookups": {"lanes": (4, 8, 16), "unroll": (1, 2, 4), "programs": (2, 4, 8)},
     "tiles": {"lanes": (16, 32), "warps": (4, 8, 16), "unroll": (1, 2), "programs": (1, 2, 4)},
 }
-COPY_BYTES = 1 << 30
-FLUSH_BYTES = 1 << 28  # several times the L2 cache of a data-centre GPU
 
 
-def random_operand(rows: int, columns: int, widths: tuple[int, ...], reserved: float) -> Operand:
+def random_operand(
+    device: torch.device, rows: int, columns: int, widths: tuple[int, ...], reserved: float
+) -> Operand:
     """Return a matrix of random codes and levels, its columns dealt out to the widths in turn."""
-    device = torch.device("cuda")
     parts = []
     for turn, width in enumerate(widths):
         own = torch.arange(turn, columns, len(widths), device=device)
@@ -89,163 +97,177 @@ def least_bytes(operand: Operand, n: int) -> int:
     return codes + levels + places + reserved + vectors
 
 
-def record(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Compile and warm up, then record one call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            work()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph
-
-
-def microseconds(work: Callable[[], object], rounds: int, flush: Tensor) -> tuple[float, float]:
-    """Return (fastest, median) of `rounds` replays with a cold L2 cache."""
-    graph = record(work)
-    pairs = []
-    for _ in range(rounds):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        pairs.append((begin, end))
-    torch.cuda.synchronize()
-    spent = [1e3 * begin.elapsed_time(end) for begin, end in pairs]
-    return min(spent), statistics.median(spent)
-
-
-def bandwidth(rounds: int, flush: Tensor) -> float:
-    """Return the bytes per second of a large copy, reads and writes together."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    fastest, _ = microseconds(lambda: target.copy_(source), min(rounds, 20), flush)
-    return 2 * COPY_BYTES / (1e-6 * fastest)
-
-
-def difference() -> float:
+def difference(device: torch.device, tuning: Tuning, shape: tuple[int, int]) -> float:
     """Return the largest error of a product over its largest entry, against float64."""
-    operand = random_operand(4096, 1024, (2, 4), 0.0)
+    operand = random_operand(device, *shape, (2, 4), 0.0)
     dense = dense_rows(operand, torch.float32, 0, operand.rows).double()
     worst = 0.0
     for n in BATCHES:
-        inputs = torch.randn(n, operand.columns, device="cuda")
+        inputs = torch.randn(n, operand.columns, device=device)
         expected = inputs.double() @ dense.t()
-        error = TritonKernel().multiply(operand, inputs).double() - expected
+        error = TritonKernel(tuning).multiply(operand, inputs).double() - expected
         worst = max(worst, float(error.abs().max() / expected.abs().max()))
     return worst
 
 
-def compare(rounds: int, flush: Tensor) -> None:
-    """Print a line for every shape, form and batch."""
-    device_rate = bandwidth(rounds, flush)
-    print(f"copy of {COPY_BYTES >> 20} MiB: {1e-12 * device_rate:.2f} TB/s")
-    print(f"largest error over largest output, float32: {difference():.1e}")
-    print("rows x columns, form, batch: bfloat16 us fastest/median, packed us, ratio, MB, share")
-    for rows, columns in SHAPES:
-        linear = torch.nn.Linear(columns, rows, bias=False, device="cuda", dtype=torch.bfloat16)
-        kernel = TritonKernel()
+def compare(asked: argparse.Namespace, watch: Stopwatch, tuning: Tuning) -> int:
+    """Print a line for every shape, form and batch; return 1 where products are wrong."""
+    device = watch.device
+    rates = watch.bandwidth(), watch.operations(torch.bfloat16)
+    print(f"copy: {1e-12 * rates[0]:.2f} TB/s; bfloat16 product: {1e-12 * rates[1]:.0f} TFLOP/s")
+    error = difference(device, tuning, QUICK_SHAPE if asked.quick else CHECKED_SHAPE)
+    print(f"largest error over largest output, float32: {error:.1e}")
+    note(asked, what="check", error=error)
+    print(
+        "rows x columns, form, batch: bfloat16 us fastest/median, packed us, ratio, MB, "
+        "share of the copy, share of the product"
+    )
+    for rows, columns in [QUICK_SHAPE] if asked.quick else SHAPES:
+        linear = torch.nn.Linear(columns, rows, bias=False, device=device, dtype=torch.bfloat16)
+        kernel = TritonKernel(tuning)
         operands = {
-            form: random_operand(rows, columns, widths, RESERVED if len(widths) > 1 else 0.0)
+            form: random_operand(
+                device, rows, columns, widths, RESERVED if len(widths) > 1 else 0.0
+            )
             for form, widths in FORMS.items()
         }
-        for n in BATCHES:
-            inputs = torch.randn(n, columns, device="cuda", dtype=torch.bfloat16)
-            dense = microseconds(lambda: linear(inputs), rounds, flush)  # noqa: B023
+        for n in asked.batches:
+            inputs = torch.randn(n, columns, device=device, dtype=torch.bfloat16)
+            with torch.no_grad():
+                dense = watch.microseconds(lambda: linear(inputs))  # noqa: B023
             for form, operand in operands.items():
-                ours = microseconds(
-                    lambda: kernel.multiply(operand, inputs),  # noqa: B023
-                    rounds,
-                    flush,
-                )
+                ours = watch.microseconds(lambda: kernel.multiply(operand, inputs))  # noqa: B023
                 size = least_bytes(operand, n)
+                seconds = 1e-6 * ours[0]
+                shares = (
+                    size / seconds / rates[0],
+                    2 * n * rows * columns / seconds / rates[1],
+                )
                 print(
                     f"{rows:5} x {columns:5}, {form:24}, {n:2}: "
                     f"{dense[0]:7.1f}/{dense[1]:7.1f} {ours[0]:7.1f}/{ours[1]:7.1f} "
                     f"{dense[1] / ours[1]:5.2f} {1e-6 * size:7.1f} "
-                    f"{size / (1e-6 * ours[0]) / device_rate:5.0%}",
+                    f"{shares[0]:5.0%} {shares[1]:5.0%}",
                     flush=True,
                 )
+                note(
+                    asked,
+                    what="product",
+                    shape=f"{rows}x{columns}",
+                    form=form,
+                    batch=n,
+                    bf16_us=dense[1],
+                    packed_us=ours[1],
+                    over_bf16=dense[1] / ours[1],
+                    bandwidth_share=shares[0],
+                    operations_share=shares[1],
+                )
+    if error > WORST_ERROR:
+        print(f"products are off by {error:.1e} of the largest: more than {WORST_ERROR:.0e}")
+    return int(error > WORST_ERROR)
 
 
 def trials(family: str) -> Iterator[dict[str, int]]:
-    """Return the launch configurations to try."""
+    """Return the launch configurations to try, the present default first."""
     options = TRIALS[family]
-    for values in itertools.product(*options.values()):
-        yield dict(zip(options, values, strict=True))
+    present = {key: default_tuning()[family]["default"][key] for key in options}
+    yield present
+    others = [
+        dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())
+    ]
+    random.Random(0).shuffle(others)  # a search that is cut short has seen some of everything
+    yield from (other for other in others if other != present)
 
 
 def fastest_configuration(
-    family: str, operand: Operand, n: int, rounds: int, flush: Tensor
-) -> tuple[float, dict[str, int]]:
-    """Return (median microseconds, configuration) of the fastest; its outputs are not checked."""
-    from triton.runtime.errors import OutOfResources
+    family: str, operand: Operand, n: int, watch: Stopwatch, ends: float
+) -> tuple[float, dict[str, int], int]:
+    """Return (median microseconds, configuration, how many were tried) of the fastest.
 
-    inputs = torch.randn(n, operand.columns, device="cuda", dtype=torch.bfloat16)
+    ends: no trial but the first begins after it.  Outputs are not checked.
+    """
+    from triton.errors import TritonError  # too few registers or too little shared memory, say
+
+    inputs = torch.randn(n, operand.columns, device=watch.device, dtype=torch.bfloat16)
     best: tuple[float, dict[str, int]] | None = None
+    tried = 0
     for chosen in trials(family):
+        if best is not None and time.monotonic() > ends:
+            break
         kernel = TritonKernel({**default_tuning(), family: {"default": chosen}})
         try:
-            _, spent = microseconds(
-                lambda: kernel.multiply(operand, inputs),  # noqa: B023
-                rounds,
-                flush,
-            )
-        except OutOfResources:
+            _, spent = watch.microseconds(lambda: kernel.multiply(operand, inputs))  # noqa: B023
+        except TritonError as error:
+            print(f"{family}, {chosen}: {type(error).__name__}", flush=True)
             continue
+        finally:
+            tried += 1
         if best is None or spent < best[0]:
             best = spent, chosen
     if best is None:
         raise RuntimeError(f"no configuration of {family} fits this GPU")
-    return best
+    return *best, tried
 
 
-def tune(path: Path, widths: list[int], rounds: int, flush: Tensor) -> None:
-    """Write the fastest configurations to `path`; what is not tried stays as it is."""
+def tuned_products(widths: list[int], quick: bool) -> Iterator[tuple[str, int, int, int, int]]:
+    """Yield (family, width, inputs, rows, columns) of each product with an entry of its own."""
+    for width, n in itertools.product(widths, (1, 4, 16)):
+        family = family_of(width, n)
+        repeated = family == "lookups" and n == 4 and width not in JOINED
+        if not repeated and not (family == "tiles" and n < 16):
+            for shape in [QUICK_SHAPE] if quick else TUNED_SHAPES:
+                yield family, width, n, *shape
+
+
+def tune(asked: argparse.Namespace, watch: Stopwatch) -> None:
+    """Write the fastest configurations to a file; what is not tried stays as it is.
+
+    Every product gets an equal part of the time that is left.
+    """
     found: dict[str, Any] = json.loads(json.dumps(default_tuning()))
-    for width in widths:
-        for n in (1, 4, 16):
-            family = family_of(width, n)
-            repeated = family == "lookups" and n == 4 and width not in JOINED
-            if repeated or (family == "tiles" and n < 16):
-                continue
-            for rows, columns in TUNED_SHAPES:
-                operand = random_operand(rows, columns, (width,), 0.0)
-                spent, chosen = fastest_configuration(family, operand, n, rounds, flush)
-                size = size_class(rows * columns)
-                found[family].setdefault(str(width), {})[size] = chosen
-                print(f"{family}, {width} bits, {size}: {chosen}, {spent:.1f} us", flush=True)
-                path.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    ends = time.monotonic() + asked.seconds
+    products = list(tuned_products(asked.widths, asked.quick))
+    for done, (family, width, n, rows, columns) in enumerate(products):
+        now = time.monotonic()
+        until = now + (ends - now) / (len(products) - done)
+        operand = random_operand(watch.device, rows, columns, (width,), 0.0)
+        spent, chosen, tried = fastest_configuration(family, operand, n, watch, until)
+        size = size_class(rows * columns)
+        found[family].setdefault(str(width), {})[size] = chosen
+        every = sum(1 for _ in trials(family))
+        print(
+            f"{family}, {width} bits, {size}: {chosen}, {spent:.1f} us, {tried} of {every} tried",
+            flush=True,
+        )
+        named = {f"chosen_{key}": value for key, value in chosen.items()}
+        note(asked, what="tuned", family=family, width=width, size=size, us=spent, **named)
+        asked.tune.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def parse() -> argparse.Namespace:
+def read() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command_line(__doc__)
+    device_option(parser)
     parser.add_argument("--rounds", type=int, default=50, help="replays of each product (50)")
+    parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
+    parser.add_argument("--tuning", type=Path, metavar="FILE", help="configurations to use")
     parser.add_argument("--tune", type=Path, metavar="FILE", help="try configurations, write FILE")
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4], help="to tune (2 3 4)")
-    return parser.parse_args()
+    parser.add_argument("--seconds", type=float, default=3600.0, help="to tune in, at most (3600)")
+    return parse(parser, rounds=1, widths=[2], seconds=1.0, batches=[1])
 
 
 def main() -> int:
     """Measure and print; return the exit code."""
-    asked = parse()
-    if not torch.cuda.is_available():
-        print(
-            "no CUDA device: this benchmark times products on a GPU; run it on a GPU",
-            file=sys.stderr,
-        )
+    asked = read()
+    if not usable(asked, "products"):
         return 2
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    watch = Stopwatch(torch.device(asked.device), asked.rounds, asked.quick)
     if asked.tune is not None:
-        tune(asked.tune, asked.widths, asked.rounds, flush)
+        tune(asked, watch)
     else:
-        compare(asked.rounds, flush)
+        tuning = json.loads(asked.tuning.read_text()) if asked.tuning else default_tuning()
+        return compare(asked, watch, tuning)
     return 0
 
 

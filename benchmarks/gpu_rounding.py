@@ -14,7 +14,8 @@ import argparse
 import sys
 
 import torch
-from gpu_linear import FLUSH_BYTES, bandwidth, microseconds
+from common import command_line, device_option, note, parse
+from device_time import Stopwatch, usable
 from torch import Tensor
 
 from claq_exp.quantize.number_formats.encoding import array_maxima, round_values
@@ -23,6 +24,7 @@ from claq_exp.quantize.number_formats.search import round_numbers
 from claq_exp.quantize.number_formats.table import Grid
 
 ROWS, COLUMNS = 2048, 4096
+QUICK_FORMATS = ("2 codebooks", "e2m1, arrays of 16")
 
 
 def learned(codebooks: int) -> Grid:
@@ -53,45 +55,52 @@ def steps_of(values: Tensor, grid: Grid) -> Tensor:
     return rule.read(rule.find(maxima, outer, top), outer, top)
 
 
-def compare(rounds: int) -> None:
+def compare(asked: argparse.Namespace) -> None:
     """Print a line for every format."""
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    device_rate = bandwidth(rounds, flush)
-    values = torch.randn(ROWS, COLUMNS, device="cuda").bfloat16()
-    linear = torch.nn.Linear(COLUMNS, COLUMNS, bias=False, device="cuda", dtype=torch.bfloat16)
+    device = torch.device(asked.device)
+    watch = Stopwatch(device, asked.rounds, asked.quick)
+    device_rate = watch.bandwidth()
+    rows, columns = asked.rows, asked.columns
+    values = torch.randn(rows, columns, device=device).bfloat16()
+    linear = torch.nn.Linear(columns, columns, bias=False, device=device, dtype=torch.bfloat16)
     with torch.no_grad():
-        _, product = microseconds(lambda: linear(values), rounds, flush)
+        _, product = watch.microseconds(lambda: linear(values))
     print(f"copy: {1e-9 * device_rate:.0f} GB/s; product: {product:.1f} us")
     print("format: kernel us fastest/median, GB/s, share of a copy's; whole us, share of product")
     for name, grid in grids().items():
+        if asked.quick and name not in QUICK_FORMATS:
+            continue
         steps = steps_of(values, grid)
-        fastest, median = microseconds(
-            lambda: round_numbers(values, steps, grid),  # noqa: B023
-            rounds,
-            flush,
-        )
-        _, whole = microseconds(lambda: round_values(values, grid), rounds, flush)  # noqa: B023
+        fastest, median = watch.microseconds(lambda: round_numbers(values, steps, grid))  # noqa: B023
+        _, whole = watch.microseconds(lambda: round_values(values, grid))  # noqa: B023
         rate = (2 * values.nbytes + steps.nbytes) / (1e-6 * fastest)
         print(
             f"{name:30} {fastest:7.1f}/{median:7.1f} {1e-9 * rate:6.0f} {rate / device_rate:5.0%} "
             f"{whole:7.1f} {whole / product:5.0%}",
             flush=True,
         )
+        note(
+            asked,
+            format=name,
+            kernel_us=median,
+            bandwidth_share=rate / device_rate,
+            whole_us=whole,
+            product_us=product,
+            over_bf16_product=whole / product,
+        )
 
 
 def main() -> int:
     """Measure and print; return the exit code."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command_line(__doc__)
+    device_option(parser)
     parser.add_argument("--rounds", type=int, default=50, help="replays of each work (50)")
-    asked = parser.parse_args()
-    if not torch.cuda.is_available():
-        print(
-            "no CUDA device: this benchmark times rounding on a GPU; run it on a GPU",
-            file=sys.stderr,
-        )
+    parser.add_argument("--rows", type=int, default=ROWS, help="tokens (2048)")
+    parser.add_argument("--columns", type=int, default=COLUMNS, help="of the activations (4096)")
+    asked = parse(parser, rounds=1, rows=2, columns=128)
+    if not usable(asked, "rounding"):
         return 2
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    compare(asked.rounds)
+    compare(asked)
     return 0
 
 

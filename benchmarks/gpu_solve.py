@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from common import command_line, device_option, note, parse
+from device_time import Stopwatch, usable, wait
 from torch import Tensor
 
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
@@ -28,15 +30,18 @@ from claq_exp.quantize.solver.columns import ColumnSystem
 from claq_exp.quantize.solver.device_columns import SUB_BLOCK, quantize_group_on_device
 
 MODEL_BLOCKS = 32
-GROUPS = {  # linears with the same input: rows of each, columns
+Groups = dict[str, tuple[tuple[int, ...], int]]
+GROUPS: Groups = {  # linears with the same input: rows of each, columns
     "q,k,v": ((4096, 4096, 4096), 4096),
     "o": ((4096,), 4096),
     "gate,up": ((11008, 11008), 4096),
     "down": ((4096,), 11008),
 }
-FLOAT32_RATE = 67e12  # float32 operations per second of an H200
-FLOAT64_RATE = 67e12  # float64, by its tensor cores
-BANDWIDTH = 4.8e12  # bytes per second
+QUICK_GROUPS: Groups = {"q,k": ((24, 16), 12)}
+CHECKED = (512, 256)  # rows and columns of the comparison with the CPU
+QUICK_CHECKED = (40, 16)
+WORST_RATIO = 1.05  # of the layer errors of both devices, which cluster by other heuristics
+QUICK_RATIO = 1.5  # chance, in so few numbers
 
 
 @dataclass
@@ -53,12 +58,12 @@ class Seconds:
         return self.factorize + self.solve
 
 
-def clock(work: Callable[[], object]) -> tuple[float, object]:
+def clock(device: torch.device, work: Callable[[], object]) -> tuple[float, object]:
     """Return (seconds with the device idle before and after, result)."""
-    torch.cuda.synchronize()
+    wait(device)
     started = time.perf_counter()
     result = work()
-    torch.cuda.synchronize()
+    wait(device)
     return time.perf_counter() - started, result
 
 
@@ -108,35 +113,39 @@ def solve_group(
     device = generator.device
     weights = [0.02 * torch.randn(r, columns, generator=generator, device=device) for r in rows]
     hessian = random_hessian(columns, generator)
-    seconds, system = clock(lambda: Gptq().prepare(hessian))
+    seconds, system = clock(device, lambda: Gptq().prepare(hessian))
     assert isinstance(system, ColumnSystem)
     spent.factorize += seconds
     bits, counts = plan(rows, columns, asked)
     spent.solve += clock(
-        lambda: quantize_group_on_device(weights, system, bits, counts, device, graph=asked.graph)
+        device,
+        lambda: quantize_group_on_device(weights, system, bits, counts, device, graph=asked.graph),
     )[0]
-    spent.products += clock(lambda: products(sum(rows), system))[0]
+    spent.products += clock(device, lambda: products(sum(rows), system))[0]
 
 
-def limit_seconds() -> float:
-    """Return the least time of one block: its operations and bytes at the device's full rates."""
+def limit_seconds(asked: argparse.Namespace, groups: Groups) -> float:
+    """Return the least time of one block: its operations and bytes at the device's own rates."""
+    watch = Stopwatch(torch.device(asked.device), 20, asked.quick)
+    bandwidth = watch.bandwidth()
+    single, double = watch.operations(torch.float32), watch.operations(torch.float64)
     least = 0.0
-    for rows, columns in GROUPS.values():
+    for rows, columns in groups.values():
         height = sum(rows)
-        least += (2 / 3 + 1 / 3) * columns**3 / FLOAT64_RATE
-        least += height * columns**2 / FLOAT32_RATE
+        least += (2 / 3 + 1 / 3) * columns**3 / double
+        least += height * columns**2 / single
         gathered = (SUB_BLOCK - 1) / 2
-        least += columns * height * (4 * (gathered + 2) + 1) / BANDWIDTH
+        least += columns * height * (4 * (gathered + 2) + 1) / bandwidth
     return least
 
 
 def error_ratio(asked: argparse.Namespace, device: torch.device) -> float:
     """Return the layer error of the GPU's answer over that of the CPU's, on a small matrix."""
     generator = torch.Generator(device=device).manual_seed(1)
-    rows, columns = (512,), 256
-    weight = torch.randn(*rows, columns, generator=generator, device=device)
+    rows, columns = QUICK_CHECKED if asked.quick else CHECKED
+    weight = torch.randn(rows, columns, generator=generator, device=device)
     hessian = random_hessian(columns, generator)
-    bits, counts = plan(rows, columns, asked)
+    bits, counts = plan((rows,), columns, asked)
     found = quantize_group_on_device(
         [weight], Gptq().prepare(hessian), bits, counts, device, graph=asked.graph
     )[0]
@@ -149,38 +158,47 @@ def error_ratio(asked: argparse.Namespace, device: torch.device) -> float:
     return describe(problem, system, found).output_error / expected.output_error
 
 
-def parse() -> argparse.Namespace:
+def read() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command_line(__doc__)
+    device_option(parser)
     parser.add_argument("--bits", type=int, default=2, help="width of every column (2)")
     parser.add_argument("--blocks", type=int, default=1, help="decoder blocks to solve (1)")
     parser.add_argument("--reserved", type=float, default=0.0, help="share kept in float16 (0)")
     parser.add_argument("--graph", action="store_true", help="replay launches as a CUDA graph")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parse(parser)
 
 
 def main() -> int:
     """Measure and print; return the exit code."""
-    asked = parse()
-    if not torch.cuda.is_available():
-        print(
-            "no CUDA device: this benchmark times the GPU solver; run it on a GPU", file=sys.stderr
-        )
+    asked = read()
+    if not usable(asked, "the GPU solver"):
         return 2
-    device = torch.device("cuda")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {asked.bits} bits")
-    print(f"layer error, GPU / CPU, 512 x 256: {error_ratio(asked, device):.4f}")
+    device = torch.device(asked.device)
+    groups = QUICK_GROUPS if asked.quick else GROUPS
+    ratio = error_ratio(asked, device)
+    print(f"{asked.bits} bits; layer error, GPU / CPU, of a small matrix: {ratio:.4f}")
+    note(asked, what="check", bits=asked.bits, error_over_cpu=ratio)
     generator = torch.Generator(device=device).manual_seed(asked.seed)
-    for rows, columns in GROUPS.values():  # compiles the kernel for every height
+    for rows, columns in groups.values():  # compiles the kernel for every height
         solve_group(rows, min(columns, 256), asked, generator, Seconds())
     spent = Seconds()
     for block in range(asked.blocks):
         before = spent.total
-        for rows, columns in GROUPS.values():
+        for rows, columns in groups.values():
             solve_group(rows, columns, asked, generator, spent)
         print(f"block {block}: {spent.total - before:.3f} s", flush=True)
-    steps = asked.blocks * sum(columns for _, columns in GROUPS.values())
+    report(asked, groups, spent)
+    worst = QUICK_RATIO if asked.quick else WORST_RATIO
+    if ratio > worst:
+        print(f"layer error, GPU / CPU, is {ratio:.4f}: more than {worst}")
+    return int(ratio > worst)
+
+
+def report(asked: argparse.Namespace, groups: Groups, spent: Seconds) -> None:
+    """Print where the time went, and how far that is from the limit."""
+    steps = asked.blocks * sum(columns for _, columns in groups.values())
     in_steps = spent.solve - spent.products
     print(f"factorization {spent.factorize / asked.blocks:.3f} s per block")
     print(f"products      {spent.products / asked.blocks:.3f} s per block")
@@ -190,9 +208,23 @@ def main() -> int:
     )
     mean = spent.total / asked.blocks
     print(f"{mean:.3f} s per block, {MODEL_BLOCKS * mean:.1f} s for {MODEL_BLOCKS} blocks")
-    print(f"{mean / limit_seconds():.1f} times the limit of bytes and operations of an H200")
-    print(f"peak device memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    return 0
+    limit = limit_seconds(asked, groups)
+    print(f"{mean / limit:.1f} times the limit of bytes and operations, measured on this device")
+    peak = torch.cuda.max_memory_allocated() if asked.device == "cuda" else 0
+    print(f"peak device memory {peak / 2**30:.1f} GiB")
+    note(
+        asked,
+        what="block",
+        bits=asked.bits,
+        blocks=asked.blocks,
+        seconds=mean,
+        model_seconds=MODEL_BLOCKS * mean,
+        factorize_s=spent.factorize / asked.blocks,
+        products_s=spent.products / asked.blocks,
+        step_us=1e6 * in_steps / steps,
+        times_the_limit=mean / limit,
+        peak_bytes=peak,
+    )
 
 
 if __name__ == "__main__":

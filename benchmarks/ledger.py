@@ -1,6 +1,7 @@
 """Prints what recipes store per weight in a Llama-2-7B, beside the bits they are known by.
 
     python benchmarks/ledger.py
+    python benchmarks/ledger.py --recipes claq_2.12
 
 No model is read: plans depend on the shapes of the matrices alone.  For recipes of the reference
 code, whose reserved share depends on the weights, the lower and the upper end are given.
@@ -9,6 +10,8 @@ code, whose reserved share depends on the weights, the lower and the upper end a
 from __future__ import annotations
 
 from dataclasses import replace
+
+from common import command_line, note, parse
 
 from claq_exp.compose import compose_config
 from claq_exp.quantize.layout import Ledger, WeightLayout
@@ -41,16 +44,20 @@ RECIPES = {
 
 def main() -> None:
     """Print one row per recipe, in Markdown."""
+    parser = command_line(__doc__)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    asked = parse(parser, recipes=["claq_reference/2.12"])
     print("| recipe | called | nominal | codes | codebooks, scales | reserved | linear |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
-    for name, called in RECIPES.items():
+    for name in asked.recipes:
         recipe = compose_config([f"experiment={name}"]).recipe()
         ends = [recipe]
         if name.startswith("claq_reference/"):  # every column at the low rate, or at the high one
             ends.insert(0, replace(recipe, reservation=replace(recipe.reservation, block=0)))
         rows = [account(list(planned_layouts(end, SHAPES).values())) for end in ends]
         cells = ["-".join(dict.fromkeys(cell)) for cell in zip(*rows, strict=True)]
-        print(f"| {name} | {called:.2f} | {' | '.join(cells)} |")
+        print(f"| {name} | {RECIPES[name]:.2f} | {' | '.join(cells)} |")
+        note(asked, recipe=name, called=RECIPES[name], linear=float(rows[-1][-1]))
 
 
 def account(layouts: list[WeightLayout]) -> list[str]:

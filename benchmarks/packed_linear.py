@@ -12,13 +12,13 @@ least two); a last-level cache of hundreds of megabytes, where a machine has one
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from common import command_line, note, parse
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -35,7 +35,7 @@ RESERVED = 0.005  # of the entries of a mix of widths
 
 def main() -> None:
     """Print one row per shape, bits, batch and kernel."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="ROWSxCOLUMNS ...")
     parser.add_argument("--bits", nargs="+", default=["2", "3", "4", "2/4"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16])
@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--megabytes", type=int, default=64, help="of copies of each weight")
-    arguments = parser.parse_args()
+    quick = {"shapes": ["48x32"], "bits": ["2", "2/4"], "batches": [1]}
+    arguments = parse(parser, **quick, repeats=1, megabytes=0, kernels=["reference"])
     torch.set_num_threads(arguments.threads)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     print(
@@ -67,6 +68,17 @@ def main() -> None:
                     f"{size * 1e-6:11.2f} {rows * columns * 4e-9 / torchs:12.1f} "
                     f"{size * 1e-9 / seconds:13.1f}",
                     flush=True,
+                )
+                note(
+                    arguments,
+                    shape=shape,
+                    bits=bits,
+                    batch=batch,
+                    kernel=name,
+                    torch_us=torchs * 1e6,
+                    packed_us=seconds * 1e6,
+                    ratio=torchs / seconds,
+                    packed_bytes=size,
                 )
 
 

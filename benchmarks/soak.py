@@ -10,7 +10,6 @@ same to the byte as in the quiet one, and so must all measures.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import hashlib
 import os
@@ -25,11 +24,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from big_model import WORDS, byte_tokenizer
+from common import command_line, note, parse
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_model import write_text, write_tiny_model
 
 from claq_exp.checkpoint.files import read_json
 from claq_exp.errors import CheckpointError
@@ -64,13 +62,14 @@ class Disturbances:
 
 def main() -> int:
     """Print the table; return 1 where anything differs."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--minutes", type=float, default=3.0, help="in which signals fall")
     parser.add_argument("--signals", type=int, default=10_000, help="at most")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10_000))
     parser.add_argument("--blocks", type=int, default=4)
     parser.add_argument("overrides", nargs="*", help="of the sweep, in place of its own values")
-    arguments = parser.parse_args()
+    quick = {"signals": 1, "blocks": 2, "overrides": ["experiment=rtn_4bit", "seed=0,1"]}
+    arguments = parse(parser, **quick)
     console = Console()
     console.print(f"seed {arguments.seed}", highlight=False)
     with tempfile.TemporaryDirectory(prefix="claq-soak-") as name:
@@ -87,28 +86,15 @@ def main() -> int:
         table, alike = compare(runs_below(quiet), rounds)
     console.print(table)
     console.print(f"{len(rounds)} rounds, {fell}", highlight=False)
+    note(arguments, rounds=len(rounds), commands=fell.commands, signals=fell.signals.total())
     return 0 if alike else 1
 
 
 def sweep_command(folder: Path, blocks: int, overrides: list[str]) -> list[str]:
     """Write a random Llama and a text, and return the command of a sweep over them."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=72,
-        num_hidden_layers=blocks,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=256,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        dtype=torch.float16,
-    )
-    LlamaForCausalLM(config).half().save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
+    write_tiny_model(folder / "model", num_hidden_layers=blocks)
     text = folder / "words.txt"
-    chance = random.Random(0)
-    text.write_text(" ".join(chance.choice(WORDS) for _ in range(7000)), encoding="utf-8")
+    write_text(text)
     return [
         *(sys.executable, "-m", "claq_exp", "-m", "name=soak", "tracking=none", "threads=1"),
         *("model=hf", f"model.source={folder / 'model'}", "calibration=text"),

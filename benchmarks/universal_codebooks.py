@@ -10,13 +10,13 @@ what codebooks that never saw a model do to it is then seen by `books=FILE`.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
 from pathlib import Path
 
 import torch
+from common import command_line, note, parse, run_words
 from torch import Tensor
 
 from claq_exp.checkpoint.files import write_bytes
@@ -33,23 +33,26 @@ from claq_exp.sources.cache import cache_folder
 
 BITS, ARRAYS, BLOCK, CODEBOOKS = (2, 3, 4), (32, 64, 128), 8, (2, 4, 8, 16)
 ROWS = 8  # of each weight
-NOISE = (256, 2048)  # rows and columns of each distribution
+NOISE_ROWS = 256  # of each distribution
 SEED = 0
 
 
 def main() -> int:
     """Write the file; return 0."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="*", default=["smollm2_135m"], metavar="OPTION")
     parser.add_argument("--numbers", type=int, default=1 << 20, help="of each design")
     parser.add_argument("overrides", nargs="*", help="more GROUP.FIELD=VALUE of claq-exp")
-    arguments = parser.parse_args()
-    parts: dict[str, list[Tensor]] = {"noise": noise()}
-    for name in arguments.models:
-        weights, activations = model_rows([f"model={name}", *arguments.overrides])
-        parts.setdefault("weights", []).extend(weights)
-        parts.setdefault("activations", []).extend(activations)
+    parser.add_argument("--noise", type=int, default=2048, help="columns of each distribution")
+    arguments = parse(parser, models=["tiny"], numbers=3072, noise=256)
+    parts: dict[str, list[Tensor]] = {"noise": noise(arguments.noise)}
+    with run_words(arguments) as words:
+        for name in arguments.models:
+            named = [] if arguments.quick else [f"model={name}"]
+            weights, activations = model_rows([*named, *words])
+            parts.setdefault("weights", []).extend(weights)
+            parts.setdefault("activations", []).extend(activations)
     designs = {}
     for array in ARRAYS:
         blocks = mix(parts, array, arguments.numbers // BLOCK)
@@ -59,7 +62,9 @@ def main() -> int:
                 design = design_codebooks(blocks, bits, codebooks)
                 name = design_name(block_format)
                 designs[name] = [[round(x, DIGITS) for x in book] for book in design.codebooks]
-                print(f"{name}: error {design.errors[0]:.3g} to {design.errors[-1]:.3g}")
+                errors = design.errors
+                print(f"{name}: error {errors[0]:.3g} to {errors[-1]:.3g}")
+                note(arguments, design=name, first_error=errors[0], last_error=errors[-1])
     recipe = {
         "made by": "benchmarks/universal_codebooks.py",
         "models": arguments.models,
@@ -80,22 +85,23 @@ def lo_bcq_format(bits: int, array: int, codebooks: int) -> BlockFormat:
     return BlockFormat(bits, array, "e4m3", LEARNED, BLOCK, codebooks, codeword_bits=8)
 
 
-def noise() -> list[Tensor]:
-    """Return rows of a few distributions."""
+def noise(columns: int) -> list[Tensor]:
+    """Return rows of a few distributions: [rows, columns] each."""
+    shape = (NOISE_ROWS, columns)
     generator = torch.Generator().manual_seed(SEED)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    spread = normal(NOISE[1]).exp()  # of channels, a few of them outliers
-    spread[torch.rand(NOISE[1], generator=generator) < 0.005] *= 30.0
-    chi = sum(normal(*NOISE).square() for _ in range(5)) / 5
-    exponential = [-torch.rand(*NOISE, generator=generator).clamp(min=1e-7).log() for _ in range(2)]
+    spread = normal(columns).exp()  # of channels, a few of them outliers
+    spread[torch.rand(columns, generator=generator) < 0.005] *= 30.0
+    chi = sum(normal(*shape).square() for _ in range(5)) / 5
+    exponential = [-torch.rand(*shape, generator=generator).clamp(min=1e-7).log() for _ in range(2)]
     return [
-        normal(*NOISE),
+        normal(*shape),
         exponential[0] - exponential[1],
-        normal(*NOISE) / chi.sqrt(),
-        normal(*NOISE) * spread,
+        normal(*shape) / chi.sqrt(),
+        normal(*shape) * spread,
     ]
 
 

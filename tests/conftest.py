@@ -161,6 +161,11 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_run(tiny_model: Path, text_file: Path, tmp_path: Path) -> list[str]:
     """Overrides for a whole run on the tiny model: seconds, no network, no tracking."""
+    return [*tiny_words(tiny_model, text_file), f"outputs={tmp_path / 'outputs'}"]
+
+
+def tiny_words(tiny_model: Path, text_file: Path) -> list[str]:
+    """What makes a run tiny."""
     return [
         "model=hf",
         f"model.source={tiny_model}",
@@ -174,5 +179,4 @@ def tiny_run(tiny_model: Path, text_file: Path, tmp_path: Path) -> list[str]:
         "evaluation.corpora.wikipedia.windows=6",
         "evaluation.context=64",
         "tracking=none",
-        f"outputs={tmp_path / 'outputs'}",
     ]

@@ -1,0 +1,67 @@
+"""Every sweep and every report of README and docs, on a tiny model and with few values."""
+
+from __future__ import annotations
+
+import pytest
+from conftest import tiny_words
+from documented import DOCS, README, Command, commands_of, few, run, shrunk
+
+from claq_exp.cli import main
+
+COMMANDS = commands_of(README, *DOCS)
+REPORTS = [command for command in COMMANDS if command.words[0] == "report"]
+NEEDS_SLURM = "hydra/launcher=slurm"  # test_documents.py composes it
+
+
+def different() -> list[Command]:
+    """Return the sweeps that are still different in miniature."""
+    found = {}
+    for command in COMMANDS:
+        if command.is_sweep and NEEDS_SLURM not in command.words:
+            found.setdefault(tuple(sorted(shrunk(few(list(command.words), 1), []))), command)
+    return list(found.values())
+
+
+SWEEPS = different()
+BUDGETS = next(command for command in SWEEPS if "name=budgets" in command.words)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model, text_file) -> list[str]:
+    return tiny_words(tiny_model, text_file)
+
+
+@pytest.fixture(scope="module")
+def place(tiny, tmp_path_factory):
+    """A working directory with a default run and the README's first sweep, two values of a key."""
+    folder = tmp_path_factory.mktemp("sweeps")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(shrunk([], tiny)) == 0
+        assert run(BUDGETS, tiny, values=2) == 0
+        for name in ("bit_widths", "ablation_components", "baselines"):
+            (folder / "outputs" / name).symlink_to(folder / "outputs" / "budgets")
+    return folder
+
+
+@pytest.mark.case(77)
+@pytest.mark.parametrize("command", [c for c in SWEEPS if c != BUDGETS], ids=str)
+def test_every_sweep_runs(command, place, tiny, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(place if "name=budgets" in command.words else tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "default").symlink_to(place / "outputs" / "default")
+    assert run(command, tiny) == 0, capfd.readouterr().err
+
+
+@pytest.mark.case(77)
+@pytest.mark.parametrize("command", REPORTS, ids=str)
+def test_every_report_is_made(command, place, tiny, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    assert run(command, tiny) == 0, capfd.readouterr().err
+
+
+def test_reports_are_where_the_readme_says(place, tiny, monkeypatch):
+    monkeypatch.chdir(place)
+    report = next(command for command in REPORTS if command.page == "README.md")
+    assert run(report, tiny) == 0
+    assert (place / "outputs" / "budgets" / "report.md").is_file()

@@ -1,0 +1,95 @@
+"""Every command of docs/ that is one run, on a tiny model, and every script that pages name.
+
+test_documented_sweeps.py has the sweeps and reports.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import sys
+
+import pytest
+from conftest import tiny_words
+from documented import DOCS, README, ROOT, commands_of, lines_of, run, shrunk
+
+from claq_exp.cli import main
+
+COMMANDS = [c for c in commands_of(README, *DOCS) if c.page != "README.md"]
+RUNS = [c for c in COMMANDS if not c.is_sweep and c.words[0] != "report"]
+BOOKS = "noise.json"
+INLINE = [  # in the middle of a sentence; what is no command has dots or a word in capitals
+    (page.name, words)
+    for page in [README, *DOCS]
+    for words in re.findall(r"`claq-exp ([^`]+)`", page.read_text())
+    if not re.search(r"\.\.\.|[A-Z]{3}|^[a-z]+( runtime)?$|^report|--help", words)
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model, text_file) -> list[str]:
+    return tiny_words(tiny_model, text_file)
+
+
+@pytest.fixture(scope="module")
+def place(tiny, tmp_path_factory):
+    """A working directory with a default run, and codebooks as docs/bcq.md makes them."""
+    folder = tmp_path_factory.mktemp("documents")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(shrunk([], tiny)) == 0
+        script = ROOT / "benchmarks" / "universal_codebooks.py"
+        patch.setattr(sys, "argv", [str(script), "--quick", "--out", BOOKS, "--models"])
+        patch.syspath_prepend(str(script.parent))
+        with pytest.raises(SystemExit, match="0"):
+            runpy.run_path(str(script), run_name="__main__")
+    return folder
+
+
+def test_docs_hold_the_commands_that_are_tested():
+    assert len(RUNS) > 8
+    assert len(INLINE) > 3
+
+
+@pytest.mark.parametrize("command", RUNS, ids=str)
+def test_every_command_of_the_docs_runs(command, place, tiny, monkeypatch, capfd):
+    monkeypatch.chdir(place)
+    assert run(command, tiny) == 0, capfd.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.has_overrides], ids=str)
+def test_overrides_of_the_docs_compose_as_they_stand(command):
+    from claq_exp.sweep.grid import check_grid
+
+    assert check_grid([word for word in command.words if "=" in word]).jobs >= 1
+
+
+@pytest.mark.parametrize(("page", "words"), INLINE)
+def test_overrides_in_sentences_compose(page, words):
+    from claq_exp.sweep.grid import check_grid
+
+    assert check_grid([word for word in shlex.split(words) if "=" in word]).jobs >= 1
+
+
+def test_torchrun_starts_what_composes():
+    lines = [line for page in [README, *DOCS] for line in lines_of(page) if "torchrun" in line]
+    assert lines
+    for line in lines:
+        head, _, words = line.partition(" -m claq_exp ")
+        assert head == "torchrun --nproc-per-node 2"  # tests/distributed runs it
+        from claq_exp.sweep.grid import check_grid
+
+        assert check_grid(shlex.split(words)).jobs == 1
+
+
+@pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
+def test_scripts_that_a_page_names_take_the_options_that_it_gives_them(page, monkeypatch, capsys):
+    """test_benchmarks.py and test_gpu_check.py run the scripts themselves."""
+    text = page.read_text()
+    for script, words in re.findall(r"python benchmarks/(\w+\.py)([^`\n]*)", text):
+        path = ROOT / "benchmarks" / script
+        assert path.is_file()
+        options = re.findall(r"--[a-z-]+", words)
+        source = path.read_text() + (ROOT / "benchmarks" / "common.py").read_text()
+        assert all(f'"{option}"' in source for option in options), (script, options)
