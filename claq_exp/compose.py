@@ -104,11 +104,11 @@ def is_swept(text: str) -> bool:
     try:
         return bool(OverridesParser.create().parse_override(text).is_sweep_override())
     except HydraException as error:
-        key, _, value = text.partition("=")
-        quoted = "KEY=VALUE" if "'" in value or not value else f"\"{key}='{value}'\""
+        match = re.fullmatch(r"([\w.@+]+)=([^\[{'][^']*)", text)
+        shell = f": for a shell \"{match[1]}='{match[2]}'\"" if match else ""
         raise ConfigError(
-            f"'{text}' cannot be read as an override; write {quoted}, with two kinds of quotes "
-            "around a value of odd characters: one is for the shell"
+            f"'{text}' cannot be read as an override; write KEY=VALUE, with quotes around a value "
+            f"that holds odd characters{shell}"
         ) from error
 
 

@@ -53,10 +53,7 @@ def not_given(kind: str, name: str, error: Exception, file: str = "") -> SourceE
     kind: model or data set.  file: the one that was asked for.
     """
     instead = "a local folder as model.source" if kind == "model" else "a local file as path"
-    here = f" (no folder of that name in {Path.cwd()})" if kind == "model" else ""
-    return SourceError(
-        f"{kind} '{name}'{here} {_reason(kind, name, error, file)}; or give {instead}"
-    )
+    return SourceError(f"{kind} '{name}' {_reason(kind, name, error, file)}; or give {instead}")
 
 
 def _reason(kind: str, name: str, error: Exception, file: str) -> str:
@@ -71,7 +68,7 @@ def _reason(kind: str, name: str, error: Exception, file: str) -> str:
 
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}"
     said = first_line(error)
-    here = f" (nor a folder of that name in {Path.cwd()})" if kind == "model" else ""
+    here = f" (and no folder of that name in {Path.cwd()})" if kind == "model" else ""
     if isinstance(error, GatedRepoError) or "is a gated dataset" in said:
         return f"is gated: accept its terms on {page} and log in with 'hf auth login'"
     if isinstance(error, RevisionNotFoundError) or said.startswith("Revision "):
@@ -81,10 +78,9 @@ def _reason(kind: str, name: str, error: Exception, file: str) -> str:
         return f"is not on the hub{here}, or is private: {advice}"
     transport = "TransportError" in {kind.__name__ for kind in type(error).__mro__}  # of httpx
     if transport or isinstance(error, LocalEntryNotFoundError | ConnectionError):
-        return (
-            f"is not wholly in the local cache{here}, and the hub is out of reach{_cause(error)}: run "
-            "'claq-exp fetch' where it is within reach"
-        )
+        advice = "run 'claq-exp fetch' where it is within reach"
+        away = f"the hub is out of reach{_cause(error)}"
+        return f"is not wholly in the local cache{here}, and {away}: {advice}"
     if isinstance(error, EntryNotFoundError):
         return f"has no file '{file}'; see {page}"
     return f"cannot be loaded from the hub: {said}"

@@ -108,7 +108,7 @@ def test_a_name_for_the_hub_says_that_there_is_no_such_folder(place, monkeypatch
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
-    with pytest.raises(ClaqError, match=rf"\(nor a folder of that name in {place}\), and"):
+    with pytest.raises(ClaqError, match=rf"\(and no folder of that name in {place}\), and"):
         model_folder(ModelSource("tiny"))
 
 
