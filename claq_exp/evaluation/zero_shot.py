@@ -99,7 +99,12 @@ def _score(
     if batch_size == "auto" and device.type == "cpu":
         kinds = {leaf.OUTPUT_TYPE for leaf in loaded["tasks"].values()}
         batch_size = 1 if WHOLE_CONTEXT in kinds else CPU_REQUESTS
-    adapter = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    adapter = HFLM(
+        pretrained=model,
+        backend="causal",  # its guess takes models for sound, which read text here, for seq2seq
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+    )
     adapter._device = device  # where it sends token ids
     adapter.set_cache_hook(_Progress(loaded["tasks"].values(), on_share))
     try:
