@@ -37,7 +37,10 @@ class Adapter(HFLM):
     ) -> None:
         """Take a model; device: where it takes its token ids."""
         super().__init__(
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size
+            pretrained=model,
+            backend="causal",  # its guess takes models for sound, which read text here, for seq2seq
+            tokenizer=copy.deepcopy(tokenizer),
+            batch_size=batch_size,
         )
         self._device = device
         self.cut_requests = self.cut_tokens = 0

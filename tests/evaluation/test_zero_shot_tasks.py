@@ -14,6 +14,7 @@ import torch
 from conftest import WORDS, byte_tokenizer, tiny_llama
 from lm_eval.caching import cache as lm_eval_cache
 from task_rows import made_rows, write_rows
+from tiny_towers import TOWERS
 
 from claq_exp.config import TaskConfig
 from claq_exp.errors import ConfigError, SourceError
@@ -105,6 +106,13 @@ def test_accuracies_equal_those_of_our_own_log_likelihoods(model, tokenizer, dat
         assert (found.metric, found.rows) == (metric, 12)
         variance = found.value * (1 - found.value) / 11
         assert found.stderr == pytest.approx(variance**0.5)
+
+
+@pytest.mark.case(261)
+@pytest.mark.parametrize("kind", ["llava", "qwen2_audio"])
+def test_a_model_of_several_towers_is_scored_as_a_causal_one(kind, tokenizer, data, rows):
+    towers = TOWERS[kind].build(kind)
+    assert score(towers, tokenizer, data).value == accuracies(towers, tokenizer, rows)["acc"]
 
 
 def cleaned(text: str) -> str:
