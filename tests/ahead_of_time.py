@@ -25,8 +25,8 @@ KIB = 1024
 class Architecture:
     """What a program may take.
 
-    shared: bytes of shared memory.  registers: of a multiprocessor, 32 bits each (of a SIMD on
-    AMD: of each of its lanes).  threads: most of a program.
+    shared: bytes of shared memory.  registers: of a multiprocessor, 32 bits each.  threads: most
+    of a program.
     """
 
     backend: str
@@ -40,7 +40,7 @@ class Architecture:
 ARCHITECTURES = {
     "sm_80": Architecture("cuda", 80, 32, 163 * KIB, 65536),
     "sm_90": Architecture("cuda", 90, 32, 227 * KIB, 65536),
-    "gfx942": Architecture("hip", "gfx942", 64, 64 * KIB, 512),
+    "gfx942": Architecture("hip", "gfx942", 64, 64 * KIB, 131072),
 }
 
 
@@ -138,7 +138,9 @@ def _compile(case: Case, architecture: Architecture) -> Built:
         else:
             default = "*fp32" if argument.endswith("_ptr") else "i32"
             signature[argument] = case.types.get(argument, default)
-    divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    divisible = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.aligned
+    }
     target = GPUTarget(architecture.backend, architecture.name, architecture.warp)
     known = make_backend(target).parse_options(dict(case.options)).__dict__
     for option in case.options:
