@@ -14,6 +14,7 @@ from claq_exp import __version__, interruption
 from claq_exp.errors import ClaqError, ConfigError
 from claq_exp.torchrun import place
 from claq_exp.tracking.quiet import quiet_libraries, show_what_can_be_shown
+from claq_exp.words import folders_of, only_overrides, read_words
 
 if TYPE_CHECKING:
     from claq_exp.config import ExperimentConfig
@@ -35,20 +36,10 @@ claq-exp fetch [OVERRIDES]             bring model and data into the local cache
 
 An override is GROUP=OPTION or GROUP.FIELD=VALUE, e.g. precision.target_bits=2.1 reservation=none.
 -m runs every combination of values listed with commas; sweep=NAME runs a grid from sweeps/.
---cfg job prints the composed config; --version prints the version.
+--config-dir DIR adds your own options, e.g. DIR/experiment/NAME.yaml (docs/sweeps.md).
+--cfg job prints the composed config; --version prints the version; --debug shows the Python
+traceback of an error.
 """
-HYDRA_FLAGS = (
-    "--cfg",
-    "-c",
-    "--info",
-    "-i",
-    "--resolve",
-    "--package",
-    "-p",
-    "--hydra-help",
-    "--shell-completion",
-    "-sc",
-)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +93,7 @@ def _dispatch(arguments: list[str], ranks: Ranks | None = None) -> int:
         "fetch": _fetch,
     }
     if any(flag in arguments for flag in ("-h", "--help")):
-        return _help()
+        return _help(arguments)
     if "--version" in arguments:
         Console().print(__version__, highlight=False)
         return 0
@@ -111,42 +102,46 @@ def _dispatch(arguments: list[str], ranks: Ranks | None = None) -> int:
         raise ConfigError(f"'{word}' takes one process; start it without torchrun")
     if word in commands:
         return commands[word](arguments[1:])
+    if late := next((text for text in arguments if text in commands), None):
+        raise ConfigError(f"the command comes first: claq-exp {late} ...")
     if word.isidentifier():
         known = ", ".join(commands)
         raise ConfigError(f"'{word}' is no command; choose one of: {known}, or write KEY=VALUE")
     return _run(arguments, ranks)
 
 
-def _run(overrides: list[str], ranks: Ranks | None) -> int:
+def _run(arguments: list[str], ranks: Ranks | None) -> int:
     from claq_exp.sweep.server import start_server
 
-    swept = any(word in ("-m", "--multirun") or word.startswith("sweep=") for word in overrides)
+    swept = any(word in ("-m", "--multirun") or word.startswith("sweep=") for word in arguments)
     if (
         swept
         and ranks is None
-        and not any(word.startswith("hydra/launcher=") for word in overrides)
+        and not any(word.startswith("hydra/launcher=") for word in arguments)
     ):
         start_server()  # a launcher's processes have servers of their own
 
-    from claq_exp.compose import check_words, compose_config, is_multirun
+    from claq_exp.compose import compose_config, is_multirun
+    from claq_exp.options import own_folders
 
-    flags = [word for word in overrides if word.startswith("-")]
-    multirun = any(flag in ("-m", "--multirun") for flag in flags)
-    words = [word for word in overrides if word not in ("-m", "--multirun")]
-    if any(flag in HYDRA_FLAGS for flag in flags):
-        check_words([word for word in words if "=" in word])
-        return _print_config(overrides)
-    if flags and not multirun:
-        raise ConfigError(f"'{flags[0]}' is no option; see claq-exp --help")
-    if multirun or is_multirun(words):
-        if ranks is not None:
-            raise ConfigError("a sweep takes one process; hydra/launcher= runs jobs side by side")
-        from claq_exp.sweep.run import run_sweep
+    words, command = read_words(arguments), _command(arguments)
+    with own_folders(words.folders):
+        if words.printed:
+            from claq_exp.sweep.run import print_config
 
-        return run_sweep(words, _command(overrides))
-    _run_one(compose_config(words), _command(overrides), ranks)
-    if not words:
-        Console().print("Next: claq-exp experiment=claq_2.12", highlight=False)
+            print_config(words)
+        elif words.multirun or is_multirun(words.overrides):
+            if ranks is not None:
+                raise ConfigError(
+                    "a sweep takes one process; hydra/launcher= runs jobs side by side"
+                )
+            from claq_exp.sweep.run import run_sweep
+
+            return run_sweep(words.overrides, command)
+        else:
+            _run_one(compose_config(words.overrides), command, ranks)
+            if not arguments:
+                Console().print("Next: claq-exp experiment=claq_2.12", highlight=False)
     return 0
 
 
@@ -179,20 +174,22 @@ def _print_notes(console: Console, notes: Iterable[str]) -> None:
         console.print(f"Note: {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_config(arguments: list[str]) -> int:
-    from claq_exp.sweep.run import with_hydra
-
-    with_hydra(arguments, lambda composed: 0.0)
-    return 0
-
-
-def _plan(overrides: list[str]) -> int:
+def _composed(command: str, arguments: list[str]) -> ExperimentConfig:
+    """Compose the one experiment that a command is about."""
     from claq_exp.compose import compose_config
+    from claq_exp.options import own_folders
+
+    words = only_overrides(command, arguments)
+    with own_folders(words.folders):
+        return compose_config(words.overrides)
+
+
+def _plan(arguments: list[str]) -> int:
     from claq_exp.machine import choose_device
     from claq_exp.plan import plan_for
     from claq_exp.reporting.tables import plan_table
 
-    config = compose_config(overrides)
+    config = _composed("plan", arguments)
     plan = plan_for(config, choose_device(config.device))
     console = Console()
     console.print(plan_table(plan))
@@ -206,14 +203,13 @@ def _report(arguments: list[str]) -> int:
     return report_command(arguments)
 
 
-def _evaluate(overrides: list[str]) -> int:
-    from claq_exp.compose import compose_config
+def _evaluate(arguments: list[str]) -> int:
     from claq_exp.evaluate import evaluate_checkpoint
     from claq_exp.reporting.tables import result_notes, result_table
 
-    named = any(word.startswith(("model=", "model.source=")) for word in overrides)
+    named = any(word.startswith(("model=", "model.source=")) for word in arguments)
     found = evaluate_checkpoint(
-        compose_config(overrides), _command(["evaluate", *overrides]), named=named
+        _composed("evaluate", arguments), _command(["evaluate", *arguments]), named=named
     )
     console = Console()
     console.print(result_table(found.results))
@@ -284,7 +280,6 @@ def _dequantize(arguments: list[str]) -> int:
 
 
 def _bench(arguments: list[str]) -> int:
-    from claq_exp.compose import compose_config
     from claq_exp.reporting.bench import generation_table, linear_table
     from claq_exp.runtime.bench import TOKENS, bench_checkpoint
 
@@ -292,7 +287,8 @@ def _bench(arguments: list[str]) -> int:
         raise ConfigError("bench needs to know what: claq-exp bench runtime checkpoint=FOLDER")
     note, console = Console(stderr=True), Console()
     benched = bench_checkpoint(
-        compose_config(arguments[1:]), on_step=lambda step: note.print(step, highlight=False)
+        _composed("bench runtime", arguments[1:]),
+        on_step=lambda step: note.print(step, highlight=False),
     )
     console.print(benched.device, highlight=False, markup=False)
     console.print(generation_table(benched.generation, TOKENS))
@@ -300,33 +296,47 @@ def _bench(arguments: list[str]) -> int:
     return 0
 
 
-def _fetch(overrides: list[str]) -> int:
-    from claq_exp.compose import compose_config
-    from claq_exp.inputs import fetch
+def _fetch(arguments: list[str]) -> int:
+    from claq_exp.compose import compose_config, is_multirun
+    from claq_exp.inputs import fetch, reads_the_same
     from claq_exp.models.load import look_at
+    from claq_exp.options import own_folders
     from claq_exp.reporting.tables import input_lines
     from claq_exp.sources.cache import fetch_log
+    from claq_exp.sweep.grid import check_grid
     from claq_exp.tracking.progress import noise_to, own_stderr
 
-    config, console = compose_config(overrides), Console()
+    words, console = read_words(arguments), Console()
+    with own_folders(words.folders):
+        if words.multirun or is_multirun(words.overrides):
+            configs = check_grid(words.overrides).configs
+        else:
+            configs = (compose_config(words.overrides),)
+    inputs: dict[str, None] = {}
+    remarks: dict[str, None] = {}
     with own_stderr() as stream, noise_to(fetch_log()):
         note = Console(file=stream)
-        fetched = fetch(
-            config, lambda line: note.print(line, highlight=False, markup=False, soft_wrap=True)
-        )
-        original = look_at(fetched.model, trust_remote_code=config.model.trust_remote_code)
-    for line in input_lines(fetched.inputs):
+        for config in {reads_the_same(config): config for config in configs}.values():
+            fetched = fetch(
+                config, lambda line: note.print(line, highlight=False, markup=False, soft_wrap=True)
+            )
+            inputs |= dict.fromkeys(input_lines(fetched.inputs))
+            original = look_at(fetched.model, trust_remote_code=config.model.trust_remote_code)
+            remarks |= dict.fromkeys(original.remarks())
+    for line in inputs:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    _print_notes(console, original.remarks())
+    _print_notes(console, remarks)
     return 0
 
 
-def _help() -> int:
-    from claq_exp.compose import groups
+def _help(arguments: list[str]) -> int:
+    from claq_exp.options import groups, own_folders
 
     console = Console()
     console.print(USAGE, highlight=False, markup=False, soft_wrap=True)
-    for group, options in groups().items():
+    with own_folders(folders_of(arguments)):
+        known = groups()
+    for group, options in known.items():
         console.print(
             f"{group:<12} {', '.join(options)}", highlight=False, markup=False, soft_wrap=True
         )

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import importlib.util
 import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from pathlib import Path
+from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
+import yaml
+from hydra import compose
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from claq_exp.config import ExperimentConfig, config_from_omegaconf, one_line
 from claq_exp.errors import ConfigError
-from claq_exp.places import packaged_folder
+from claq_exp.options import PRIMARY, groups, hydra_ready
 
-VERSION_BASE = "1.3"
-PRIMARY = "config"
-LAUNCHER = "hydra/launcher"
+PARAMS = "hydra.sweeper.params"
 EXTRAS = {  # option of Hydra's that a package brings -> our extra with that package
     "hydra/launcher/joblib": "joblib",
     "hydra/launcher/submitit_slurm": "slurm",
@@ -30,13 +34,23 @@ EXTRAS = {  # option of Hydra's that a package brings -> our extra with that pac
 }
 
 
-@cache
-def register_sweeps() -> None:
-    """Make every file of `sweeps/` an option of the group `sweep`, once in a process."""
-    store = ConfigStore.instance()
-    for path in sorted(packaged_folder("sweeps").glob("*.yaml")):
-        node = OmegaConf.load(path)
-        store.store(group="sweep", name=path.stem, node=node, package="_global_")
+HYDRA_ERRORS = (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError, OSError)
+GLOBAL = ("experiment", "sweep")  # groups whose files set keys of the whole experiment
+HEADER = "# @package _global_"
+OF_A_SWEEP = ("launcher", "sweeper", "callbacks", "hydra_logging", "job.env_set", "job.env_copy")
+FILLED_IN = (  # what Hydra itself writes into a composed config, and what this module reads
+    *("runtime", "overrides", "mode", "searchpath"),
+    *("job.config_name", "job.override_dirname", "job.num", "job.id"),
+)
+INSTEAD = {  # part of Hydra's own settings -> the word that has its effect here
+    "run": "outputs= and name= say where a run goes",
+    "sweep": "outputs= and name= say where runs go",
+    "output_subdir": "the settings of a run are in its results.json",
+    "job.chdir": "paths are relative to the folder that the command is typed in",
+    "job.name": "name= names the runs, hydra.launcher.name= the jobs on a cluster",
+    "job_logging": "events.jsonl is the record of a run, third_party.log holds what libraries say",
+    "verbose": "--debug shows where an error comes from",
+}
 
 
 def compose_config(overrides: list[str]) -> ExperimentConfig:
@@ -45,33 +59,34 @@ def compose_config(overrides: list[str]) -> ExperimentConfig:
     Raises ConfigError with one line that names the alternatives.
     """
     if several := [text for text in overrides if is_swept(text)]:
-        raise ConfigError(f"'{several[0]}' lists several values; add -m to run each of them")
-    return config_from_omegaconf(experiment_part(compose_all(overrides)))
+        raise ConfigError(
+            f"'{several[0]}' lists several values; add -m to run each of them{_or_one(several[0])}"
+        )
+    composed = compose_all(overrides)
+    if composed.hydra.mode is not None and composed.hydra.mode.name == "MULTIRUN":
+        chosen = composed.hydra.runtime.choices.get("sweep")
+        word = f"sweep={chosen}" if chosen else "hydra.mode=MULTIRUN"
+        raise ConfigError(f"{word} is many experiments, and this takes one; write one of its jobs")
+    check_hydra(composed, swept=False)
+    return config_from_omegaconf(experiment_part(composed))
 
 
 def check_words(overrides: list[str]) -> None:
     """Raise ConfigError unless the overrides compose; their values are not looked at."""
-    compose_all([text for text in overrides if not is_swept(text)])
+    if several := [text for text in overrides if is_swept(text)]:
+        raise ConfigError(f"'{several[0]}' lists several values; choose one to print")
+    check_hydra(compose_all(overrides), swept=True)
 
 
 def is_multirun(overrides: list[str]) -> bool:
     """Tell whether the overrides name a sweep by themselves."""
+    return mode_of(overrides) == "MULTIRUN"
+
+
+def mode_of(overrides: list[str]) -> str | None:
+    """Return what `hydra.mode` is, by the overrides or a file: RUN, MULTIRUN or None."""
     mode = compose_all([text for text in overrides if not is_swept(text)]).hydra.mode
-    return mode is not None and mode.name == "MULTIRUN"
-
-
-def groups() -> dict[str, list[str]]:
-    """Return config group -> its options."""
-    conf = packaged_folder("conf")
-    folders = [folder for folder in conf.iterdir() if folder.is_dir() and folder.name != "hydra"]
-    found = {
-        folder.relative_to(conf).as_posix(): sorted(
-            path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")
-        )
-        for folder in [*sorted(folders), conf / LAUNCHER]
-    }
-    found["sweep"] = sorted(path.stem for path in packaged_folder("sweeps").glob("*.yaml"))
-    return found
+    return None if mode is None else str(mode.name)
 
 
 def compose_all(overrides: list[str]) -> DictConfig:
@@ -79,14 +94,91 @@ def compose_all(overrides: list[str]) -> DictConfig:
 
     Raises ConfigError with one line that names the alternatives.
     """
-    register_sweeps()
-    GlobalHydra.instance().clear()
-    conf = str(packaged_folder("conf"))
+    for text in overrides:
+        if (key := text.lstrip("+~")).startswith(PARAMS):
+            grid = key.removeprefix(PARAMS).lstrip(".=")
+            raise ConfigError(f"{text}: write it without the prefix, and add -m: {grid}")
+    with explained(overrides), hydra_ready():
+        composed = compose(PRIMARY, overrides=overrides, return_hydra_config=True)
+    for group in GLOBAL:
+        if composed.get(group) is not None:
+            option = composed.hydra.runtime.choices.get(group)
+            raise ConfigError(
+                f"{group}={option}: its settings would have no effect; the first line of its file "
+                f"must be '{HEADER}'"
+            )
+    return composed
+
+
+@contextlib.contextmanager
+def explained(overrides: list[str]) -> Iterator[None]:
+    """Turn what Hydra raises into a ConfigError of one line."""
     try:
-        with initialize_config_dir(version_base=VERSION_BASE, config_dir=conf):
-            return compose(PRIMARY, overrides=overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        yield
+    except HYDRA_ERRORS as error:
         raise ConfigError(_explain(error, overrides)) from error
+
+
+def check_hydra(composed: DictConfig, *, swept: bool) -> None:
+    """Raise ConfigError for a setting of Hydra's own that has no effect here."""
+    for place in composed.hydra.searchpath:
+        if not _there(str(place)):
+            raise ConfigError(f"hydra.searchpath: there is no {place}; or use --config-dir DIR")
+    ours, theirs = _flat(composed.hydra), _plain_hydra()
+    for key in sorted(ours.keys() | theirs.keys()):
+        allowed = _below(key, FILLED_IN) or (swept and _below(key, OF_A_SWEEP))
+        if allowed or ours.get(key) == theirs.get(key):
+            continue
+        typed = map(str, composed.hydra.overrides.hydra)
+        word = next((text for text in typed if _sets(text, f"hydra.{key}")), f"hydra.{key}")
+        if _below(key, OF_A_SWEEP):
+            grid = composed.hydra.runtime.choices.get("sweep")
+            word = f"sweep={grid}" if grid and _below(key, ("sweeper",)) else word
+            raise ConfigError(f"{word} has an effect in a sweep only; add -m, or leave it out")
+        part = next((part for part in INSTEAD if _below(key, (part,))), "")
+        raise ConfigError(f"{word} has no effect here; {INSTEAD.get(part, 'leave it out')}")
+
+
+def _sets(text: str, key: str) -> bool:
+    """Tell whether an override is about a key, or about the group that it belongs to."""
+    about = text.lstrip("+~").partition("=")[0].partition("@")[0].replace("/", ".")
+    return _below(key, (about,)) or _below(about, (key,))
+
+
+def _there(place: str) -> bool:
+    scheme, colon, rest = place.rpartition("://")
+    if scheme == "pkg":
+        try:
+            return importlib.util.find_spec(rest.replace("/", ".")) is not None
+        except ImportError:
+            return False
+    return bool(colon and scheme != "file") or Path(rest).is_dir()
+
+
+@cache
+def _plain_hydra() -> dict[str, Any]:
+    return _flat(compose_all([]).hydra)
+
+
+def _flat(node: Any, key: str = "") -> dict[str, Any]:
+    """Return dotted key -> value, unresolved."""
+    plain = OmegaConf.to_container(node) if isinstance(node, DictConfig) else node
+    if not isinstance(plain, Mapping) or not plain:
+        return {key: plain}
+    flat: dict[str, Any] = {}
+    for name, own in plain.items():
+        flat |= _flat(own, f"{key}.{name!s}".strip("."))
+    return flat
+
+
+def _below(key: str, parts: tuple[str, ...]) -> bool:
+    return any(key == part or key.startswith(f"{part}.") for part in parts)
+
+
+def _places(overrides: list[str]) -> list[str]:
+    words = [parsed(text) for text in overrides]
+    places = [word.value() for word in words if word.key_or_group == "hydra.searchpath"]
+    return list(map(str, places[-1])) if places else []  # type: ignore[arg-type]
 
 
 def experiment_part(composed: DictConfig) -> DictConfig:
@@ -101,30 +193,91 @@ def experiment_part(composed: DictConfig) -> DictConfig:
 
 def is_swept(text: str) -> bool:
     """Tell whether an override lists several values.  Raises ConfigError for what is none."""
+    return bool(parsed(text).is_sweep_override())
+
+
+def parsed(text: str) -> Override:
+    """Read an override.  Raises ConfigError for what is none."""
     try:
-        return bool(OverridesParser.create().parse_override(text).is_sweep_override())
+        return OverridesParser.create().parse_override(text)
     except HydraException as error:
-        match = re.fullmatch(r"([\w.@+]+)=([^\[{'][^']*)", text)
-        shell = f": for a shell \"{match[1]}='{match[2]}'\"" if match else ""
         raise ConfigError(
             f"'{text}' cannot be read as an override; write KEY=VALUE, with quotes around a value "
-            f"that holds odd characters{shell}"
+            f"that holds odd characters{_quoted(text)}"
         ) from error
+
+
+def without_globs(overrides: list[str]) -> list[str]:
+    """Return the overrides with the options of a group in place of a pattern.
+
+    A star stands for names in one folder: `experiment=glob(linear/*)` takes those of
+    `experiment/linear`.  Raises ConfigError for a pattern that nothing matches.
+    """
+    if not any(parsed(text).value_type == ValueType.GLOB_CHOICE_SWEEP for text in overrides):
+        return overrides
+    others = [text for text in overrides if not is_swept(text)]
+    known = groups(_places(others))
+    return [_without_glob(text, known) for text in overrides]
+
+
+def _without_glob(text: str, known: dict[str, list[str]]) -> str:
+    override = parsed(text)
+    if override.value_type != ValueType.GLOB_CHOICE_SWEEP:
+        return text
+    group, pattern = override.key_or_group, override.value()
+    if group not in known:
+        raise ConfigError(f"{text}: glob() chooses options of a group; there are: {_list(known)}")
+    # Hydra's own match takes a star for slashes too
+    found = [
+        option
+        for option in known[group]
+        if any(_same_depth(option, p) for p in pattern.include)  # type: ignore[union-attr]
+        and pattern.filter([option])  # type: ignore[union-attr]
+    ]
+    if not found:
+        raise ConfigError(f"{text}: no option matches; there are: {_list(known[group])}")
+    return f"{override.get_key_element()}=choice({','.join(found)})"
+
+
+def _same_depth(option: str, pattern: str) -> bool:
+    return option.count("/") == pattern.count("/")
+
+
+def _list(words: Iterable[str]) -> str:
+    return ", ".join(words)
+
+
+def _or_one(text: str) -> str:
+    simple = parsed(text).value_type == ValueType.SIMPLE_CHOICE_SWEEP
+    return f" (where the comma is part of one value{_quoted(text)})" if simple else ""
+
+
+def _quoted(text: str) -> str:
+    """Return how a shell takes an override whose value is one text, where that can be read."""
+    key, equals, value = text.partition("=")
+    word = f'{key}="{value}"'
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return ""
+    return f": {shlex.quote(word)}" if equals and value else ""
 
 
 def _explain(error: Exception, overrides: list[str]) -> str:
     """Turn Hydra's several lines into one that says what is wrong and what there is instead."""
     text = str(error)
-    if isinstance(error, ValueError):  # Hydra's own, for a group whose option is no word
-        return _explain_option(overrides)
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+        return f"{mark.name}, line {mark.line + 1}: {error.problem}"
     if re.search(r"Could not (find|load) 'hydra/", text):
         return _explain_plugin(text)
-    if match := re.search(r"Could not find '([^'/]+)/([^']+)'", text):
-        options = groups().get(match[1], [])
+    if match := re.search(r"Could not find '([^'/]+)/([^']*)'", text):
+        options = groups(_places(overrides)).get(match[1], [])
         there = f"there are: {', '.join(options)}"
         return f"{match[1]}={match[2]}: no such option{_near(match[2], options)}; {there}"
     if match := re.search(r"Could not override '([^']+)'", text):
         return _explain_key(match[1], overrides)
+    if isinstance(error, ValueError):  # Hydra's own, for a group whose option is no word
+        return _explain_option(error, overrides)
     return one_line(error)
 
 
@@ -140,18 +293,19 @@ def _explain_plugin(text: str) -> str:
     )
 
 
-def _explain_option(overrides: list[str]) -> str:
+def _explain_option(error: Exception, overrides: list[str]) -> str:
     known = groups()
     for override in overrides:
         group, _, option = override.partition("=")
         if group in known and option not in known[group]:
             return f"{override}: no such option; there are: {', '.join(known[group])}"
-    return f"these overrides do not go together: {' '.join(overrides)}"
+    return one_line(error)
 
 
 def _explain_key(key: str, overrides: list[str]) -> str:
     others = [text for text in overrides if text.lstrip("+~").partition("=")[0] != key]
-    node = experiment_part(compose_all(others))
+    composed = compose_all(others)
+    node = composed if key.startswith("hydra.") else experiment_part(composed)
     *parents, wrong = key.split(".")
     for part in parents:
         child = OmegaConf.select(node, part)

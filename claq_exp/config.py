@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from claq_exp.accelerator import is_known
 from claq_exp.calibration.windows import DRAWS
-from claq_exp.errors import ConfigError, one_of
+from claq_exp.errors import ConfigError, one_of, telling_line
 from claq_exp.models.bos import BOS_RULES
 from claq_exp.quantize.activation import ACTIVATION, Activation
 from claq_exp.quantize.budget import BudgetConfig
@@ -35,6 +35,8 @@ FAMILIES: dict[str, dict[str, type]] = {
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 RESUME = ("auto", "required", "never")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
+WANDB_NAME, WANDB_TAG = 128, 64  # characters that Weights & Biases takes
+NOT_IN_PROJECTS = "/\\#?%:"
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{NAME_LENGTH - 1}}}")
 
 
@@ -206,7 +208,7 @@ class TrackingConfig:
     """Where metrics go besides the run folder.
 
     name: none or wandb.  mode: offline, online or disabled (wandb).  project, group, tags: wandb's
-    own.
+    own, within its limits.
     """
 
     name: str = "none"
@@ -218,6 +220,11 @@ class TrackingConfig:
     def __post_init__(self) -> None:
         _check_choice("tracking.name", self.name, ("none", "wandb"))
         _check_choice("tracking.mode", self.mode, ("offline", "online", "disabled"))
+        check_project("tracking.project", self.project)
+        if self.group is not None:
+            _check_length("tracking.group", self.group, WANDB_NAME)
+        for tag in self.tags:
+            _check_length("tracking.tags: tag", tag, WANDB_TAG)
 
 
 @dataclass
@@ -346,11 +353,8 @@ def config_from_omegaconf(composed: DictConfig) -> ExperimentConfig:
 
 def one_line(error: Exception) -> str:
     """Return OmegaConf's or Hydra's message as one line that names the key."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    key = next(
-        (line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), ""
-    )
-    message = lines[0] if lines else type(error).__name__
+    found = re.search(r"^ *full_key: (.+)$", str(error), re.MULTILINE)
+    key, message = found[1] if found else "", telling_line(error)
     return f"{key}: {message}" if key and key not in message else message
 
 
@@ -386,6 +390,23 @@ def _check_positive(where: str, config: Any, *names: str) -> None:
 def _check_whole(key: str, value: int | str, least: int, word: str) -> None:
     if value != word and (not isinstance(value, int) or value < least):
         raise ConfigError(f"{key} is {value}; give a whole number from {least}, or {word}")
+
+
+def check_project(key: str, value: str) -> None:
+    """Raise ConfigError for a name that Weights & Biases takes for no project."""
+    _check_length(key, value, WANDB_NAME)
+    if found := sorted(set(value) & set(NOT_IN_PROJECTS)):
+        raise ConfigError(
+            f"{key} '{value}' holds {' '.join(found)}; the name of a project of Weights & Biases "
+            f"has none of {' '.join(NOT_IN_PROJECTS)}"
+        )
+
+
+def _check_length(what: str, value: str, most: int) -> None:
+    if not 1 <= len(value) <= most:
+        raise ConfigError(
+            f"{what} '{value}' has {len(value)} characters; Weights & Biases takes 1 to {most}"
+        )
 
 
 def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:

@@ -1,5 +1,21 @@
 """The errors that a person can meet: each message says what is wrong, where, and what to change."""
 
+from __future__ import annotations
+
+import re
+
+MOST_CHARACTERS, MOST_LINES = 500, 5  # of somebody else's message
+_NOISE = re.compile(r"For further information visit|full_key: |object_type=|reference_type=|[~^]+$")
+_TAIL = re.compile(r" \[type=\w+, input_value=.*\]$|\.?\s*\(Request ID: [^)]*\)")
+_REASON = re.compile(r"WeightsUnpickler error: ")  # of torch.load, far below its advice
+_HEADLINE = re.compile(  # says that something is wrong and not what
+    r":$"
+    r"|^\d+ validation errors? for [^:]+(: [\w.\[\]]+)?$"
+    r"|^Error merging override [^:]*$"
+    r"|^[45]\d\d (Client|Server) Error[^:]*$"
+    r"|^An (error|exception) (occurred|happened) while [^:]*$"
+)
+
 
 class ClaqError(Exception):
     """A failed run; the command line prints its message as one line and exits with `exit_code`."""
@@ -34,6 +50,28 @@ def one_of(what: str, value: object, known: object) -> str:
     return f"{what} '{value}' is not known; choose one of: {', '.join(sorted(map(str, known)))}"  # type: ignore[call-overload]
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of somebody else's message, or the error itself where it has none."""
-    return str(error).strip().partition("\n")[0] or repr(error)
+def telling_line(error: BaseException) -> str:
+    """Return what somebody else's error says, on one line and without what says nothing.
+
+    Libraries begin with a headline ("1 validation error for Settings") and put the reason below it,
+    or into the error's cause.
+    """
+    lines = [" ".join(line.split()) for line in str(error).splitlines()]
+    lines = [_TAIL.sub("", line) for line in lines if line and not _NOISE.match(line)]
+    if not lines:
+        return repr(error)
+    chosen = next((line for line in lines if _REASON.match(line)), "")
+    if not chosen:
+        chosen = lines[0]
+        for line in lines[1:MOST_LINES]:
+            if not _HEADLINE.search(chosen):
+                break
+            chosen = f"{chosen.rstrip(':')}: {line}"
+        if _HEADLINE.search(chosen) and error.__cause__ is not None:
+            chosen = f"{chosen.rstrip(':')}: {telling_line(error.__cause__)}"
+    if isinstance(error, KeyError):  # whose text is nothing but the key
+        chosen = f"{type(error).__name__}: {chosen}"
+    return chosen if len(chosen) <= MOST_CHARACTERS else f"{chosen[:MOST_CHARACTERS]} ..."
+
+
+first_line = telling_line  # the name it had

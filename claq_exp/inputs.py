@@ -132,6 +132,14 @@ def fetch(config: ExperimentConfig, note: Callable[[str], None] = lambda _: None
     return Fetched(folder, inputs)
 
 
+def reads_the_same(config: ExperimentConfig) -> str:
+    """Return what is the same for experiments that `fetch` brings the same things for."""
+    evaluation, books = config.evaluation, [config.codebook, config.activation]
+    return repr(
+        [config.model, config.calibration, evaluation.corpora, evaluation.zero_shot, *books]
+    )
+
+
 def _text_input(text: DrawnText) -> Input:
     return Input(text.origin, text_content(text), tuple(text_files(text) or ()))
 

@@ -16,7 +16,7 @@ import filelock
 
 from claq_exp.checkpoint.files import read_json, write_bytes, write_json
 from claq_exp.config import ExperimentConfig
-from claq_exp.errors import CheckpointError, ClaqError, first_line
+from claq_exp.errors import CheckpointError, ClaqError, telling_line
 
 NEUTRAL = (
     "tracking",
@@ -204,7 +204,7 @@ class RunFolder:
             raise
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk: the error itself matters more
-                self._note({"state": FAILED, "reason": first_line(error)})
+                self._note({"state": FAILED, "reason": telling_line(error)})
             raise
         self._note({"state": FINISHED})
 

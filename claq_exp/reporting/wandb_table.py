@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from claq_exp.errors import first_line
+from claq_exp.errors import telling_line
 from claq_exp.reporting.collect import lookup
 from claq_exp.reporting.render import plain_rows
 from claq_exp.reporting.report import Report
@@ -27,7 +27,7 @@ def log_report(report: Report, folder: Path, *, project: str | None, mode: str) 
     try:
         _log(report, folder, chosen, mode)
     except Exception as error:  # noqa: BLE001 - the report is written already
-        return f"Note: Weights & Biases failed and was left out: {first_line(error)}"
+        return f"Note: Weights & Biases failed and was left out: {telling_line(error)}"
     return f"Logged to Weights & Biases ({mode}), project {chosen}: {folder / 'wandb'}"
 
 

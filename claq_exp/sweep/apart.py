@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
-from claq_exp.errors import ClaqError, first_line
+from claq_exp.errors import ClaqError, telling_line
 from claq_exp.interruption import graceful
 from claq_exp.sweep.record import JobInterruptedError, JobKilledError
 from claq_exp.sweep.server import process_maker
@@ -135,7 +135,7 @@ def _work(order: Order, on_share: OnShare) -> Done | _Failed:
         return _Failed(f"{error.filename or 'a file'}: {error.strerror or error}")
     except Exception as error:  # noqa: BLE001 - a fault in the program must not stop other jobs
         traceback.print_exc()
-        return _Failed(f"{type(error).__name__}: {first_line(error)}; traceback in {order.log}")
+        return _Failed(f"{type(error).__name__}: {telling_line(error)}; traceback in {order.log}")
 
 
 def _end_with(connection: Connection) -> None:

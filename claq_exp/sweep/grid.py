@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from decimal import Decimal
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
-from claq_exp.compose import compose_all, experiment_part, is_swept
+from claq_exp.compose import (
+    check_hydra,
+    compose_all,
+    experiment_part,
+    is_swept,
+    parsed,
+    without_globs,
+)
 from claq_exp.config import ExperimentConfig, config_from_omegaconf
 from claq_exp.errors import ConfigError
 
@@ -23,20 +30,22 @@ ENGINES = ("launcher", "sweeper")
 class Grid:
     """A checked sweep.
 
-    jobs: how many there will be.  base: the experiment without what the jobs change.  search: a
+    jobs: how many there will be.  overrides: for Hydra, with options in place of patterns.
+    configs: of all jobs, or of a search, experiments in which each value is there once.  search: a
     sweeper decides on the jobs from the objectives of others.  fixed: keys that have one value in
     all jobs.
     """
 
     jobs: int
-    base: ExperimentConfig
+    overrides: tuple[str, ...]
+    configs: tuple[ExperimentConfig, ...]
     search: bool
     fixed: frozenset[str]
 
     @property
-    def results(self) -> Path:
-        """The folder of the runs."""
-        return Path(self.base.outputs).expanduser() / self.base.name
+    def base(self) -> ExperimentConfig:
+        """The first experiment."""
+        return self.configs[0]
 
 
 def check_grid(overrides: list[str]) -> Grid:
@@ -46,26 +55,41 @@ def check_grid(overrides: list[str]) -> Grid:
     sweeper of its own, which Hydra would ignore.
     """
     base = compose_all([text for text in overrides if not is_swept(text)])
+    for engine in ENGINES:
+        if base.hydra[engine] is None:
+            raise ConfigError(f"a sweep needs a {engine}; choose one with hydra/{engine}=")
+    check_hydra(base, swept=True)
+    if base.hydra.mode is not None and base.hydra.mode.name != "MULTIRUN":
+        raise ConfigError(f"hydra.mode={base.hydra.mode.name} has no effect with -m; leave out one")
+    batch = base.hydra.sweeper.get("max_batch_size")
+    if batch is not None and batch < 1:
+        raise ConfigError(f"hydra.sweeper.max_batch_size is {batch}; give a positive whole number")
     params = base.hydra.sweeper.get("params") or {}
-    choices = _choices([*(f"{key}={value}" for key, value in params.items()), *overrides])
+    own = without_globs([f"{key}={value}" for key, value in params.items()])
+    words = without_globs(overrides)
     search = not base.hydra.sweeper._target_.endswith(BASIC)
+    if not search:
+        own, words = (list(map(_exact_steps, texts)) for texts in (own, words))
+    choices = _choices([*own, *words], search=search)
     jobs = list(_one_at_a_time(choices) if search else _combinations(choices))
-    configs = [_checked(job, base) for job in jobs]
+    fixed = frozenset(key for key, values in choices.items() if len(values) == 1)
+    configs = tuple(_checked(job, base, fixed) for job in jobs)
     if search and not configs[0].evaluation.corpora:
         raise ConfigError(
             "a search needs a perplexity to go by, and evaluation.corpora is empty; add a corpus"
         )
     count = base.hydra.sweeper.n_trials if search else len(set(map(tuple, jobs)))
-    fixed = frozenset(key for key, values in choices.items() if len(values) == 1)
-    return Grid(count, configs[0], search, fixed)
+    keys = {parsed(text).get_key_element() for text in words}
+    spelled = [text for text in own if parsed(text).get_key_element() not in keys]
+    return Grid(count, (*spelled, *words), configs, search, fixed)
 
 
-def _checked(job: list[str], base: DictConfig) -> ExperimentConfig:
+def _checked(job: list[str], base: DictConfig, fixed: frozenset[str]) -> ExperimentConfig:
     composed = compose_all(job)
     for engine in ENGINES:
         wanted, chosen = composed.hydra[engine], base.hydra[engine]
         if _plain(wanted) != _plain(chosen):
-            culprit = " ".join(text for text in job if "/" not in text.partition("=")[0])
+            culprit = " ".join(text for text in job if text.partition("=")[0] not in fixed)
             raise ConfigError(
                 f"the job {culprit} asks for another hydra/{engine} than its sweep; choose one for "
                 f"the whole sweep on the command line, e.g. hydra/{engine}="
@@ -80,21 +104,46 @@ def _plain(engine: DictConfig) -> object:
     return {key: value for key, value in values.items() if key != "params"}
 
 
-def _choices(overrides: list[str]) -> dict[str, list[str]]:
+def _choices(overrides: list[str], *, search: bool) -> dict[str, list[str]]:
     """Return key -> its overrides, the first of them in use; a later override replaces one."""
-    parser = OverridesParser.create()
     choices: dict[str, list[str]] = {}
     for text in overrides:
-        override = parser.parse_override(text)
+        override = parsed(text)
         key = override.get_key_element()
-        choices[key] = _values(key, override) if override.is_sweep_override() else [text]
-    return {key: values for key, values in choices.items() if values}
+        swept = override.is_sweep_override()
+        choices[key] = _values(key, override, search=search) if swept else [text]
+        if not choices[key]:
+            raise ConfigError(f"'{text}' lists no value; nothing would be run")
+    return choices
 
 
-def _values(key: str, override: Override) -> list[str]:
+def _exact_steps(text: str) -> str:
+    """Return a range of decimal numbers as a list; Hydra's own steps gather binary errors."""
+    override = parsed(text)
+    values = override.value()
+    if not isinstance(values, RangeSweep):
+        return text
+    if not values.step:
+        raise ConfigError(f"'{text}' has a step of 0")
+    if isinstance(values.range(), range):
+        return text
+    start, stop, step = (Decimal(repr(n)) for n in (values.start, values.stop, values.step))
+    count = max(0, math.ceil((stop - start) / step))
+    listed = ",".join(str(float(start + step * i)) for i in range(count))
+    shuffled = f"shuffle({listed})" if values.shuffle else f"choice({listed})"
+    return f"{override.get_key_element()}={shuffled}" if listed else text
+
+
+def _values(key: str, override: Override, *, search: bool) -> list[str]:
     """Return the values that a job may have: all, or both ends of an interval."""
+    text = override.input_line
     if override.is_discrete_sweep():
         return [f"{key}={value}" for value in override.sweep_string_iterator()]
+    if not search:
+        raise ConfigError(
+            f"'{text}': values between two ends are for a search (hydra/sweeper=optuna); list the "
+            "values, or write range(FROM,TO,STEP)"
+        )
     interval = override.value()
     return [f"{key}={end}" for end in (interval.start, interval.end)]  # type: ignore[union-attr]
 

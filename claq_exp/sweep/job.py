@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from claq_exp.compose import experiment_part
-from claq_exp.config import ExperimentConfig, config_from_omegaconf
+from claq_exp.config import WANDB_NAME, ExperimentConfig, config_from_omegaconf
 from claq_exp.run_folder import RUNNING, RunState, this_process
 from claq_exp.sweep.apart import run_apart
 from claq_exp.sweep.record import Job, JobInterruptedError, JobRecord, recorded_job
@@ -62,7 +62,7 @@ def run_sweep_job(sweep: Sweep, composed: DictConfig) -> float:
     launcher = OmegaConf.to_container(hydra.launcher)
     assert isinstance(launcher, dict)
     results = Path(composed.outputs).expanduser() / composed.name
-    job = Job(number, overrides, RunState(RUNNING))
+    job = Job(number, overrides, RunState(RUNNING), results=str(results))
     try:
         sweep.check()
         with (
@@ -97,7 +97,7 @@ def _run(
 
 def in_a_sweep(config: ExperimentConfig, launcher: dict[Any, Any]) -> ExperimentConfig:
     """Fill in what a job of a sweep has where a person gave nothing: W&B's group, threads."""
-    group = config.name if config.tracking.group is None else config.tracking.group
+    group = config.name[:WANDB_NAME] if config.tracking.group is None else config.tracking.group
     return replace(
         config,
         tracking=replace(config.tracking, group=group),

@@ -18,7 +18,7 @@ from typing import Any
 import filelock
 
 from claq_exp.checkpoint.files import read_json, write_json
-from claq_exp.errors import CheckpointError, ClaqError, first_line
+from claq_exp.errors import CheckpointError, ClaqError, telling_line
 from claq_exp.run_folder import (
     FAILED,
     FINISHED,
@@ -48,15 +48,16 @@ class Job:
 
     number: its place in the sweep that ran it last.  overrides: what a person would type for it.
     folder: name of its run folder beside `jobs`, or None where it failed before it had one.
-    found: the run was finished before.  objective: what a sweeper looks at.  seconds: of this try.
-    share: how much of a running job is done, 0 to 1.  stage: what it is at.  notes: what a reader
-    of its results must know.
+    results: the folder `outputs/NAME`.  found: the run was finished before.  objective: what a
+    sweeper looks at.  seconds: of this try.  share: how much of a running job is done, 0 to 1.
+    stage: what it is at.  notes: what a reader of its results must know.
     """
 
     number: int
     overrides: tuple[str, ...]
     state: RunState
     folder: str | None = None
+    results: str = ""
     found: bool = False
     objective: float | None = None
     seconds: float | None = None
@@ -145,7 +146,7 @@ def recorded_job(
             raise
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk: the error itself matters more
-                record.note(RunState(FAILED, first_line(error)))
+                record.note(RunState(FAILED, telling_line(error)))
             raise
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import _thread
 import contextlib
 import os
+import re
+import shlex
 import sys
 import tempfile
 import threading
@@ -18,9 +20,10 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from claq_exp.compose import PRIMARY, VERSION_BASE, register_sweeps
-from claq_exp.errors import ClaqError, first_line
+from claq_exp.compose import check_words, explained
+from claq_exp.errors import ClaqError, telling_line
 from claq_exp.interruption import Interruption, graceful
+from claq_exp.options import PRIMARY, VERSION_BASE, prepare_hydra
 from claq_exp.places import packaged_folder
 from claq_exp.run_folder import INTERRUPTED, KILLED, RUNNING, RunState
 from claq_exp.sweep.apart import LAST_SECONDS, LOOK_SECONDS, run_apart
@@ -28,8 +31,10 @@ from claq_exp.sweep.grid import Grid, check_grid
 from claq_exp.sweep.job import RunJob, Sweep, run_sweep_job
 from claq_exp.sweep.record import read_jobs, write_job
 from claq_exp.sweep.view import Standing, SweepView, jobs_table
+from claq_exp.words import Words
 
 MULTIRUNS = ".multirun"
+COMPOSING = "run|plan|evaluate|fetch|bench runtime"  # commands that take overrides
 
 
 def run_sweep(overrides: list[str], command: str, run_job: RunJob = run_apart) -> int:
@@ -46,12 +51,12 @@ def run_sweep(overrides: list[str], command: str, run_job: RunJob = run_apart) -
     _line(note, f"{grid.jobs} runs")
     if grid.base.model.remark:
         _line(note, f"Note: {grid.base.model.remark}.")
-    sweep = Sweep(command, _own_folder(grid.results.parent), run_job)
+    sweep = Sweep(command, _own_folder(Path(grid.base.outputs).expanduser()), run_job)
 
     def job(composed: DictConfig) -> float:
         return run_sweep_job(sweep, composed)
 
-    words = [*overrides, f"hydra.sweep.dir='{_quoted(sweep.folder)}'", "--multirun"]
+    words = [*grid.overrides, f"hydra.sweep.dir='{_quoted(sweep.folder)}'", "--multirun"]
     stopped = complete = False
 
     def read() -> Standing:
@@ -67,9 +72,9 @@ def run_sweep(overrides: list[str], command: str, run_job: RunJob = run_apart) -
         except KeyboardInterrupt:
             stopped = True
         except Exception as error:  # noqa: BLE001 - a launcher's own; the jobs are on record
-            _line(note, f"claq-exp: the launcher failed: {first_line(error)}")
+            _line(note, f"claq-exp: the launcher failed: {telling_line(error)}")
         if stopped:
-            _stop(sweep, grid.results)
+            _stop(sweep)
     for folder in sweep.folder.iterdir():
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()  # Hydra makes one for each job
@@ -82,7 +87,7 @@ def run_sweep(overrides: list[str], command: str, run_job: RunJob = run_apart) -
 
 def with_hydra(arguments: list[str], job: Callable[[DictConfig], float]) -> None:
     """Hand over to Hydra: grids, launchers, and printing of configs."""
-    register_sweeps()
+    prepare_hydra()
     conf = str(packaged_folder("conf"))
     argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = [argv[0], *arguments]
@@ -93,6 +98,22 @@ def with_hydra(arguments: list[str], job: Callable[[DictConfig], float]) -> None
         sys.argv = argv
         if full_error is None:
             del os.environ["HYDRA_FULL_ERROR"]
+
+
+def print_config(words: Words) -> None:
+    """Have Hydra print what it was asked for.  Raises ConfigError for what cannot be composed."""
+    if "--shell-completion" in words.printed:
+        _forget_the_command()
+    else:
+        check_words([word for word in words.overrides if "=" in word])
+    with explained(words.overrides):
+        with_hydra([*words.printed, *words.overrides], lambda composed: 0.0)
+
+
+def _forget_the_command() -> None:
+    """Take `run`, `plan`, ... out of the line that a shell wants completed."""
+    if line := os.environ.get("COMP_LINE"):
+        os.environ["COMP_LINE"] = re.sub(rf"^(\s*\S+\s+)({COMPOSING})\s", r"\1", line)
 
 
 def _quiet_optuna() -> None:
@@ -142,7 +163,7 @@ def _any_running(sweep: Sweep) -> bool:
     return any(job.state.name == RUNNING for job in read_jobs(sweep.folder))
 
 
-def _stop(sweep: Sweep, results: Path) -> None:
+def _stop(sweep: Sweep) -> None:
     """Have all jobs end, wherever they run, and put on record that they were interrupted."""
     sweep.stop_file.touch()
     deadline = time.monotonic() + LAST_SECONDS
@@ -153,7 +174,7 @@ def _stop(sweep: Sweep, results: Path) -> None:
     for job in read_jobs(sweep.folder):
         if job.state.name == KILLED and job.state.reason.startswith("process "):
             interrupted = replace(job, state=RunState(INTERRUPTED))  # its launcher was quicker
-            for folder in (sweep.folder, results):
+            for folder in (sweep.folder, Path(job.results)):
                 write_job(folder, interrupted)
 
 
@@ -166,7 +187,8 @@ def _summarize(grid: Grid, standing: Standing, command: str) -> None:
     if finished < standing.total:
         _line(console, f"To run what is missing: {command}")
     if finished:
-        _line(console, f"For tables and plots: claq-exp report {grid.results}")
+        folders = dict.fromkeys(job.results for job in standing.jobs)  # a job may choose its `name`
+        _line(console, f"For tables and plots: {shlex.join(['claq-exp', 'report', *folders])}")
 
 
 def _line(console: Console, text: str) -> None:

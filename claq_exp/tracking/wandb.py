@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from claq_exp.errors import ConfigError, first_line
+from claq_exp.errors import ConfigError, telling_line
 
 if TYPE_CHECKING:
     from claq_exp.config import TrackingConfig
@@ -99,7 +99,7 @@ class WandbTracker:
         try:
             call(*args)
         except Exception as error:  # noqa: BLE001 - a mirror must not end the run
-            self.failure = f"Weights & Biases failed and was left out: {first_line(error)}"
+            self.failure = f"Weights & Biases failed and was left out: {telling_line(error)}"
 
 
 def limits() -> Any:

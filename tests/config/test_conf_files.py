@@ -15,7 +15,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from claq_exp.compose import compose_all, compose_config, groups, is_multirun
+from claq_exp.compose import compose_all, compose_config, is_multirun
 from claq_exp.config import (
     FAMILIES,
     CalibrationConfig,
@@ -25,6 +25,7 @@ from claq_exp.config import (
     TrackingConfig,
 )
 from claq_exp.errors import ConfigError
+from claq_exp.options import groups
 from claq_exp.places import packaged_folder
 from claq_exp.sweep.grid import check_grid
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from claq_exp.compose import compose_config, groups
+from claq_exp.compose import compose_config
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
+from claq_exp.options import groups
 from claq_exp.quantize.budget import BudgetConfig, fit_budget
 from claq_exp.quantize.layout import WeightLayout
 from claq_exp.quantize.recipe import planned_layout, planned_layouts
