@@ -237,7 +237,7 @@ class ExperimentConfig:
     check_resources: refuse to start where memory or disk are less than what is planned.
     strict: fail at the first layer that cannot be quantized as asked (`claq_exp.fallbacks`): larger
         damping, dead inputs, fewer tokens than inputs, rounding to nearest, values cut or
-        clusterings cut short.
+        clusterings cut short; and for a model whose stored tensors are not all in use.
     outputs: folder of all runs, relative to the working directory.
     resume: auto (continue or start), required (never start over), never (start over).
     checkpoint: an existing checkpoint, for `claq-exp evaluate` and `claq-exp bench runtime`.
