@@ -14,6 +14,8 @@ from claq_exp.checkpoint.files import read_json, write_json
 from claq_exp.errors import CheckpointError
 from claq_exp.sources.kept import code_of
 
+LOADING = ("load", "original", "skeleton", "stream", "weights")  # which model is measured
+
 
 @dataclass(frozen=True)
 class ScoreStore:
@@ -62,4 +64,5 @@ def _digest(data: Any) -> str:
 def code_content() -> str:
     """Return a hash of the code that measures: a score must not outlive a change of it."""
     package = Path(__file__).parent
-    return code_of([*package.glob("*.py"), package.parent / "models" / "load.py"])
+    models = [package.parent / "models" / f"{name}.py" for name in LOADING]
+    return code_of([*package.glob("*.py"), *models])

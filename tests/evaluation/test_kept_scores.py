@@ -94,8 +94,9 @@ def test_the_code_that_measures_is_part_of_what_a_score_depends_on(tmp_path, mon
     package.mkdir()
     (tmp_path / "models").mkdir()
     (package / "perplexity.py").write_text("one")
-    loader = tmp_path / "models" / "load.py"
-    loader.write_text("two")
+    for name in scores.LOADING:
+        (tmp_path / "models" / f"{name}.py").write_text("two")
+    loader = tmp_path / "models" / "original.py"
     before = code_content()
     monkeypatch.setattr(scores, "__file__", str(package / "scores.py"))
     contents = {before, code_content()}
