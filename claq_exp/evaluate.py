@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from claq_exp.checkpoint.files import write_json
+from claq_exp.checkpoint.find import checkpoint_folder
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.writer import checkpoint_sizes
 from claq_exp.config import ExperimentConfig
@@ -38,7 +39,7 @@ def evaluate_checkpoint(config: ExperimentConfig, command: str) -> tuple[dict[st
         raise ConfigError(
             "evaluate needs checkpoint=FOLDER, e.g. checkpoint=outputs/default/RUN/checkpoint"
         )
-    folder = Path(config.checkpoint).expanduser()
+    folder = checkpoint_folder(config.checkpoint)
     layouts = read_layouts(folder)
     remote = config.model.trust_remote_code
     device = choose_device(config.device)

