@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
+import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from claq_exp import __version__, interruption
-from claq_exp.errors import ClaqError, ConfigError
+from claq_exp.errors import ClaqError, ConfigError, telling_line
 from claq_exp.torchrun import place
 from claq_exp.tracking.quiet import quiet_libraries, show_what_can_be_shown
 from claq_exp.words import folders_of, only_overrides, read_words
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from claq_exp.config import ExperimentConfig
     from claq_exp.distributed import Ranks
 
+DEBUG = "--debug"
 USAGE = """\
 claq-exp [run] [OVERRIDES] [-m]        quantize a model and measure what it cost (default)
 claq-exp plan [OVERRIDES]              bits, bytes, memory and time before any work
@@ -47,18 +50,17 @@ def main(argv: list[str] | None = None) -> int:
 
     0 done, 1 failed, 2 wrong request, 75 interrupted by Ctrl-C or SIGTERM.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
+    arguments = [word for word in typed if word != DEBUG]
     quiet_libraries()
     show_what_can_be_shown()
     try:
         with interruption.graceful():
             return _start(arguments)
-    except ClaqError as error:
-        _complain(str(error))
-        return error.exit_code
-    except OSError as error:
-        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
-        return ClaqError.exit_code
+    except Exception as error:  # noqa: BLE001 - nobody wants a traceback in place of a sentence
+        if DEBUG in typed:
+            traceback.print_exc()
+        return _complain_of(error, arguments)
     except KeyboardInterrupt:
         if place().rank == 0:  # a signal comes to all processes
             again = _command(arguments)
@@ -150,14 +152,16 @@ def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> Non
     from claq_exp.distributed import ALONE
     from claq_exp.reporting.tables import result_notes, result_table
     from claq_exp.runner import run
+    from claq_exp.tracking.progress import own_stderr
 
-    note = Console(stderr=True)
-    outcome = run(
-        config,
-        command,
-        lambda line: note.print(line, highlight=False, markup=False, soft_wrap=True),
-        ranks=ranks or ALONE,
-    )
+    with own_stderr() as stream:
+        show = partial(Console(file=stream).print, highlight=False, markup=False, soft_wrap=True)
+        outcome = run(
+            config,
+            command,
+            show,
+            ranks=ranks or ALONE,
+        )
     console = Console()
     if outcome.found:
         console.print("This run was finished before; resume=never runs it again.", highlight=False)
@@ -166,7 +170,8 @@ def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> Non
         console.print(f"Note: {config.model.remark}.", highlight=False)
     _print_notes(console, [*result_notes(outcome.results), *outcome.notes])
     for name in ("results.json", "layers.csv", "layers.png", "checkpoint"):
-        console.print(f"{outcome.folder / name}", highlight=False, markup=False, soft_wrap=True)
+        if (path := outcome.folder / name).exists():
+            console.print(str(path), highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_notes(console: Console, notes: Iterable[str]) -> None:
@@ -188,9 +193,12 @@ def _plan(arguments: list[str]) -> int:
     from claq_exp.machine import choose_device
     from claq_exp.plan import plan_for
     from claq_exp.reporting.tables import plan_table
+    from claq_exp.tracking.progress import own_stderr
 
     config = _composed("plan", arguments)
-    plan = plan_for(config, choose_device(config.device))
+    with own_stderr() as stream:
+        show = partial(Console(file=stream).print, highlight=False, markup=False, soft_wrap=True)
+        plan = plan_for(config, choose_device(config.device), show)
     console = Console()
     console.print(plan_table(plan))
     _print_notes(console, plan.notes)
@@ -220,7 +228,8 @@ def _evaluate(arguments: list[str]) -> int:
 
 
 def _inspect(arguments: list[str]) -> int:
-    from claq_exp.checkpoint.summary import checkpoint_folder, summarize
+    from claq_exp.checkpoint.find import checkpoint_folder
+    from claq_exp.checkpoint.summary import summarize
     from claq_exp.reporting.plots import plot_columns
     from claq_exp.reporting.tables import layers_table, summary_tables
 
@@ -235,7 +244,7 @@ def _inspect(arguments: list[str]) -> int:
     folders = [word for word in words if word != "--layers"]
     if len(folders) != 1 or folders[0].startswith("-"):
         raise ConfigError(usage)
-    summary = summarize(checkpoint_folder(Path(folders[0]).expanduser()))
+    summary = summarize(checkpoint_folder(folders[0]))
     console = Console()
     console.print(str(summary.folder), highlight=False, markup=False, soft_wrap=True)
     for table in summary_tables(summary):
@@ -250,8 +259,8 @@ def _inspect(arguments: list[str]) -> int:
 
 def _dequantize(arguments: list[str]) -> int:
     from claq_exp.checkpoint.dense import write_dense
+    from claq_exp.checkpoint.find import checkpoint_folder
     from claq_exp.checkpoint.reader import read_rounding
-    from claq_exp.checkpoint.summary import checkpoint_folder
     from claq_exp.errors import one_of
     from claq_exp.models.load import DTYPES
 
@@ -269,9 +278,9 @@ def _dequantize(arguments: list[str]) -> int:
         )
     if options["dtype"] not in DTYPES:
         raise ConfigError(one_of("dtype", options["dtype"], DTYPES))
-    source, target = (Path(folder).expanduser() for folder in folders)
+    target = Path(folders[1]).expanduser()
     remote = options["model.trust_remote_code"].lower() == "true"
-    folder, console = checkpoint_folder(source), Console()
+    folder, console = checkpoint_folder(folders[0]), Console()
     write_dense(folder, target, dtype=options["dtype"], trust_remote_code=remote)
     console.print(str(target), highlight=False, markup=False, soft_wrap=True)
     if read_rounding(folder) is not None:
@@ -315,11 +324,9 @@ def _fetch(arguments: list[str]) -> int:
     inputs: dict[str, None] = {}
     remarks: dict[str, None] = {}
     with own_stderr() as stream, noise_to(fetch_log()):
-        note = Console(file=stream)
+        show = partial(Console(file=stream).print, highlight=False, markup=False, soft_wrap=True)
         for config in {reads_the_same(config): config for config in configs}.values():
-            fetched = fetch(
-                config, lambda line: note.print(line, highlight=False, markup=False, soft_wrap=True)
-            )
+            fetched = fetch(config, show, show)
             inputs |= dict.fromkeys(input_lines(fetched.inputs))
             original = look_at(fetched.model, trust_remote_code=config.model.trust_remote_code)
             remarks |= dict.fromkeys(original.remarks())
@@ -349,6 +356,20 @@ def _command(arguments: list[str]) -> str:
         start = f"torchrun --nproc-per-node {processes} -m claq_exp"
         return f"{start} {shlex.join(arguments)}".rstrip()
     return shlex.join(["claq-exp", *arguments])
+
+
+def _complain_of(error: Exception, arguments: list[str]) -> int:
+    """Say what went wrong and return the exit code."""
+    if isinstance(error, ClaqError):
+        _complain(str(error))
+        return error.exit_code
+    if isinstance(error, OSError):
+        _complain(f"{error.filename or 'a file'}: {error.strerror or telling_line(error)}")
+    else:
+        from claq_exp.bugs import explain_bug
+
+        _complain(explain_bug(error, _command(arguments)))
+    return ClaqError.exit_code
 
 
 def _complain(message: str) -> None:

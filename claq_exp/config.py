@@ -24,6 +24,7 @@ from claq_exp.quantize.strategy import find_strategy
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.sources.model import NAME_LENGTH, ModelSource, source_name
 from claq_exp.sources.text import TextSource
+from claq_exp.tracking.limits import check_group_and_tags, check_project
 
 FAMILIES: dict[str, dict[str, type]] = {
     "activation": ACTIVATION,
@@ -35,8 +36,6 @@ FAMILIES: dict[str, dict[str, type]] = {
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 RESUME = ("auto", "required", "never")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
-WANDB_NAME, WANDB_TAG = 128, 64  # characters that Weights & Biases takes
-NOT_IN_PROJECTS = "/\\#?%:"
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{NAME_LENGTH - 1}}}")
 
 
@@ -221,10 +220,7 @@ class TrackingConfig:
         _check_choice("tracking.name", self.name, ("none", "wandb"))
         _check_choice("tracking.mode", self.mode, ("offline", "online", "disabled"))
         check_project("tracking.project", self.project)
-        if self.group is not None:
-            _check_length("tracking.group", self.group, WANDB_NAME)
-        for tag in self.tags:
-            _check_length("tracking.tags: tag", tag, WANDB_TAG)
+        check_group_and_tags(self.group, self.tags)
 
 
 @dataclass
@@ -391,23 +387,6 @@ def _check_positive(where: str, config: Any, *names: str) -> None:
 def _check_whole(key: str, value: int | str, least: int, word: str) -> None:
     if value != word and (not isinstance(value, int) or value < least):
         raise ConfigError(f"{key} is {value}; give a whole number from {least}, or {word}")
-
-
-def check_project(key: str, value: str) -> None:
-    """Raise ConfigError for a name that Weights & Biases takes for no project."""
-    _check_length(key, value, WANDB_NAME)
-    if found := sorted(set(value) & set(NOT_IN_PROJECTS)):
-        raise ConfigError(
-            f"{key} '{value}' holds {' '.join(found)}; the name of a project of Weights & Biases "
-            f"has none of {' '.join(NOT_IN_PROJECTS)}"
-        )
-
-
-def _check_length(what: str, value: str, most: int) -> None:
-    if not 1 <= len(value) <= most:
-        raise ConfigError(
-            f"{what} '{value}' has {len(value)} characters; Weights & Biases takes 1 to {most}"
-        )
 
 
 def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:

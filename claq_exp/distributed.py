@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from claq_exp import interruption
-from claq_exp.errors import ClaqError
+from claq_exp.errors import ClaqError, telling_line
 from claq_exp.torchrun import Place, place
 
 T = TypeVar("T")
@@ -217,7 +217,7 @@ def _described(error: BaseException) -> tuple[type[BaseException], str]:
         return interruption.Interrupted, ""
     if isinstance(error, ClaqError):
         return type(error), str(error)
-    return ClaqError, f"{type(error).__name__}: {error}"
+    return ClaqError, f"{type(error).__name__}: {telling_line(error)}"
 
 
 def _exit_code(error: BaseException) -> int:

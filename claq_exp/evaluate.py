@@ -14,9 +14,9 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from claq_exp.checkpoint.files import write_json
+from claq_exp.checkpoint.find import checkpoint_folder
 from claq_exp.checkpoint.origin import Origin, recorded_origin
 from claq_exp.checkpoint.reader import read_layouts
-from claq_exp.checkpoint.summary import checkpoint_folder
 from claq_exp.checkpoint.writer import checkpoint_sizes
 from claq_exp.config import ExperimentConfig, ModelConfig
 from claq_exp.errors import ClaqError, ConfigError
@@ -149,7 +149,7 @@ def _prepare(config: ExperimentConfig) -> _Subject:
         raise ConfigError(
             "evaluate needs checkpoint=FOLDER, e.g. checkpoint=outputs/default/RUN/checkpoint"
         )
-    folder = checkpoint_folder(Path(config.checkpoint).expanduser())
+    folder = checkpoint_folder(config.checkpoint)
     remote = config.model.trust_remote_code
     device = choose_device(config.device)
     settle(config.seed, config.threads)

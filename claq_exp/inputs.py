@@ -104,11 +104,15 @@ class Tokens:
         return {"calibration": self.losses, **corpus_losses(self.corpora)}
 
 
-def fetch(config: ExperimentConfig, note: Callable[[str], None] = lambda _: None) -> Fetched:
+def fetch(
+    config: ExperimentConfig,
+    note: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Fetched:
     """Bring model, texts and task files here.
 
-    note: called with what is about to be fetched.  Raises ConfigError or SourceError for what is
-    not to be had.
+    note: called with what is about to be fetched.  say: with a line before something long.
+    Raises ConfigError or SourceError for what is not to be had.
     """
     tasks = config.evaluation.zero_shot
     check_tasks(tasks)
@@ -125,7 +129,7 @@ def fetch(config: ExperimentConfig, note: Callable[[str], None] = lambda _: None
         if path := codebook_file(getattr(config, family).get("books")):
             inputs[f"{family}.books"] = Input(str(path), sha256_of(path), (path,))
     note(f"model {config.model.name}: {config.model.source}")
-    folder = model_folder(config.model)
+    folder = model_folder(config.model, say=say)
     asking_for_code(folder)  # reads what the checkpoint will hold a copy of, and must be readable
     held = {*description_files(folder), *weight_files(folder).files}
     inputs["model"] = Input(config.model.source, fingerprint(folder), tuple(sorted(held)))

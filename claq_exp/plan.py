@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -328,17 +328,23 @@ def _seconds(
     }
 
 
-def plan_for(config: ExperimentConfig, device: str) -> Plan:
+def plan_for(
+    config: ExperimentConfig, device: str, say: Callable[[str], None] = lambda _: None
+) -> Plan:
     """Fetch a model's config (hub models: nothing but that) and plan its run.
 
     Stored tensors that are here are looked at, as a run does.
+    say: shows a line before something long.
     """
     from claq_exp.models.load import forward_dtype, look_at
     from claq_exp.models.original import check_strictly
+    from claq_exp.sources.cache import fetch_log
     from claq_exp.sources.model import model_folder
+    from claq_exp.tracking.progress import noise_to
 
-    folder: Path = model_folder(config.model, weights=False)
-    original = look_at(folder, trust_remote_code=config.model.trust_remote_code)
+    with noise_to(fetch_log()):
+        folder: Path = model_folder(config.model, weights=False, say=say)
+        original = look_at(folder, trust_remote_code=config.model.trust_remote_code)
     if config.strict:
         check_strictly(original)
     config = config.with_dtype(forward_dtype(config.model.dtype, original.config, device))

@@ -32,9 +32,12 @@ NEUTRAL = (
 )  # these change no result
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again
 RESULTS_FILE = "results.json"
-CONFIG_FILE = "config.json"
+SETTINGS_FILE = "settings.json"
+OLD_SETTINGS_FILE = "config.json"  # its name once: transformers took the folder for a model
+CHECKPOINT = "checkpoint"
 EVENTS_FILE = "events.jsonl"
 LAYERS_FILE = "layers.csv"
+PICTURE_FILE = "layers.png"
 STATE_FILE = "state.json"
 LOCK_FILE = ".lock"
 WORK = "work"
@@ -68,9 +71,8 @@ def unfinished_run_differs(folder: RunFolder, identity: dict[str, Any]) -> str:
     """
     ours = _flat(identity)
     nearest: tuple[Path, list[str]] | None = None
-    for path in sorted(folder.path.parent.glob(f"*/{CONFIG_FILE}")):
-        if not (path.parent / WORK).is_dir():
-            continue
+    for work in sorted(folder.path.parent.glob(f"*/{WORK}")):
+        path = settings_file(work.parent)
         with contextlib.suppress(CheckpointError):
             theirs = _flat({**read_json(path), "command": None})
             if theirs.get(MODEL) != ours.get(MODEL):
@@ -106,6 +108,13 @@ def _difference(key: str, ours: Any, theirs: Any) -> str:
 
 def _shown(value: Any) -> str:
     return "null" if value is None else str(value)
+
+
+def settings_file(folder: Path) -> Path:
+    """Return the file with the command and the settings of a run, whatever its name."""
+    old = folder / OLD_SETTINGS_FILE
+    named = folder / SETTINGS_FILE
+    return old if old.is_file() and not named.is_file() else named
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         """The packed checkpoint."""
-        return self.path / "checkpoint"
+        return self.path / CHECKPOINT
 
     @property
     def work(self) -> Path:
@@ -166,6 +175,11 @@ class RunFolder:
             return None
         results = read_json(path)
         return results if results.get("status") == "finished" else None
+
+    def write_settings(self, command: str, identity: dict[str, Any]) -> None:
+        """Publish settings.json: what a person typed, and all that the run depends on."""
+        write_json(self.path / SETTINGS_FILE, {"command": command, **identity})
+        (self.path / OLD_SETTINGS_FILE).unlink(missing_ok=True)
 
     def write_results(self, results: dict[str, Any]) -> None:
         """Publish results.json."""
@@ -206,7 +220,8 @@ class RunFolder:
             with contextlib.suppress(OSError):  # a full disk: the error itself matters more
                 self._note({"state": FAILED, "reason": telling_line(error)})
             raise
-        self._note({"state": FINISHED})
+        with contextlib.suppress(OSError):  # results.json says it too
+            self._note({"state": FINISHED})
 
     def _note(self, state: dict[str, str]) -> None:
         write_json(self.path / STATE_FILE, state)

@@ -17,13 +17,12 @@ from torch import Tensor
 from claq_exp import __version__
 from claq_exp.assist import Quantization
 from claq_exp.checkpoint.allocation import load_allocation, save_allocation
-from claq_exp.checkpoint.files import write_json
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.config import ExperimentConfig
 from claq_exp.distributed import ALONE, Ranks
-from claq_exp.errors import CheckpointError
+from claq_exp.errors import CheckpointError, telling_line
 from claq_exp.evaluation.caveats import tell_caveats
 from claq_exp.evaluation.divergence import Comparison
 from claq_exp.evaluation.measure import Measurement
@@ -48,9 +47,9 @@ from claq_exp.quantize.precision import RateDistortion
 from claq_exp.reporting.results import build_results, text_rows, write_layers
 from claq_exp.resources import free_memory, peak_memory, reset_peak
 from claq_exp.run_folder import (
-    CONFIG_FILE,
     EVENTS_FILE,
     LAYERS_FILE,
+    PICTURE_FILE,
     RESULTS_FILE,
     RunFolder,
     run_identity,
@@ -89,14 +88,15 @@ def run(
 ) -> Outcome:
     """Run an experiment, or continue it, or find it finished.
 
-    command: what a person typed, for the record.  say: shows a line while no progress bar is up.
+    command: what a person typed, for the record.  say: shows a line while no progress bar is up,
+    on a stream of its own: standard error goes to a log now and then.
     progress: makes the progress bar from estimates.  wait: for another process that has the same
     run, where this would raise else.  ranks: of which this is the first, and the others `assist`.
     """
     device = choose_device(config.device)
     settle(config.seed, config.threads)
     with noise_to(fetch_log()):
-        fetched = fetch(config)
+        fetched = fetch(config, say=say)
     original = look_at(fetched.model, trust_remote_code=config.model.trust_remote_code)
     if config.strict:
         check_strictly(original)
@@ -122,8 +122,10 @@ def run(
                 f"{plan.sizes.nominal:.2f} nominal / {plan.sizes.linear:.2f} linear bits planned; "
                 f"{folder.path}"
             )
-            write_json(folder.path / CONFIG_FILE, {"command": command, **identity})
+            folder.write_settings(command, identity)
             tracker = _tracker(config, folder)
+            if tracker and tracker.failure:
+                say(tracker.failure)
             with (
                 graceful() as interruption,
                 progress(plan.seconds) as bar,
@@ -139,8 +141,7 @@ def run(
             folder.write_results(results)
         shutil.rmtree(folder.work, ignore_errors=True)
         notes = [tracker.failure] if tracker and tracker.failure else []
-        notes += [f"{what}; it was made again" for what in job.damaged]
-        return Outcome(folder.path, results, found=False, notes=tuple(notes))
+        return Outcome(folder.path, results, found=False, notes=(*notes, *job.notes))
 
 
 def _prepare(folder: RunFolder, resume: str, identity: dict[str, Any]) -> None:
@@ -182,7 +183,7 @@ class _Job:
     events: EventLog
     ranks: Ranks
     interruption: Interruption
-    damaged: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @cached_property
     def bench(self) -> Bench:
@@ -226,9 +227,7 @@ class _Job:
                 tokens=row.tokens,
             )
         layouts = read_layouts(self.folder.checkpoint)
-        from claq_exp.reporting.plots import plot_layers  # its library takes memory until here
-
-        plot_layers(report, self.folder.path / "layers.png")
+        self._plot(report)
         return build_results(
             config=self.config,
             hash_=self.folder.hash,
@@ -295,8 +294,18 @@ class _Job:
             self._stage("export", lambda: self._export(model, store, rounding))
         return original, report
 
+    def _plot(self, report: list[dict[str, Any]]) -> None:
+        """Draw layers.png; a run has its results without it."""
+        try:
+            from claq_exp.reporting.plots import plot_layers  # its library takes memory until here
+
+            plot_layers(report, self.folder.path / PICTURE_FILE)
+        except Exception as error:  # noqa: BLE001 - of whatever library
+            self.notes.append(f"{PICTURE_FILE} could not be drawn: {telling_line(error)}")
+            self.events.event("not_drawn", picture=PICTURE_FILE, error=telling_line(error))
+
     def _note_damage(self, what: str) -> None:
-        self.damaged.append(what)
+        self.notes.append(f"{what}; it was made again")
         self.events.event("damaged", what=what)
 
     def _note_source(self, found: Original) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from claq_exp.checkpoint.files import read_json
 from claq_exp.config import ModelConfig
 from claq_exp.errors import CheckpointError, ConfigError
-from claq_exp.run_folder import CONFIG_FILE
+from claq_exp.run_folder import settings_file
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def recorded_origin(checkpoint: Path) -> Origin | None:
     """
     known = {field.name for field in fields(ModelConfig)} - {"trust_remote_code"}
     with contextlib.suppress(CheckpointError, ConfigError, KeyError, TypeError, AttributeError):
-        written = read_json(checkpoint.resolve().parent / CONFIG_FILE)
+        written = read_json(settings_file(checkpoint.resolve().parent))
         model = written["config"]["model"].items()
         content = written["contents"]["model"]
         return Origin(ModelConfig(**{k: v for k, v in model if k in known}), str(content))

@@ -12,13 +12,12 @@ from typing import Any
 from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.reader import (
     check_checkpoint,
-    read_layouts,
     read_packed,
     read_rounding,
     unquantized_shapes,
 )
 from claq_exp.checkpoint.writer import Sizes, checkpoint_sizes
-from claq_exp.errors import CheckpointError, ConfigError
+from claq_exp.errors import CheckpointError
 from claq_exp.quantize.activation.rounding import Rounding
 from claq_exp.quantize.layout import WeightLayout
 from claq_exp.quantize.quantized import unpack_side_tensors
@@ -85,19 +84,6 @@ class Summary:
         for layer in self.layers:
             counts.update(layer.layout.columns_per_width)
         return dict(sorted(counts.items()))
-
-
-def checkpoint_folder(folder: Path) -> Path:
-    """Return the checkpoint that a person means: the folder itself, or the one of a run's folder.
-
-    Raises ConfigError when there is none.
-    """
-    if not folder.is_dir():
-        raise ConfigError(f"'{folder}' is no folder; name a checkpoint or the folder of a run")
-    inside = folder / "checkpoint"
-    chosen = inside if (inside / "config.json").is_file() else folder
-    read_layouts(chosen)
-    return chosen
 
 
 def summarize(folder: Path) -> Summary:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 
-from claq_exp.errors import ConfigError, one_of
+from claq_exp.errors import ConfigError, one_of, telling_line
 
 
 def find_strategy(family: str, members: Mapping[str, type], name: str) -> type:
@@ -21,8 +21,9 @@ def find_strategy(family: str, members: Mapping[str, type], name: str) -> type:
     module_name, _, class_name = name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{family}.name '{name}' cannot be imported: {error}") from error
+    except Exception as error:  # a person's own module can do anything
+        reason = f"{type(error).__name__}: {telling_line(error)}"
+        raise ConfigError(f"{family}.name '{name}' cannot be imported: {reason}") from error
     if not isinstance(found, type):
         raise ConfigError(f"{family}.name '{name}' is not a class")
     return found

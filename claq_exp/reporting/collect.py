@@ -17,7 +17,6 @@ from claq_exp.evaluation.zero_shot import is_accuracy
 from claq_exp.reporting.overrides import agree
 from claq_exp.reporting.results import LAYER_FIELDS, SCHEMA
 from claq_exp.run_folder import (
-    CONFIG_FILE,
     EVENTS_FILE,
     FAILED,
     FINISHED,
@@ -26,6 +25,7 @@ from claq_exp.run_folder import (
     STATE_FILE,
     RunState,
     run_state,
+    settings_file,
 )
 from claq_exp.sweep.record import JOBS, Job, read_jobs
 
@@ -164,7 +164,7 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(f"report: '{folder}' is no run folder, there is no {RESULTS_FILE} in it")
     state = run_state(folder) or RunState("unknown", f"{STATE_FILE} is missing or damaged")
     if state.name != FINISHED:
-        path = folder / CONFIG_FILE
+        path = settings_file(folder)
         config = read_json(path).get("config", {}) if path.is_file() else {}
         return Run(folder, state, config)
     results = read_json(folder / RESULTS_FILE)

@@ -15,6 +15,7 @@ from claq_exp.reporting.report import Report, TableOptions, make_report
 from claq_exp.reporting.runs_table import SORT
 from claq_exp.reporting.terminal import slim, to_terminal
 from claq_exp.reporting.wandb_table import log_report
+from claq_exp.tracking.limits import check_project
 
 COMPARISON = "compare.md"
 EXAMPLE = "claq-exp report outputs/default --by seed"
@@ -23,6 +24,8 @@ EXAMPLE = "claq-exp report outputs/default --by seed"
 def report_command(arguments: list[str]) -> int:
     """Run `claq-exp report` and return its exit code.  Raises ConfigError for wrong words."""
     asked = _parser().parse_args(arguments)
+    if asked.project:
+        check_project("report: --project", asked.project)
     if (asked.project or asked.online) and not (asked.wandb or asked.replay):
         raise ConfigError("report: --project and --online are for --wandb and --replay; add one")
     if asked.compare:

@@ -31,7 +31,7 @@ from claq_exp.reporting.settings import (
     setting,
 )
 from claq_exp.reporting.tables import overlap_notes, text_notes
-from claq_exp.run_folder import CONFIG_FILE
+from claq_exp.run_folder import settings_file
 
 SORT = "bits.linear"
 COUNTED = "Linear bits count all that is stored for the quantized layers, nominal bits the codes."
@@ -203,7 +203,7 @@ def mixed_notes(groups: Iterable[Sequence[Run]]) -> list[str]:
 def _about(run: Run) -> dict[str, Any]:
     """Return what runs of one mean should share; `inputs` are the hashes of models and texts."""
     about = (run.results or {}).get("run", {})
-    path = run.folder / CONFIG_FILE if run.folder else None
+    path = settings_file(run.folder) if run.folder else None
     inputs = read_json(path).get("contents") if path and path.is_file() else None
     return {"inputs": inputs, **{what: about.get(what) for what in ("versions", "device", "git")}}
 

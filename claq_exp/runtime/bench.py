@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from claq_exp.accelerator import synchronize
+from claq_exp.checkpoint.find import checkpoint_folder
 from claq_exp.checkpoint.reader import read_layouts
-from claq_exp.checkpoint.summary import checkpoint_folder
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.machine import choose_device, device_name, settle
@@ -82,7 +82,7 @@ def bench_checkpoint(config: ExperimentConfig, on_step: Callable[[str], None]) -
         raise ConfigError(
             "bench needs checkpoint=FOLDER, e.g. checkpoint=outputs/default/RUN/checkpoint"
         )
-    folder = checkpoint_folder(Path(config.checkpoint).expanduser())
+    folder = checkpoint_folder(config.checkpoint)
     device = choose_device(config.device)
     dtype = forward_dtype(config.model.dtype, load_config(folder), device)
     settle(config.seed, config.threads)

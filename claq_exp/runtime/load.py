@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import claq_exp.runtime.huggingface  # noqa: F401 - teaches transformers the format
+from claq_exp.checkpoint.find import checkpoint_folder
 from claq_exp.checkpoint.reader import (
     check_checkpoint,
     check_dtype,
@@ -34,6 +35,7 @@ def load_checkpoint(
     transformers' own `from_pretrained` gives the same model, but fills a missing tensor with
     random numbers and does not see a flipped bit.
 
+    folder: of a checkpoint, or of the run that wrote it.
     dtype: of activations and of the weights that are not packed.  kernel: a name of
     `claq_exp.runtime.kernels.KERNEL`, "auto" for the fastest that passes its check, or "dense" for
     linear layers expanded to `dtype`.  device_map: spread it over all devices, as of
@@ -41,7 +43,7 @@ def load_checkpoint(
     model; packed weights hold none.  Raises ConfigError for a folder that is no checkpoint and for
     a kernel that cannot be used here, CheckpointError for a checkpoint that is damaged.
     """
-    folder = Path(folder)
+    folder = checkpoint_folder(folder)
     if kernel == DENSE:
         from claq_exp.models.dispatch import loaded
 

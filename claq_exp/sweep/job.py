@@ -14,12 +14,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from claq_exp.compose import experiment_part
-from claq_exp.config import WANDB_NAME, ExperimentConfig, config_from_omegaconf
+from claq_exp.config import ExperimentConfig, config_from_omegaconf
 from claq_exp.run_folder import RUNNING, RunState, this_process
 from claq_exp.sweep.apart import run_apart
 from claq_exp.sweep.record import Job, JobInterruptedError, JobRecord, recorded_job
 from claq_exp.sweep.share import one_gpu, threads_of_job
 from claq_exp.sweep.work import WORST, Done, OnShare, Order
+from claq_exp.tracking.limits import NAME
 
 RunJob = Callable[[Order, OnShare, Callable[[], None]], Done]
 
@@ -97,7 +98,7 @@ def _run(
 
 def in_a_sweep(config: ExperimentConfig, launcher: dict[Any, Any]) -> ExperimentConfig:
     """Fill in what a job of a sweep has where a person gave nothing: W&B's group, threads."""
-    group = config.name[:WANDB_NAME] if config.tracking.group is None else config.tracking.group
+    group = config.name[:NAME] if config.tracking.group is None else config.tracking.group
     return replace(
         config,
         tracking=replace(config.tracking, group=group),

@@ -10,12 +10,12 @@ from claq_exp.checkpoint.files import read_json
 from claq_exp.config import TrackingConfig
 from claq_exp.errors import ClaqError, ConfigError
 from claq_exp.run_folder import (
-    CONFIG_FILE,
     EVENTS_FILE,
     FINISHED,
     RESULTS_FILE,
     RUNNING,
     run_state,
+    settings_file,
 )
 from claq_exp.tracking.events import read_events
 from claq_exp.tracking.wandb import WandbTracker, check_wandb
@@ -35,7 +35,7 @@ def replay(folder: Path, *, project: str | None = None, mode: str = "offline") -
     if state.name == RUNNING:
         raise ConfigError(f"report: the run in {folder} is going on; replay it when it has ended")
     results = read_json(folder / RESULTS_FILE) if state.name == FINISHED else None
-    config = results["config"] if results else read_json(folder / CONFIG_FILE)["config"]
+    config = results["config"] if results else read_json(settings_file(folder))["config"]
     tracking = _tracking(config.get("tracking", {}), mode)
     if project:
         tracking = replace(tracking, project=project)

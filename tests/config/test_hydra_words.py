@@ -248,7 +248,7 @@ def test_options_of_a_folder_of_ones_own_go_before_those_of_the_package(own, cap
     [
         (["experiment=no_header"], ["experiment=no_header", "# @package _global_"]),
         (["sweep=copied", "-m"], ["sweep=copied", "# @package _global_"]),
-        (["experiment=broken"], ["broken.yaml", "line 2"]),
+        (["experiment=broken"], ["broken.yaml, line "]),
         (["experiment=idle"], ["hydra.run.dir has no effect here"]),
         (["experiment=minee"], ["did you mean 'mine'?"]),
         (["sweep=no_mode"], ["sweep=no_mode has an effect in a sweep only; add -m"]),

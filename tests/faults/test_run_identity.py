@@ -176,7 +176,7 @@ def test_only_a_finished_run_has_results(tmp_path):
 def unfinished(folder: RunFolder, identity: dict) -> RunFolder:
     """Leave what a killed run leaves, as far as looking for runs is concerned."""
     folder.work.mkdir(parents=True)
-    write_json(folder.path / "config.json", {"command": "claq-exp", **identity})
+    write_json(folder.path / "settings.json", {"command": "claq-exp", **identity})
     return folder
 
 
@@ -240,7 +240,7 @@ def test_the_nearest_unfinished_run_is_that_with_the_fewest_differences(left, tm
 
 def test_a_run_of_another_model_a_finished_and_a_damaged_one_are_no_near_ones(left, tmp_path):
     assert not near([*WORDS, "model.source=/another/model"], tmp_path)
-    (left.path / "config.json").write_text("{")
+    (left.path / "settings.json").write_text("{")
     assert not near([*WORDS, "seed=1"], tmp_path)
     left.work.rmdir()
     assert not near([*WORDS, "seed=1"], tmp_path)

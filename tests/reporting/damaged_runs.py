@@ -26,7 +26,7 @@ from claq_exp.reporting.runs_table import unfinished_grid
 from claq_exp.run_folder import RunFolder
 from claq_exp.tracking.events import EventLog
 
-FILES = ("results.json", "state.json", "config.json", "layers.csv", "events.jsonl")
+FILES = ("results.json", "state.json", "settings.json", "layers.csv", "events.jsonl")
 PICTURES_EVERY = 45  # damages, for pictures take long
 
 

@@ -95,5 +95,5 @@ def write_state(folder: Path, state: dict[str, str], config: dict[str, Any] | No
     folder.mkdir(parents=True)
     (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
     if config is not None:
-        (folder / "config.json").write_text(json.dumps({"config": config}), encoding="utf-8")
+        (folder / "settings.json").write_text(json.dumps({"config": config}), encoding="utf-8")
     return folder

@@ -37,7 +37,7 @@ def cases(tmp_path_factory) -> list[dict]:
     write_runs(folder, result(), result({"bits.linear": 3.5}))
     for run in (folder / "name").iterdir():
         (run / "state.json").write_text('{"state": "finished"}')
-        (run / "config.json").write_text(json.dumps({"command": "", "config": RESULTS["config"]}))
+        (run / "settings.json").write_text(json.dumps({"command": "", "config": RESULTS["config"]}))
         (run / "events.jsonl").write_text(EVENTS)
         (run / "layers.csv").write_text(f"{','.join(LAYER_FIELDS)}\n{LAYERS}")
     return started(damaged_runs.__file__, folder / "name", folder / "work", ROUNDS)

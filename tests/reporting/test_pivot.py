@@ -246,7 +246,7 @@ def test_means_over_different_machines_are_told(tmp_path):
     assert "Some means are over runs that differ in device." in grid.footnotes
     for number in (0, 1):
         content = json.dumps({"contents": {"calibration": f"hash {number}"}})
-        (tmp_path / "name" / f"run-{number}" / "config.json").write_text(content)
+        (tmp_path / "name" / f"run-{number}" / "settings.json").write_text(content)
     assert "Some means are over runs that differ in inputs, device." in pivot(tmp_path).footnotes
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from claq_exp.errors import ConfigError, one_of
+from claq_exp.errors import ConfigError, one_of, telling_line
 from claq_exp.runtime.kernels.cpu import CpuKernel
 from claq_exp.runtime.kernels.reference import REFERENCE, ReferenceKernel, dense_rows
 from claq_exp.runtime.kernels.triton import TritonKernel
@@ -113,7 +113,7 @@ def self_check(kernel: Kernel, operand: Operand) -> str | None:
     try:
         found = kernel.multiply(operand, inputs).double()
     except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver raises
-        return f"it fails on this machine ({type(error).__name__}: {error})"
+        return f"it fails on this machine ({type(error).__name__}: {telling_line(error)})"
     last = max(operand.rows - CHECKED, 0) // 8 * 8
     for start, stop in {(0, min(CHECKED, operand.rows)), (last, operand.rows)}:
         dense = dense_rows(operand, start, stop).double()

@@ -12,7 +12,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from claq_exp.errors import ClaqError
+from claq_exp.errors import ClaqError, telling_line
 from claq_exp.sources.cache import cache_folder
 
 SOURCE = Path(__file__).with_name("cpu.c")
@@ -131,4 +131,4 @@ def _one_line(error: Exception) -> str:
         lines = error.stderr.decode(errors="replace").splitlines()
         told = [line for line in lines if "error" in line] or lines or ["no message"]
         return f"{Path(error.cmd[0]).name}: {told[0].strip()}"
-    return str(error).splitlines()[0]
+    return telling_line(error)

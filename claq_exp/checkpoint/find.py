@@ -1,0 +1,28 @@
+"""Which checkpoint a person means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from claq_exp.checkpoint.reader import read_layouts
+from claq_exp.errors import ConfigError
+from claq_exp.run_folder import CHECKPOINT, FINISHED, run_state
+
+
+def checkpoint_folder(folder: str | Path) -> Path:
+    """Return the checkpoint that a person means: the folder itself, or the one of a run's folder.
+
+    Raises ConfigError when there is none.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"'{path}' is no folder; name a checkpoint or the folder of a run")
+    inside = path / CHECKPOINT
+    chosen = inside if (inside / "config.json").is_file() else path
+    state = run_state(path)
+    if chosen == path and state is not None:
+        why = f" ({state.reason})" if state.reason else ""
+        again = "" if state.name == FINISHED else "; the run's command goes on with it"
+        raise ConfigError(f"'{path}' is a run without a checkpoint: it is {state.name}{why}{again}")
+    read_layouts(chosen)
+    return chosen
