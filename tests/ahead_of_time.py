@@ -138,7 +138,9 @@ def _compile(case: Case, architecture: Architecture) -> Built:
         else:
             default = "*fp32" if argument.endswith("_ptr") else "i32"
             signature[argument] = case.types.get(argument, default)
-    divisible = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    divisible = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.aligned
+    }
     target = GPUTarget(architecture.backend, architecture.name, architecture.warp)
     known = make_backend(target).parse_options(dict(case.options)).__dict__
     for option in case.options:

@@ -27,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, total_ordering
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 NAME = "pretend"
 CPU = torch.device("cpu")
+MIXED = "Expected all tensors to be on the same device"  # CUDA's words
 PROJECT = Path(__file__).parents[1]
 aten = torch.ops.aten
 
@@ -121,11 +122,18 @@ class _Allocation:
         state.allocated -= self.size
 
 
+@total_ordering
 class Address:
     """Where a tensor lies in the device's memory: no number, for nothing on the CPU may read it."""
 
     def __init__(self, address: int) -> None:
         self._address = address
+
+    def __add__(self, count: int) -> Address:
+        return Address(self._address + count)
+
+    def __lt__(self, other: Address) -> bool:
+        return self._address < other._address
 
     def __mod__(self, by: int) -> int:
         return self._address % by
@@ -310,9 +318,7 @@ def _check_devices(
     others = {id(tensor) for tensor in tensors if not isinstance(tensor, PretendTensor)}
     if len({tensor.device for tensor in own}) > 1:
         names = " and ".join(sorted({str(tensor.device) for tensor in own}))
-        raise RuntimeError(
-            f"Expected all tensors to be on the same device, but found at least two devices, {names}!"
-        )
+        raise RuntimeError(f"{MIXED}, but found at least two devices, {names}!")
     if not others or not own:
         return
     if func in INDEXED:
@@ -328,7 +334,7 @@ def _check_devices(
     for tensor in tensors:
         if id(tensor) in others and not (numbers and tensor.dim() == 0):
             raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{MIXED}, but found at least two devices, "
                 f"{own[0].device} and {tensor.device}! (when running {func})"
             )
 
@@ -528,11 +534,14 @@ _KEPT: list[Any] = []
 def in_use() -> Iterator[str]:
     """Have the device there, as long as this is open."""
     install()
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # a parameter stays the same object
     _State.available = True
     try:
         yield NAME
     finally:
         _State.available = False
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
 
 
 @contextmanager
@@ -562,7 +571,7 @@ def on_host(value: Any) -> Any:
     return value.raw if isinstance(value, PretendTensor) else value
 
 
-class interpreted:  # noqa: N801 - stands for a kernel
+class interpreted:
     """A Triton kernel that is run by the interpreter, on tensors of the device alone."""
 
     def __init__(self, kernel: Any) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from claq_exp.errors import NumericalError
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.codebook.kmeans import root_mean_squares
@@ -29,6 +30,7 @@ def solve_on_device(
 
     problems: on the CPU.  system: on either.  plans: what was decided before of matrices by name.
     The kernel knows k-means with a codebook per column, up to 5 bits, and reservation by magnitude.
+    Raises NumericalError that names the matrices.
     """
     on_cpu = replace(system, inverse_factor=None).cpu()  # which no one asks for there
     decided = [decide(problem, on_cpu, recipe, plans.get(problem.name))[1] for problem in problems]
@@ -37,23 +39,28 @@ def solve_on_device(
     if len(codebooks) < len(decided) or len(scaled) > 1:
         return None
     weighted = any(plan.row_weights is not None for plan in decided)
-    quantized = quantize_group_on_device(
-        [problem.weight for problem in problems],
-        system,
-        [plan.columns.column_bits for plan in decided],
-        [plan.columns.reserved_counts for plan in decided],
-        device,
-        row_scales=[root_mean_squares(p.weight) for p in problems] if True in scaled else None,
-        row_weights=[
-            torch.ones(len(problem.weight)) if plan.row_weights is None else plan.row_weights
-            for problem, plan in zip(problems, decided, strict=True)
+    try:
+        quantized = quantize_group_on_device(
+            [problem.weight for problem in problems],
+            system,
+            [plan.columns.column_bits for plan in decided],
+            [plan.columns.reserved_counts for plan in decided],
+            device,
+            row_scales=[root_mean_squares(p.weight) for p in problems] if True in scaled else None,
+            row_weights=[
+                torch.ones(len(problem.weight)) if plan.row_weights is None else plan.row_weights
+                for problem, plan in zip(problems, decided, strict=True)
+            ]
+            if weighted
+            else None,
+        )
+        return [
+            describe(problem, on_cpu, found)
+            for problem, found in zip(problems, quantized, strict=True)
         ]
-        if weighted
-        else None,
-    )
-    return [
-        describe(problem, on_cpu, found) for problem, found in zip(problems, quantized, strict=True)
-    ]
+    except NumericalError as error:
+        names = ", ".join(problem.name for problem in problems)
+        raise NumericalError(f"{names}: {error}") from error
 
 
 def _known(plan: MatrixPlan) -> bool:

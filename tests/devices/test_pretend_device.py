@@ -8,9 +8,8 @@ import pickle
 import pretend_device
 import pytest
 import torch
+from conftest import tiny_llama
 from torch import nn
-
-MIXED = "Expected all tensors to be on the same device"
 
 
 @pytest.fixture
@@ -62,15 +61,15 @@ def test_it_computes_what_the_cpu_does(pretend, numbers):
         lambda own, other: torch.cat([own, other]),
         lambda own, other: own.add_(other),
         lambda own, other: torch.where(own > 0, own, other),
-        lambda own, other: nn.functional.linear(own, other),
-        lambda own, other: torch.equal(own, other),
+        nn.functional.linear,
+        torch.equal,
         lambda own, other: own.index_select(0, torch.tensor([0])),
         lambda own, other: nn.functional.embedding(torch.tensor([0]), own),
     ],
 )
 @pytest.mark.parametrize("inference", [True, False])
 def test_operands_of_two_devices_are_refused(numbers, mix, inference):
-    with torch.inference_mode(inference), pytest.raises(RuntimeError, match=MIXED):
+    with torch.inference_mode(inference), pytest.raises(RuntimeError, match=pretend_device.MIXED):
         mix(numbers, torch.ones(3, 4))
 
 
@@ -112,7 +111,7 @@ def test_copies_and_waits_are_counted(pretend, numbers, inference):
     assert counts(lambda: numbers.sum().item()) == (0, 0, 1)
     assert counts(lambda: bool((numbers > 0).any())) == (0, 0, 1)
     assert counts(lambda: numbers[numbers > 0]) == (0, 0, 1)
-    assert counts(lambda: numbers.nonzero()) == (0, 0, 1)
+    assert counts(numbers.nonzero) == (0, 0, 1)
     with pretend_device.traffic() as seen:
         numbers.cpu()
     assert seen.bytes_down == 48
@@ -147,6 +146,13 @@ def test_memory_is_counted_given_back_and_limited(pretend):
         del view
         assert module.memory_allocated() == before
         torch.zeros(250, device=pretend)
+
+
+def test_tied_weights_stay_tied_when_they_move(pretend):
+    model = tiny_llama()
+    for place in (pretend, "cpu", pretend):
+        assert model.to(place).lm_head.weight is model.model.embed_tokens.weight
+        assert model.lm_head.weight.device.type == place
 
 
 def test_it_is_there_only_while_it_is_asked_for():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -166,4 +168,3 @@ def test_many_numbers_on_a_gpu(name, dtype):
     steps = steps_of(values, grid)
     found = round_numbers(values.cuda(), steps.cuda(), grid)
     assert same_bits(found.cpu(), round_numbers(values, steps, grid))
-

@@ -16,8 +16,6 @@ pytest.importorskip("triton")
 from ahead_of_time import ARCHITECTURES, Built, build, kernels_of, used_by
 from launches import every, usual
 
-MEMORY = "a column of more than 16,384 rows does not fit the registers of a multiprocessor"
-
 
 @cache
 def built(architecture: str, whole: bool) -> dict[str, Built]:
