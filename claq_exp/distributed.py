@@ -170,9 +170,7 @@ def together() -> Iterator[Ranks]:
     if here.size == 1:
         yield ALONE
         return
-    device, backend = "cpu", "gloo"
-    if torch.cuda.device_count() > here.local_rank:
-        device, backend = f"cuda:{here.local_rank}", "cpu:gloo,cuda:nccl"
+    device, backend = _transport(here)
     dist.init_process_group(backend, timeout=PATIENCE)
     ranks = Ranks(here, device)
     try:
@@ -185,6 +183,13 @@ def together() -> Iterator[Ranks]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _transport(here: Place) -> tuple[str, str]:
+    """Return where a rank's sums are taken, and what carries them: the same kind on all ranks."""
+    if torch.cuda.device_count() < here.local_size:
+        return "cpu", "gloo"
+    return f"cuda:{here.local_rank}", "cpu:gloo,cuda:nccl"
 
 
 def owners(weights: Mapping[str, int], size: int) -> dict[str, int]:

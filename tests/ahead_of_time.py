@@ -25,8 +25,8 @@ KIB = 1024
 class Architecture:
     """What a program may take.
 
-    shared: bytes of shared memory.  registers: of a multiprocessor, 32 bits each (of a SIMD on
-    AMD: of each of its lanes).  threads: most of a program.
+    shared: bytes of shared memory.  registers: of a multiprocessor, 32 bits each.  threads: most
+    of a program.
     """
 
     backend: str
@@ -40,7 +40,7 @@ class Architecture:
 ARCHITECTURES = {
     "sm_80": Architecture("cuda", 80, 32, 163 * KIB, 65536),
     "sm_90": Architecture("cuda", 90, 32, 227 * KIB, 65536),
-    "gfx942": Architecture("hip", "gfx942", 64, 64 * KIB, 512),
+    "gfx942": Architecture("hip", "gfx942", 64, 64 * KIB, 131072),
 }
 
 

@@ -8,11 +8,12 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from claq_exp.accelerator import is_cpu
+from claq_exp.accelerator import free_and_total, is_cpu
 from claq_exp.errors import CalibrationError
 from claq_exp.quantize.symmetric import BAND, bands, mirror_
 
 TOKENS = 2048  # that are multiplied at a time
+SHARE = 1 / 8  # of a device's free memory: the others of a block, and the next batch, take some
 GPU_BAND = 1024  # rows of a product there: a GPU is idle in narrow ones
 
 
@@ -54,10 +55,11 @@ class HessianAccumulator:
         self._tokens += len(tokens)
 
     def _settle(self, device: torch.device) -> None:
-        """Have the sum on the device of the tokens, where it has room."""
-        if device != self._sum.device:
-            with suppress(torch.OutOfMemoryError):
-                self._sum = _zeros(len(self._sum), device)
+        """Have the sum on the device of the tokens, where it takes little of what is free."""
+        if device == self._sum.device or self._sum.nbytes > SHARE * free_and_total(device)[0]:
+            return
+        with suppress(torch.OutOfMemoryError):
+            self._sum = _zeros(len(self._sum), device)
 
     def combine(self, sum_: Callable[[Tensor], None]) -> None:
         """Take in what other processes have added.  sum_: replaces a tensor by its sum over all."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from processes import start_ranks
 
-from claq_exp.distributed import ALONE, Ranks, owners, together
+from claq_exp.distributed import ALONE, Ranks, _transport, owners, together
 from claq_exp.errors import CalibrationError
 from claq_exp.torchrun import Place
 
@@ -199,3 +199,18 @@ def test_signals_wait_until_what_all_do_together_is_done(tmp_path):
     first, second = start_ranks(interrupted_while_together, tmp_path, size=2)
     assert first.value() == ["disturbed", "finished"]
     assert second.value() == ["disturbed", "finished", "handled"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        (0, ["cpu", "cpu"]),
+        (1, ["cpu", "cpu"]),  # which one rank alone could use
+        (2, ["cuda:0", "cuda:1"]),
+    ],
+)
+def test_sums_are_taken_on_gpus_by_all_ranks_of_a_machine_or_by_none(monkeypatch, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    found = [_transport(Place(rank, 2, rank, 2)) for rank in range(2)]
+    assert [device for device, _ in found] == expected
+    assert len({backend for _, backend in found}) == 1

@@ -44,7 +44,7 @@ def column_case(
             "scaled": scaled,
             "weighted": scaled,
         },
-        launch_options(rows, rocm=rocm),
+        launch_options(rows, bits, rocm=rocm),
         {
             "codes_ptr": "*u8",
             "levels_ptr": "*fp16",

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from ahead_of_time import ARCHITECTURES, Built, build, kernels_of, used_by
+from ahead_of_time import ARCHITECTURES, Built, Case, build, kernels_of, used_by
 from launches import every, usual
 
 
@@ -47,8 +47,14 @@ def test_launches_compile_and_keep_what_they_hold_in_registers(launches):
         threads = limits.warp * cases[what].options["num_warps"]
         assert threads <= limits.threads, what
         assert made.registers * threads <= limits.registers, what
-        if cases[what].constants.get("padded", 0) <= TALLEST[name]:
+        if not _too_tall(cases[what]):
             assert made.spilled == 0, what
+
+
+def _too_tall(case: Case) -> bool:
+    """Tell launches of which it is known that a multiprocessor's registers do not hold a column."""
+    rows, bits = case.constants.get("padded", 0), case.constants.get("bits", 0)
+    return rows > 4096 or (rows == 4096 and bits >= 4 and case.constants["scaled"])
 
 
 def test_products_leave_room_for_a_second_program(launches):

@@ -153,7 +153,8 @@ def _launcher(stack: _Stack, kernels: ModuleType) -> Callable[[int], None]:
     padded = max(32 * LEAST_WARPS, 1 << (tallest - 1).bit_length())
     compensated = stack.factor is not None
     reserves = bool((stack.plan[1] > 0).any())
-    options = launch_options(padded, rocm=ROCM)
+    bits = stack.levels.shape[2].bit_length() - 1
+    options = launch_options(padded, bits, rocm=ROCM)
     kernel = kernels.quantize_column[(len(stack.starts) - 1,)]
 
     def launch(offset: int) -> None:
@@ -173,7 +174,7 @@ def _launcher(stack: _Stack, kernels: ModuleType) -> Callable[[int], None]:
             columns,
             rows,
             padded=padded,
-            bits=stack.levels.shape[2].bit_length() - 1,
+            bits=bits,
             block_size=stack.block_size,
             compensated=compensated,
             reserves=reserves,
@@ -185,14 +186,16 @@ def _launcher(stack: _Stack, kernels: ModuleType) -> Callable[[int], None]:
     return launch
 
 
-def launch_options(rows: int, *, rocm: bool = False) -> dict[str, Any]:
+def launch_options(rows: int, bits: int, *, rocm: bool = False) -> dict[str, Any]:
     """Return Triton's options for a program of a power of two of rows: 16 to 32 values per thread.
 
+    The clustering of 4 bits and more alone fills the registers of 4 warps, and so do 2,048 rows.
     rocm: a warp has 64 threads there, of at most 1024, and registers cannot be asked for.
     """
+    least = LEAST_WARPS * (2 if bits >= 4 or rows > 1024 else 1)
     if rocm:
-        return {"num_warps": min(max(rows // 1024, LEAST_WARPS), 16), "enable_fp_fusion": True}
-    warps = 32 if rows > 16384 else min(max(rows // 512, LEAST_WARPS), 16)
+        return {"num_warps": min(max(rows // 1024, least), 16), "enable_fp_fusion": True}
+    warps = 32 if rows > 16384 else min(max(rows // 512, least), 16)
     registers = min(REGISTERS // (32 * warps), 255)
     return {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": True}
 
