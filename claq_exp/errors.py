@@ -72,6 +72,3 @@ def telling_line(error: BaseException) -> str:
     if isinstance(error, KeyError):  # whose text is nothing but the key
         chosen = f"{type(error).__name__}: {chosen}"
     return chosen if len(chosen) <= MOST_CHARACTERS else f"{chosen[:MOST_CHARACTERS]} ..."
-
-
-first_line = telling_line  # the name it had

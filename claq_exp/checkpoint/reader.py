@@ -15,7 +15,7 @@ from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.manifest import check_harmless, check_manifest
 from claq_exp.checkpoint.shards import open_tensors, read_spans
 from claq_exp.checkpoint.writer import FORMAT_VERSION, PLAIN_VERSION, QUANT_METHOD
-from claq_exp.errors import CheckpointError, ConfigError, first_line
+from claq_exp.errors import CheckpointError, ConfigError, telling_line
 from claq_exp.quantize.activation.rounding import Rounding
 from claq_exp.quantize.layout import WeightLayout
 from claq_exp.quantize.quantized import QuantizedWeight, unpack_weight
@@ -280,7 +280,7 @@ def check_model(
         raise CheckpointError(f"{folder}: {error}") from error
     except Exception as error:  # what a config asks for can fail anywhere in a model's code
         raise CheckpointError(
-            f"{folder}/config.json makes no model: {first_line(error)}"
+            f"{folder}/config.json makes no model: {telling_line(error)}"
         ) from error
     return model
 

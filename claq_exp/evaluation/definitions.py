@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from claq_exp.errors import ConfigError, first_line
+from claq_exp.errors import ConfigError, telling_line
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -81,8 +81,8 @@ def _tasks_folder() -> Path:
         import lm_eval.tasks
     except Exception as error:
         raise ConfigError(
-            f"evaluation.zero_shot needs lm-eval, which cannot be imported ({first_line(error)}); "
-            "pip install lm-eval, or use evaluation=perplexity"
+            f"evaluation.zero_shot needs lm-eval, which cannot be imported ({telling_line(error)})"
+            "; pip install lm-eval, or use evaluation=perplexity"
         ) from error
     return Path(lm_eval.tasks.__file__).parent
 

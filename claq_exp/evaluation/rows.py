@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from claq_exp.errors import SourceError, first_line
+from claq_exp.errors import SourceError, telling_line
 from claq_exp.sources.content import (
     JSON,
     Losses,
@@ -38,7 +38,7 @@ def read_rows(path: Path, columns: Mapping[str, str]) -> datasets.Dataset:
     except SourceError:
         raise
     except Exception as error:
-        raise SourceError(f"{path} cannot be read: {first_line(error)}") from error
+        raise SourceError(f"{path} cannot be read: {telling_line(error)}") from error
     if losses.damaged:
         raise SourceError(f"{path} has {losses.damaged:,} characters that are no UTF-8 text")
     if not len(rows):

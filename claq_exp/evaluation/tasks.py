@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from claq_exp.errors import ClaqError, ConfigError, SourceError, first_line
+from claq_exp.errors import ClaqError, ConfigError, SourceError, telling_line
 from claq_exp.evaluation.definitions import (
     all_tasks,
     check_name,
@@ -190,7 +190,7 @@ def unusable(name: str, task: TaskConfig, error: Exception) -> ClaqError:
         return error
     if isinstance(error, ClaqError):
         return SourceError(f"task '{name}': {error}")
-    reason = first_line(error)
+    reason = telling_line(error)
     if isinstance(error, ImportError):
         return ConfigError(f"task '{name}' needs a package that is not here: {reason}")
     if task.data is not None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from claq_exp.errors import SourceError, first_line
+from claq_exp.errors import SourceError, telling_line
 from claq_exp.evaluation.lending import lent, seed_like_lm_eval, unchanged_process
 from claq_exp.evaluation.tasks import (
     load_task,
@@ -129,7 +129,9 @@ def _score(
             )
         except Exception as error:
             where = f"task '{name}' on {task.data or 'the rows of the hub'}"
-            raise SourceError(f"lm-eval could not run the {where}: {first_line(error)}") from error
+            raise SourceError(
+                f"lm-eval could not run the {where}: {telling_line(error)}"
+            ) from error
     on_share(1.0)
     assert results is not None
     return replace(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from claq_exp.errors import ConfigError, SourceError, first_line
+from claq_exp.errors import ConfigError, SourceError, telling_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -38,7 +38,7 @@ def chat_writer(tokenizer: Tokenizer, where: str) -> Writer:
         except Exception as error:  # a template is foreign code
             raise SourceError(
                 f"{where}: the chat template refuses a conversation of roles "
-                f"{', '.join(str(message['role']) for message in messages)}: {first_line(error)}"
+                f"{', '.join(str(message['role']) for message in messages)}: {telling_line(error)}"
             ) from error
         return str(text)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from claq_exp.errors import ConfigError, first_line
+from claq_exp.errors import ConfigError, telling_line
 from claq_exp.models.blocks import StopForward, first_output, replaced
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def check_flow(model: BlockedModel, name: str) -> None:
         calls, others = _calls(model, TOKENS, output), _calls(model, TOKENS.flip(0), output)
     except Exception as error:
         raise ConfigError(
-            f"{about} cannot be run on token ids alone: {first_line(error)}"
+            f"{about} cannot be run on token ids alone: {telling_line(error)}"
         ) from error
     if found := next(_obstacles(model.blocks, output, calls, others), None):
         raise ConfigError(

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from claq_exp.errors import ConfigError, SourceError, first_line
+from claq_exp.errors import ConfigError, SourceError, telling_line
 from claq_exp.models.discover import LINEAR
 from claq_exp.models.experts import router_weights
 from claq_exp.models.flow import check_flow
@@ -170,4 +170,4 @@ def _read(factory: Any, folder: Path, **options: Any) -> Any:
                 f"{folder} asks to run code of its own; set model.trust_remote_code=true to "
                 "allow it"
             ) from error
-        raise SourceError(f"{folder} cannot be loaded: {first_line(error)}") from error
+        raise SourceError(f"{folder} cannot be loaded: {telling_line(error)}") from error

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
 from claq_exp.checkpoint.shards import TensorSpan
-from claq_exp.errors import SourceError, first_line
+from claq_exp.errors import SourceError, telling_line
 from claq_exp.models.experts import split_experts
 from claq_exp.models.skeleton import skeleton, tied_names
 from claq_exp.models.stored_types import FLOATS, refuse_quantized
@@ -187,7 +187,7 @@ def _converted(
             ignore_mismatched_sizes=True,  # so that the message can name the tensor
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise SourceError(f"{lacking} ({first_line(error)})") from error
+        raise SourceError(f"{lacking} ({telling_line(error)})") from error
     if mismatched := sorted(str(key) for key in report["mismatched_keys"]):
         raise SourceError(
             f"{folder} holds tensors of another shape than its config: {mismatched[0]}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from claq_exp.errors import SourceError, first_line
+from claq_exp.errors import SourceError, telling_line
 from claq_exp.models.experts import split_experts
 from claq_exp.models.towers import model_factory, runs_own_code, text_config
 
@@ -40,7 +40,7 @@ def skeleton(
             model: PreTrainedModel = factory.from_config(own, trust_remote_code=remote, **options)
     except Exception as error:
         name = config.name_or_path or "the model"
-        raise SourceError(f"{name}: its config makes no model: {first_line(error)}") from error
+        raise SourceError(f"{name}: its config makes no model: {telling_line(error)}") from error
     if split:
         split_experts(model)
     return model.eval()
@@ -72,7 +72,7 @@ def read_generation_config(model: PreTrainedModel, folder: Path) -> None:
     try:
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise SourceError(f"{path} cannot be read: {first_line(error)}") from error
+        raise SourceError(f"{path} cannot be read: {telling_line(error)}") from error
 
 
 def tied_names(model: PreTrainedModel) -> dict[str, str]:

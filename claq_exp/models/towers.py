@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from claq_exp.errors import ConfigError, SourceError, first_line
+from claq_exp.errors import ConfigError, SourceError, telling_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,7 +29,9 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
         return config.get_text_config()
     except Exception as error:  # a config that says nonsense can fail anywhere in another's code
         name = config.name_or_path or "the model"
-        raise SourceError(f"{name}: its config names no text model: {first_line(error)}") from error
+        raise SourceError(
+            f"{name}: its config names no text model: {telling_line(error)}"
+        ) from error
 
 
 def model_factory(config: PretrainedConfig) -> Any:

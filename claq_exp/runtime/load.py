@@ -13,7 +13,7 @@ from claq_exp.checkpoint.reader import (
     check_model,
     open_checkpoint,
 )
-from claq_exp.errors import CheckpointError, ConfigError, first_line, one_of
+from claq_exp.errors import CheckpointError, ConfigError, one_of, telling_line
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.runtime.linear import quantized_linears
 
@@ -86,7 +86,7 @@ def _from_pretrained(
             trust_remote_code=trust_remote_code,
         )
     except Exception as error:  # what a config asks for can fail anywhere in a model's code
-        raise CheckpointError(f"{folder} cannot be loaded: {first_line(error)}") from error
+        raise CheckpointError(f"{folder} cannot be loaded: {telling_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if wrong := sorted(map(str, report[what])):
             kind = what.partition("_")[0]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from claq_exp.errors import SourceError, first_line
+from claq_exp.errors import SourceError, telling_line
 
 HEAD = 1 << 16  # bytes that are looked at
 DAMAGED = 0.01  # share of damaged characters from which a file is no text in this encoding
@@ -143,9 +143,9 @@ def opened(path: Path) -> Iterator[BinaryIO]:
             yield file
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         if name is None or getattr(error, "errno", None):
-            reason = getattr(error, "strerror", None) or first_line(error)
+            reason = getattr(error, "strerror", None) or telling_line(error)
             raise SourceError(f"{path} cannot be read: {reason}") from error
-        raise SourceError(f"{path} is no whole {name} file: {first_line(error)}") from error
+        raise SourceError(f"{path} is no whole {name} file: {telling_line(error)}") from error
 
 
 def read_bytes(path: Path) -> bytes:
@@ -204,7 +204,7 @@ def _decoded(path: Path, encoding: str | None, losses: Losses) -> Iterator[Itera
         try:
             yield mended(io.TextIOWrapper(file, chosen, errors, newline="\n"))
         except UnicodeError as error:
-            raise SourceError(f"{path} is no text in {chosen}: {first_line(error)}") from error
+            raise SourceError(f"{path} is no text in {chosen}: {telling_line(error)}") from error
     if damaged > DAMAGED * characters:
         raise _not_in(path, head, chosen, damaged / characters)
     losses.damaged += damaged

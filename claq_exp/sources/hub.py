@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
-from claq_exp.errors import SourceError, first_line
+from claq_exp.errors import SourceError, telling_line
 
 PATTERN = "*?["  # any of these makes a name stand for several files
 
@@ -67,7 +67,7 @@ def _reason(kind: str, name: str, error: Exception, file: str) -> str:
     )
 
     page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'data set' else ''}{name}"
-    said = first_line(error)
+    said = telling_line(error)
     here = f" (and no folder of that name in {Path.cwd()})" if kind == "model" else ""
     if isinstance(error, GatedRepoError) or "is a gated dataset" in said:
         return f"is gated: accept its terms on {page} and log in with 'hf auth login'"
@@ -91,7 +91,7 @@ def _cause(error: Exception) -> str:
 
     while isinstance(error.__cause__, Exception):
         error = error.__cause__
-    said = first_line(error)
+    said = telling_line(error)
     if isinstance(error, OfflineModeIsEnabled) or OfflineModeIsEnabled.__name__ in said:
         return " (HF_HUB_OFFLINE is set)"
     return "" if said.startswith("Couldn't reach") else f" ({said})"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from claq_exp.errors import SourceError, first_line
+from claq_exp.errors import SourceError, telling_line
 from claq_exp.sources.companions import copy_file
 from claq_exp.sources.weight_files import PICKLED_INDEX, weight_files
 
@@ -56,7 +56,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
         raise SourceError(
-            f"{path} cannot be read as tensors alone: {first_line(error)}; give weights in "
+            f"{path} cannot be read as tensors alone: {telling_line(error)}; give weights in "
             "safetensors"
         ) from error
     if not isinstance(state, dict) or not state:

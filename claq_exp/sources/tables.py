@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from claq_exp.errors import SourceError, first_line
+from claq_exp.errors import SourceError, telling_line
 from claq_exp.sources.content import Losses, read_bytes, read_lines
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def read_table(path: Path, kind: str, encoding: str | None, losses: Losses) -> p
         table = TABLES[kind](content)
         table.validate(full=True)  # what pyarrow reads of a damaged file may lead outside of it
     except Exception as error:
-        raise SourceError(f"{path} cannot be read as a table: {first_line(error)}") from error
+        raise SourceError(f"{path} cannot be read as a table: {telling_line(error)}") from error
     return table
 
 

@@ -162,6 +162,7 @@ def test_the_column_loop_waits_no_more_for_more_columns(pretend, interpreted):
         seen.append({kind: traffic.total(kind) for kind in ("uploads", "downloads", "waits")})
     assert interpreted.launches == 40
     assert seen[0] == seen[1]
+    assert traffic.bytes_down < 4 * 30**2  # the factor stays there
 
 
 def test_what_the_kernel_does_not_know_is_solved_on_the_cpu(pretend):
@@ -197,7 +198,8 @@ def test_an_error_of_the_device_names_the_layers(pretend, monkeypatch):
         solve_hessian(weights, hessian_of(gaussian(90, 6)), CLUSTERS, device=torch.device(pretend))
 
 
-def test_perplexity_and_kl_are_those_of_the_cpu(pretend, tiny_model, tmp_path, stream):
+def test_perplexity_and_kl_are_those_of_the_cpu(pretend, tmp_path, stream, monkeypatch):
+    monkeypatch.setattr("claq_exp.evaluation.divergence.CHUNK", 4)  # tokens, of 15 in a window
     corpus = Corpus(torch.cat(batches()), "text")
     model = tiny_llama().float()
     store = LogitStore(tmp_path, {"text": 6})
