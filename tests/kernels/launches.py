@@ -156,6 +156,7 @@ def usual(architecture: str) -> dict[str, Case]:
             "one input, 8 bits": product_case(8, 1, half, rocm=rocm),
             "a uniform grid": product_case(4, 2, half, rocm=rocm, some=False, grid=True),
             "tensor cores, float16": product_case(6, 16, half, rocm=rocm),
+            "tensor cores, 3 bits": product_case(3, 16, torch.bfloat16, rocm=rocm),
             "tensor cores, bfloat16": product_case(4, 16, torch.bfloat16, rocm=rocm),
             "no choice of codebooks": rounding_case(NVFP4, torch.float32),
         }
@@ -184,6 +185,10 @@ def every(architecture: str) -> dict[str, Case]:
             width, n, torch.bfloat16, rocm=rocm, some=False, grid=True
         )
     for width, dtype, half in itertools.product(range(1, 9), TYPES, (True, False)):
+        part = TritonPart(width, None, torch.empty(0), None, half)
+        whole = TritonOperand(0, 0, (part,), None, None, None, 1)
+        if products.too_wide(whole, 16, dtype):
+            continue
         cases[f"tiles {width} {dtype} {half}"] = product_case(
             width, 16, dtype, rocm=rocm, half=half
         )

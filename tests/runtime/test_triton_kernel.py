@@ -22,6 +22,7 @@ from claq_exp.quantize.quantized import (
     RowGrid,
 )
 from claq_exp.runtime.kernels import triton as under_test
+from claq_exp.runtime.kernels import triton_decode
 from claq_exp.runtime.kernels.triton import TritonKernel, dense_rows
 
 MIXES = ([1], [2], [3], [4], [5], [6], [7], [8], [2, 4], [1, 2, 3, 4, 5, 6, 7, 8])
@@ -110,6 +111,33 @@ def test_shared_codebooks(device, n):
     for dtype in (torch.float16, torch.float32):
         inputs = activations(n, 24, dtype, device)
         check(weight, inputs, TritonKernel().multiply(packed, inputs))
+
+
+@pytest.mark.parametrize(
+    ("widths", "shared", "dtype", "tiles"),
+    [
+        ([3], False, torch.float32, False),
+        ([2, 5], True, torch.bfloat16, False),
+        ([3], False, torch.bfloat16, True),
+        ([4], False, torch.float32, True),
+    ],
+)
+def test_tiles_that_few_devices_have_the_shared_memory_for_are_left_out(
+    device, monkeypatch, widths, shared, dtype, tiles
+):
+    class Counted:
+        launches = 0
+
+        def __getitem__(self, grid):
+            self.launches += 1
+            return kernel[grid]
+
+    kernel, counted = triton_decode.sum_tiles, Counted()
+    monkeypatch.setattr(triton_decode, "sum_tiles", counted)
+    weight = random_weight(40, 24, widths, shared=shared, row_scales=shared)
+    inputs = activations(5, 24, dtype, device)
+    check(weight, inputs, TritonKernel().multiply(operand(weight, device), inputs))
+    assert bool(counted.launches) == tiles
 
 
 @pytest.mark.parametrize(("width", "group_size"), [(2, 16), (4, 7), (3, 64), (8, 1)])

@@ -81,6 +81,8 @@ class TritonKernel:
         if not n:
             return inputs.new_empty(0, operand.rows)
         with torch.cuda.device_of(inputs):
+            if too_wide(prepared, n, inputs.dtype):
+                return _from_dense(prepared, inputs.float()).to(inputs.dtype)
             if n <= MOST_TILES:
                 launches = _launches(prepared, n, self._tuning or default_tuning())
                 splits = sum(launch.splits for launch in launches)
@@ -261,14 +263,29 @@ def _launch_part(
     kernel(*arguments, **constants, num_warps=launch.warps, num_stages=1, enable_fp_fusion=True)
 
 
+def too_wide(prepared: TritonOperand, n: int, dtype: torch.dtype) -> bool:
+    """Tell whether tiles take more shared memory than most devices have.
+
+    The codes of an odd width fill whole words with 32 rows alone, so that a tile has 1024; in
+    float32 it takes 64 KiB, and twice that where products take three of TF32.
+    """
+    return MOST_ODD_LOOKUPS < n <= MOST_TILES and any(
+        part.width % 2 == 1 and not _exact(dtype, part.half) for part in prepared.parts
+    )
+
+
+def _exact(dtype: torch.dtype, half: bool) -> bool:
+    """Tell whether TF32 holds inputs and levels, as it does every float16 and bfloat16."""
+    return half and dtype != torch.float32
+
+
 def tile_constants(dtype: torch.dtype, *, half: bool, rocm: bool = False) -> dict[str, Any]:
     """Return how `sum_tiles` multiplies inputs of a type by levels; half: float16 holds them all.
 
-    TF32 holds every float16 and bfloat16, so that products of those are exact; those of other
-    numbers take three of TF32.  AMD's devices multiply in float32, and most have no TF32.
+    Products of other numbers than TF32 holds take three of it.  AMD's devices multiply in float32,
+    and most have no TF32.
     """
-    exact = half and dtype != torch.float32
-    on_cuda = "tf32" if exact else "tf32x3"
+    on_cuda = "tf32" if _exact(dtype, half) else "tf32x3"
     return {
         "precision": "ieee" if rocm else on_cuda,
         "narrow": half and dtype == torch.float16,
