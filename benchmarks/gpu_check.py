@@ -8,12 +8,12 @@ and without a network.  `--out` then holds `gpu_check.md` and `gpu_check.json` (
 each part), the output of each part, and `tuning.json`, what was found of launch configurations.
 Exits with 0 where every part is ok or was left out, 1 where one is not, 2 without a GPU.
 
-The machine needs torch, triton, transformers and numpy, and these, which can be carried as wheels:
-accelerate, antlr4-python3-runtime, filelock, llvmlite, matplotlib (with contourpy, cycler,
-fonttools, kiwisolver, pillow, pyparsing, python-dateutil, six), numba, omegaconf, psutil, pyyaml,
-rich (with markdown-it-py, mdurl, pygments), safetensors, threadpoolctl, tokenizers; and for the
-tests pytest (with iniconfig, packaging, pluggy) and hypothesis (with sortedcontainers).  Not
-hydra-core, lm-eval, wandb or datasets: tests that need these are left out and counted.
+The machine needs torch, triton, transformers and numpy with all that these bring, and these, which
+can be carried as wheels: accelerate, llvmlite, matplotlib (with contourpy, cycler, fonttools,
+kiwisolver, pillow, pyparsing, python-dateutil, six), numba, omegaconf (2.3 with
+antlr4-python3-runtime), psutil and threadpoolctl; for the tests pytest (with iniconfig, pluggy),
+for some of them hypothesis (with sortedcontainers).  Not hydra-core, lm-eval, wandb or datasets.
+What a missing package is needed for is left out, and the report says so.
 
     TRITON_INTERPRET=1 python benchmarks/gpu_check.py --device cpu --quick --out gpu_check
 

@@ -19,12 +19,20 @@ from claq_exp.cli import main
 COMMANDS = [c for c in commands_of(README, *DOCS) if c.page != "README.md"]
 RUNS = [c for c in COMMANDS if not c.is_sweep and c.words[0] != "report"]
 BOOKS = "noise.json"
-INLINE = [  # in the middle of a sentence; what is no command has dots or a word in capitals
-    (page.name, words)
+INLINE = {  # in the middle of a sentence; what is no command has dots or a word in capitals
+    words: page
     for page in [README, *DOCS]
     for words in re.findall(r"`claq-exp ([^`]+)`", page.read_text())
     if not re.search(r"\.\.\.|[A-Z]{3}|^[a-z]+( runtime)?$|^report|--help", words)
-]
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """How fast the machine is changes nothing here but the estimates."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,7 @@ def place(tiny, tmp_path_factory):
 
 
 def test_docs_hold_the_commands_that_are_tested():
-    assert len(RUNS) > 8
+    assert len(RUNS) > 5
     assert len(INLINE) > 3
 
 
@@ -65,8 +73,8 @@ def test_overrides_of_the_docs_compose_as_they_stand(command):
     assert check_grid([word for word in command.words if "=" in word]).jobs >= 1
 
 
-@pytest.mark.parametrize(("page", "words"), INLINE)
-def test_overrides_in_sentences_compose(page, words):
+@pytest.mark.parametrize("words", INLINE)
+def test_overrides_in_sentences_compose(words):
     from claq_exp.sweep.grid import check_grid
 
     assert check_grid([word for word in shlex.split(words) if "=" in word]).jobs >= 1
