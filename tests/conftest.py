@@ -72,10 +72,12 @@ def no_scores_of_other_tests(own_cache_of_scores: Path) -> None:
         shutil.rmtree(own_cache_of_scores / kept, ignore_errors=True)
 
 
-@pytest.fixture(autouse=True)
-def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def known_speed() -> Iterator[None]:
     """A plan takes the machine's speed as known, for measuring it is a good part of a tiny run."""
-    monkeypatch.setattr(claq_exp.plan, "matmul_speed", lambda device: 1e11)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claq_exp.plan, "matmul_speed", lambda device: 1e11)
+        yield
 
 
 @pytest.fixture(autouse=True)

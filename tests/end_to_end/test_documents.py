@@ -27,14 +27,6 @@ INLINE = {  # in the middle of a sentence; what is no command has dots or a word
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """How fast the machine is changes nothing here but the estimates."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
-        yield
-
-
 @pytest.fixture(scope="module")
 def tiny(tiny_model, text_file) -> list[str]:
     return tiny_words(tiny_model, text_file)

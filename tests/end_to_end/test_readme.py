@@ -15,14 +15,6 @@ COMMANDS = commands_of(README)
 RUNS = [c for c in COMMANDS if not c.is_sweep and c.words[0] != "report"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """How fast the machine is changes nothing here but the estimates."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
-        yield
-
-
 @pytest.fixture(scope="module")
 def tiny(tiny_model, text_file) -> list[str]:
     return tiny_words(tiny_model, text_file)

@@ -212,9 +212,8 @@ def test_a_result_of_an_earlier_release_has_no_caveats():
 
 
 @pytest.fixture
-def run(tiny_run, tmp_path, monkeypatch):
+def run(tiny_run, tmp_path):
     """A run with a task whose prompts are longer than the context of 128."""
-    monkeypatch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
     data = write_rows(tmp_path / "rows.jsonl", passages(3, 200))
     words = [*tiny_run, "experiment=rtn_4bit", "threads=1"]
     task = ["+evaluation.zero_shot.boolq.metric=acc", f"+evaluation.zero_shot.boolq.data={data}"]

@@ -22,9 +22,8 @@ SHORT = ["evaluation.corpora.wikipedia.windows=2", "evaluation.kl_windows=1"]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
+def no_picture():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("claq_exp.plan.matmul_speed", lambda device: 1e11)
         patch.setattr("claq_exp.reporting.plots.plot_layers", lambda *_: None)
         yield
 
