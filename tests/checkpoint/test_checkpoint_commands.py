@@ -12,11 +12,14 @@ import pytest
 import torch
 from packed_models import SHARED_LINEAR, SOME_LINEAR, Written
 
+import claq_exp
+from claq_exp.checkpoint import dense
 from claq_exp.checkpoint.dense import write_dense
 from claq_exp.checkpoint.reader import load_model, read_layouts
 from claq_exp.checkpoint.summary import summarize
 from claq_exp.checkpoint.writer import checkpoint_sizes
 from claq_exp.cli import main
+from claq_exp.errors import ConfigError
 from claq_exp.models.load import load_model as load_original
 
 REQUEST, RUN = 2, 1
@@ -30,7 +33,7 @@ def written(tiny_model: Path) -> Written:
 
 @pytest.fixture(scope="module")
 def run_folder(written: Written, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as a run leaves it, with a config.json of its own beside the checkpoint."""
+    """A folder as an old run left it, with a config.json of its own beside the checkpoint."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "config.json").write_text("{}")
     written.write(folder / "checkpoint")
@@ -235,3 +238,52 @@ def test_dequantize_leaves_nothing_when_it_fails(checkpoint, tmp_path, monkeypat
 def test_dequantize_says_how_it_is_called(words, said, capfd):
     assert main(["dequantize", *words]) == REQUEST
     assert said in complaint(capfd)
+
+
+@pytest.mark.case(287)
+def test_a_target_that_another_process_makes_meanwhile_is_an_error(
+    checkpoint, tmp_path, capfd, monkeypatch
+):
+    target = tmp_path / "plain"
+    whole = dense.load_model
+
+    def slow(*args, **options):
+        target.mkdir()
+        (target / "mine").write_text("first")
+        return whole(*args, **options)
+
+    monkeypatch.setattr(dense, "load_model", slow)
+    assert main(["dequantize", str(checkpoint), str(target)]) == 1
+    line = complaint(capfd)
+    assert str(target) in line
+    assert "another process made this folder meanwhile" in line
+    assert [path.name for path in target.iterdir()] == ["mine"]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.case(288)
+def test_every_loader_takes_the_folder_of_a_run(run_folder, tmp_path, text_file, capfd):
+    assert claq_exp.load(run_folder).config.model_type == "llama"
+    folder = str(run_folder)
+    assert main(["inspect", folder]) == 0
+    assert main(["dequantize", folder, str(tmp_path / "plain")]) == 0
+    words = ["evaluation=perplexity", f"evaluation.corpora.wikipedia.path={text_file}"]
+    words += ["evaluation.context=32", "evaluation.corpora.wikipedia.windows=1", "threads=1"]
+    words += [f"checkpoint={folder}", f"outputs={tmp_path}"]
+    assert main(["evaluate", *words]) == 0
+    assert "perplexity, wikipedia" in capfd.readouterr().out
+
+
+@pytest.mark.case(288)
+@pytest.mark.parametrize("command", ["inspect", "load"])
+def test_a_run_that_has_no_checkpoint_yet_says_how_it_stands(command, tmp_path, capfd):
+    (tmp_path / "state.json").write_text('{"state": "failed", "reason": "no room"}')
+    (tmp_path / "settings.json").write_text("{}")
+    if command == "load":
+        with pytest.raises(ConfigError) as caught:
+            claq_exp.load(tmp_path)
+        line = str(caught.value)
+    else:
+        assert main(["inspect", str(tmp_path)]) == 2
+        line = complaint(capfd)
+    assert "is a run without a checkpoint: it is failed (no room)" in line

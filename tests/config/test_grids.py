@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 
 import pytest
 
+from claq_exp import runner
 from claq_exp.cli import main
+from claq_exp.errors import ClaqError
 from claq_exp.run_folder import RunState
 from claq_exp.sweep.grid import check_grid
 from claq_exp.sweep.record import read_jobs
@@ -97,26 +100,24 @@ def test_every_failing_job_is_told_from_the_others(run, outputs, capfd):
 
 @pytest.mark.case(80)
 def test_an_error_nobody_expected_stops_no_other_job_either(tiny_run, outputs, monkeypatch, capfd):
-    from claq_exp.reporting import plots
-
-    plot = plots.plot_layers
+    build = runner.build_results
     calls = []
 
-    def fail_first(*args):
-        calls.append(args)
+    def fail_first(**options):
+        calls.append(options)
         if len(calls) == 1:
-            raise RuntimeError("the plotter is broken")
-        return plot(*args)
+            raise RuntimeError("the builder is broken")
+        return build(**options)
 
-    monkeypatch.setattr(plots, "plot_layers", fail_first)
+    monkeypatch.setattr(runner, "build_results", fail_first)
     words = [*tiny_run, "experiment=rtn_4bit", "threads=1", "~evaluation.corpora.wikipedia"]
     assert run_sweep([*words, "seed=7,8"], "as typed", run_job=here) == 1
     finished = [json.loads(path.read_text()) for path in outputs.rglob("results.json")]
     assert [row["config"]["seed"] for row in finished] == [8]
     failed, finished = read_jobs(outputs / "default")
-    assert failed.state == RunState("failed", "the plotter is broken")
+    assert failed.state == RunState("failed", "the builder is broken")
     assert finished.state == RunState("finished")
-    assert "failed (seed=7): the plotter is broken" in capfd.readouterr().err
+    assert "failed (seed=7): the builder is broken" in capfd.readouterr().err
 
 
 @pytest.mark.case(83)
@@ -134,3 +135,30 @@ def test_a_grid_makes_no_folder_called_tilde(run, tmp_path, monkeypatch):
     assert run("-m", "seed=7", "outputs='~/runs'") == 0
     assert list((tmp_path / "home" / "runs").rglob("results.json"))
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.case(281)
+def test_jobs_with_names_of_their_own_are_all_reported(tiny_run, outputs, tmp_path, capsys):
+    words = [*tiny_run, "experiment=rtn_4bit", "threads=1", "~evaluation.corpora.wikipedia"]
+    words = [word for word in words if not word.startswith("outputs=")]
+    place = tmp_path / "my outputs"
+    words += [f"outputs='{place}'", "name=x${seed}", "seed=7,8"]
+    assert run_sweep(words, "as typed", run_job=here) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    _, _, command = last.partition("For tables and plots: claq-exp ")
+    assert shlex.split(command) == ["report", f"{place}/x7", f"{place}/x8"]
+    assert [len(read_jobs(place / name)) for name in ("x7", "x8")] == [1, 1]
+
+
+@pytest.mark.case(282)
+def test_an_environment_variable_of_a_sweep_reaches_its_jobs(tiny_run, monkeypatch):
+    seen = []
+
+    def look(order, on_share, check):
+        seen.append(order.environment.get("MINE"))
+        raise ClaqError("that is all")
+
+    monkeypatch.delenv("MINE", raising=False)
+    words = [*tiny_run, "+hydra.job.env_set.MINE=abc", "seed=7"]
+    assert run_sweep(words, "as typed", run_job=look) == 1
+    assert seen == ["abc"]

@@ -15,7 +15,10 @@ from claq_exp.errors import SourceError
 from claq_exp.evaluation import measure
 from claq_exp.evaluation.divergence import LogitStore
 from claq_exp.reporting import plots
+from claq_exp.reporting.collect import read_run
+from claq_exp.run_folder import RunFolder, run_state
 from claq_exp.sources.cache import cache_folder
+from claq_exp.tracking.events import read_events
 
 
 @pytest.fixture(autouse=True)
@@ -323,3 +326,52 @@ def test_a_path_in_brackets_is_printed_as_it_is(run, tmp_path, capfd):
     captured = capfd.readouterr()
     assert f"{only_folder(outputs)}/results.json" in captured.out
     assert str(only_folder(outputs)) in captured.err
+
+
+@pytest.mark.case(289)
+def test_a_picture_that_cannot_be_drawn_is_a_note_of_a_finished_run(
+    run, outputs, monkeypatch, capfd
+):
+    def fail(report, path):
+        raise RuntimeError("no font\nat all")
+
+    monkeypatch.setattr(plots, "plot_layers", fail)
+    assert run() == 0
+    captured = capfd.readouterr()
+    assert "Note: layers.png could not be drawn: no font" in captured.out
+    assert "layers.png\n" not in captured.out
+    (folder,) = outputs.glob("default/*")
+    assert run_state(folder).name == "finished"
+    assert ("not_drawn", "no font") in [
+        (name, data.get("error")) for name, data in read_events(folder / "events.jsonl")
+    ]
+
+
+@pytest.mark.case(289)
+def test_a_state_that_cannot_be_written_does_not_fail_a_run_with_results(run, outputs, monkeypatch):
+    note = RunFolder._note
+
+    def full(self, state):
+        if state["state"] == "finished":
+            raise OSError(28, "No space left on device", "state.json")
+        note(self, state)
+
+    monkeypatch.setattr(RunFolder, "_note", full)
+    assert run() == 0
+    (folder,) = outputs.glob("default/*")
+    assert run_state(folder).name == "finished"
+
+
+@pytest.mark.case(288)
+def test_an_old_run_with_its_old_name_of_the_settings_goes_on_and_gets_the_new_one(
+    run, outputs, failing
+):
+    repair = failing("build_results", RuntimeError("broken"))
+    assert run() == 1
+    (folder,) = outputs.glob("default/*")
+    (folder / "settings.json").rename(folder / "config.json")
+    assert read_run(folder).config["seed"] == 0
+    repair()
+    assert run("resume=required") == 0
+    assert not (folder / "config.json").exists()
+    assert "command" in json.loads((folder / "settings.json").read_text())

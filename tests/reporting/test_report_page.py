@@ -297,6 +297,15 @@ def test_all_pictures_are_drawn_and_a_narrow_window_needs_no_sideways_scrolling(
 
 
 @in_browser
+def test_the_name_of_a_run_breaks_where_there_is_no_room(page):
+    with headless.Page(page, width=900) as shown:
+        widths = "[...document.querySelectorAll('#tables td button')].map(b => b.offsetWidth)"
+        long_name = "x-".repeat(60)
+        shown.run(f"document.querySelector('#tables td button').textContent = '{long_name}'")
+        assert 0 < max(shown.run(widths)) < 400
+
+
+@in_browser
 def test_a_script_that_slipped_in_would_not_run(page, tmp_path):
     text = page.read_text(encoding="utf-8")
     broken = tmp_path / "broken.html"
