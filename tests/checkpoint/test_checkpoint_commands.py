@@ -240,7 +240,7 @@ def test_dequantize_says_how_it_is_called(words, said, capfd):
     assert said in complaint(capfd)
 
 
-@pytest.mark.case(287)
+@pytest.mark.case(144)
 def test_a_target_that_another_process_makes_meanwhile_is_an_error(
     checkpoint, tmp_path, capfd, monkeypatch
 ):
@@ -261,7 +261,7 @@ def test_a_target_that_another_process_makes_meanwhile_is_an_error(
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.case(288)
+@pytest.mark.case(145)
 def test_every_loader_takes_the_folder_of_a_run(run_folder, tmp_path, text_file, capfd):
     assert claq_exp.load(run_folder).config.model_type == "llama"
     folder = str(run_folder)
@@ -274,7 +274,7 @@ def test_every_loader_takes_the_folder_of_a_run(run_folder, tmp_path, text_file,
     assert "perplexity, wikipedia" in capfd.readouterr().out
 
 
-@pytest.mark.case(288)
+@pytest.mark.case(145)
 @pytest.mark.parametrize("command", ["inspect", "load"])
 def test_a_run_that_has_no_checkpoint_yet_says_how_it_stands(command, tmp_path, capfd):
     (tmp_path / "state.json").write_text('{"state": "failed", "reason": "no room"}')

@@ -89,7 +89,7 @@ def checkpoint(rounded, tmp_path_factory) -> Path:
     return rounded.write(tmp_path_factory.mktemp("rounded") / "checkpoint")
 
 
-@pytest.mark.case(264)
+@pytest.mark.case(119)
 def test_the_base_model_rounds_as_the_whole_does(checkpoint):
     base = AutoModel.from_pretrained(checkpoint, dtype=torch.float32)
     whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)

@@ -137,7 +137,7 @@ def test_a_grid_makes_no_folder_called_tilde(run, tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists()
 
 
-@pytest.mark.case(281)
+@pytest.mark.case(138)
 def test_jobs_with_names_of_their_own_are_all_reported(tiny_run, outputs, tmp_path, capsys):
     words = [*tiny_run, "experiment=rtn_4bit", "threads=1", "~evaluation.corpora.wikipedia"]
     words = [word for word in words if not word.startswith("outputs=")]
@@ -150,7 +150,7 @@ def test_jobs_with_names_of_their_own_are_all_reported(tiny_run, outputs, tmp_pa
     assert [len(read_jobs(place / name)) for name in ("x7", "x8")] == [1, 1]
 
 
-@pytest.mark.case(282)
+@pytest.mark.case(139)
 def test_an_environment_variable_of_a_sweep_reaches_its_jobs(tiny_run, monkeypatch):
     seen = []
 

@@ -60,7 +60,7 @@ def complaint(capfd):
     return read
 
 
-@pytest.mark.case(281)
+@pytest.mark.case(138)
 @pytest.mark.parametrize(
     ("word", "options"),
     [
@@ -77,7 +77,7 @@ def test_a_pattern_stands_for_the_options_of_one_folder(word, options):
     assert word not in grid.overrides
 
 
-@pytest.mark.case(281)
+@pytest.mark.case(138)
 @pytest.mark.parametrize(
     ("word", "fragments"),
     [
@@ -97,7 +97,7 @@ def test_a_list_of_values_that_is_none_is_refused(word, fragments, complaint):
         assert fragment in line
 
 
-@pytest.mark.case(281)
+@pytest.mark.case(138)
 @pytest.mark.parametrize(
     ("word", "values"),
     [
@@ -127,7 +127,7 @@ IDLE = [
 ]
 
 
-@pytest.mark.case(282)
+@pytest.mark.case(139)
 @pytest.mark.parametrize(("word", "instead"), IDLE)
 @pytest.mark.parametrize("swept", [["-m"], []])
 def test_a_setting_of_hydra_without_effect_is_refused_with_the_word_that_has_it(
@@ -138,7 +138,7 @@ def test_a_setting_of_hydra_without_effect_is_refused_with_the_word_that_has_it(
     assert instead in line
 
 
-@pytest.mark.case(282)
+@pytest.mark.case(139)
 @pytest.mark.parametrize(
     "word",
     [
@@ -154,7 +154,7 @@ def test_a_setting_of_sweeps_is_refused_without_one_and_taken_with_one(word, com
     assert check_grid([word, "seed=choice(1,2)"]).jobs
 
 
-@pytest.mark.case(282)
+@pytest.mark.case(139)
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
@@ -194,7 +194,7 @@ def test_flags_may_stand_anywhere_and_overrides_keep_their_order():
     assert words.multirun
 
 
-@pytest.mark.case(282)
+@pytest.mark.case(139)
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
@@ -222,7 +222,7 @@ def test_a_shell_completes_options_after_a_command_too(command, capsys, monkeypa
     assert capsys.readouterr().out.split() == ["experiment=rtn_4bit", "experiment=rtn_4bit_g128"]
 
 
-@pytest.mark.case(283)
+@pytest.mark.case(140)
 def test_options_of_a_folder_of_ones_own_go_before_those_of_the_package(own, capsys):
     (own / "precision").mkdir()
     (own / "precision/fixed.yaml").write_text("name: fixed\nbits: 6\n", encoding="utf-8")
@@ -242,7 +242,7 @@ def test_options_of_a_folder_of_ones_own_go_before_those_of_the_package(own, cap
     assert "no_header" in capsys.readouterr().out
 
 
-@pytest.mark.case(283)
+@pytest.mark.case(140)
 @pytest.mark.parametrize(
     ("words", "fragments"),
     [
@@ -261,7 +261,7 @@ def test_a_file_of_ones_own_that_would_have_no_effect_is_refused(words, fragment
         assert fragment in line
 
 
-@pytest.mark.case(283)
+@pytest.mark.case(140)
 def test_a_folder_that_is_none_of_options_is_refused(own, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder, fragment in [
@@ -279,7 +279,7 @@ def test_a_folder_that_is_none_of_options_is_refused(own, tmp_path):
         pass
 
 
-@pytest.mark.case(283)
+@pytest.mark.case(140)
 def test_what_a_sweep_needs_is_fetched_for_all_its_jobs(own, tiny_run, tmp_path, capsys):
     other = tmp_path / "other.txt"
     other.write_text("a cat", encoding="utf-8")

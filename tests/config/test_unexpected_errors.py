@@ -85,7 +85,7 @@ SAID = {
 }
 
 
-@pytest.mark.case(284)
+@pytest.mark.case(141)
 @pytest.mark.parametrize("fail", SAID, ids=lambda fail: fail.__name__)
 def test_one_line_of_a_librarys_error_tells_what_is_wrong(fail):
     with pytest.raises(Exception) as caught:
@@ -95,7 +95,7 @@ def test_one_line_of_a_librarys_error_tells_what_is_wrong(fail):
     assert "\n" not in line
 
 
-@pytest.mark.case(284)
+@pytest.mark.case(141)
 @pytest.mark.parametrize(
     ("word", "fragment"),
     [
@@ -114,7 +114,7 @@ def test_what_weights_and_biases_refuses_is_refused_before_work(word, fragment):
     assert compose_config([f"tracking.tags=[{'x' * 64}]", f"tracking.group={'x' * 128}"])
 
 
-@pytest.mark.case(284)
+@pytest.mark.case(141)
 def test_the_limits_of_tags_and_projects_are_those_of_the_installed_wandb():
     wandb.Settings(run_tags=("x" * 64,), project="x" * 128)
     for wrong in ({"run_tags": ("x" * 65,)}, {"project": "x" * 129}, {"project": "a:b"}):
@@ -126,7 +126,7 @@ def broken(*arguments):
     raise RuntimeError("the planner is broken\nall over")
 
 
-@pytest.mark.case(285)
+@pytest.mark.case(142)
 def test_a_bug_says_what_where_and_what_to_report(monkeypatch, capfd, cache):
     monkeypatch.setattr("claq_exp.sources.model.fetch_wheel_file", None)
     assert main(["plan", "seed=3"]) == 1
@@ -144,7 +144,7 @@ def test_a_bug_says_what_where_and_what_to_report(monkeypatch, capfd, cache):
     assert versions["torch"] == importlib.metadata.version("torch")
 
 
-@pytest.mark.case(285)
+@pytest.mark.case(142)
 def test_debug_shows_the_traceback_and_is_no_override(monkeypatch, capfd):
     monkeypatch.setattr(cli, "_plan", broken)
     assert main(["plan", "--debug"]) == 1
@@ -155,7 +155,7 @@ def test_debug_shows_the_traceback_and_is_no_override(monkeypatch, capfd):
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.case(285)
+@pytest.mark.case(142)
 def test_an_error_in_a_persons_own_rule_is_no_bug_of_the_program(tmp_path, monkeypatch, capfd):
     (tmp_path / "my_rules.py").write_text(
         "import dataclasses\n\n\n@dataclasses.dataclass(frozen=True)\nclass Rule:\n"
@@ -169,7 +169,7 @@ def test_an_error_in_a_persons_own_rule_is_no_bug_of_the_program(tmp_path, monke
     assert second.startswith("The traceback is in ")
 
 
-@pytest.mark.case(285)
+@pytest.mark.case(142)
 def test_a_module_of_ones_own_that_does_not_import_is_a_wrong_request(tmp_path, monkeypatch, capfd):
     (tmp_path / "my_broken_rules.py").write_text("def f(:\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -177,7 +177,7 @@ def test_a_module_of_ones_own_that_does_not_import_is_a_wrong_request(tmp_path, 
     assert "SyntaxError: " in capfd.readouterr().err
 
 
-@pytest.mark.case(285)
+@pytest.mark.case(142)
 @pytest.mark.parametrize(
     ("error", "memory"),
     [

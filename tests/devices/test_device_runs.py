@@ -19,7 +19,10 @@ from claq_exp.errors import ConfigError
 from claq_exp.runtime.bench import bench_generation
 from claq_exp.runtime.linear import use_kernel
 
-pytestmark = pytest.mark.filterwarnings("ignore:a packed layer is dequantized:RuntimeWarning")
+pytestmark = [
+    pytest.mark.case(147),
+    pytest.mark.filterwarnings("ignore:a packed layer is dequantized:RuntimeWarning"),
+]
 
 TOKENS = torch.arange(40).reshape(2, 20)
 ONE_WIDTH = ("precision=fixed", "reservation=none")

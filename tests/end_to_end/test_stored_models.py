@@ -57,7 +57,7 @@ def logits(model: torch.nn.Module) -> Tensor:
     return found
 
 
-@pytest.mark.case(201)
+@pytest.mark.case(106)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_run_quantizes_the_untied_model_and_its_checkpoint_says_so(
     stream, tiny_run, folder, tmp_path, capfd
@@ -88,7 +88,7 @@ def test_a_run_quantizes_the_untied_model_and_its_checkpoint_says_so(
     assert torch.allclose(logits(dense), ours, atol=1e-4)
 
 
-@pytest.mark.case(203)
+@pytest.mark.case(108)
 def test_a_run_tells_which_tensors_it_left_out_and_strictly_refuses(
     tiny_run, folder, tmp_path, capfd
 ):
@@ -115,7 +115,7 @@ def with_huge_norm(tensors: dict[str, Tensor]) -> None:
     tensors.update({name: tensor.bfloat16() for name, tensor in tensors.items()})
 
 
-@pytest.mark.case(205, 206)
+@pytest.mark.case(110, 111)
 def test_a_gain_beyond_float16_is_kept_in_the_type_that_it_is_stored_in(
     tiny_run, folder, tmp_path, capfd
 ):

@@ -47,7 +47,7 @@ def passages(*lengths: int) -> list[dict]:
     return [{**row, "passage": "p" * n} for row, n in zip(rows, lengths, strict=True)]
 
 
-@pytest.mark.case(222)
+@pytest.mark.case(135)
 @pytest.mark.parametrize("batch_size", [1, 4, "auto"])
 def test_prompts_beyond_the_context_are_counted_with_their_tokens(batch_size, model, tmp_path):
     found = score(model, "boolq", passages(3, 90, 200, 400), tmp_path, batch_size)
@@ -57,7 +57,7 @@ def test_prompts_beyond_the_context_are_counted_with_their_tokens(batch_size, mo
     assert (found.cut_requests, found.cut_tokens) == (len(beyond), sum(beyond))
 
 
-@pytest.mark.case(222)
+@pytest.mark.case(135)
 def test_the_last_prompt_that_fits_is_not_cut(model, tmp_path):
     score(model, "boolq", passages(300), tmp_path)
     beyond = too_long("boolq", tmp_path)
@@ -66,14 +66,14 @@ def test_the_last_prompt_that_fits_is_not_cut(model, tmp_path):
     assert score(model, "boolq", passages(fitting + 1), tmp_path).cut_tokens == 1
 
 
-@pytest.mark.case(222)
+@pytest.mark.case(135)
 def test_answers_that_share_their_logits_are_counted_each(model, tmp_path):
     rows = [{"goal": "g" * 200, "sol1": "same a", "sol2": "same b", "label": 0}]
     found = score(model, "piqa", rows, tmp_path)
     assert (found.cut_requests, found.cut_tokens) == (2, sum(too_long("piqa", tmp_path)))
 
 
-@pytest.mark.case(222)
+@pytest.mark.case(135)
 def test_examples_that_do_not_fit_are_counted(model, tmp_path):
     rows = made_rows("winogrande", 4)
     shots = str(write_rows(tmp_path / "shots.jsonl", made_rows("winogrande", 30, seed=1)))
@@ -82,7 +82,7 @@ def test_examples_that_do_not_fit_are_counted(model, tmp_path):
     assert found.cut_requests == found.requests == 8
 
 
-@pytest.mark.case(222)
+@pytest.mark.case(135)
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_a_generation_cuts_the_prompt_for_the_room_that_its_answer_needs(batch_size, tmp_path):
     model = tiny_llama(max_position_embeddings=300).float()  # lm-eval generates 256 tokens
@@ -93,7 +93,7 @@ def test_a_generation_cuts_the_prompt_for_the_room_that_its_answer_needs(batch_s
     assert (found.requests, found.cut_requests, found.cut_tokens) == (3, 2, sum(beyond))
 
 
-@pytest.mark.case(222)
+@pytest.mark.case(135)
 def test_the_windows_of_a_long_article_are_no_cut(model, tmp_path):
     path = tmp_path / "articles.raw"
     path.write_text(f" = One = \n {'a cat runs ' * 60}\n", encoding="utf-8")
@@ -103,7 +103,7 @@ def test_the_windows_of_a_long_article_are_no_cut(model, tmp_path):
     assert math.isfinite(found.value)
 
 
-@pytest.mark.case(222)
+@pytest.mark.case(135)
 def test_an_answer_beyond_the_context_is_refused_by_its_row(model, tmp_path):
     rows = made_rows("piqa", 3)
     rows[1]["sol2"] = "s" * 150
@@ -113,7 +113,7 @@ def test_an_answer_beyond_the_context_is_refused_by_its_row(model, tmp_path):
     assert said in str(caught.value)
 
 
-@pytest.mark.case(222)
+@pytest.mark.case(135)
 def test_a_generated_answer_needs_a_token_that_ends_it(tmp_path):
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
@@ -125,7 +125,7 @@ def test_a_generated_answer_needs_a_token_that_ends_it(tmp_path):
         score_tasks(model, tokenizer, {"gsm8k": task}, 1)
 
 
-@pytest.mark.case(223)
+@pytest.mark.case(136)
 def test_answers_that_are_no_numbers_are_counted(tmp_path):
     model = tiny_llama(tie_word_embeddings=False).float()
     model.lm_head.weight.data[5] = math.nan
@@ -135,7 +135,7 @@ def test_answers_that_are_no_numbers_are_counted(tmp_path):
     assert whole.without_score == 0
 
 
-@pytest.mark.case(223)
+@pytest.mark.case(136)
 def test_rows_of_the_hub_without_an_answer_are_counted(model, monkeypatch):
     rows = made_rows("piqa", 4)
     rows[0]["label"] = rows[3]["label"] = -1
@@ -158,7 +158,7 @@ def results(task: dict | None = None, corpus: dict | None = None, kl: float | No
     }
 
 
-@pytest.mark.case(222, 223)
+@pytest.mark.case(135, 136)
 @pytest.mark.parametrize(
     ("found", "said", "error"),
     [
@@ -225,7 +225,7 @@ def events_of(tmp_path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.case(222)
+@pytest.mark.case(135)
 def test_a_run_tells_of_cut_prompts_in_results_events_and_below_its_table(run, tmp_path, capfd):
     assert run() == 0
     beyond = too_long("boolq", tmp_path)
@@ -241,7 +241,7 @@ def test_a_run_tells_of_cut_prompts_in_results_events_and_below_its_table(run, t
     assert said in (tmp_path / "report" / "report.md").read_text()
 
 
-@pytest.mark.case(222)
+@pytest.mark.case(135)
 def test_strict_refuses_cut_prompts_before_anything_is_quantized(run, tmp_path, capfd):
     for _ in range(2):  # measured, then found
         assert run("strict=true", "calibration.windows=64") == 2
@@ -250,7 +250,7 @@ def test_strict_refuses_cut_prompts_before_anything_is_quantized(run, tmp_path, 
     assert not [event for event in events_of(tmp_path) if event["event"] == "layer"]
 
 
-@pytest.mark.case(223)
+@pytest.mark.case(136)
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_perplexity_that_quantization_breaks_is_told(strict, run, tmp_path, monkeypatch, capfd):
     whole, seen = measure.perplexity, []

@@ -122,7 +122,7 @@ def table_of(results: dict) -> dict:
     return {"perplexity": rows, **{key: results[key] for key in parts}}
 
 
-@pytest.mark.case(224)
+@pytest.mark.case(137)
 def test_the_table_of_the_run_comes_back_and_the_original_is_not_measured_again(
     words, finished, evaluate, measured, tmp_path
 ):
@@ -142,7 +142,7 @@ def test_the_table_of_the_run_comes_back_and_the_original_is_not_measured_again(
     assert list((tmp_path / "outputs").rglob("work")) == []
 
 
-@pytest.mark.case(224)
+@pytest.mark.case(137)
 def test_a_checkpoint_away_from_its_run_has_no_original_until_it_is_named(
     run, evaluate, source, tmp_path
 ):
@@ -160,7 +160,7 @@ def test_a_checkpoint_away_from_its_run_has_no_original_until_it_is_named(
     assert "Note" not in output
 
 
-@pytest.mark.case(224)
+@pytest.mark.case(137)
 def test_an_original_that_is_gone_or_changed_is_left_out_with_a_line(run, evaluate, source):
     weights = source / "model.safetensors"
     model = tiny_llama(seed=1)
@@ -180,7 +180,7 @@ def test_an_original_that_is_gone_or_changed_is_left_out_with_a_line(run, evalua
     assert f"model folder '{source}' does not exist" in error
 
 
-@pytest.mark.case(224)
+@pytest.mark.case(137)
 def test_an_original_of_another_kind_is_refused(run, evaluate, tmp_path):
     other = tmp_path / "other"
     tiny_llama(vocab_size=300).save_pretrained(other)
@@ -193,7 +193,7 @@ def test_an_original_of_another_kind_is_refused(run, evaluate, tmp_path):
     assert "evaluation.context is 64, the model's context 32" in error
 
 
-@pytest.mark.case(224)
+@pytest.mark.case(137)
 def test_an_original_that_is_not_wanted_or_does_not_fit_is_left_out(run, evaluate, monkeypatch):
     found, output = evaluate(run, "original=false")
     assert found["original"] is None
@@ -205,7 +205,7 @@ def test_an_original_that_is_not_wanted_or_does_not_fit_is_left_out(run, evaluat
     assert evaluate(run, "check_resources=false")[0]["original"] is not None
 
 
-@pytest.mark.case(224)
+@pytest.mark.case(137)
 def test_the_record_of_a_run_allows_no_code(run):
     path = record_of(run)
     written = json.loads(path.read_text())
@@ -218,7 +218,7 @@ def test_the_record_of_a_run_allows_no_code(run):
     assert recorded_origin(run / "checkpoint") is None
 
 
-@pytest.mark.case(223, 224)
+@pytest.mark.case(136, 137)
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_checkpoint_whose_perplexity_is_not_finite_is_told(strict, run, evaluate, monkeypatch):
     whole, seen = measure.perplexity, []
@@ -235,7 +235,7 @@ def test_a_checkpoint_whose_perplexity_is_not_finite_is_told(strict, run, evalua
     assert strict or found["perplexity"]["wikipedia"]["quantized"] is None
 
 
-@pytest.mark.case(221)
+@pytest.mark.case(134)
 def test_evaluating_leaves_the_checkpoint_as_it_is(run, evaluate):
     before = {path.name: path.read_bytes() for path in (run / "checkpoint").iterdir()}
     state = torch.get_default_dtype(), torch.is_grad_enabled()

@@ -27,7 +27,7 @@ from claq_exp.evaluation.tasks import check_tasks
 from claq_exp.evaluation.zero_shot import score_tasks
 
 QUESTIONS = [{"question": f"{i} cats and a dog?", "answer": f"so #### {i + 1}"} for i in range(3)]
-pytestmark = pytest.mark.case(221)
+pytestmark = pytest.mark.case(134)
 
 
 def without_padding() -> PreTrainedTokenizerFast:

@@ -108,7 +108,7 @@ def test_accuracies_equal_those_of_our_own_log_likelihoods(model, tokenizer, dat
         assert found.stderr == pytest.approx(variance**0.5)
 
 
-@pytest.mark.case(261)
+@pytest.mark.case(116)
 @pytest.mark.parametrize("kind", ["llava", "qwen2_audio"])
 def test_a_model_of_several_towers_is_scored_as_a_causal_one(kind, tokenizer, data, rows):
     towers = TOWERS[kind].build(kind)

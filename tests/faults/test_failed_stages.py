@@ -328,7 +328,7 @@ def test_a_path_in_brackets_is_printed_as_it_is(run, tmp_path, capfd):
     assert str(only_folder(outputs)) in captured.err
 
 
-@pytest.mark.case(289)
+@pytest.mark.case(146)
 def test_a_picture_that_cannot_be_drawn_is_a_note_of_a_finished_run(
     run, outputs, monkeypatch, capfd
 ):
@@ -347,7 +347,7 @@ def test_a_picture_that_cannot_be_drawn_is_a_note_of_a_finished_run(
     ]
 
 
-@pytest.mark.case(289)
+@pytest.mark.case(146)
 def test_a_state_that_cannot_be_written_does_not_fail_a_run_with_results(run, outputs, monkeypatch):
     note = RunFolder._note
 
@@ -362,7 +362,7 @@ def test_a_state_that_cannot_be_written_does_not_fail_a_run_with_results(run, ou
     assert run_state(folder).name == "finished"
 
 
-@pytest.mark.case(288)
+@pytest.mark.case(145)
 def test_an_old_run_with_its_old_name_of_the_settings_goes_on_and_gets_the_new_one(
     run, outputs, failing
 ):

@@ -14,7 +14,7 @@ def document() -> str:
 
 
 def test_the_list_has_every_fault_once_and_in_order(document):
-    assert [number for _, number, _, _ in faults(document)] == list(range(1, 106))
+    assert [number for _, number, _, _ in faults(document)] == list(range(1, 149))
 
 
 def test_what_is_called_tested_is_what_the_tests_are_marked_with(document):
@@ -22,8 +22,8 @@ def test_what_is_called_tested_is_what_the_tests_are_marked_with(document):
     assert said == set(marked_tests()), HOW
 
 
-def test_at_least_eighty_faults_are_tested():
-    assert len(marked_tests()) >= 80
+def test_nearly_all_faults_are_tested():
+    assert len(marked_tests()) >= 146
 
 
 def test_the_table_has_the_counts_of_the_markers(document):

@@ -27,6 +27,7 @@ def launches(request) -> tuple[str, dict[str, Built]]:
     return request.param, built(request.param, request.config.getoption("--every-launch"))
 
 
+@pytest.mark.case(148)
 def test_every_kernel_has_a_launch_that_is_compiled():
     kernels = kernels_of("claq_exp")
     assert len(kernels) > 20
@@ -37,6 +38,7 @@ def test_every_kernel_has_a_launch_that_is_compiled():
         assert [name for name, kernel in kernels.items() if kernel not in compiled] == []
 
 
+@pytest.mark.case(148)
 def test_launches_compile_and_keep_what_they_hold_in_registers(launches):
     name, found = launches
     limits = ARCHITECTURES[name]

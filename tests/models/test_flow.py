@@ -25,7 +25,7 @@ from claq_exp.models.flow import check_flow
 from claq_exp.models.skeleton import skeleton
 from claq_exp.models.stream import WholeModel
 
-pytestmark = pytest.mark.case(262)
+pytestmark = pytest.mark.case(117)
 
 GEMMA_3N = {
     **TEXT,

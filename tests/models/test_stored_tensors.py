@@ -88,7 +88,7 @@ def same_as_theirs(folder: Path, tolerance: float = 0.0) -> Original:
     return look_at(folder)
 
 
-@pytest.mark.case(201)
+@pytest.mark.case(106)
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "shards"])
 def test_a_head_stored_unlike_the_embedding_is_not_tied(shards, folder):
     change(folder, own_head)
@@ -99,7 +99,7 @@ def test_a_head_stored_unlike_the_embedding_is_not_tied(shards, folder):
     check_strictly(found)  # the right model is no loss
 
 
-@pytest.mark.case(201)
+@pytest.mark.case(106)
 @pytest.mark.parametrize("name", ["lm_head.weight", "language_model.lm_head.weight"])
 def test_a_head_of_a_multimodal_model_is_found_under_the_names_of_older_releases(name, tmp_path):
     torch.manual_seed(0)
@@ -118,7 +118,7 @@ def test_a_head_of_a_multimodal_model_is_found_under_the_names_of_older_releases
     assert found.unused == ()
 
 
-@pytest.mark.case(201)
+@pytest.mark.case(106)
 def test_a_head_beside_experts_that_must_be_converted_is_not_tied_either(tmp_path):
     torch.manual_seed(0)
     sizes = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -131,7 +131,7 @@ def test_a_head_beside_experts_that_must_be_converted_is_not_tied_either(tmp_pat
     assert found.unused == (bias,)
 
 
-@pytest.mark.case(202)
+@pytest.mark.case(107)
 @pytest.mark.parametrize("form", ["both", "both in shards", "head alone", "other type"])
 def test_members_of_a_tie_that_are_equal_or_stored_once_are_tied(form, folder):
     def edit(tensors: Tensors) -> None:
@@ -144,7 +144,7 @@ def test_members_of_a_tie_that_are_equal_or_stored_once_are_tied(form, folder):
     assert found.config.tie_word_embeddings
 
 
-@pytest.mark.case(202)
+@pytest.mark.case(107)
 def test_a_head_that_nothing_gives_is_refused_with_what_may_be_meant(folder):
     change(folder, lambda tensors: None, tie_word_embeddings=False)
     with pytest.raises(SourceError, match=r'e\.g\. lm_head\.weight; .*"tie_word_embeddings": true'):
@@ -162,7 +162,7 @@ LOST = {
 }
 
 
-@pytest.mark.case(203)
+@pytest.mark.case(108)
 @pytest.mark.parametrize("name", LOST)
 def test_a_stored_tensor_that_no_parameter_takes_is_told(name, folder):
     change(folder, lambda tensors: tensors.update({name: torch.ones(LOST[name])}))
@@ -186,14 +186,14 @@ MISSED_BY_NOBODY = {
 }
 
 
-@pytest.mark.case(204)
+@pytest.mark.case(109)
 @pytest.mark.parametrize("name", MISSED_BY_NOBODY)
 def test_what_is_computed_or_belongs_to_no_text_model_is_not_told(name, folder):
     change(folder, lambda tensors: tensors.update({name: torch.ones(MISSED_BY_NOBODY[name])}))
     assert (look_at(folder).unused, look_at(folder).remarks()) == ((), [])
 
 
-@pytest.mark.case(210)
+@pytest.mark.case(115)
 def test_an_adapter_beside_the_model_is_told_and_not_applied(folder):
     (folder / "adapter_config.json").write_text("{}")
     assert "its adapter is not applied" in look_at(folder).remarks()[0]
@@ -201,7 +201,7 @@ def test_an_adapter_beside_the_model_is_told_and_not_applied(folder):
         check_strictly(look_at(folder))
 
 
-@pytest.mark.case(205)
+@pytest.mark.case(110)
 @pytest.mark.parametrize(
     ("stored", "kept"),
     [
@@ -219,7 +219,7 @@ def test_without_a_dtype_in_the_config_that_of_the_tensors_counts(stored, kept, 
     assert stored_dtype(told[0].config) == kept  # whatever it was opened in
 
 
-@pytest.mark.case(205)
+@pytest.mark.case(110)
 def test_of_mixed_types_that_of_most_numbers_counts_and_the_configs_word_before(folder):
     def edit(tensors: Tensors) -> None:
         all_as(torch.bfloat16)(tensors)
@@ -239,7 +239,7 @@ def set_to(name: str, value: float, dtype: torch.dtype) -> Callable[[Tensors], N
     return edit
 
 
-@pytest.mark.case(206)
+@pytest.mark.case(111)
 @pytest.mark.parametrize(
     ("edit", "config", "run_in", "words"),
     [
@@ -291,7 +291,7 @@ def test_a_number_beyond_a_type_that_it_meets_is_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.case(206)
+@pytest.mark.case(111)
 @pytest.mark.parametrize("name", [EMBEDDING, UP])
 def test_numbers_too_small_for_float16_are_told(name, folder, tmp_path):
     def edit(tensors: Tensors) -> None:
@@ -317,7 +317,7 @@ def as_type(dtype: torch.dtype) -> Callable[[Tensors], None]:
     return lambda tensors: tensors.update({UP: tensors[UP].to(dtype)})
 
 
-@pytest.mark.case(207)
+@pytest.mark.case(112)
 @pytest.mark.parametrize(
     "edit",
     [
@@ -340,7 +340,7 @@ def test_what_another_quantizer_left_is_refused_without_a_word_in_the_config(edi
     assert "model.layers.0.mlp.up_proj" in str(caught.value)
 
 
-@pytest.mark.case(207)
+@pytest.mark.case(112)
 def test_a_quantized_text_model_of_a_larger_config_is_refused(folder):
     change(folder, lambda tensors: None, compression_config={"quant_method": "compressed-tensors"})
     with pytest.raises(ConfigError, match="already quantized"):

@@ -36,7 +36,7 @@ BATCHES = [batch % 50 + 1 for batch in token_batches(2, size=4)]
 TOKENS = BATCHES[0]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}  # float32 sums in another order
 
-pytestmark = pytest.mark.case(261)
+pytestmark = pytest.mark.case(116)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from claq_exp.sources.companions import Companions
 from claq_exp.sources.model import ModelSource, fingerprint, model_folder
 from claq_exp.sources.pickled import copy_descriptions
 
-pytestmark = pytest.mark.case(263)
+pytestmark = pytest.mark.case(118)
 
 BELONG = [
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),

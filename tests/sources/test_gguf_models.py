@@ -26,7 +26,7 @@ def file(request, model, tmp_path, monkeypatch):
     return tmp_path / request.param
 
 
-@pytest.mark.case(286)
+@pytest.mark.case(143)
 def test_a_gguf_file_gives_the_model_that_it_holds_and_is_converted_once(file, model):
     said = []
     folder = model_folder(ModelSource(str(file)), say=said.append)
@@ -40,7 +40,7 @@ def test_a_gguf_file_gives_the_model_that_it_holds_and_is_converted_once(file, m
     )
 
 
-@pytest.mark.case(286)
+@pytest.mark.case(143)
 def test_a_plan_and_a_run_of_a_gguf_file_show_no_librarys_bar(file, tiny_run, tmp_path, capfd):
     words = [word for word in tiny_run if not word.startswith("model.source=")]
     words += [f"model.source='{file}'", "experiment=rtn_4bit", "threads=1"]
@@ -54,7 +54,7 @@ def test_a_plan_and_a_run_of_a_gguf_file_show_no_librarys_bar(file, tiny_run, tm
     assert run_state(folder).name == "finished"
 
 
-@pytest.mark.case(287)
+@pytest.mark.case(144)
 def test_whose_folder_of_the_cache_is_used_is_said(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("CLAQ_EXP_CACHE", str(tmp_path / "cache"))
 

@@ -191,7 +191,7 @@ def test_weights_are_fetched_in_one_format(names, wanted, model, monkeypatch):
     assert [p for p in hub.asked["patterns"] if "safetensors" in p or "bin" in p] == wanted
 
 
-@pytest.mark.case(209)
+@pytest.mark.case(114)
 def test_a_hub_model_without_weights_is_refused_before_anything_is_fetched(model, monkeypatch):
     hub = Hub(monkeypatch, model, ["adapter_config.json", "adapter_model.safetensors"])
     with pytest.raises(ConfigError, match=r"found adapter_model\.safetensors; merge the adapter"):

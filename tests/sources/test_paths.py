@@ -50,7 +50,7 @@ PATHS = [
 ]
 
 
-@pytest.mark.case(252, 253)
+@pytest.mark.case(132, 133)
 @pytest.mark.parametrize(("given", "words"), PATHS, ids=[given[:20] for given, _ in PATHS])
 def test_a_text_that_cannot_be_used_is_one_true_line(given, words, place):
     with pytest.raises(ConfigError) as caught:
@@ -59,7 +59,7 @@ def test_a_text_that_cannot_be_used_is_one_true_line(given, words, place):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.case(252, 253)
+@pytest.mark.case(132, 133)
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -90,7 +90,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.case(253)
+@pytest.mark.case(133)
 @pytest.mark.parametrize(("given", "words"), MODELS, ids=[given[:20] for given, _ in MODELS])
 def test_a_model_that_cannot_be_used_is_one_true_line(given, words, place, tiny_model):
     (place / "above" / "tiny").mkdir(parents=True)
@@ -101,7 +101,7 @@ def test_a_model_that_cannot_be_used_is_one_true_line(given, words, place, tiny_
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.case(253)
+@pytest.mark.case(133)
 def test_a_name_for_the_hub_says_that_there_is_no_such_folder(place, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise ConnectionError("no route")
@@ -115,13 +115,13 @@ def test_a_name_for_the_hub_says_that_there_is_no_such_folder(place, monkeypatch
 ODD = ["模型", "モデル", "my model!", "é" * 90, "x" * 240, "-dash", "...", "_", "!", "/", "模型/"]
 
 
-@pytest.mark.case(251)
+@pytest.mark.case(131)
 @pytest.mark.parametrize("source", [*ODD, ".", "..", "~", "C:\\models\\llama", " ", "🦙/🦙"])
 def test_every_source_has_a_name_for_folders(source):
     assert NAME.fullmatch(ModelConfig(source=source).name)
 
 
-@pytest.mark.case(251)
+@pytest.mark.case(131)
 def test_plain_sources_keep_their_names_and_odd_ones_do_not_collide(tmp_path, monkeypatch):
     plain = {
         "meta-llama/Llama-2-7b-hf": "Llama-2-7b-hf",
@@ -137,14 +137,14 @@ def test_plain_sources_keep_their_names_and_odd_ones_do_not_collide(tmp_path, mo
     assert source_name("..") == source_name(str(tmp_path))
 
 
-@pytest.mark.case(251)
+@pytest.mark.case(131)
 def test_a_name_that_was_given_is_held_to_what_folders_allow():
     for name in ("模型", "x" * 101, "a/b", "-a"):
         with pytest.raises(ConfigError, match=r"up to 100 letters, digits.*begin with"):
             ModelConfig(source="a", name=name)
 
 
-@pytest.mark.case(243, 246)
+@pytest.mark.case(123, 126)
 def test_task_rows_are_read_by_the_same_rule_as_texts(tmp_path):
     rows = [{"goal": "a", "label": 0}, {"goal": "b", "label": 1}]
     content = b'{"goal": "a", "label": 0}\n{"goal": "b", "label": 1}\n'

@@ -26,7 +26,7 @@ TURNS = [{"role": "user", "content": "a cat?"}, {"role": "assistant", "content":
 SAID = "26 Jul 2024[user]a cat?[assistant]a dog."
 
 
-@pytest.mark.case(244, 247)
+@pytest.mark.case(124, 127)
 def test_skipped_records_and_damaged_characters_are_in_results_events_and_notes(
     tiny_run, text_file, tmp_path, capfd
 ):
@@ -68,7 +68,7 @@ def talker(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.case(250)
+@pytest.mark.case(130)
 def test_windows_of_conversations_are_the_templates_text(talker, tiny_run, tmp_path):
     rows = [{"turns": TURNS}, {"turns": None}] * 20
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -88,7 +88,7 @@ def test_windows_of_conversations_are_the_templates_text(talker, tiny_run, tmp_p
     assert tokens.losses.skipped == 20
 
 
-@pytest.mark.case(250)
+@pytest.mark.case(130)
 def test_a_conversation_that_cannot_be_written_is_one_line():
     tokenizer = byte_tokenizer()
     with pytest.raises(ConfigError, match=r"calibration\.chat=true: the model's tokenizer has no"):

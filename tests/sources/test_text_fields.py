@@ -53,7 +53,7 @@ def line_of(text: TextSource) -> str:
     return str(caught.value)
 
 
-@pytest.mark.case(247)
+@pytest.mark.case(127)
 def test_records_that_are_null_are_skipped_and_counted(stored):
     losses = Losses()
     rows = [{"text": text} for text in (DOCUMENTS[0], None, *DOCUMENTS[1:], None)]
@@ -64,7 +64,7 @@ def test_records_that_are_null_are_skipped_and_counted(stored):
     assert read_documents(TextSource(**{**vars(text), "documents": 2})) == DOCUMENTS[:2]
 
 
-@pytest.mark.case(249)
+@pytest.mark.case(129)
 @pytest.mark.parametrize(
     ("value", "kind"),
     [(["a", "b"], "list of string"), ({"en": "a", "de": "b"}, "{en, de}"), (3, "int64|number")],
@@ -77,14 +77,14 @@ def test_a_field_that_is_no_text_is_one_line_with_all_fields(value, kind, stored
     assert f"there are: text ({kinds[0]}), title (string); set field, e.g. field=title" in line
 
 
-@pytest.mark.case(249)
+@pytest.mark.case(129)
 def test_a_field_that_is_missing_is_one_line_with_all_fields(stored):
     line = line_of(stored([{"body": "a cat", "id": 3}]))
     assert "field 'text'; it has: body (string), id (" in line
     assert line.endswith("; set field, e.g. field=body")
 
 
-@pytest.mark.case(249)
+@pytest.mark.case(129)
 def test_very_many_fields_are_not_all_listed(stored):
     line = line_of(stored([{f"field_{number}": "a" for number in range(40)}]))
     assert "field_11 (string), 28 more" in line and "field_12" not in line
@@ -104,14 +104,14 @@ def test_every_type_of_strings_is_text(values, tmp_path):
     assert list(read_documents(TextSource(path=str(tmp_path / "a.parquet")))) == DOCUMENTS
 
 
-@pytest.mark.case(249)
+@pytest.mark.case(129)
 def test_bytes_that_are_no_utf8_are_no_text(tmp_path):
     table = pyarrow.table({"text": [b"\xff\xfe", b"a"]})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     assert "is no text but binary" in line_of(TextSource(path=str(tmp_path / "a.parquet")))
 
 
-@pytest.mark.case(248)
+@pytest.mark.case(128)
 @pytest.mark.parametrize(
     "content",
     [
@@ -129,7 +129,7 @@ def test_arrays_of_records_and_strings_are_documents(content, name, tmp_path):
     assert read_documents(TextSource(path=str(tmp_path / name))) == DOCUMENTS
 
 
-@pytest.mark.case(248)
+@pytest.mark.case(128)
 def test_one_object_over_several_lines_is_one_record(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"text": DOCUMENTS[1]}, indent=1), encoding="utf-8")
@@ -140,7 +140,7 @@ def test_one_object_over_several_lines_is_one_record(tmp_path):
     assert "version (number), data (list of {text})" in line
 
 
-@pytest.mark.case(62, 248)
+@pytest.mark.case(62, 128)
 @pytest.mark.parametrize(
     "content", ['[{"text": "a"}, {"text', '[{"text": "a"}] trailing', "[[" * 9999]
 )
@@ -156,7 +156,7 @@ def test_the_record_of_an_array_that_differs_is_named(tmp_path):
     assert "a.json record 2: no JSON object with field 'text'; it has: body (string)" in line
 
 
-@pytest.mark.case(250)
+@pytest.mark.case(130)
 @pytest.mark.parametrize("rows", [CHAT, SHARED], ids=["messages", "ShareGPT"])
 def test_conversations_are_written_where_that_is_asked_for(rows, stored):
     losses = Losses()
@@ -169,7 +169,7 @@ def test_conversations_are_written_where_that_is_asked_for(rows, stored):
     assert len(text_content(text)) == 64
 
 
-@pytest.mark.case(250)
+@pytest.mark.case(130)
 @pytest.mark.parametrize("rows", [CHAT, SHARED], ids=["messages", "ShareGPT"])
 def test_conversations_that_are_not_asked_for_are_one_line_with_what_to_set(rows, stored):
     stored_rows = [{"turns": row, "id": 3} for row in rows]
@@ -177,7 +177,7 @@ def test_conversations_that_are_not_asked_for_are_one_line_with_what_to_set(rows
         assert line.endswith("; field=turns chat=true reads its conversations")
 
 
-@pytest.mark.case(250)
+@pytest.mark.case(130)
 def test_what_is_no_conversation_is_refused(stored, tmp_path):
     assert "is no conversation, which chat=true asks for, but string" in line_of(
         stored([{"text": "a cat"}], chat=True)
@@ -190,7 +190,7 @@ def test_what_is_no_conversation_is_refused(stored, tmp_path):
         read_documents(TextSource(path=str(tmp_path / "plain.txt"), chat=True))
 
 
-@pytest.mark.case(252)
+@pytest.mark.case(132)
 def test_shards_of_a_folder_are_one_text(tmp_path):
     for number, document in enumerate(DOCUMENTS):
         folder = tmp_path / "set" / "train"
@@ -208,7 +208,7 @@ def test_shards_of_a_folder_are_one_text(tmp_path):
         read_documents(TextSource(path=str(tmp_path / "set"), sha256="0" * 64))
 
 
-@pytest.mark.case(252)
+@pytest.mark.case(132)
 def test_a_data_set_that_was_saved_to_disk_says_how_it_is_read(tmp_path):
     rows = datasets.Dataset.from_dict({"text": DOCUMENTS})
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "saved")

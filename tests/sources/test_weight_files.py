@@ -56,7 +56,7 @@ def stored_in_every_form(folder: Path) -> None:
         write()
 
 
-@pytest.mark.case(208)
+@pytest.mark.case(113)
 def test_of_several_forms_the_one_that_transformers_loads_is_taken(model):
     from transformers import AutoModelForCausalLM
 
@@ -81,7 +81,7 @@ BESIDE = [
 ]
 
 
-@pytest.mark.case(208)
+@pytest.mark.case(113)
 @pytest.mark.parametrize("name", BESIDE)
 def test_what_lies_beside_the_weights_changes_nothing(name, model):
     before = fingerprint(model), weight_bytes(model)
@@ -92,7 +92,7 @@ def test_what_lies_beside_the_weights_changes_nothing(name, model):
     load_model(model, dtype="float32", device="cpu")
 
 
-@pytest.mark.case(208)
+@pytest.mark.case(113)
 def test_pickled_weights_beside_an_adapter_are_the_weights(model):
     """An adapter in safetensors once made them out of reach."""
     tensors = load_file(model / "model.safetensors")
@@ -103,7 +103,7 @@ def test_pickled_weights_beside_an_adapter_are_the_weights(model):
     assert torch.equal(loaded.get_parameter(EMBEDDING), tensors[EMBEDDING])
 
 
-@pytest.mark.case(208)
+@pytest.mark.case(113)
 def test_shards_in_a_folder_and_tensors_that_the_index_forgets_are_read(model):
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
@@ -117,7 +117,7 @@ def test_shards_in_a_folder_and_tensors_that_the_index_forgets_are_read(model):
     assert weight_bytes(model) == sum(path.stat().st_size for path in model.glob("parts/*"))
 
 
-@pytest.mark.case(208)
+@pytest.mark.case(113)
 def test_the_file_that_the_config_names_comes_first(model):
     store(load_file(model / "model.safetensors"), model / "mine.safetensors")
     config = json.loads((model / "config.json").read_text())
@@ -129,7 +129,7 @@ def test_the_file_that_the_config_names_comes_first(model):
         weight_files(model)
 
 
-@pytest.mark.case(209)
+@pytest.mark.case(114)
 @pytest.mark.parametrize("weights", [True, False], ids=["run", "plan"])
 @pytest.mark.parametrize(
     ("name", "advice"),
@@ -157,7 +157,7 @@ def test_weights_that_are_none_of_a_model_are_listed_with_a_way_out(name, advice
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.case(209)
+@pytest.mark.case(114)
 def test_a_folder_with_an_adapter_alone_is_told_apart_from_a_wrong_one(model):
     (model / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"has no config\.json$"):

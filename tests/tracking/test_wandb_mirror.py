@@ -136,7 +136,7 @@ def test_a_run_that_broke_down_is_still_closed(monkeypatch, tmp_path):
     assert run.exit_codes == [1]
 
 
-@pytest.mark.case(221)
+@pytest.mark.case(134)
 def test_what_wandb_changes_of_its_arguments_is_its_own(monkeypatch, tmp_path):
     import wandb
 
