@@ -379,9 +379,8 @@ def _check_positive(where: str, config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if value is not None and value < 1:
-            raise ConfigError(
-                f"{where}.{name} is {value}; give a positive whole number".lstrip(".")
-            )
+            key = f"{where}.{name}".lstrip(".")
+            raise ConfigError(f"{key} is {value}; give a positive whole number")
 
 
 def _check_whole(key: str, value: int | str, least: int, word: str) -> None:

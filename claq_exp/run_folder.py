@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -175,6 +176,27 @@ class RunFolder:
             return None
         results = read_json(path)
         return results if results.get("status") == "finished" else None
+
+    def prepare(self, resume: str, identity: dict[str, Any]) -> None:
+        """Keep what an unfinished run left where it is to go on, and remove the rest.
+
+        resume: as in `ExperimentConfig`.  Raises CheckpointError where nothing goes on and it must.
+        """
+        started = self.work.is_dir()
+        if resume == "required" and not started:
+            differs = unfinished_run_differs(self, identity)
+            near = f"; {differs}" if differs else ""
+            raise CheckpointError(f"resume=required, and {self.path} holds no unfinished run{near}")
+        if resume == "never":
+            (self.path / RESULTS_FILE).unlink(missing_ok=True)
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+            shutil.rmtree(self.work, ignore_errors=True)
+            started = False
+        for unpublished in self.path.glob(f".{self.checkpoint.name}.*"):
+            shutil.rmtree(unpublished, ignore_errors=True)  # a kill left it
+        if not started:
+            (self.path / EVENTS_FILE).unlink(missing_ok=True)
+        self.work.mkdir(parents=True, exist_ok=True)
 
     def write_settings(self, command: str, identity: dict[str, Any]) -> None:
         """Publish settings.json: what a person typed, and all that the run depends on."""

@@ -22,7 +22,7 @@ from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.config import ExperimentConfig
 from claq_exp.distributed import ALONE, Ranks
-from claq_exp.errors import CheckpointError, telling_line
+from claq_exp.errors import telling_line
 from claq_exp.evaluation.caveats import tell_caveats
 from claq_exp.evaluation.divergence import Comparison
 from claq_exp.evaluation.measure import Measurement
@@ -50,10 +50,8 @@ from claq_exp.run_folder import (
     EVENTS_FILE,
     LAYERS_FILE,
     PICTURE_FILE,
-    RESULTS_FILE,
     RunFolder,
     run_identity,
-    unfinished_run_differs,
 )
 from claq_exp.sources.cache import fetch_log
 from claq_exp.sources.kept import code_of, kept_tensors
@@ -117,7 +115,7 @@ def run(
         if finished is not None and config.resume != "never":
             return Outcome(folder.path, finished, found=True)
         with folder.recorded():
-            _prepare(folder, config.resume, identity)
+            folder.prepare(config.resume, identity)
             say(
                 f"{plan.sizes.nominal:.2f} nominal / {plan.sizes.linear:.2f} linear bits planned; "
                 f"{folder.path}"
@@ -142,24 +140,6 @@ def run(
         shutil.rmtree(folder.work, ignore_errors=True)
         notes = [tracker.failure] if tracker and tracker.failure else []
         return Outcome(folder.path, results, found=False, notes=(*notes, *job.notes))
-
-
-def _prepare(folder: RunFolder, resume: str, identity: dict[str, Any]) -> None:
-    started = folder.work.is_dir()
-    if resume == "required" and not started:
-        differs = unfinished_run_differs(folder, identity)
-        near = f"; {differs}" if differs else ""
-        raise CheckpointError(f"resume=required, and {folder.path} holds no unfinished run{near}")
-    if resume == "never":
-        (folder.path / RESULTS_FILE).unlink(missing_ok=True)
-        shutil.rmtree(folder.checkpoint, ignore_errors=True)
-        shutil.rmtree(folder.work, ignore_errors=True)
-        started = False
-    for unpublished in folder.path.glob(f".{folder.checkpoint.name}.*"):
-        shutil.rmtree(unpublished, ignore_errors=True)  # a kill left it
-    if not started:
-        (folder.path / EVENTS_FILE).unlink(missing_ok=True)
-    folder.work.mkdir(parents=True, exist_ok=True)
 
 
 def _tracker(config: ExperimentConfig, folder: RunFolder) -> WandbTracker | None:
