@@ -226,17 +226,19 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     from claq_exp.models.skeleton import dense_parameter_shapes, tied_names
     from claq_exp.models.stored_types import fits_float16
 
+    named = folder / "source.gguf"  # transformers knows a GGUF file by this ending alone
+    named.symlink_to(gguf.resolve())
     place: dict[str, Any] = {
-        "pretrained_model_name_or_path": str(gguf.parent),
-        "gguf_file": gguf.name,
+        "pretrained_model_name_or_path": str(folder),
+        "gguf_file": named.name,
     }
     try:
         model = AutoModelForCausalLM.from_pretrained(**place, **_gguf_options())
         tokenizer = AutoTokenizer.from_pretrained(**place)
     except Exception as error:
-        raise SourceError(
-            f"{gguf} cannot be read as a GGUF model: {telling_line(error)}"
-        ) from error
+        reason = telling_line(error)
+        raise SourceError(f"{gguf} cannot be read as a GGUF model: {reason}") from error
+    named.unlink()
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     expected = dense_parameter_shapes(model.config)
