@@ -299,7 +299,7 @@ def _explain_option(error: Exception, overrides: list[str]) -> str:
         group, _, option = override.partition("=")
         if group in known and option not in known[group]:
             return f"{override}: no such option; there are: {', '.join(known[group])}"
-    return one_line(error)
+    return f"{' '.join(overrides)}: {one_line(error)}"
 
 
 def _explain_key(key: str, overrides: list[str]) -> str:

@@ -97,13 +97,28 @@ def heeds_interruptions() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let autograd begin, in a process that pretends a device, with that device there."""
+    wanted = any("pretend" in getattr(item, "fixturenames", ()) for item in session.items)
+    if wanted and not unpretended():
+        with pretend_device.in_use():
+            torch.ones(1, requires_grad=True).sum().backward()
+
+
+def unpretended() -> str:
+    """Return why no device can be pretended here, or nothing."""
+    if torch.accelerator.is_available():
+        return "a device that is there would be hidden by a pretended one"
+    if not hasattr(torch._C, "_acc"):
+        return "this release of torch has no backends in Python"
+    return ""
+
+
 @pytest.fixture
 def pretend() -> Iterator[str]:
     """A device beside the CPU, where there is no real one: see `pretend_device`."""
-    if torch.accelerator.is_available():
-        pytest.skip("a device that is there would be hidden by a pretended one")
-    if not hasattr(torch._C, "_acc"):
-        pytest.skip("this release of torch has no backends in Python")
+    if why := unpretended():
+        pytest.skip(why)
     with pretend_device.in_use() as name:
         yield name
 

@@ -75,7 +75,7 @@ WORDS = [
     (["+precision.foo=1"], ["precision=outlier_order", "'foo'", "target_bits, threshold"]),
     (["precision.target_bits=9"], ["precision.target_bits=9", "2 to 4"]),
     (["frobnicate"], ["'frobnicate'", "KEY=VALUE"]),
-    (["model.source=模型"], ["cannot be read as an override", "\"model.source='模型'\""]),
+    (["model.source=模型"], ["cannot be read as an override", "'model.source=\"模型\"'"]),
     (["--frobnicate"], ["'--frobnicate'", "--help"]),
     (["precision.target_bits=[1,"], ["'precision.target_bits=[1,'", "KEY=VALUE"]),
     (["a b=c d"], ["'a b=c d'", "KEY=VALUE"]),

@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import tiny_words
@@ -34,8 +35,9 @@ def tiny(tiny_model, text_file) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tiny, tmp_path_factory):
-    """A working directory with a default run, and codebooks as docs/bcq.md makes them."""
+    """A working directory with a default run, codebooks as docs/bcq.md makes them, own options."""
     folder = tmp_path_factory.mktemp("documents")
+    write_options(folder / "mine")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert main(shrunk([], tiny)) == 0
@@ -59,10 +61,27 @@ def test_every_command_of_the_docs_runs(command, place, tiny, monkeypatch, capfd
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.has_overrides], ids=str)
-def test_overrides_of_the_docs_compose_as_they_stand(command):
+def test_overrides_of_the_docs_compose_as_they_stand(command, tmp_path, monkeypatch):
+    from claq_exp.options import own_folders
     from claq_exp.sweep.grid import check_grid
+    from claq_exp.words import folders_of
 
-    assert check_grid([word for word in command.words if "=" in word]).jobs >= 1
+    monkeypatch.chdir(tmp_path)
+    write_options(tmp_path / "mine")
+    with own_folders(folders_of(list(command.words))):
+        assert check_grid([word for word in command.words if "=" in word]).jobs >= 1
+
+
+def write_options(folder: Path) -> None:
+    """Write the files of docs/sweeps.md, where each line is that of the file named before it."""
+    block = re.search(r"^    mine/\n((?:      .*\n)+)", (ROOT / "docs/sweeps.md").read_text(), re.M)
+    path = folder
+    for line in block[1].splitlines():
+        if named := line[6:33].strip():
+            path = folder / named
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(line[33:] + "\n")
 
 
 @pytest.mark.parametrize("words", INLINE)

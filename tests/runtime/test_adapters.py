@@ -18,7 +18,7 @@ from claq_exp.runtime.linear import QuantizedLinear, quantized_linears
 
 peft = pytest.importorskip("peft")
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.case(120)]
+pytestmark = [pytest.mark.case(120)]
 
 TOKENS = torch.arange(1, 25).reshape(2, 12)
 PROJECTIONS = ["q_proj", "v_proj", "down_proj"]

@@ -23,7 +23,7 @@ import claq_exp
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.runtime.linear import quantized_linears
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.case(119)]
+pytestmark = [pytest.mark.case(119)]
 
 TOKENS = torch.arange(1, 25).reshape(2, 12)
 MODELS = {

@@ -67,6 +67,7 @@ def test_all_that_belongs_is_fetched_from_the_hub_and_known_by_the_fingerprint(
     tmp_path, monkeypatch
 ):
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
     (tmp_path / "additional_chat_templates").mkdir()
     asked: list[str] = []
 
@@ -88,6 +89,7 @@ def test_templates_in_a_folder_come_along_when_weights_are_converted(tmp_path):
     (source / "additional_chat_templates").mkdir(parents=True)
     target.mkdir()
     (source / "additional_chat_templates" / "tools.jinja").write_text("x")
+    (source / "pytorch_model.bin").touch()
     copy_descriptions(source, target, ("additional_chat_templates/*.jinja",))
     assert (target / "additional_chat_templates" / "tools.jinja").read_text() == "x"
 
