@@ -299,6 +299,8 @@ def _explain_option(error: Exception, overrides: list[str]) -> str:
         group, _, option = override.partition("=")
         if group in known and option not in known[group]:
             return f"{override}: no such option; there are: {', '.join(known[group])}"
+        if not group or group == "hydra":
+            return f"'{override}' names no key; write GROUP=OPTION or GROUP.FIELD=VALUE"
     return f"{' '.join(overrides)}: {one_line(error)}"
 
 
