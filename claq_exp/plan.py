@@ -337,15 +337,13 @@ def plan_for(
     say: shows a line before something long.
     """
     from claq_exp.models.load import forward_dtype, look_at
-    from claq_exp.models.original import check_strictly
     from claq_exp.sources.cache import fetch_log
     from claq_exp.sources.model import model_folder
     from claq_exp.tracking.progress import noise_to
 
     with noise_to(fetch_log()):
         folder: Path = model_folder(config.model, weights=False, say=say)
-        original = look_at(folder, trust_remote_code=config.model.trust_remote_code)
-    if config.strict:
-        check_strictly(original)
+        remote = config.model.trust_remote_code
+        original = look_at(folder, trust_remote_code=remote, strict=config.strict)
     config = config.with_dtype(forward_dtype(config.model.dtype, original.config, device))
     return replace(make_plan(config, original.config, device), notes=tuple(original.remarks()))
