@@ -39,6 +39,7 @@ from claq_exp.models.load import forward_dtype, look_at, open_model, stored_dtyp
 from claq_exp.models.original import Original, check_strictly
 from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
 from claq_exp.models.stream import StreamedModel
+from claq_exp.models.towers import text_config
 from claq_exp.needs import check_needs
 from claq_exp.plan import HIDDEN_SHARE, Plan, make_plan
 from claq_exp.quantize.activation.rounding import Rounding, needs_text, settle_rounding
@@ -176,7 +177,7 @@ class _Job:
             self.tokens.tokenizer,
             self.tokens.corpora,
             self.device,
-            vocabulary=self.source.config.get_text_config().vocab_size,
+            vocabulary=text_config(self.source.config).vocab_size,
             streams=self.plan.needs.streams,
             on_event=self.events.event,
             on_share=self.progress.advance,
