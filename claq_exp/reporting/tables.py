@@ -107,9 +107,9 @@ def text_notes(results: dict[str, Any]) -> list[str]:
     notes = []
     for name, row in results.get("texts", {}).items():
         if skipped := row["records_skipped"]:
-            notes.append(f"{name}: {skipped:,} records whose text is null were skipped")
+            notes.append(f"{name}: records whose text is null were skipped: {skipped:,}")
         if damaged := row["characters_damaged"]:
-            notes.append(f"{name}: {damaged:,} characters of the text are damaged, or control ones")
+            notes.append(f"{name}: characters that are damaged, or control ones: {damaged:,}")
     return notes
 
 
