@@ -328,7 +328,8 @@ def _fetch(arguments: list[str]) -> int:
         for config in {reads_the_same(config): config for config in configs}.values():
             fetched = fetch(config, show, show)
             inputs |= dict.fromkeys(input_lines(fetched.inputs))
-            original = look_at(fetched.model, trust_remote_code=config.model.trust_remote_code)
+            remote = config.model.trust_remote_code
+            original = look_at(fetched.model, trust_remote_code=remote, strict=config.strict)
             remarks |= dict.fromkeys(original.remarks())
     for line in inputs:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -239,10 +239,9 @@ class ExperimentConfig:
     stream: read the model block by block while it is measured too, slower and in less memory; auto
         where it would not fit as a whole.
     check_resources: refuse to start where memory or disk are less than what is planned.
-    strict: fail at the first layer that cannot be quantized as asked (`claq_exp.fallbacks`: larger
-        damping, dead inputs, few tokens, rounding to nearest, ...), at the first score that is
-        worth less than it looks (`claq_exp.evaluation.caveats`), and for a model whose stored
-        tensors are not all in use.
+    strict: fail at the first layer that cannot be quantized as asked (`claq_exp.fallbacks`), at the
+        first score that is worth less than it looks (`claq_exp.evaluation.caveats`), and for a
+        model whose stored tensors are not all in use (`claq_exp.sources.notes`).
     outputs: folder of all runs, relative to the working directory.
     resume: auto (continue or start), required (never start over), never (start over).
     checkpoint: an existing checkpoint, for `claq-exp evaluate` and `claq-exp bench runtime`.

@@ -33,6 +33,7 @@ from claq_exp.models.dispatch import loaded
 from claq_exp.models.load import DTYPES, forward_dtype, load_config, load_tokenizer, open_model
 from claq_exp.models.skeleton import dense_parameter_count
 from claq_exp.models.stream import StreamedModel
+from claq_exp.models.towers import text_config
 from claq_exp.needs import GIB, wants_stream
 from claq_exp.reporting.results import (
     average_row,
@@ -185,7 +186,7 @@ def _named_original(subject: _Subject, recorded: Origin | None) -> tuple[_Origin
     """Return the model of the command line, and a line where it is not the quantized one."""
     original = _original(subject, subject.config.model, recorded)
     config = load_config(original.folder, trust_remote_code=original.model.trust_remote_code)
-    own, other = (c.get_text_config().vocab_size for c in (subject.model_config, config))
+    own, other = (text_config(c).vocab_size for c in (subject.model_config, config))
     if own != other:
         raise ConfigError(
             f"model.source '{original.model.source}' has a vocabulary of {other}, the checkpoint "
@@ -260,7 +261,7 @@ def _measure(
             subject.tokenizer,
             subject.corpora,
             subject.device,
-            vocabulary=subject.model_config.get_text_config().vocab_size,
+            vocabulary=text_config(subject.model_config).vocab_size,
             streams=subject.streams,
             on_event=lambda _kind, **_data: None,
             on_share=progress.advance,

@@ -23,6 +23,7 @@ from claq_exp.models.discover import find_blocks, linear_weight, linears_of
 from claq_exp.models.experts import expert_lists, place_among_experts
 from claq_exp.models.load import DTYPES, stored_dtype
 from claq_exp.models.skeleton import skeleton, tied_names
+from claq_exp.models.towers import text_config
 from claq_exp.needs import Linear, Needs, needs
 from claq_exp.needs import Sizes as NeededSizes
 from claq_exp.quantize.activation.rounding import expected_rounding
@@ -149,7 +150,7 @@ class _Mixture:
             for name in linears_of(block) if lists else ():
                 if place := place_among_experts(name, lists):
                     beside[f"{path}.{index}.{name}"] = len(lists[place.experts])
-        routed = getattr(model_config.get_text_config(), "num_experts_per_tok", None)
+        routed = getattr(text_config(model_config), "num_experts_per_tok", None)
         return _Mixture(beside, routed or max(beside.values(), default=1))
 
     def share(self, name: str) -> float:
@@ -233,7 +234,7 @@ class _ModelShape:
             block=max(counts),
             head=sum(p.numel() for p in last.parameters()) if last else 0,
             width=table.get_parameter("weight").shape[1],
-            vocabulary=config.get_text_config().vocab_size,
+            vocabulary=text_config(config).vocab_size,
             blocks=len(blocks),
             linears=tuple(linears),
         )
@@ -337,15 +338,13 @@ def plan_for(
     say: shows a line before something long.
     """
     from claq_exp.models.load import forward_dtype, look_at
-    from claq_exp.models.original import check_strictly
     from claq_exp.sources.cache import fetch_log
     from claq_exp.sources.model import model_folder
     from claq_exp.tracking.progress import noise_to
 
     with noise_to(fetch_log()):
         folder: Path = model_folder(config.model, weights=False, say=say)
-        original = look_at(folder, trust_remote_code=config.model.trust_remote_code)
-    if config.strict:
-        check_strictly(original)
+        remote = config.model.trust_remote_code
+        original = look_at(folder, trust_remote_code=remote, strict=config.strict)
     config = config.with_dtype(forward_dtype(config.model.dtype, original.config, device))
     return replace(make_plan(config, original.config, device), notes=tuple(original.remarks()))

@@ -39,6 +39,7 @@ from claq_exp.models.load import forward_dtype, look_at, open_model, stored_dtyp
 from claq_exp.models.original import Original, check_strictly
 from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
 from claq_exp.models.stream import StreamedModel
+from claq_exp.models.towers import text_config
 from claq_exp.needs import check_needs
 from claq_exp.plan import HIDDEN_SHARE, Plan, make_plan
 from claq_exp.quantize.activation.rounding import Rounding, needs_text, settle_rounding
@@ -95,17 +96,15 @@ def run(
     settle(config.seed, config.threads)
     with noise_to(fetch_log()):
         fetched = fetch(config, say=say)
-    original = look_at(fetched.model, trust_remote_code=config.model.trust_remote_code)
-    if config.strict:
-        check_strictly(original)
-    model_config = original.config
-    config = config.with_dtype(forward_dtype(config.model.dtype, model_config, device))
+    remote = config.model.trust_remote_code
+    original = look_at(fetched.model, trust_remote_code=remote, strict=config.strict)
+    config = config.with_dtype(forward_dtype(config.model.dtype, original.config, device))
     identity = run_identity(config, fetched.contents, __version__)
     folder = RunFolder.of(config, identity)
     finished = folder.results()
     if finished is not None and config.resume != "never":
         return Outcome(folder.path, finished, found=True)
-    plan = make_plan(config, model_config, device)
+    plan = make_plan(config, original.config, device)
     if config.check_resources:
         check_needs(plan.needs, device, folder.path.parent)
     with noise_to(fetch_log()):
@@ -116,14 +115,10 @@ def run(
             return Outcome(folder.path, finished, found=True)
         with folder.recorded():
             folder.prepare(config.resume, identity)
-            say(
-                f"{plan.sizes.nominal:.2f} nominal / {plan.sizes.linear:.2f} linear bits planned; "
-                f"{folder.path}"
-            )
+            bits = f"{plan.sizes.nominal:.2f} nominal / {plan.sizes.linear:.2f} linear bits planned"
+            say(f"{bits}; {folder.path}")
             folder.write_settings(command, identity)
-            tracker = _tracker(config, folder)
-            if tracker and tracker.failure:
-                say(tracker.failure)
+            tracker = _tracker(config, folder, say)
             with (
                 graceful() as interruption,
                 progress(plan.seconds) as bar,
@@ -142,10 +137,15 @@ def run(
         return Outcome(folder.path, results, found=False, notes=(*notes, *job.notes))
 
 
-def _tracker(config: ExperimentConfig, folder: RunFolder) -> WandbTracker | None:
+def _tracker(
+    config: ExperimentConfig, folder: RunFolder, say: Callable[[str], None]
+) -> WandbTracker | None:
     if config.tracking.name == "none":
         return None
-    return WandbTracker(config.tracking, folder.path, folder.path.name, config.as_dict())
+    tracker = WandbTracker(config.tracking, folder.path, folder.path.name, config.as_dict())
+    if tracker.failure:
+        say(tracker.failure)
+    return tracker
 
 
 @dataclass
@@ -177,7 +177,7 @@ class _Job:
             self.tokens.tokenizer,
             self.tokens.corpora,
             self.device,
-            vocabulary=self.source.config.get_text_config().vocab_size,
+            vocabulary=text_config(self.source.config).vocab_size,
             streams=self.plan.needs.streams,
             on_event=self.events.event,
             on_share=self.progress.advance,

@@ -24,5 +24,12 @@ def checkpoint_folder(folder: str | Path) -> Path:
         why = f" ({state.reason})" if state.reason else ""
         again = "" if state.name == FINISHED else "; the run's command goes on with it"
         raise ConfigError(f"'{path}' is a run without a checkpoint: it is {state.name}{why}{again}")
+    if not (chosen / "config.json").is_file() and (runs := _runs_in(path)):
+        raise ConfigError(f"'{path}' holds runs, {len(runs)} in all; name one, e.g. {runs[0]}")
     read_layouts(chosen)
     return chosen
+
+
+def _runs_in(path: Path) -> list[Path]:
+    """Return the runs with a checkpoint that a folder holds."""
+    return sorted(found.parent.parent for found in path.glob(f"*/{CHECKPOINT}/config.json"))

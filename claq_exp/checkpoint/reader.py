@@ -309,9 +309,11 @@ def _read_config(folder: Path, *, layers: int, trust: bool) -> PretrainedConfig:
     """Read config.json; `layers` tensors cannot make more decoder blocks."""
     from transformers import AutoConfig
 
+    from claq_exp.models.towers import text_config
+
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust)
     del config.quantization_config
-    blocks = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    blocks = getattr(text_config(config), "num_hidden_layers", 0)
     if blocks > layers:
         raise CheckpointError(f"config.json asks for {blocks} blocks, the weights hold fewer")
     return config

@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from claq_exp.errors import ConfigError
+from claq_exp.models.towers import text_config
 
 
 def context_length(wanted: int | str, model_config: PretrainedConfig) -> int:
@@ -34,7 +35,7 @@ def check_context(where: str, seqlen: int, model_config: PretrainedConfig) -> No
 
 def check_vocabulary(where: str, windows: Tensor, model_config: PretrainedConfig) -> None:
     """Raise ConfigError that names the key `where` when a token is none of the model's."""
-    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    size = getattr(text_config(model_config), "vocab_size", None)
     largest = int(windows.max())
     if size is not None and largest >= size:
         raise ConfigError(
@@ -44,4 +45,4 @@ def check_vocabulary(where: str, windows: Tensor, model_config: PretrainedConfig
 
 
 def _model_context(model_config: PretrainedConfig) -> int | None:
-    return getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    return getattr(text_config(model_config), "max_position_embeddings", None)

@@ -19,7 +19,7 @@ from claq_exp.errors import ConfigError, SourceError, telling_line
 from claq_exp.models.discover import LINEAR
 from claq_exp.models.experts import router_weights
 from claq_exp.models.flow import check_flow
-from claq_exp.models.original import Original, look, weights_of
+from claq_exp.models.original import Original, check_strictly, look, weights_of
 from claq_exp.models.skeleton import read_generation_config, skeleton
 from claq_exp.models.stored_types import check_held
 from claq_exp.models.stream import StreamedModel
@@ -33,12 +33,15 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     return _read(AutoConfig, folder, trust_remote_code=trust_remote_code)
 
 
-def look_at(folder: Path, *, trust_remote_code: bool = False) -> Original:
+def look_at(folder: Path, *, trust_remote_code: bool = False, strict: bool = False) -> Original:
     """Read config.json of an original model, and what its stored tensors say beside it.
 
-    Raises as `load_config` and `look`.
+    Raises as `load_config` and `look`, and where `strict` as `check_strictly`.
     """
-    return look(folder, load_config(folder, trust_remote_code=trust_remote_code))
+    original = look(folder, load_config(folder, trust_remote_code=trust_remote_code))
+    if strict:
+        check_strictly(original)
+    return original
 
 
 def load_model(

@@ -19,6 +19,7 @@ from claq_exp.errors import SourceError, telling_line
 from claq_exp.models.experts import split_experts
 from claq_exp.models.skeleton import skeleton, tied_names
 from claq_exp.models.stored_types import FLOATS, refuse_quantized
+from claq_exp.models.towers import text_config
 from claq_exp.models.unused import unused_tensors
 from claq_exp.models.weights import (
     Place,
@@ -132,7 +133,7 @@ def _stored_apart(tied: Mapping[str, str], places: Mapping[str, Place]) -> tuple
 
 def _untie(config: PretrainedConfig, folder: Path, untied: Collection[str]) -> PreTrainedModel:
     """Have a config say that parameters are not tied, and return its model."""
-    for part in (config, config.get_text_config()):
+    for part in (config, text_config(config)):
         if getattr(part, "tie_word_embeddings", False):
             part.tie_word_embeddings = False
     model = skeleton(config, split=False)

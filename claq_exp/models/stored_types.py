@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from claq_exp.checkpoint.shards import TensorSpan
 from claq_exp.errors import ConfigError, NumericalError
+from claq_exp.models.towers import text_config
 
 FLOATS = {
     "F16": torch.float16,
@@ -41,7 +42,7 @@ def refuse_quantized(
     names: of what is no whole number in the model.
     """
     give = "give the original model"
-    for part in (config, config.get_text_config()):
+    for part in (config, text_config(config)):
         if getattr(part, "quantization_config", None) or getattr(part, "compression_config", None):
             raise ConfigError(f"{folder} is already quantized; {give}")
     for name in stored:

@@ -13,6 +13,7 @@ from claq_exp.evaluation.caveats import caveats
 from claq_exp.evaluation.zero_shot import is_accuracy
 from claq_exp.fallbacks import fallback_notes
 from claq_exp.quantize.layout import ROW_GRID
+from claq_exp.reporting.cells import number
 from claq_exp.sources.notes import source_notes
 
 if TYPE_CHECKING:
@@ -61,19 +62,19 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     )
     for name, row in results["perplexity"].items():
         label = f"perplexity, {name} ({row['tokens']:,} tokens)"
-        rows.append((label, _number(row["original"], ".2f"), _number(row["quantized"], ".2f")))
+        rows.append((label, _number(row["original"], 2), _number(row["quantized"], 2)))
     for name, row in results.get("kl", {}).items():
         label = f"KL from original, {name} ({row['tokens']:,} tokens)"
-        rows.append((label, "", _number(row["mean"], ".4f")))
+        rows.append((label, "", _number(row["mean"], 4)))
     for name, row in results["zero_shot"].items():
         label = f"{name} {row['metric']} ({row['rows']:,} rows)"
-        style = (".1f", 100) if is_accuracy(row["metric"]) else (".2f", 1)
+        style = (1, 100) if is_accuracy(row["metric"]) else (2, 1)
         error = f" ± {_number(row['stderr'], *style)}" if row["stderr"] else ""
         rows.append(
             (label, _number(row["original"], *style), _number(row["quantized"], *style) + error)
         )
     if average := results.get("average_accuracy"):
-        before, after = (_number(average[key], ".1f", 100) for key in ("original", "quantized"))
+        before, after = (_number(average[key], 1, 100) for key in ("original", "quantized"))
         rows.append(("average accuracy", before, after))
     if layers := results.get("fallbacks", {}).get("layers"):
         rows.append(("layers with a fallback", "", f"{layers:,}"))
@@ -106,9 +107,9 @@ def text_notes(results: dict[str, Any]) -> list[str]:
     notes = []
     for name, row in results.get("texts", {}).items():
         if skipped := row["records_skipped"]:
-            notes.append(f"{name}: {skipped:,} records whose text is null were skipped")
+            notes.append(f"{name}: records whose text is null were skipped: {skipped:,}")
         if damaged := row["characters_damaged"]:
-            notes.append(f"{name}: {damaged:,} characters of the text are damaged, or control ones")
+            notes.append(f"{name}: characters that are damaged, or control ones: {damaged:,}")
     return notes
 
 
@@ -325,8 +326,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _number(value: float | None, form: str, factor: float = 1.0) -> str:
-    return "" if value is None else format(factor * value, form)
+def _number(value: float | None, digits: int, factor: float = 1.0) -> str:
+    return "" if value is None else number(factor * value, digits)
 
 
 def _megabytes(size: int) -> str:

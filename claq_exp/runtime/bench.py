@@ -20,6 +20,7 @@ from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.machine import choose_device, device_name, settle
 from claq_exp.models.load import forward_dtype, load_config
+from claq_exp.models.towers import text_config
 from claq_exp.runtime.kernels import DENSE, FASTEST, choose_kernel
 from claq_exp.runtime.linear import QuantizedLinear, quantized_linears
 from claq_exp.runtime.load import load_checkpoint
@@ -186,7 +187,7 @@ def _by_form(layers: Mapping[str, QuantizedLinear]) -> dict[str, list[QuantizedL
 
 @torch.inference_mode()
 def _generation_seconds(model: Any) -> float:
-    vocabulary = model.config.get_text_config().vocab_size
+    vocabulary = text_config(model.config).vocab_size
     prompt = torch.arange(PROMPT, device=model.device)[None] % vocabulary
     started = time.perf_counter()
     model.generate(

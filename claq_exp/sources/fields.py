@@ -101,7 +101,8 @@ def _conversation(value: list[Any], where: str) -> Conversation:
     """Return messages with role and content, as chat templates take them."""
     messages = []
     for own in value:
-        message = {key: part for key, part in own.items() if part is not None} if own else {}
+        parts = own.items() if isinstance(own, dict) else ()
+        message = {key: part for key, part in parts if part is not None}
         if "from" in message and "role" not in message:
             role = message.pop("from")
             message = {"role": ROLES.get(role, role), "content": message.pop("value", "")}

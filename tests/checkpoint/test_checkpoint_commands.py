@@ -292,3 +292,13 @@ def test_a_run_that_has_no_checkpoint_yet_says_how_it_stands(command, tmp_path, 
         assert main(["inspect", str(tmp_path)]) == 2
         line = complaint(capfd)
     assert "is a run without a checkpoint: it is failed (no room)" in line
+
+
+@pytest.mark.case(145)
+def test_the_folder_above_runs_names_one_of_them(tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name / "checkpoint").mkdir(parents=True)
+        (tmp_path / name / "checkpoint" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds runs, 2 in all; name one") as caught:
+        claq_exp.load(tmp_path)
+    assert str(caught.value).endswith(str(tmp_path / "a"))

@@ -101,7 +101,7 @@ def test_a_run_tells_which_tensors_it_left_out_and_strictly_refuses(
     assert source_events(tmp_path)[0]["unused_examples"] == [BIAS]
     assert main(run) == 0  # found finished, and still told
     assert f"left out, e.g. {BIAS}" in capfd.readouterr().out
-    for command in ([], ["plan"]):
+    for command in ([], ["plan"], ["fetch"]):
         assert main([*command, *run, "strict=true"]) == 1
         assert "strict=true, and 1 stored tensor has no place" in capfd.readouterr().err
 

@@ -9,14 +9,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertLMHeadModel, LlamaConfig, T5Config
+from transformers import (
+    BertConfig,
+    BertLMHeadModel,
+    EncodecConfig,
+    LlamaConfig,
+    MusicgenConfig,
+    MusicgenDecoderConfig,
+    T5Config,
+)
 
-from claq_exp.errors import ConfigError, SourceError
+from claq_exp.errors import ClaqError, ConfigError, SourceError
 from claq_exp.models.load import (
     forward_dtype,
     load_config,
     load_model,
     load_tokenizer,
+    look_at,
     stored_dtype,
     tokenize,
 )
@@ -113,6 +122,19 @@ def test_an_encoder_is_refused(tmp_path):
     BertLMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"\(bert\) is no causal language model.*decoder"):
         load_model(tmp_path, dtype="float32", device="cpu")
+
+
+@pytest.mark.case(53)
+def test_a_config_that_names_two_text_models_is_refused(tmp_path):
+    parts = {
+        "text_encoder": T5Config().to_dict(),
+        "audio_encoder": EncodecConfig().to_dict(),
+        "decoder": MusicgenDecoderConfig().to_dict(),
+    }
+    MusicgenConfig(**parts).save_pretrained(tmp_path)
+    with pytest.raises(ClaqError, match="its config names no text model: Multiple") as caught:
+        look_at(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_model_of_another_kind_is_refused_before_its_weights_are_there():

@@ -29,6 +29,15 @@ def test_what_was_not_measured_is_blank_in_the_table_of_a_run():
     assert rows[6] == ("piqa acc (200 rows)", "71.0", "65.5")
 
 
+def test_a_perplexity_of_nonsense_is_short_and_a_small_divergence_is_no_zero():
+    row = {**RESULTS["perplexity"]["words"], "quantized": 2.15e31}
+    rows = result_rows(
+        result({"perplexity.words": row, "kl": {"words": {"tokens": 9, "mean": 2e-5}}})
+    )
+    assert rows[4] == ("perplexity, words (12,345 tokens)", "20.00", "2.15e+31")
+    assert rows[5][2] == "2e-05"
+
+
 def test_a_divergence_is_blank_where_it_is_infinite_and_absent_in_older_results():
     infinite = {"words": {**KL["words"], "mean": None}}
     assert result_rows(result({"kl": infinite}))[5][2] == ""

@@ -42,8 +42,8 @@ def test_skipped_records_and_damaged_characters_are_in_results_events_and_notes(
     for _ in range(2):  # the second time the windows are those that were kept
         assert main([*tiny_run, *words, "resume=never"]) == 0
         output = capfd.readouterr().out
-        assert "Note: calibration: 1 records whose text is null were skipped" in output
-        assert "Note: corpora.wikipedia: 1 characters of the text are damaged" in output
+        assert "Note: calibration: records whose text is null were skipped: 1" in output
+        assert "Note: corpora.wikipedia: characters that are damaged, or control ones: 1" in output
         (folder,) = (tmp_path / "outputs" / "default").iterdir()
         assert json.loads((folder / "results.json").read_text())["texts"] == {
             "calibration": {"records_skipped": 1, "characters_damaged": 0},
@@ -54,7 +54,7 @@ def test_skipped_records_and_damaged_characters_are_in_results_events_and_notes(
         assert sorted(told) == [("calibration", 1, 0), ("corpora.wikipedia", 0, 1)]
     again = ["evaluate", *tiny_run, *words, f"checkpoint={folder / 'checkpoint'}"]
     assert main(again) == 0
-    assert "Note: corpora.wikipedia: 1 characters" in capfd.readouterr().out
+    assert "Note: corpora.wikipedia: characters that are damaged" in capfd.readouterr().out
 
 
 @pytest.fixture

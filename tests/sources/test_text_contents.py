@@ -278,3 +278,19 @@ def test_a_file_that_must_not_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(SourceError, match=r"a\.txt cannot be read: Permission denied$"):
         read_text(TextSource(path=str(path)))
+
+
+@pytest.mark.case(124)
+@pytest.mark.parametrize("form", ["lines", "array", "object", "strings"])
+def test_half_a_character_of_json_is_damaged_and_a_pair_is_one(form, tmp_path):
+    texts = ["cat \ud83d.", "cat \U0001f431."]  # dumped as escapes: a half alone, and two of one
+    records = texts if form == "strings" else [{"text": text} for text in texts]
+    content = {
+        "lines": "".join(json.dumps(record) + "\n" for record in records),
+        "object": json.dumps(records[0], indent=1),
+    }.get(form, json.dumps(records))
+    (tmp_path / "a.json").write_text(content, encoding="ascii")
+    losses = Losses()
+    documents = list(read_documents(TextSource(path=str(tmp_path / "a.json")), losses))
+    assert documents == ["cat \ufffd.", "cat \U0001f431."][: len(documents)]
+    assert losses == Losses(damaged=1)

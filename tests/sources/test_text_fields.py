@@ -219,3 +219,11 @@ def test_a_data_set_that_was_saved_to_disk_says_how_it_is_read(tmp_path):
     assert list(read_documents(text)) == DOCUMENTS
     line = line_of(TextSource(path=str(tmp_path / "saved"), files="*.txt"))
     assert "has no file that matches files=*.txt, but 3 .json, 1 .arrow" in line
+
+
+@pytest.mark.case(130)
+@pytest.mark.parametrize("message", ["a cat?", 3, None, ["user", "a cat?"]])
+def test_a_message_that_is_no_object_is_one_line(message, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"turns": [message]}]), encoding="utf-8")
+    line = line_of(TextSource(path=str(tmp_path / "a.json"), field="turns", chat=True))
+    assert "a.json record 1: a message of a conversation is neither {role, content} nor" in line
