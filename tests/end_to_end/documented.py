@@ -73,7 +73,7 @@ def few(words: list[str], most: int) -> list[str]:
         key, _, values = word.partition("=")
         given = values.split(",") if key != "-m" else [values]
         kept.append(f"{key}={','.join(given[:most])}" if values else word)
-        if key == "sweep":
+        if key == "sweep" and (ROOT / "sweeps" / f"{values}.yaml").is_file():
             params = yaml.safe_load((ROOT / "sweeps" / f"{values}.yaml").read_text())["hydra"]
             chosen = {other.partition("=")[0].lstrip("+") for other in words}
             for name, text in params["sweeper"]["params"].items():
@@ -93,3 +93,15 @@ def run(command: Command, tiny: list[str], values: int = 1) -> int:
     if command.is_sweep:
         rest = few(rest, values)
     return main([*shrunk(rest, tiny), *checkpoint])
+
+
+def write_options(folder: Path) -> None:
+    """Write the files of docs/sweeps.md, where each line is that of the file named before it."""
+    block = re.search(r"^    mine/\n((?:      .*\n)+)", (ROOT / "docs/sweeps.md").read_text(), re.M)
+    path = folder
+    for line in block[1].splitlines():
+        if named := line[6:33].strip():
+            path = folder / named
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(line[33:] + "\n")

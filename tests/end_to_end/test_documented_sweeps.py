@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import tiny_words
-from documented import DOCS, README, Command, commands_of, few, run, shrunk
+from documented import DOCS, README, Command, commands_of, few, run, shrunk, write_options
 
 from claq_exp.cli import main
 
@@ -49,6 +49,7 @@ def place(tiny, tmp_path_factory):
 def test_every_sweep_runs(command, place, tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(place if "name=budgets" in command.words else tmp_path)
     (tmp_path / "outputs").mkdir()
+    write_options(tmp_path / "mine")
     (tmp_path / "outputs" / "default").symlink_to(place / "outputs" / "default")
     assert run(command, tiny) == 0, capfd.readouterr().err
 

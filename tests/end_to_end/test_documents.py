@@ -9,11 +9,10 @@ import re
 import runpy
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import tiny_words
-from documented import DOCS, README, ROOT, commands_of, lines_of, run, shrunk
+from documented import DOCS, README, ROOT, commands_of, lines_of, run, shrunk, write_options
 
 from claq_exp.cli import main
 
@@ -70,18 +69,6 @@ def test_overrides_of_the_docs_compose_as_they_stand(command, tmp_path, monkeypa
     write_options(tmp_path / "mine")
     with own_folders(folders_of(list(command.words))):
         assert check_grid([word for word in command.words if "=" in word]).jobs >= 1
-
-
-def write_options(folder: Path) -> None:
-    """Write the files of docs/sweeps.md, where each line is that of the file named before it."""
-    block = re.search(r"^    mine/\n((?:      .*\n)+)", (ROOT / "docs/sweeps.md").read_text(), re.M)
-    path = folder
-    for line in block[1].splitlines():
-        if named := line[6:33].strip():
-            path = folder / named
-            path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a") as file:
-            file.write(line[33:] + "\n")
 
 
 @pytest.mark.parametrize("words", INLINE)

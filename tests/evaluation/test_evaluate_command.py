@@ -29,7 +29,7 @@ def no_picture():
 
 
 @pytest.fixture(scope="module")
-def words(tiny_model, text_file, tmp_path_factory, quick) -> list[str]:
+def words(tiny_model, text_file, tmp_path_factory, no_picture) -> list[str]:
     folder = tmp_path_factory.mktemp("evaluated")
     data = write_rows(folder / "rows.jsonl", made_rows("piqa", 3))
     return [
