@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from led_layers import assert_follows, recorded
 from quantized_models import Quantized, opened, quantized_model
 from tiny_architectures import ARCHITECTURES, Architecture, token_batches
 from torch import Tensor, nn
@@ -112,9 +113,7 @@ def test_a_written_checkpoint_loads_as_the_model_in_memory(case, tmp_path, tiny_
     loaded = load_model(tmp_path / "out")
     for key, tensor in case.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
-    with torch.inference_mode():
-        logits = loaded(BATCHES[0]).logits
-        torch.testing.assert_close(logits, case.model(BATCHES[0]).logits, rtol=1e-6, atol=1e-6)
+    assert_follows(loaded, recorded(case.model, case.result.packed, BATCHES[0]), BATCHES[0])
 
 
 def test_quantized_blocks_still_do_most_of_what_the_original_ones_did(case):
