@@ -1,11 +1,15 @@
-"""Running a model block by block on recorded inputs."""
+"""Running a model block by block on recorded inputs.
+
+Nothing here chooses between `no_grad`, `inference_mode` and gradients: callers do.  Only what is
+recorded is always of ordinary tensors without a history, so that a block can be trained on it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +17,21 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from claq_exp.models.stream import BlockedModel
 
+T = TypeVar("T")
+
 
 class StopForward(Exception):  # noqa: N818 - a signal, not an error
     """Raised by a hook to end a forward pass whose rest is not needed."""
 
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _recording(function: Callable[..., T]) -> Callable[..., T]:
+    """Have a function make ordinary tensors without a history, whatever the mode of its caller."""
+    without_history: Callable[..., T] = torch.no_grad()(function)
+    ordinary: Callable[..., T] = torch.inference_mode(False)(without_history)
+    return ordinary
 
 
 @dataclass
@@ -43,7 +56,7 @@ def capture_inputs(model: BlockedModel, batches: list[Tensor]) -> list[BlockInpu
     return inputs
 
 
-@torch.inference_mode()
+@_recording
 def block_arguments(model: BlockedModel, batches: list[Tensor]) -> list[BlockInputs]:
     """Record what each block gets besides hidden states, for every size of batch.
 
@@ -72,7 +85,7 @@ def _recorder(
 
     def record(*args: Any, **keyword: Any) -> Any:
         hidden = args[0] if args else keyword.pop("hidden_states")
-        inputs.arguments[size] = (args[1:], keyword)
+        inputs.arguments[size] = (_ordinary(args[1:]), _ordinary(keyword))
         inputs.dtype, inputs.device = hidden.dtype, hidden.device
         if last:
             raise StopForward
@@ -81,7 +94,18 @@ def _recorder(
     return record
 
 
-@torch.inference_mode()
+def _ordinary(value: Any) -> Any:
+    """Return an argument of a block with copies of the inference tensors that a model has kept."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if type(value) in (tuple, list):
+        return type(value)(map(_ordinary, value))
+    if type(value) is dict:
+        return {name: _ordinary(own) for name, own in value.items()}
+    return value
+
+
+@_recording
 def entering_hidden(model: BlockedModel, batches: list[Tensor]) -> Iterator[Tensor]:
     """Yield the hidden states that enter the first block: [batch, seqlen, width] of each batch."""
     found: list[Tensor] = []
@@ -97,7 +121,6 @@ def entering_hidden(model: BlockedModel, batches: list[Tensor]) -> Iterator[Tens
             yield found.pop()
 
 
-@torch.inference_mode()
 def first_output(model: BlockedModel, tokens: Tensor) -> Any:
     """Return what the first block gives for token ids [batch, seqlen]."""
     outputs: list[Any] = []
@@ -116,11 +139,11 @@ def first_output(model: BlockedModel, tokens: Tensor) -> Any:
 
 def _wrapper(model: BlockedModel, tokens: Tensor) -> Callable[[Tensor], Any]:
     """Return what makes a block's whole output of its hidden states."""
-    output = first_output(model, tokens[:1, :2])
+    with torch.no_grad():  # nothing but the form of the output is of use
+        output = first_output(model, tokens[:1, :2])
     return (lambda hidden: (hidden, *output[1:])) if isinstance(output, tuple) else lambda h: h
 
 
-@torch.inference_mode()
 def finish(model: BlockedModel, batches: list[Tensor], hidden: Iterable[Tensor]) -> Iterator[Any]:
     """Yield the model's output for each batch of token ids, given what leaves the last block."""
     wrap = _wrapper(model, batches[0])
@@ -144,7 +167,6 @@ def replaced(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Itera
             del block.forward
 
 
-@torch.inference_mode()
 def run_block(block: nn.Module, inputs: BlockInputs, batch: int) -> Tensor:
     """Run one batch through a block and return its hidden states [batch, seqlen, width]."""
     hidden = inputs.hidden[batch].to(device=inputs.device, dtype=inputs.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -90,6 +91,7 @@ def linear_weight(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
+@torch.no_grad()
 def find_stages(block: nn.Module, inputs: BlockInputs) -> list[Stage]:
     """Run a block on its first batch and group its linears by the tensor that they receive.
 

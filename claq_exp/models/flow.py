@@ -31,6 +31,7 @@ class _Call:
     given: Tensor | None
 
 
+@torch.no_grad()
 def check_flow(model: BlockedModel, name: str) -> None:
     """Raise ConfigError for a model that cannot be quantized block by block; name: of the model.
 
@@ -96,7 +97,6 @@ def _obstacles(
             yield f"block {call.block} does not take what block {call.block - 1} returns"
 
 
-@torch.inference_mode()
 def _calls(model: BlockedModel, tokens: Tensor, output: Any) -> list[_Call]:
     """Note how the model calls its blocks; each returns random numbers in the form of `output`."""
     calls: list[_Call] = []

@@ -214,6 +214,7 @@ class _Block:
         weight = unpack_weight(packed.layout, packed.tensors)
         self._weight(full_name.removeprefix(f"{self.path}.")).copy_(weight.dequantize())
 
+    @torch.no_grad()
     def outputs(self) -> Iterator[Tensor]:
         """Run every batch through the quantized block; hidden states in memory are used up."""
         hidden = self.inputs.hidden
@@ -225,7 +226,7 @@ class _Block:
                 hidden[batch] = hidden[batch].new_empty(0)
             yield output
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _accumulate(self, stage: Stage) -> dict[LinearGroup, HessianAccumulator]:
         """Run every batch once and sum up what enters each group of a stage."""
         found = {

@@ -132,7 +132,7 @@ class GroupHessian:
     share: float
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def block_hessians(
     block: nn.Module, inputs: BlockInputs, where: str
 ) -> tuple[list[Tensor], list[GroupHessian]]:
