@@ -9,16 +9,18 @@ from pathlib import Path
 
 from torch import Tensor
 
+from claq_exp.calibration.streams import HiddenForm
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.config import ExperimentConfig
 from claq_exp.distributed import Ranks
 from claq_exp.interruption import graceful
 from claq_exp.machine import choose_device, settle
 from claq_exp.models.load import open_model
-from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
+from claq_exp.models.quantize import Watcher, quantize_model
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.tracking.progress import noise_to
+from claq_exp.train.window import UNTUNED, Tune
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Quantization:
     store: BlockStore
     plans: Mapping[str, MatrixPlan]
     hidden_form: HiddenForm
+    tune: Tune = UNTUNED
 
     def take_part(self, ranks: Ranks) -> None:
         """Do this process' part; where it is asked to end, so that all end after the same group."""
@@ -61,6 +64,7 @@ class Quantization:
                 self.store,
                 plans=self.plans,
                 hidden_form=self.hidden_form,
+                tune=self.tune,
                 watcher=Watcher(stopping=lambda: interruption.asked),
                 strict=config.strict,
                 ranks=ranks,

@@ -25,6 +25,8 @@ from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.sources.model import NAME_LENGTH, ModelSource, source_name
 from claq_exp.sources.text import TextSource
 from claq_exp.tracking.limits import check_group_and_tags, check_project
+from claq_exp.train import TUNE
+from claq_exp.train.window import Tune
 
 FAMILIES: dict[str, dict[str, type]] = {
     "activation": ACTIVATION,
@@ -32,6 +34,7 @@ FAMILIES: dict[str, dict[str, type]] = {
     "precision": PRECISION,
     "reservation": RESERVATION,
     "solver": SOLVER,
+    "tune": TUNE,
 }
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 RESUME = ("auto", "required", "never")
@@ -255,6 +258,7 @@ class ExperimentConfig:
     reservation: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
     activation: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
+    tune: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
@@ -295,13 +299,18 @@ class ExperimentConfig:
 
         Raises ConfigError for an unknown name, field or value, or for strategies that do not match.
         """
-        families = FAMILIES.keys() - {"activation"}  # weights do not depend on it
+        families = FAMILIES.keys() - {"activation", "tune"}  # no matrix is coded by these
         return Recipe(**{family: _strategy(family, getattr(self, family)) for family in families})
 
     def activation_rule(self) -> Activation:
         """Build the rule for activations; raises as `recipe`."""
         rule: Activation = _strategy("activation", self.activation)
         return rule
+
+    def tuning(self) -> Tune:
+        """Build the rule for what is trained of a block; raises as `recipe`."""
+        tune: Tune = _strategy("tune", self.tune)
+        return tune
 
     def with_dtype(self, dtype: str) -> ExperimentConfig:
         """Return the same experiment with another `model.dtype`."""
@@ -322,6 +331,8 @@ class ExperimentConfig:
         parts.append(self.solver["name"])
         if self.activation["name"] != "none":
             parts.append(f"a_{self.activation['name']}{self.activation.get('bits', '')}")
+        if self.tune["name"] != "none":
+            parts.append(f"tune_{self.tune['name']}")
         return "-".join([re.sub(r"[^A-Za-z0-9._]+", "_", part) for part in parts])
 
     def as_dict(self) -> dict[str, Any]:
@@ -344,6 +355,7 @@ def config_from_omegaconf(composed: DictConfig) -> ExperimentConfig:
     assert isinstance(config, ExperimentConfig)
     config.recipe()
     config.activation_rule()
+    config.tuning()
     return config
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from claq_exp import __version__
 from claq_exp.assist import Quantization
+from claq_exp.calibration.streams import HiddenForm
 from claq_exp.checkpoint.allocation import load_allocation, save_allocation
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.store import BlockStore
@@ -37,7 +38,7 @@ from claq_exp.models.allocate import allocate_model
 from claq_exp.models.dispatch import loaded
 from claq_exp.models.load import forward_dtype, look_at, open_model, stored_dtype
 from claq_exp.models.original import Original, check_strictly
-from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
+from claq_exp.models.quantize import QUANTIZE, Watcher, quantize_model
 from claq_exp.models.stream import StreamedModel
 from claq_exp.models.towers import text_config
 from claq_exp.needs import check_needs
@@ -246,7 +247,8 @@ class _Job:
         reset_peak()
         hidden_form = self._hidden_form()
         recipe, converted = self.plan.recipe, self.folder.work / CONVERTED
-        for_others = (batches, recipe, store.follower(), plans, hidden_form)
+        tune = config.tuning()
+        for_others = (batches, recipe, store.follower(), plans, hidden_form, tune)
         self.ranks.tell(Quantization(config, self.fetched.model, converted, *for_others))
         watcher = Watcher(
             event=self._quantize_event,
@@ -261,11 +263,12 @@ class _Job:
                 store,
                 plans=plans,
                 hidden_form=hidden_form,
+                tune=tune,
                 watcher=watcher,
                 strict=config.strict,
                 ranks=self.ranks,
             )
-        report = store.report()
+        report = store.report(QUANTIZE)
         write_layers(self.folder.path / LAYERS_FILE, report)
         if (counts := count_fallbacks(report))["layers"]:
             self.events.event("fallbacks", **counts)

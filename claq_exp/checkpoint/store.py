@@ -1,12 +1,21 @@
-"""What a run in progress has quantized, for the same command to go on from."""
+"""What a run in progress has made, for the same command to go on from.
+
+A part of the store is what one stage of a run has published of one unit (a window of blocks, or the
+whole model): packed matrices, other tensors that changed, rows of reports.  Any unit may be
+published again, by its own stage or by a later one: the newest tensor of a name counts, and so does
+the newest row.  Beside the parts there are the hidden states that enter the block at hand, of each
+stream, and at most one snapshot of an optimizer.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,145 +30,272 @@ from claq_exp.quantize.layout import WeightLayout
 from claq_exp.sources.cache import sha256_of
 
 STATE_FILE = "state.json"
-STATE_VERSION = 2
+STATE_VERSION = 3
 OVER = "set resume=never to start over"
+WORD = re.compile(r"[a-z_]+")  # of a stage or a stream, which names files
+DENSE = "dense."  # before the name of a tensor that is no part of a packed matrix
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What the header of a part says.
+
+    layouts: name of a matrix -> its layout as JSON.  dense: names of other tensors.
+    """
+
+    layouts: Mapping[str, Any] = field(default_factory=dict)
+    dense: tuple[str, ...] = ()
+    report: tuple[Mapping[str, Any], ...] = ()
+
+    def keys(self) -> set[tuple[str, str]]:
+        """Return what a later part must hold so that nothing of this one counts any more."""
+        rows = (row["name"] for row in self.report)
+        kinds = {"packed": self.layouts, "dense": self.dense, "row": rows}
+        return {(kind, name) for kind, names in kinds.items() for name in names}
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file of the store, and what it must hash to."""
+
+    name: str
+    sha256: str
+
+    @staticmethod
+    def of(entry: Mapping[str, Any]) -> _File:
+        """Take it from state.json.  Raises ValueError for a name that leads elsewhere."""
+        name, digest = entry["name"], entry["sha256"]
+        if not isinstance(name, str) or Path(name).name != name or name == "..":
+            raise ValueError("it names files outside of its folder")
+        return _File(name, str(digest))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A file of finished linears: of which block, and what it must hash to."""
+    """What a stage has published of a unit.
 
-    block: int
-    name: str
-    sha256: str
+    unit: number of the first block of a window; None for the whole model.
+    """
+
+    stage: str
+    unit: int | None
+    file: _File
+    contents: _Contents = _Contents()
+
+    @staticmethod
+    def of(entry: Mapping[str, Any]) -> _Part:
+        """Take it from state.json, without its contents."""
+        stage, unit = entry["stage"], entry["unit"]
+        if not isinstance(stage, str) or not (unit is None or (type(unit) is int and unit >= 0)):
+            raise ValueError(f"it has a part of {stage} {unit}")
+        return _Part(stage, unit, _File.of(entry))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return its entry in state.json."""
+        return {"stage": self.stage, "unit": self.unit, **vars(self.file)}
+
+
+@dataclass(frozen=True)
+class _State:
+    """What state.json says.  hidden: stream -> what enters the block after the finished ones."""
+
+    blocks: int = 0
+    parts: tuple[_Part, ...] = ()
+    hidden: Mapping[str, _File] = field(default_factory=dict)
+    snapshot: _Part | None = None
+
+    @staticmethod
+    def of(data: Mapping[str, Any]) -> _State:
+        """Take it from state.json.  Raises KeyError, TypeError or ValueError for another form."""
+        blocks, snapshot = data["blocks"], data["snapshot"]
+        parts = tuple(_Part.of(entry) for entry in data["parts"])
+        units = {part.unit for part in parts}
+        if type(blocks) is not int or blocks < 0 or not units >= set(range(blocks)):
+            raise ValueError(f"{blocks} finished blocks do not fit parts of {len(units)}")
+        hidden = {stream: _File.of(entry) for stream, entry in data["hidden"].items()}
+        return _State(blocks, parts, hidden, None if snapshot is None else _Part.of(snapshot))
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of state.json."""
+        return {
+            "blocks": self.blocks,
+            "parts": [part.as_json() for part in self.parts],
+            "hidden": {stream: vars(file) for stream, file in self.hidden.items()},
+            "snapshot": None if self.snapshot is None else self.snapshot.as_json(),
+        }
+
+    def files(self) -> set[str]:
+        """Return the names of all files that count."""
+        parts = self.parts if self.snapshot is None else (*self.parts, self.snapshot)
+        return {part.file.name for part in parts} | {file.name for file in self.hidden.values()}
 
 
 class BlockStore:
-    """Packed weights and reports of finished linears, and the activations that enter a block.
+    """Parts, hidden states and a snapshot in a folder; see the module.
 
-    `state.json` alone says what is finished: it is replaced after the files that it names are on
-    disk, and a file whose sha256 differs is never used.
+    `state.json` alone says what counts: it is replaced after the files that it names are on disk.
+    No file that it names is written again, and a file whose sha256 differs is never used.
     """
 
     def __init__(self, folder: Path, identity: Mapping[str, str]) -> None:
         """Name a store.  identity: everything that must be the same to go on from it."""
         self._folder = folder
         self._identity = dict(identity)
-        self._blocks = 0
-        self._parts: list[_Part] = []
-        self._activations: dict[str, Any] | None = None
+        self._state = _State()
+        self._next: dict[str, _File] = {}  # hidden states that leave the block at hand
 
     @property
     def blocks(self) -> int:
         """Number of finished blocks."""
-        return self._blocks
+        return self._state.blocks
 
     def open(self, on_damage: Callable[[str], None] | None = None) -> None:
         """Read what is there.
 
-        on_damage: told of a file that is missing or is not what was written; blocks from that one
-        on count as not finished.  Raises CheckpointError when the store belongs to another
-        experiment or its state is damaged, and for any damage without `on_damage`.
+        on_damage: told of a file that is missing or is not what was written, and of a store of an
+        earlier release, which is removed.  Parts from the damaged one on do not count any more.
+        Raises CheckpointError when the store belongs to another experiment or its state is damaged,
+        and for any damage without `on_damage`.
         """
+        self._next = {}
         path = self._folder / STATE_FILE
         if not path.is_file():
             self._folder.mkdir(parents=True, exist_ok=True)
             return
         try:
-            state = read_json(path)
+            data = read_json(path)
         except CheckpointError as error:
             raise CheckpointError(f"{error}; {OVER}") from error
-        if state.get("version") != STATE_VERSION:
+        version = data.get("version")
+        if version in range(1, STATE_VERSION) and on_damage is not None:
+            self._check_identity(path, data.get("identity"))
+            self._start_over(on_damage, f"{path} is of an earlier release (store {version})")
+            return
+        if version != STATE_VERSION:
             raise CheckpointError(
-                f"{path} has version {state.get('version')}, this release reads {STATE_VERSION}; "
-                f"{OVER}"
+                f"{path} has version {version}, this release reads {STATE_VERSION}; {OVER}"
             )
-        self._check_identity(path, state.get("identity"))
+        self._check_identity(path, data.get("identity"))
         try:
-            self._blocks = int(state["blocks"])
-            self._parts = [_Part(p["block"], p["name"], p["sha256"]) for p in state["parts"]]
-            self._activations = state["activations"]
-            self._check_form()
-        except (KeyError, TypeError, ValueError) as error:
+            found = _State.of(data)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}; {OVER}") from error
-        self._drop_damaged(on_damage)
+        self._state = self._undamaged(found, on_damage)
+        if self._state.files() != found.files():
+            self._publish(self._state)
 
     def follower(self) -> BlockStore:
-        """Return the same store for another process, which reads and writes nothing."""
+        """Return the same store for another process, which writes nothing."""
         store = _Follower(self._folder, self._identity)
-        store._blocks, store._parts = self._blocks, list(self._parts)
-        store._activations = self._activations
+        store._state = self._state
         return store
 
     def clear(self) -> None:
         """Remove everything."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._state, self._next = _State(), {}
 
     def add(
-        self, block: int, packed: Mapping[str, PackedWeight], report: Sequence[Mapping[str, Any]]
+        self,
+        stage: str,
+        unit: int | None,
+        *,
+        packed: Mapping[str, PackedWeight] | None = None,
+        dense: Mapping[str, Tensor] | None = None,
+        report: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        """Add finished linears of the block at hand.
+        """Publish what a stage has made of a unit, or a part of it.
 
-        packed: name of each linear -> packed weight.  report: its rows of layers.csv.
+        packed: name of a matrix -> packed weight.  dense: name -> any other tensor of the model
+        that changed.  report: rows, each with the `name` of what it is about.
         """
-        number = sum(part.block == block for part in self._parts)
-        tensors = {
-            f"{name}.{suffix}": tensor
-            for name, weight in packed.items()
-            for suffix, tensor in weight.tensors.items()
-        }
+        packed, dense = packed or {}, dense or {}
+        tensors = {f"{DENSE}{name}": tensor for name, tensor in dense.items()}
+        for name, weight in packed.items():
+            tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in weight.tensors.items()}
         layouts = {name: weight.layout.to_json() for name, weight in packed.items()}
-        facts = {
-            "layouts": json.dumps(layouts),
-            "report": json.dumps(list(report), allow_nan=False),
-        }
-        name = f"block_{block:04d}_{number:02d}.safetensors"
-        digest = self._write(
-            name, lambda path: write_tensors(path, tensors, tensors.items(), facts)
-        )
-        self._publish(self._blocks, [*self._parts, _Part(block, name, digest)], self._activations)
+        contents = _Contents(layouts, tuple(dense), tuple(report))
+        file = self._write_tensors(_numbered(stage, unit), tensors, contents)
+        part = _Part(stage, unit, file, contents)
+        parts = (*self._left(stage, unit, contents), part)
+        snapshot = self._state.snapshot
+        if snapshot is not None and (snapshot.stage, snapshot.unit) == (stage, unit):
+            snapshot = None
+        self._publish(_State(self.blocks, parts, self._state.hidden, snapshot))
 
-    def begin_block(
-        self, index: int, activations: Iterable[Tensor], like: Mapping[str, Tensor]
-    ) -> None:
-        """Have `index` blocks finished, and keep what enters the next, batch by batch.
+    def keep_hidden(
+        self, stream: str, index: int, hidden: Iterable[Tensor], like: Mapping[str, Tensor]
+    ) -> Sequence[Tensor]:
+        """Write what enters block `index`, batch by batch; it counts from `begin_block` on.
 
-        like: batch number -> a tensor of its shape and type, on any device.
+        like: batch number -> a tensor of its shape and type, on any device.  Returns the batches,
+        which are read from the file as they are asked for.
         """
-        name = _activations_name(index)
-        numbered = ((str(batch), tensor) for batch, tensor in enumerate(activations))
+        name = self._hidden_name(stream, index)
+        numbered = ((str(batch), tensor) for batch, tensor in enumerate(hidden))
         digest = self._write(name, lambda path: write_tensors(path, like, numbered))
-        previous = self._activations
-        entering = {"block": index, "name": name, "sha256": digest}
-        self._publish(index, self._parts, entering)
-        if previous and previous["name"] != name:
-            (self._folder / previous["name"]).unlink(missing_ok=True)
+        self._next[stream] = _File(name, digest)
+        return _Batches(self._folder / name)
 
-    def packed(self, block: int | None = None) -> dict[str, PackedWeight]:
-        """Return name -> packed weight of all finished linears, or those of one block.
+    def begin_block(self, index: int) -> None:
+        """Have `index` blocks finished; what was kept of the streams enters the next."""
+        entering, self._next = self._next, {}
+        self._publish(_State(index, self._state.parts, entering, self._state.snapshot))
+
+    def hidden(self, stream: str) -> Sequence[Tensor] | None:
+        """Return what enters the block at hand, read batch by batch; None where nothing is kept."""
+        file = self._state.hidden.get(stream)
+        return None if file is None else _Batches(self._folder / file.name)
+
+    def has(self, stage: str, unit: int | None) -> bool:
+        """Tell whether a stage has published anything of a unit."""
+        return any((part.stage, part.unit) == (stage, unit) for part in self._state.parts)
+
+    def packed(self, within: str = "") -> dict[str, PackedWeight]:
+        """Return name -> packed weight, of names that begin with `within`.
 
         Tensors are read from their files when they are asked for.
         """
         found: dict[str, PackedWeight] = {}
-        for part in self._parts:
-            if block is None or part.block == block:
-                path = self._folder / part.name
-                for name, data in json.loads(_facts(path)["layouts"]).items():
+        for part in self._state.parts:
+            for name, data in part.contents.layouts.items():
+                if name.startswith(within):
                     layout = WeightLayout.from_json(data)
-                    tensors = _FileTensors(path, f"{name}.", tuple(layout.stored_tensors()))
+                    names = tuple(layout.stored_tensors())
+                    tensors = _FileTensors(self._folder / part.file.name, f"{name}.", names)
                     found[name] = PackedWeight(layout, tensors)
         return found
 
-    def report(self) -> list[dict[str, Any]]:
-        """Return the report rows of all finished linears."""
-        facts = (_facts(self._folder / part.name) for part in self._parts)
-        return [row for found in facts for row in json.loads(found["report"])]
+    def dense(self) -> dict[str, Tensor]:
+        """Return name -> tensor of all that changed beside packed matrices."""
+        places = {name: part for part in self._state.parts for name in part.contents.dense}
+        return {
+            name: _FileTensors(self._folder / part.file.name, DENSE, (name,))[name]
+            for name, part in places.items()
+        }
 
-    def activations(self) -> Sequence[Tensor] | None:
-        """Return the hidden states that enter the block at hand, read batch by batch; or None."""
-        if self._activations is None:
+    def report(self, stage: str) -> list[dict[str, Any]]:
+        """Return the rows of a stage, one for each name."""
+        parts = (part for part in self._state.parts if part.stage == stage)
+        return list({row["name"]: dict(row) for p in parts for row in p.contents.report}.values())
+
+    def save_snapshot(self, stage: str, unit: int | None, tensors: Mapping[str, Tensor]) -> None:
+        """Keep how far a stage has come with a unit, in place of the snapshot before.
+
+        It is gone once the stage has published the unit.
+        """
+        file = self._write_tensors(_numbered(f"snapshot_{stage}", unit), tensors, _Contents())
+        state = self._state
+        snapshot = _Part(stage, unit, file)
+        self._publish(_State(state.blocks, state.parts, state.hidden, snapshot))
+
+    def snapshot(self, stage: str, unit: int | None) -> dict[str, Tensor] | None:
+        """Return what a stage has kept of a unit that it has begun, or None."""
+        found = self._state.snapshot
+        if found is None or (found.stage, found.unit) != (stage, unit):
             return None
-        return _Batches(self._folder / self._activations["name"])
+        with safe_open(self._folder / found.file.name, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def _check_identity(self, path: Path, identity: Any) -> None:
         stored = identity if isinstance(identity, dict) else {}
@@ -168,42 +304,75 @@ class BlockStore:
             if there != here:
                 raise CheckpointError(f"{path} has {key} {there}, this run {here}; {OVER}")
 
-    def _check_form(self) -> None:
-        names = [part.name for part in self._parts]
-        if self._activations is not None:
-            names += [self._activations["name"], self._activations["sha256"]]
-        blocks = [part.block for part in self._parts]
-        if any(type(name) is not str or Path(name).name != name or name == ".." for name in names):
-            raise ValueError("it names files outside of its folder")
-        if blocks != sorted(blocks) or not 0 <= self._blocks <= len(set(blocks)):
-            raise ValueError(
-                f"{self._blocks} finished blocks do not fit parts of {sorted(set(blocks))}"
-            )
+    def _start_over(self, on_damage: Callable[[str], None], why: str) -> None:
+        self.clear()
+        self._folder.mkdir(parents=True)
+        on_damage(why)
 
-    def _drop_damaged(self, on_damage: Callable[[str], None] | None) -> None:
-        for number, part in enumerate(self._parts):
-            if self._damaged(part.name, part.sha256, on_damage):
-                self._parts = self._parts[:number]
-                self._blocks = min(self._blocks, part.block)
+    def _undamaged(self, state: _State, on_damage: Callable[[str], None] | None) -> _State:
+        """Return what can be used of a state, with the contents of its parts."""
+        kept: list[_Part] = []
+        for part in state.parts:
+            if self._damaged(part.file, on_damage):
                 break
-        entering = self._activations
-        if entering is not None and (
-            entering.get("block") != self._blocks
-            or self._damaged(entering["name"], entering["sha256"], on_damage)
-        ):
-            self._activations = None
-        if self._activations is None:
-            self._blocks = 0  # what enters the next block is computed through the finished ones
+            contents = _contents(self._folder / part.file.name)
+            kept.append(_Part(part.stage, part.unit, part.file, contents))
+        lost = [part.unit for part in state.parts[len(kept) :] if part.unit is not None]
+        whole = all(unit >= state.blocks for unit in lost) and not any(
+            self._damaged(file, on_damage) for file in state.hidden.values()
+        )
+        # without what enters the next block, it is computed through the finished ones
+        blocks, hidden = (state.blocks, state.hidden) if whole and state.hidden else (0, {})
+        snapshot = state.snapshot
+        if snapshot is not None and self._damaged(snapshot.file, on_damage):
+            snapshot = None
+        return _State(blocks, tuple(kept), hidden, snapshot)
 
-    def _damaged(self, name: str, digest: str, on_damage: Callable[[str], None] | None) -> bool:
-        path = self._folder / name
-        if path.is_file() and sha256_of(path) == digest:
+    def _damaged(self, file: _File, on_damage: Callable[[str], None] | None) -> bool:
+        path = self._folder / file.name
+        if path.is_file() and sha256_of(path) == file.sha256:
             return False
         message = f"{path} is missing or not the file that was written"
         if on_damage is None:
             raise CheckpointError(f"{message}; {OVER}")
         on_damage(message)
         return True
+
+    def _left(self, stage: str, unit: int | None, new: _Contents) -> list[_Part]:
+        """Return the parts of which something counts beside a new one of a stage and unit.
+
+        What another stage has published stays: it is what is gone back to where the new part is
+        damaged.
+        """
+        keys, left = new.keys(), []
+        for part in reversed(self._state.parts):
+            own = (part.stage, part.unit) == (stage, unit)
+            if own and part.contents.keys() <= keys:
+                continue
+            keys |= part.contents.keys() if own else set()
+            left.append(part)
+        return left[::-1]
+
+    def _hidden_name(self, stream: str, index: int) -> str:
+        name = f"{stream}_{index:04d}.safetensors"
+        counts = name in {file.name for file in self._state.hidden.values()}
+        return f"{stream}_{index:04d}_again.safetensors" if counts else name
+
+    def _write_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], contents: _Contents
+    ) -> _File:
+        facts = {
+            "layouts": json.dumps(contents.layouts),
+            "dense": json.dumps(contents.dense),
+            "report": json.dumps(contents.report, allow_nan=False),
+        }
+        taken = self._state.files()
+        names = (f"{name}_{number:02d}.safetensors" for number in range(len(taken) + 1))
+        free = next(name for name in names if name not in taken)
+        digest = self._write(
+            free, lambda path: write_tensors(path, tensors, tensors.items(), facts)
+        )
+        return _File(free, digest)
 
     def _write(self, name: str, write: Callable[[Path], None]) -> str:
         """Write a file beside its place, sync it, rename it; return its sha256."""
@@ -217,33 +386,45 @@ class BlockStore:
         sync_folder(self._folder)
         return digest
 
-    def _publish(self, blocks: int, parts: list[_Part], activations: dict[str, Any] | None) -> None:
-        state = {
-            "version": STATE_VERSION,
-            "identity": self._identity,
-            "blocks": blocks,
-            "parts": [vars(part) for part in parts],
-            "activations": activations,
-        }
-        write_json(self._folder / STATE_FILE, state)
-        self._blocks, self._parts, self._activations = blocks, parts, activations
+    def _publish(self, state: _State) -> None:
+        """Have a state count, and remove what does not."""
+        about = {"version": STATE_VERSION, "identity": self._identity}
+        write_json(self._folder / STATE_FILE, {**about, **state.as_json()})
+        self._state = state
+        kept = state.files() | {file.name for file in self._next.values()}
+        for path in self._folder.glob("*.safetensors"):
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
 
 
 class _Follower(BlockStore):
     """A store that another process writes, in step with this one."""
 
     def add(
-        self, block: int, packed: Mapping[str, PackedWeight], report: Sequence[Mapping[str, Any]]
+        self,
+        stage: str,
+        unit: int | None,
+        *,
+        packed: Mapping[str, PackedWeight] | None = None,
+        dense: Mapping[str, Tensor] | None = None,
+        report: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Leave it to the process that writes."""
 
-    def begin_block(
-        self, index: int, activations: Iterable[Tensor], like: Mapping[str, Tensor]
-    ) -> None:
-        """Have `activations` made, for the process that writes."""
-        for _ in activations:
+    def keep_hidden(
+        self, stream: str, index: int, hidden: Iterable[Tensor], like: Mapping[str, Tensor]
+    ) -> Sequence[Tensor]:
+        """Have `hidden` made, for the process that writes."""
+        for _ in hidden:
             pass
-        self._blocks, self._activations = index, {"name": _activations_name(index)}
+        self._next[stream] = _File(self._hidden_name(stream, index), "")
+        return _Batches(self._folder / self._next[stream].name)
+
+    def save_snapshot(self, stage: str, unit: int | None, tensors: Mapping[str, Tensor]) -> None:
+        """Leave it to the process that writes."""
+
+    def _publish(self, state: _State) -> None:
+        self._state = state
 
 
 class _FileTensors(Mapping[str, Tensor]):
@@ -265,12 +446,10 @@ class _FileTensors(Mapping[str, Tensor]):
 
 
 class _Batches(Sequence[Tensor]):
-    """The batches of a file of activations, mapped."""
+    """The batches of a file of hidden states, mapped."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with safe_open(path, framework="pt") as file:
-            self._count = len(list(file.keys()))
 
     def __getitem__(self, batch: Any) -> Any:
         with safe_open(self._path, framework="pt") as file:
@@ -279,14 +458,24 @@ class _Batches(Sequence[Tensor]):
     def __len__(self) -> int:
         return self._count
 
+    @cached_property
+    def _count(self) -> int:
+        with safe_open(self._path, framework="pt") as file:
+            return len(list(file.keys()))
 
-def _activations_name(index: int) -> str:
-    return f"activations_{index:04d}.safetensors"
+
+def _numbered(stage: str, unit: int | None) -> str:
+    """Return how the name of a part's file begins."""
+    if not WORD.fullmatch(stage):
+        raise ValueError(f"a stage is called by small letters, not '{stage}'")
+    return f"{stage}_model" if unit is None else f"{stage}_{unit:04d}"
 
 
-def _facts(path: Path) -> dict[str, str]:
+def _contents(path: Path) -> _Contents:
     try:
         with safe_open(path, framework="pt") as file:
-            return dict(file.metadata() or {})
+            facts = dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
+    layouts, dense, report = (json.loads(facts[key]) for key in ("layouts", "dense", "report"))
+    return _Contents(layouts, tuple(dense), tuple(report))

@@ -87,7 +87,7 @@ def open_model(
     weights = weights_of(original, work, trust_remote_code=trust_remote_code)
     whole = skeleton(original.config, DTYPES[dtype])
     read_generation_config(whole, folder)
-    model = StreamedModel(whole, weights, device, blocks_path)
+    model = StreamedModel(whole, weights, device, blocks_path, stored_dtype(original.config))
     if check:
         original = replace(original, too_small=_check_numbers(model, weights, original, dtype))
     found(original)

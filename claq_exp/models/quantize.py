@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from claq_exp.calibration.hessian import HessianAccumulator
+from claq_exp.calibration.streams import (
+    AS_COMPUTED,
+    STUDENT,
+    TEACHER,
+    HiddenForm,
+    Streams,
+    streams_for,
+)
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.distributed import ALONE, Ranks, owners
-from claq_exp.errors import CalibrationError
 from claq_exp.fallbacks import refuse_fallbacks
 from claq_exp.heap import trim
 from claq_exp.interruption import Interrupted
 from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden, feed, run_block
-from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_weight
+from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_weight, linears_of
+from claq_exp.models.overlay import Overlay
 from claq_exp.models.solve import report_row, solve_hessian
 from claq_exp.models.stream import BlockedModel
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.quantized import unpack_weight
 from claq_exp.quantize.recipe import Recipe
+from claq_exp.train.window import UNTUNED, Tune, Window
 
+QUANTIZE, TUNING = "quantize", "tune"  # stages of the store
 PUBLISH_SECONDS = 5.0  # of solving that a kill may cost, where a group does not take longer
 
 
@@ -34,7 +43,8 @@ PUBLISH_SECONDS = 5.0  # of solving that a kill may cost, where a group does not
 class Watcher:
     """Who follows a quantization.
 
-    event: called with ("layer", report row) and ("block", seconds by kind of work).
+    event: called with ("layer", report row), ("tune", what was trained of a block) and ("block",
+    seconds by kind of work).
     share: called with (share of all work just done, where).
     stopping: asked after each group of linears whether to stop there.
     """
@@ -44,59 +54,6 @@ class Watcher:
     stopping: Callable[[], bool] = lambda: False
 
 
-@dataclass(frozen=True)
-class HiddenForm:
-    """How hidden states are kept between blocks.
-
-    dtype: None for that of the forward passes.  on_disk: read them from the store's file.
-    """
-
-    dtype: torch.dtype | None = None
-    on_disk: bool = False
-
-    def keep(
-        self,
-        entering: Iterable[Tensor],
-        index: int,
-        batches: list[Tensor],
-        store: BlockStore,
-        ranks: Ranks = ALONE,
-    ) -> Sequence[Tensor]:
-        """Publish what enters block `index`, and return what of it is this rank's.
-
-        entering: [batch, seqlen, width] of each of this rank's batches.
-        Raises CalibrationError when a value does not fit the type.
-        """
-        kept: list[Tensor] = []
-
-        def noted() -> Iterator[Tensor]:
-            for hidden in entering:
-                cast = self._cast(hidden, index)
-                if not self.on_disk:
-                    kept.append(cast)
-                yield cast
-
-        states = ranks.in_order(noted(), len(batches))
-        first = next(states, None)  # there is none on other ranks than the first
-        like = {
-            str(number): first.new_empty(*batch.shape, first.shape[-1], device="meta")
-            for number, batch in enumerate(batches)
-            if first is not None
-        }
-        store.begin_block(index, chain(() if first is None else (first,), states), like)
-        ranks.wait()  # for what the first has published
-        return _own(store.activations() or (), ranks) if self.on_disk else kept
-
-    def _cast(self, hidden: Tensor, index: int) -> Tensor:
-        cast = hidden.to(self.dtype or hidden.dtype)
-        if cast.dtype != hidden.dtype and not torch.isfinite(cast).all():
-            raise CalibrationError(
-                f"hidden states up to {hidden.abs().max().item():.3g} enter block {index}, beyond "
-                f"{self.dtype}; set calibration.keep_in=bfloat16 or float32"
-            )
-        return cast
-
-
 def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quantized
     model: BlockedModel,
     batches: list[Tensor],
@@ -104,67 +61,69 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     store: BlockStore,
     *,
     plans: Mapping[str, MatrixPlan] | None = None,
-    hidden_form: HiddenForm = HiddenForm(),
+    hidden_form: HiddenForm = AS_COMPUTED,
+    tune: Tune = UNTUNED,
     watcher: Watcher = Watcher(),
     strict: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Quantize all linear layers of all decoder blocks into a store.
+    """Quantize all linear layers of all decoder blocks into a store, and train what `tune` says.
 
     One block is in memory at a time, and what enters it; what the store holds is taken over.
-    Several ranks share the batches, and solve linears side by side; all call this, and the others
-    than the first with a `follower` of its store.
+    Several ranks share the batches, and solve linears side by side; every rank calls this, and
+    ranks > 0 pass a `follower` of the first one's store.
     batches: token ids [batch, seqlen], all of one length.  store: open.
     plans: name of a linear -> what an allocation over the whole model decided of it.
     strict: raise NumericalError at the first layer with a fallback, see `claq_exp.fallbacks`.
     Raises Interrupted once the group is in the store at which `watcher` wants to stop.
     """
     inputs = block_arguments(model, batches)
-    hidden: Sequence[Tensor]
-    entering = store.activations()
-    if entering is None:
-        own = entering_hidden(model, ranks.share(batches))
-        hidden = hidden_form.keep(own, 0, batches, store, ranks)
-    else:
-        hidden = _own(entering, ranks)
-        hidden = hidden if hidden_form.on_disk else [t.to(model.device) for t in hidden]
+    model.overlay.update(store.dense())
+    streams = Streams(streams_for(tune.wants), batches, store, hidden_form, ranks)
+    streams.start(lambda own: entering_hidden(model, own), model.device)
     share = 1 / len(model.blocks)
-    if store.blocks:
-        watcher.share(store.blocks * share, f"after block {store.blocks - 1}")
-    for index in range(store.blocks, len(model.blocks)):
-        inputs[index].hidden = hidden
-        with model.block(index) as module:
+    if streams.block:
+        watcher.share(streams.block * share, f"after block {streams.block - 1}")
+    for index in range(streams.block, len(model.blocks)):
+        path, seconds = f"{model.path}.{index}", {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
+        if TEACHER in streams.names:
+            inputs[index].hidden = streams.entering(TEACHER)
+            with model.block(index, original=True) as module:
+                streams.keep(TEACHER, _outputs(module, inputs[index], seconds))
+        inputs[index].hidden = streams.entering(STUDENT)
+        packed = {f"{path}.{name}.weight" for name in linears_of(model.blocks[index])}
+        with model.block(index, packed=packed) as module:
             block = _Block(
-                module,
-                inputs[index],
-                f"{model.path}.{index}",
-                index,
-                recipe,
-                plans or {},
-                strict,
-                ranks,
+                module, inputs[index], path, index, recipe, plans or {}, strict, ranks, seconds
             )
             block.quantize(store, watcher, share)
-            hidden = hidden_form.keep(block.outputs(), index + 1, batches, store, ranks)
+            if TEACHER in streams.names:
+                window = Window(
+                    module,
+                    inputs[index],
+                    streams.leaving(TEACHER),
+                    len(batches),
+                    model.overlay.rounded,
+                    ranks,
+                )
+                block.tune(tune, window, store, model.overlay, watcher)
+            streams.keep(STUDENT, _outputs(module, inputs[index], seconds))
+        streams.advance()
         inputs[index] = BlockInputs()
-        watcher.event("block", {"block": index, **block.seconds})
+        watcher.event("block", {"block": index, **seconds})
 
 
-class _Own(Sequence[Tensor]):
-    """The part of a sequence that is a rank's, read as it is asked for."""
-
-    def __init__(self, everything: Sequence[Tensor], places: Sequence[int]) -> None:
-        self._everything, self._places = everything, places
-
-    def __getitem__(self, batch: Any) -> Any:
-        return self._everything[self._places[batch]]
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-
-def _own(everything: Sequence[Tensor], ranks: Ranks) -> Sequence[Tensor]:
-    return _Own(everything, ranks.share(range(len(everything))))
+@torch.no_grad()
+def _outputs(module: nn.Module, inputs: BlockInputs, seconds: dict[str, float]) -> Iterator[Tensor]:
+    """Run every batch through a block; hidden states in memory are used up."""
+    hidden = inputs.hidden
+    for batch in range(len(hidden)):
+        started = time.perf_counter()
+        output = run_block(module, inputs, batch)
+        seconds["calibrate"] += time.perf_counter() - started
+        if isinstance(hidden, list):
+            hidden[batch] = hidden[batch].new_empty(0)
+        yield output
 
 
 @dataclass
@@ -179,13 +138,11 @@ class _Block:
     plans: Mapping[str, MatrixPlan]
     strict: bool
     ranks: Ranks
-    seconds: dict[str, float] = field(
-        default_factory=lambda: {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
-    )
+    seconds: dict[str, float]
 
     def quantize(self, store: BlockStore, watcher: Watcher, share: float) -> None:
         """Quantize what the store does not hold yet of the block, and take over what it does."""
-        done = store.packed(self.index)
+        done = store.packed(f"{self.path}.")
         for full_name, packed in done.items():
             self._take_over(full_name, packed)
         found_here = find_stages(self.module, self.inputs) if self.ranks.is_first else []
@@ -214,17 +171,24 @@ class _Block:
         weight = unpack_weight(packed.layout, packed.tensors)
         self._weight(full_name.removeprefix(f"{self.path}.")).copy_(weight.dequantize())
 
-    @torch.no_grad()
-    def outputs(self) -> Iterator[Tensor]:
-        """Run every batch through the quantized block; hidden states in memory are used up."""
-        hidden = self.inputs.hidden
-        for batch in range(len(hidden)):
-            started = time.perf_counter()
-            output = run_block(self.module, self.inputs, batch)
-            self.seconds["calibrate"] += time.perf_counter() - started
-            if isinstance(hidden, list):
-                hidden[batch] = hidden[batch].new_empty(0)
-            yield output
+    def tune(
+        self, strategy: Tune, window: Window, store: BlockStore, overlay: Overlay, watcher: Watcher
+    ) -> None:
+        """Train the block, unless an earlier try has; what it changes is in the store then."""
+        if self.ranks.tell(store.has(TUNING, self.index)):
+            return
+        started = time.perf_counter()
+        tuned = strategy.run(window)
+        dense: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for name, value in tuned.changed.items():
+                full_name = f"{self.path}.{name}"
+                dense[full_name] = overlay.change(full_name, value)
+                self.module.get_parameter(name).copy_(dense[full_name])
+        row = {"block": self.index, "name": self.path, **tuned.report}
+        store.add(TUNING, self.index, dense=dense, report=[row])
+        self.seconds["tune"] = time.perf_counter() - started
+        watcher.event("tune", row)
 
     @torch.no_grad()
     def _accumulate(self, stage: Stage) -> dict[LinearGroup, HessianAccumulator]:
@@ -342,5 +306,5 @@ class _Pending:
     def publish(self, *, now: bool) -> None:
         """Bring them into the store, now or when it is time to."""
         if self.packed and (now or time.monotonic() - self.since > PUBLISH_SECONDS):
-            self.store.add(self.block, self.packed, self.report)
+            self.store.add(QUANTIZE, self.block, packed=self.packed, report=self.report)
             self.packed, self.report, self.since = {}, [], time.monotonic()

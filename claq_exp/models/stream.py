@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from claq_exp.models.discover import find_blocks
+from claq_exp.models.overlay import Overlay
 from claq_exp.models.skeleton import tied_names
 from claq_exp.models.towers import other_towers
 from claq_exp.models.weights import Weights
@@ -20,15 +21,23 @@ class BlockedModel(Protocol):
     """A causal language model whose decoder blocks are there one at a time.
 
     model: the whole, to be called only inside `outside`.  path: name of the list of its blocks.
+    overlay: what of it is changed.
     """
 
     model: PreTrainedModel
     path: str
     blocks: nn.ModuleList
     device: torch.device
+    overlay: Overlay
 
-    def block(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Have a block's weights in memory inside the context; what is changed there is lost."""
+    def block(
+        self, index: int, *, original: bool = False, packed: Collection[str] = ()
+    ) -> AbstractContextManager[nn.Module]:
+        """Have a block's weights in memory inside the context, with what the overlay changes.
+
+        original: without the changes.  packed: names of parameters that the caller changes there
+        and keeps elsewhere; every other change belongs into the overlay.
+        """
 
     def outside(self, *, head: bool) -> AbstractContextManager[PreTrainedModel]:
         """Have the weights outside of the blocks in memory; without `head`, none behind them."""
@@ -40,13 +49,33 @@ class BlockedModel(Protocol):
 class WholeModel:
     """A model that is in memory; changes of its blocks stay."""
 
-    def __init__(self, model: PreTrainedModel, blocks_path: str | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks_path: str | None = None,
+        stored: torch.dtype | None = None,
+    ) -> None:
+        """Take a model.  stored: as of `Overlay`."""
         self.model = model
         self.path, self.blocks = find_blocks(model, blocks_path)
         self.device = next(model.parameters()).device
+        self.overlay = Overlay(self.read, stored)
+        self._opened: set[int] = set()
 
-    def block(self, index: int) -> AbstractContextManager[nn.Module]:
-        """Return a block."""
+    def block(
+        self, index: int, *, original: bool = False, packed: Collection[str] = ()
+    ) -> AbstractContextManager[nn.Module]:
+        """Return a block.  Raises ValueError for the original of one that was opened to change."""
+        if original:
+            if index in self._opened:
+                raise ValueError(f"the original of block {index} is not in memory any more")
+            return nullcontext(self.blocks[index])
+        if packed:
+            self._opened.add(index)
+        for name, value in self.overlay.within(f"{self.path}.{index}").items():
+            self._opened.add(index)
+            with torch.no_grad():
+                self.model.get_parameter(name).copy_(value)
         return nullcontext(self.blocks[index])
 
     def outside(self, *, head: bool) -> AbstractContextManager[PreTrainedModel]:
@@ -62,6 +91,7 @@ class StreamedModel:
     """A model on the meta device whose weights are read inside the contexts, and freed behind them.
 
     model: from `skeleton`, in the dtype to run in.  weights: where its parameters come from.
+    stored: as of `Overlay`.
     """
 
     def __init__(
@@ -70,26 +100,32 @@ class StreamedModel:
         weights: Weights,
         device: str | torch.device,
         blocks_path: str | None = None,
+        stored: torch.dtype | None = None,
     ) -> None:
         self.model = model
         self.path, self.blocks = find_blocks(model, blocks_path)
         self.device = torch.device(device)
-        self._weights = weights
-        self._tied = tied_names(model)
+        self.overlay = Overlay(weights.read, stored, tied_names(model))
         kept = model.state_dict().keys()
         for path, module in model.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     full_name = f"{path}.{name}".lstrip(".")
-                    stored = self.read(full_name) if full_name in kept else buffer
-                    module._buffers[name] = stored.to(self.device, buffer.dtype)
+                    content = self.read(full_name) if full_name in kept else buffer
+                    module._buffers[name] = content.to(self.device, buffer.dtype)
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """Have a block's weights in memory inside the context; what is changed there is lost."""
+    def block(
+        self, index: int, *, original: bool = False, packed: Collection[str] = ()
+    ) -> Iterator[nn.Module]:
+        """Have a block's weights in memory inside the context, with what the overlay changes.
+
+        original, packed: as of `BlockedModel`.  Raises ValueError for a change that would be lost.
+        """
         block = self.blocks[index]
         inside = set(block.modules())
-        with self._filled({n: m for n, m in self.model.named_modules() if m in inside}):
+        modules = {n: m for n, m in self.model.named_modules() if m in inside}
+        with self._filled(modules, self.overlay.original if original else self.read, packed):
             yield block
 
     @contextmanager
@@ -105,12 +141,12 @@ class StreamedModel:
         towers.discard(next(module for module in self.model.modules() if _has_own(module)))
         left_out = {*towers, *self.blocks.modules(), table, *(() if head else (last,))}
         modules = {n: m for n, m in self.model.named_modules() if m not in left_out}
-        with self._filled(modules), self._looked_up(table):
+        with self._filled(modules, self.read), self._looked_up(table):
             yield self.model
 
     def read(self, name: str) -> Tensor:
-        """Return a parameter as it is stored; it may be mapped from a file."""
-        return self._weights.read(self._tied.get(name, name))
+        """Return a parameter as it is stored or was changed; it may be mapped from a file."""
+        return self.overlay.read(name)
 
     def load(self, place: Callable[[str], Any] | None = None) -> PreTrainedModel:
         """Bring all weights into memory, to stay there, and return the model.
@@ -120,27 +156,33 @@ class StreamedModel:
         for module, name, full_name, empty in _parameters(dict(self.model.named_modules())):
             device = self.device if place is None else place(full_name)
             if device is not None:
-                self._fill(module, name, full_name, empty, device)
+                _fill(module, name, self.read(full_name), empty, device)
         self.model.tie_weights()
         return self.model
 
     @contextmanager
-    def _filled(self, modules: dict[str, nn.Module]) -> Iterator[None]:
-        """Have the stored weights in the place of the modules' own parameters."""
+    def _filled(
+        self,
+        modules: dict[str, nn.Module],
+        read: Callable[[str], Tensor],
+        packed: Collection[str] = (),
+    ) -> Iterator[None]:
+        """Have weights in the place of the modules' own parameters.
+
+        read: returns each by its name.  Inside inference mode, where a model is only measured,
+        nothing is looked at for changes.
+        """
         parameters = _parameters(modules)
         try:
-            for parameter in parameters:
-                self._fill(*parameter, self.device)
+            for module, name, full_name, empty in parameters:
+                _fill(module, name, read(full_name), empty, self.device)
             yield
+            for module, name, full_name, empty in parameters:
+                if full_name not in packed and not torch.is_inference_mode_enabled():
+                    _check_kept(module, name, full_name, read(full_name), empty)
         finally:
             for module, name, _, empty in parameters:
                 setattr(module, name, empty)
-
-    def _fill(
-        self, module: nn.Module, name: str, full_name: str, empty: nn.Parameter, device: Any
-    ) -> None:
-        weight = self.read(full_name).to(device, empty.dtype, copy=True)
-        setattr(module, name, nn.Parameter(weight, requires_grad=False))
 
     @contextmanager
     def _looked_up(self, table: nn.Module) -> Iterator[None]:
@@ -164,6 +206,25 @@ class StreamedModel:
             del table.forward
             table.padding_idx = padding
             table.weight = empty
+
+
+def _fill(module: nn.Module, name: str, stored: Tensor, empty: nn.Parameter, device: Any) -> None:
+    weight = stored.to(device, empty.dtype, copy=True)
+    setattr(module, name, nn.Parameter(weight, requires_grad=False))
+
+
+def _check_kept(
+    module: nn.Module, name: str, full_name: str, kept: Tensor, empty: nn.Parameter
+) -> None:
+    """Raise ValueError for a parameter that differs from what is kept of it."""
+    value = getattr(module, name, None)
+    if not isinstance(value, Tensor) or not torch.equal(
+        value.detach(), kept.to(value.device, empty.dtype)
+    ):
+        raise ValueError(
+            f"{full_name} was changed where its weights are read for a while only, and the change "
+            "would be lost; hand it to `overlay.change`, and go on with what that returns"
+        )
 
 
 def _has_own(module: nn.Module) -> bool:

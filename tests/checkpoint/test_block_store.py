@@ -50,17 +50,18 @@ def opened(folder: Path, run: str = "run") -> BlockStore:
 def begin(store: BlockStore, index: int) -> None:
     states = activations(index)
     like = {str(batch): tensor.to("meta") for batch, tensor in enumerate(states)}
-    store.begin_block(index, states, like)
+    store.keep_hidden("student", index, states, like)
+    store.begin_block(index)
 
 
 def fill(folder: Path, blocks: int) -> BlockStore:
     store = opened(folder)
-    if store.activations() is None:
+    if store.hidden("student") is None:
         begin(store, 0)
     for index in range(store.blocks, blocks):
         for name, weight in packed(index).items():
             rows = [row for row in report(index) if row["name"] == name]
-            store.add(index, {name: weight}, rows)
+            store.add("quantize", index, packed={name: weight}, report=rows)
         begin(store, index + 1)
     return store
 
@@ -73,8 +74,8 @@ def test_an_empty_store_has_no_blocks_and_makes_its_folder(tmp_path):
     store = opened(tmp_path / "deep" / "blocks")
     assert store.blocks == 0
     assert store.packed() == {}
-    assert store.report() == []
-    assert store.activations() is None
+    assert store.report("quantize") == []
+    assert store.hidden("student") is None
     assert (tmp_path / "deep" / "blocks").is_dir()
 
 
@@ -83,17 +84,17 @@ def test_another_process_finds_the_blocks_the_rows_and_the_newest_activations(tm
     fill(tmp_path, blocks)
     store = opened(tmp_path)
     assert store.blocks == blocks
-    assert store.report() == [row for index in range(blocks) for row in report(index)]
+    assert store.report("quantize") == [row for index in range(blocks) for row in report(index)]
     expected = {name: weight for index in range(blocks) for name, weight in packed(index).items()}
     weights = store.packed()
     assert list(weights) == list(expected)
-    assert list(store.packed(blocks - 1)) == list(packed(blocks - 1))
+    assert list(store.packed(f"layers.{blocks - 1}.")) == list(packed(blocks - 1))
     for name, weight in expected.items():
         assert weights[name].layout == weight.layout
         assert set(weights[name].tensors) == set(weight.tensors)
         for suffix, tensor in weight.tensors.items():
             assert torch.equal(weights[name].tensors[suffix], tensor)
-    loaded = store.activations()
+    loaded = store.hidden("student")
     assert len(loaded) == 12  # more than ten: names sort otherwise than numbers
     for mine, theirs in zip(loaded, activations(blocks), strict=True):
         assert torch.equal(mine, theirs)
@@ -102,8 +103,8 @@ def test_another_process_finds_the_blocks_the_rows_and_the_newest_activations(tm
 
 def test_only_the_newest_activations_are_kept(tmp_path):
     fill(tmp_path, 3)
-    assert {name for name in names(tmp_path) if name.startswith("activations")} == {
-        "activations_0003.safetensors"
+    assert {name for name in names(tmp_path) if name.startswith("student")} == {
+        "student_0003.safetensors"
     }
 
 
@@ -119,32 +120,32 @@ def test_a_store_that_was_reopened_goes_on_where_it_ended(tmp_path):
 def test_linears_of_a_block_that_is_not_finished_are_found(tmp_path):
     store = fill(tmp_path, 1)
     first = dict([next(iter(packed(1).items()))])
-    store.add(1, first, report(1)[:1])
+    store.add("quantize", 1, packed=first, report=report(1)[:1])
     again = opened(tmp_path)
     assert again.blocks == 1
-    assert list(again.packed(1)) == list(first)
-    assert again.report() == [*report(0), report(1)[0]]
+    assert list(again.packed("layers.1.")) == list(first)
+    assert again.report("quantize") == [*report(0), report(1)[0]]
 
 
 def test_files_without_a_state_are_no_blocks(tmp_path):
-    (tmp_path / "block_0000_00.safetensors").write_bytes(b"half a file")
-    (tmp_path / ".block_0000_00.safetensors").write_bytes(b"half")
+    (tmp_path / "quantize_0000_00.safetensors").write_bytes(b"half a file")
+    (tmp_path / ".quantize_0000_00.safetensors").write_bytes(b"half")
     assert opened(tmp_path).blocks == 0
     fill(tmp_path, 1)
     store = opened(tmp_path)
     assert store.blocks == 1
-    assert store.report() == report(0)
+    assert store.report("quantize") == report(0)
 
 
 @pytest.mark.case(7)
 def test_linears_that_cannot_be_recorded_are_not_counted(tmp_path):
     store = fill(tmp_path, 1)
     with pytest.raises(ValueError, match="JSON"):
-        store.add(1, packed(1), [{"output_error": float("nan")}])
+        store.add("quantize", 1, packed=packed(1), report=[{"name": "q", "bits": float("nan")}])
     again = opened(tmp_path)
     assert again.blocks == 1
-    assert again.report() == report(0)
-    assert torch.equal(again.activations()[0], activations(1)[0])
+    assert again.report("quantize") == report(0)
+    assert torch.equal(again.hidden("student")[0], activations(1)[0])
 
 
 @pytest.mark.case(7)
@@ -156,13 +157,13 @@ def test_a_rename_that_fails_leaves_the_state_before_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="no luck"):
-        store.add(1, packed(1), report(1))
+        store.add("quantize", 1, packed=packed(1), report=report(1))
     with pytest.raises(OSError, match="no luck"):
         begin(store, 1)
     monkeypatch.undo()
     again = opened(tmp_path)
     assert again.blocks == 1
-    assert again.report() == report(0)
+    assert again.report("quantize") == report(0)
     fill(tmp_path, 2)
     assert opened(tmp_path).blocks == 2
 
@@ -172,10 +173,10 @@ def test_activations_that_are_not_as_announced_are_refused(tmp_path):
     states = activations(2)
     like = {str(batch): tensor.float() for batch, tensor in enumerate(states)}
     with pytest.raises(CheckpointError, match="as announced"):
-        store.begin_block(2, states, like)
+        store.keep_hidden("student", 2, states, like)
     like = {str(batch): tensor for batch, tensor in enumerate([*states, states[0]])}
     with pytest.raises(CheckpointError, match="12 was announced and not written"):
-        store.begin_block(2, states, like)
+        store.keep_hidden("student", 2, states, like)
     assert opened(tmp_path).blocks == 1
 
 
@@ -226,7 +227,7 @@ def test_a_state_of_another_form_is_refused(tmp_path, text):
 
 
 @damaged_store
-@pytest.mark.parametrize("key", ["blocks", "parts", "activations", "identity", "version"])
+@pytest.mark.parametrize("key", ["blocks", "parts", "hidden", "snapshot", "identity", "version"])
 def test_a_state_without_one_of_its_facts_is_refused(tmp_path, key):
     fill(tmp_path, 2)
     path = tmp_path / "state.json"
@@ -247,13 +248,14 @@ def test_a_count_of_blocks_that_the_files_do_not_bear_is_refused(tmp_path, block
 
 
 @damaged_store
-@pytest.mark.parametrize("name", ["../block_0000_00.safetensors", "/etc/passwd", "..", 3])
-@pytest.mark.parametrize("which", ["parts", "activations"])
+@pytest.mark.parametrize("name", ["../quantize_0000_00.safetensors", "/etc/passwd", "..", 3])
+@pytest.mark.parametrize("which", ["parts", "hidden", "snapshot"])
 def test_a_state_that_names_a_file_elsewhere_is_refused(tmp_path, name, which):
-    fill(tmp_path / "store", 2)
+    fill(tmp_path / "store", 2).save_snapshot("quantize", 2, {"step": torch.ones(1)})
     path = tmp_path / "store" / "state.json"
     state = json.loads(path.read_text())
-    entry = state["parts"][0] if which == "parts" else state["activations"]
+    places = {"parts": state["parts"][0], "hidden": state["hidden"]["student"]}
+    entry = places.get(which, state["snapshot"])
     entry["name"] = name
     path.write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match=r"state\.json"):
@@ -261,7 +263,7 @@ def test_a_state_that_names_a_file_elsewhere_is_refused(tmp_path, name, which):
 
 
 @damaged_store
-@pytest.mark.parametrize("file", ["block_0000_01", "block_0001_00", "activations_0002"])
+@pytest.mark.parametrize("file", ["quantize_0000_01", "quantize_0001_00", "student_0002"])
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "empty"])
 def test_a_damaged_file_is_refused_by_name_or_not_used(tmp_path, file, damage):
     fill(tmp_path, 2)
@@ -280,6 +282,113 @@ def test_a_damaged_file_is_refused_by_name_or_not_used(tmp_path, file, damage):
     store = BlockStore(tmp_path, {"run": "run", "torch": "2"})
     store.open(told.append)
     assert [str(path) in message for message in told] == [True]
-    assert store.activations() is None
-    kept = {"block_0000_01": 1, "block_0001_00": 2, "activations_0002": 4}[file]
-    assert store.report() == [row for index in range(2) for row in report(index)][:kept]
+    assert store.hidden("student") is None
+    kept = {"quantize_0000_01": 1, "quantize_0001_00": 2, "student_0002": 4}[file]
+    assert store.report("quantize") == [row for index in range(2) for row in report(index)][:kept]
+
+
+def number(value: float) -> dict[str, torch.Tensor]:
+    return {"norm": torch.full((3,), value)}
+
+
+def test_a_block_that_is_published_again_counts_as_it_was_published_last(tmp_path):
+    store = fill(tmp_path, 2)
+    new = {"layers.0.q": packed(5)["layers.5.q"]}
+    row = {"block": 0, "name": "layers.0.q", "bits": 2.0}
+    store.add("quantize", 0, packed=new, report=[row])
+    again = opened(tmp_path)
+    assert again.blocks == 2
+    assert again.packed().keys() == {*packed(0), *packed(1)}
+    for suffix, tensor in new["layers.0.q"].tensors.items():
+        assert torch.equal(again.packed()["layers.0.q"].tensors[suffix], tensor)
+    assert again.report("quantize") == [report(0)[1], *report(1), row]
+    assert "quantize_0000_00.safetensors" not in names(tmp_path)  # nothing of it counts
+
+
+def test_a_later_stage_counts_before_an_earlier_one_and_is_gone_without_it(tmp_path):
+    store = fill(tmp_path, 1)
+    store.add("tune", 0, dense=number(1.0), report=[{"name": "layers.0"}])
+    store.add("finetune", None, packed=packed(0), dense=number(2.0))
+    again = opened(tmp_path)
+    assert again.dense()["norm"].tolist() == [2.0] * 3
+    assert again.report("quantize") == report(0)
+    assert again.report("tune") == [{"name": "layers.0"}]
+    assert again.has("finetune", None)
+    (path,) = tmp_path.glob("finetune_model*")
+    path.write_bytes(b"damaged")
+    told: list[str] = []
+    again = BlockStore(tmp_path, {"run": "run", "torch": "2"})
+    again.open(told.append)
+    assert len(told) == 1
+    assert not again.has("finetune", None)
+    assert again.dense()["norm"].tolist() == [1.0] * 3
+    assert (again.blocks, list(again.packed())) == (1, list(packed(0)))
+    opened(tmp_path)  # what was dropped is not found again
+
+
+def test_both_streams_are_kept_and_count_together(tmp_path):
+    store = fill(tmp_path, 1)
+    states = activations(7)
+    like = {str(batch): tensor.to("meta") for batch, tensor in enumerate(states)}
+    store.keep_hidden("teacher", 2, states, like)
+    assert opened(tmp_path).hidden("teacher") is None
+    store.add("quantize", 1, packed=packed(1), report=report(1))
+    begin(store, 2)
+    again = opened(tmp_path)
+    assert torch.equal(again.hidden("teacher")[3], states[3])
+    assert torch.equal(again.hidden("student")[3], activations(2)[3])
+
+
+def test_a_snapshot_is_there_until_its_stage_has_published(tmp_path):
+    store = fill(tmp_path, 1)
+    store.save_snapshot("tune", 0, {"step": torch.tensor(1)})
+    store.save_snapshot("tune", 0, {"step": torch.tensor(2)})
+    again = opened(tmp_path)
+    assert again.snapshot("tune", 0)["step"] == 2
+    assert again.snapshot("tune", 1) is None
+    again.add("tune", 0, dense=number(1.0))
+    assert again.snapshot("tune", 0) is None
+    assert not list(tmp_path.glob("snapshot*"))
+
+
+def test_a_damaged_snapshot_costs_nothing_else(tmp_path):
+    fill(tmp_path, 1).save_snapshot("tune", 0, {"step": torch.tensor(1)})
+    (path,) = tmp_path.glob("snapshot*")
+    path.write_bytes(b"")
+    told: list[str] = []
+    store = BlockStore(tmp_path, {"run": "run", "torch": "2"})
+    store.open(told.append)
+    assert len(told) == 1
+    assert store.snapshot("tune", 0) is None
+    assert (store.blocks, store.report("quantize")) == (1, report(0))
+
+
+@pytest.mark.case(9)
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_store_of_an_earlier_release_is_started_over_with_one_line(tmp_path, version):
+    fill(tmp_path, 1)
+    path = tmp_path / "state.json"
+    identity = json.loads(path.read_text())["identity"]
+    old = {"version": version, "identity": identity, "blocks": 1, "parts": [], "activations": None}
+    path.write_text(json.dumps(old))
+    with pytest.raises(CheckpointError, match=f"version {version}, this release reads 3"):
+        opened(tmp_path)
+    told: list[str] = []
+    store = BlockStore(tmp_path, {"run": "run", "torch": "2"})
+    store.open(told.append)
+    assert told == [f"{path} is of an earlier release (store {version})"]
+    assert names(tmp_path) == set()
+    assert opened(tmp_path).blocks == 0
+    fill(tmp_path, 1)
+    assert opened(tmp_path).report("quantize") == report(0)
+
+
+@pytest.mark.case(9, 10)
+def test_the_store_of_another_run_is_not_started_over_because_it_is_old(tmp_path):
+    fill(tmp_path, 1)
+    path = tmp_path / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 2}))
+    store = BlockStore(tmp_path, {"run": "other", "torch": "2"})
+    with pytest.raises(CheckpointError, match="run run, this run other"):
+        store.open(lambda _: None)
+    assert len(names(tmp_path)) == 4

@@ -12,11 +12,12 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from claq_exp.assist import Quantization, assist
+from claq_exp.calibration.streams import HiddenForm
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.compose import compose_config
 from claq_exp.distributed import Ranks, together
 from claq_exp.models.load import open_model
-from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
+from claq_exp.models.quantize import Watcher, quantize_model
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import OutlierOrder
 from claq_exp.quantize.quantized import unpack_weight
@@ -154,7 +155,7 @@ def finished(ranks: list[Rank]) -> None:
 
 
 def test_the_layers_are_those_of_one_process_up_to_the_order_of_sums(alone, by_ranks):
-    expected, found = stored(alone).report(), stored(by_ranks).report()
+    expected, found = stored(alone).report("quantize"), stored(by_ranks).report("quantize")
     assert [row["name"] for row in found] == [row["name"] for row in expected]
     for row, other in zip(found, expected, strict=True):
         assert row["tokens"] == other["tokens"]
@@ -195,7 +196,7 @@ def test_a_stopped_run_goes_on_with_any_number_of_ranks(dense_source, batches, b
     assert first.exit_code() == 99  # the command line makes 75 of it
     assert "Interrupted" in first.output()
     assert (second.exit_code(), second.output()) == (75, "")
-    assert 5 <= len(stored(tmp_path).report()) < 14
+    assert 5 <= len(stored(tmp_path).report("quantize")) < 14
     quantize(dense_source, tmp_path, batches)
     found, expected = weights(tmp_path), weights(by_two)
     assert list(found) == list(expected)

@@ -281,7 +281,7 @@ def test_a_damaged_file_of_the_store_is_noted_and_made_again(run, outputs, faili
     whole = (only_folder(outputs) / "checkpoint" / "model.safetensors").read_bytes()
     repair = failing("write_checkpoint", SourceError("no luck"))
     assert run("resume=never") == 1
-    block = only_folder(outputs) / "work" / "blocks" / "block_0001_00.safetensors"
+    block = only_folder(outputs) / "work" / "blocks" / "quantize_0001_00.safetensors"
     content = bytearray(block.read_bytes())
     content[-1] ^= 1
     block.write_bytes(content)

@@ -292,7 +292,7 @@ def test_a_second_process_on_the_same_run_stops_and_names_the_first(
 @pytest.mark.case(5)
 @pytest.mark.parametrize(
     ("file_limit", "file"),
-    [(20_000, "original_logits_0.npy"), (150_000, "activations_0000.safetensors")],
+    [(20_000, "original_logits_0.npy"), (150_000, "student_0000.safetensors")],
 )
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
     file_limit, file, start, command, undisturbed, tmp_path
@@ -335,8 +335,8 @@ def test_a_disk_that_is_full_for_events_stops_the_run_and_its_half_line_is_skipp
     [
         ("blocks/state.json", 1),
         ("blocks/state.json", 5),
-        ("block_0001_00.safetensors", 1),
-        ("activations_0002.safetensors", 1),
+        ("quantize_0001_00.safetensors", 1),
+        ("student_0002.safetensors", 1),
         ("/checkpoint", 1),
         ("/results.json", 1),
     ],

@@ -35,4 +35,4 @@ def quantized_model(
 ) -> Quantized:
     store = opened(folder)
     quantize_model(WholeModel(model), batches, recipe, store, **options)
-    return Quantized(store.packed(), store.report())
+    return Quantized(store.packed(), store.report("quantize"))

@@ -256,7 +256,7 @@ def damage(path: Path) -> None:
 @pytest.mark.case(8)
 @pytest.mark.parametrize(
     ("file", "kept"),
-    [("block_0001_00", 1), ("block_0000_00", 0), ("activations_0002", 2), ("activations", 2)],
+    [("quantize_0001_00", 1), ("quantize_0000_00", 0), ("student_0002", 2), ("student", 2)],
 )
 def test_what_is_damaged_in_the_store_is_made_again_and_never_used(file, kept, tmp_path):
     whole = quantized(ARCHITECTURES["llama"].build(), tmp_path / "whole")
@@ -283,7 +283,7 @@ def test_what_is_damaged_in_the_store_is_made_again_and_never_used(file, kept, t
     model = WholeModel(ARCHITECTURES["llama"].build())
     quantize_model(model, BATCHES, RECIPE, store, watcher=watcher)
     assert solved == set(range(kept, 3))
-    assert_same_packed(Quantized(store.packed(), store.report()), whole)
+    assert_same_packed(Quantized(store.packed(), store.report("quantize")), whole)
 
 
 @pytest.mark.case(40)

@@ -15,6 +15,7 @@ from tiny_architectures import ARCHITECTURES, token_batches
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from claq_exp.calibration.streams import HiddenForm
 from claq_exp.checkpoint.reader import load_model as load_quantized
 from claq_exp.checkpoint.reader import open_checkpoint
 from claq_exp.checkpoint.writer import write_checkpoint
@@ -23,7 +24,7 @@ from claq_exp.evaluation.perplexity import Corpus, perplexity
 from claq_exp.evaluation.predict import in_memory, streamed
 from claq_exp.models.experts import fuse_experts, split_experts
 from claq_exp.models.load import load_model, open_model
-from claq_exp.models.quantize import HiddenForm, Watcher, quantize_model
+from claq_exp.models.quantize import Watcher, quantize_model
 from claq_exp.models.stream import BlockedModel, StreamedModel, WholeModel
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import OutlierOrder
@@ -52,7 +53,7 @@ def streamed_model(folder: Path, work: Path, dtype: str = "float32") -> Streamed
 def quantized(model: BlockedModel, place: Path, **options) -> Quantized:
     store = opened(place)
     quantize_model(model, BATCHES, RECIPE, store, **options)
-    return Quantized(store.packed(), store.report())
+    return Quantized(store.packed(), store.report("quantize"))
 
 
 def assert_same(first: Quantized, second: Quantized) -> None:

@@ -1,0 +1,69 @@
+"""The tensors of a model that are not those of its source any more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from claq_exp.errors import NumericalError
+
+
+class Overlay:
+    """Holds every tensor of a model that changed, beside packed matrices, which are the store's.
+
+    Names are those of the model.  A changed tensor is rounded at once to the type that a checkpoint
+    stores it in, so that the model in memory, the store and the checkpoint hold the same numbers.
+    """
+
+    def __init__(
+        self,
+        source: Callable[[str], Tensor],
+        stored: torch.dtype | None = None,
+        tied: Mapping[str, str] | None = None,
+    ) -> None:
+        """Begin without changes.
+
+        source: returns a parameter of the original by name.  stored: the type that a checkpoint
+        stores floating tensors in; None: that of the changed tensor.  tied: name -> under which
+        other name the source has it.
+        """
+        self._source, self._stored, self._tied = source, stored, dict(tied or {})
+        self._changed: dict[str, Tensor] = {}
+
+    def read(self, name: str) -> Tensor:
+        """Return a parameter as it is now: changed, or the source's."""
+        changed = self._changed.get(self._tied.get(name, name))
+        return self.original(name) if changed is None else changed
+
+    def original(self, name: str) -> Tensor:
+        """Return a parameter of the source."""
+        return self._source(self._tied.get(name, name))
+
+    def change(self, name: str, value: Tensor) -> Tensor:
+        """Have a tensor changed; return it as it is stored, on the CPU.
+
+        Raises NumericalError for a value that is not finite, or that its stored type cannot hold.
+        """
+        rounded = self.rounded(value).to("cpu", copy=True)
+        if not torch.isfinite(rounded).all():
+            raise NumericalError(
+                f"{name} was changed to a value that {rounded.dtype} cannot hold, which the "
+                "checkpoint keeps this tensor in"
+            )
+        self._changed[self._tied.get(name, name)] = rounded
+        return rounded
+
+    def rounded(self, value: Tensor) -> Tensor:
+        """Return a tensor in the type that it is stored in."""
+        value = value.detach()
+        return value.to(self._stored) if value.is_floating_point() and self._stored else value
+
+    def update(self, changed: Mapping[str, Tensor]) -> None:
+        """Take over what was changed and stored before."""
+        self._changed.update(changed)
+
+    def within(self, path: str) -> dict[str, Tensor]:
+        """Return name -> tensor of what changed inside a module."""
+        return {n: t for n, t in self._changed.items() if n.startswith(f"{path}.")}
