@@ -20,8 +20,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from claq_exp.config import ExperimentConfig, config_from_omegaconf, one_line
-from claq_exp.errors import ConfigError
+from claq_exp.config import ExperimentConfig, config_from_omegaconf
+from claq_exp.errors import ConfigError, one_line
 from claq_exp.options import PRIMARY, groups, hydra_ready
 
 PARAMS = "hydra.sweeper.params"

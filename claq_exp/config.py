@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from claq_exp.accelerator import is_known
 from claq_exp.calibration.windows import DRAWS
-from claq_exp.errors import ConfigError, one_of, telling_line
+from claq_exp.errors import ConfigError, one_line, one_of
 from claq_exp.models.bos import BOS_RULES
 from claq_exp.quantize.activation import ACTIVATION, Activation
 from claq_exp.quantize.budget import BudgetConfig
@@ -22,7 +22,7 @@ from claq_exp.quantize.reservation import RESERVATION
 from claq_exp.quantize.solver import SOLVER
 from claq_exp.quantize.strategy import find_strategy
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
-from claq_exp.sources.model import NAME_LENGTH, ModelSource, source_name
+from claq_exp.sources.model import ModelSource, check_name, source_name
 from claq_exp.sources.text import TextSource
 from claq_exp.tracking.limits import check_group_and_tags, check_project
 from claq_exp.train import TUNE
@@ -39,7 +39,6 @@ FAMILIES: dict[str, dict[str, type]] = {
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 RESUME = ("auto", "required", "never")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
-NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{NAME_LENGTH - 1}}}")
 
 
 @dataclass
@@ -65,7 +64,7 @@ class ModelConfig(ModelSource):
         if not self.name:
             self.name = source_name(self.source)
         _check_choice("model.dtype", self.dtype, DTYPES)
-        _check_name("model.name", self.name)
+        check_name("model.name", self.name)
 
 
 @dataclass
@@ -277,7 +276,7 @@ class ExperimentConfig:
     original: bool = True
 
     def __post_init__(self) -> None:
-        _check_name("name", self.name)
+        check_name("name", self.name)
         _check_choice("resume", self.resume, RESUME)
         _check_positive("", self, "threads")
         if self.device_map is not None:
@@ -359,13 +358,6 @@ def config_from_omegaconf(composed: DictConfig) -> ExperimentConfig:
     return config
 
 
-def one_line(error: Exception) -> str:
-    """Return OmegaConf's or Hydra's message as one line that names the key."""
-    found = re.search(r"^ *full_key: (.+)$", str(error), re.MULTILINE)
-    key, message = found[1] if found else "", telling_line(error)
-    return f"{key}: {message}" if key and key not in message else message
-
-
 def _strategy(family: str, values: dict[str, Any]) -> Any:
     options = dict(values)
     name = options.pop("name", None)
@@ -402,11 +394,3 @@ def _check_whole(key: str, value: int | str, least: int, word: str) -> None:
 def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ConfigError(one_of(key, value, known))
-
-
-def _check_name(key: str, value: str) -> None:
-    if not NAME.fullmatch(value):
-        raise ConfigError(
-            f"{key} '{value}' must be up to {NAME_LENGTH} letters, digits, '.', '_' or '-', and "
-            "begin with a letter or digit, for it names a folder"
-        )

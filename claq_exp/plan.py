@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from claq_exp.calibration.streams import streams_for
 from claq_exp.checkpoint.shards import index_bytes
 from claq_exp.checkpoint.writer import Sizes, planned_sizes
 from claq_exp.config import AUTO, ExperimentConfig
@@ -32,6 +33,7 @@ from claq_exp.quantize.layout import HALF, WeightLayout
 from claq_exp.quantize.precision import LayerMap, RateDistortion
 from claq_exp.quantize.recipe import Recipe, planned_layouts
 from claq_exp.resources import free_memory
+from claq_exp.train.window import Cost
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -59,7 +61,7 @@ class Plan:
     layouts: linear name -> stored form.  sizes: bytes and bits of the checkpoint.  seconds: stage
     -> estimate.
     needs: memory and disk by stage.  original_bytes: of the model's weights in 16 bits.
-    hidden_dtype, hidden_bytes: of the hidden states between two blocks.
+    hidden_dtype, hidden_bytes: of the hidden states between two blocks, of all streams.
     activation_bits: of a number that enters a layer, on average; None where they are not rounded.
     notes: what a person must know of the stored tensors.
     """
@@ -115,7 +117,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     model_shape = _ModelShape.of(model, blocks, parameters, model_config)
     hidden = config.calibration.windows * config.calibration.seqlen * model_shape.width
     hidden_dtype = _hidden_dtype(config, hidden, model_config)
-    hidden_bytes = hidden * hidden_dtype.itemsize
+    hidden_bytes = hidden * hidden_dtype.itemsize * len(streams_for(config.tuning().wants))
     return Plan(
         recipe=recipe,
         description=description,
@@ -268,7 +270,9 @@ def _needs(
         block=size * shape.block,
         head=size * shape.head,
         hidden=min(hidden_bytes, HIDDEN_SHARE * free_memory(device)),
-        entering=4.0 * calibration.batch_size * calibration.seqlen * shape.width,
+        entering=4.0
+        * (1 + _tuning(config).states)
+        * (calibration.batch_size * calibration.seqlen * shape.width),
         logits=logits * shape.vocabulary,
         streamed_hidden=min(max(tokens, default=0) * shape.width * size, HIDDEN_BYTES),
         tasks=bool(evaluation.zero_shot),
@@ -280,6 +284,11 @@ def _needs(
     disk = 2.0 * hidden_bytes + 2 * checkpoint + 2.0 * compared * shape.vocabulary
     threads = config.threads or torch.get_num_threads()
     return needs(sizes, disk, device, threads, config.stream_choice())
+
+
+def _tuning(config: ExperimentConfig) -> Cost:
+    calibration = config.calibration
+    return config.tuning().cost(-(-calibration.windows // calibration.batch_size))
 
 
 def _seconds(
@@ -297,7 +306,8 @@ def _seconds(
     # about half of the layers share their input
     squares = sum(mixture.share(name) * w.columns**2 for name, w in layouts.items()) / 2
     passed = parameters - sum(layout.weights for layout in layouts.values()) + weights
-    calibrate = 2 * tokens * (CALIBRATION_PASSES * weights + squares) / speed
+    passes = CALIBRATION_PASSES + _tuning(config).passes
+    calibrate = 2 * tokens * (passes * weights + squares) / speed
     solve = getattr(recipe.codebook, "relative_cost", 1.0) * sum(
         layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
         for layout in layouts.values()

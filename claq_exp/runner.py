@@ -245,11 +245,9 @@ class _Job:
         self.progress.stage("quantize")
         return_at_once()
         reset_peak()
-        hidden_form = self._hidden_form()
-        recipe, converted = self.plan.recipe, self.folder.work / CONVERTED
-        tune = config.tuning()
-        for_others = (batches, recipe, store.follower(), plans, hidden_form, tune)
-        self.ranks.tell(Quantization(config, self.fetched.model, converted, *for_others))
+        converted, hidden_form = self.folder.work / CONVERTED, self._hidden_form()
+        others = (batches, self.plan.recipe, store.follower(), plans, hidden_form, config.tuning())
+        self.ranks.tell(Quantization(config, self.fetched.model, converted, *others))
         watcher = Watcher(
             event=self._quantize_event,
             share=self.progress.advance,
@@ -259,11 +257,11 @@ class _Job:
             quantize_model(
                 model,
                 batches,
-                recipe,
+                self.plan.recipe,
                 store,
                 plans=plans,
                 hidden_form=hidden_form,
-                tune=tune,
+                tune=config.tuning(),
                 watcher=watcher,
                 strict=config.strict,
                 ranks=self.ranks,
@@ -325,9 +323,8 @@ class _Job:
 
     def _hidden_form(self) -> HiddenForm:
         """Decide where hidden states are kept: in the memory that there is, or on disk."""
-        plan = self.plan
-        on_disk = plan.hidden_bytes > HIDDEN_SHARE * free_memory(self.device)
-        return HiddenForm(plan.hidden_dtype, on_disk)
+        on_disk = self.plan.hidden_bytes > HIDDEN_SHARE * free_memory(self.device)
+        return HiddenForm(self.plan.hidden_dtype, on_disk)
 
     def _quantize_event(self, name: str, data: dict[str, Any]) -> None:
         if name == "block":

@@ -55,8 +55,8 @@ def _figure(device: str, runs: Sequence[tuple[str, Run]]) -> Figure:
         if not any(values):
             continue
         look: dict[str, Any] = {
-            "facecolor": COLOURS[place],
-            "hatch": HATCHES[place % len(HATCHES)],
+            "facecolor": COLOURS[place % len(COLOURS)],
+            "hatch": HATCHES[(place + place // len(COLOURS)) % len(HATCHES)],
             "edgecolor": "white",
             "linewidth": 0.3,
         }

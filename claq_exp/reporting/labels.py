@@ -7,13 +7,19 @@ from typing import Any
 
 RECIPE = ("codebook", "precision", "reservation", "solver")
 ACTIVATION = "activation"
-KEPT = "none"  # the name of the rule that leaves activations alone
+TUNE = "tune"
+KEPT = "none"  # the name of the rules that leave activations, or what is not packed, alone
 
 
 def families_of(configs: Iterable[dict[str, Any]]) -> tuple[str, ...]:
-    """Return the families that tables show: activations where any run rounds them."""
-    rounded = any(_activation(config)["name"] != KEPT for config in configs)
-    return (*RECIPE, ACTIVATION) if rounded else RECIPE
+    """Return the families that tables show: those beside the recipe where any run uses them."""
+    configs = list(configs)
+    used = [
+        family
+        for family in (ACTIVATION, TUNE)
+        if any(_beside(config, family)["name"] != KEPT for config in configs)
+    ]
+    return (*RECIPE, *used)
 
 
 def recipe_labels(config: dict[str, Any], families: Sequence[str] = RECIPE) -> dict[str, str]:
@@ -23,7 +29,8 @@ def recipe_labels(config: dict[str, Any], families: Sequence[str] = RECIPE) -> d
         "precision": precision_label(config),
         "reservation": _described(config["reservation"], "ratio"),
         "solver": str(config["solver"]["name"]),
-        ACTIVATION: activation_label(_activation(config)),
+        ACTIVATION: activation_label(_beside(config, ACTIVATION)),
+        TUNE: _described(_beside(config, TUNE), "steps"),
     }
     return {family: labels[family] for family in families}
 
@@ -39,8 +46,8 @@ def activation_label(activation: dict[str, Any]) -> str:
     return label
 
 
-def _activation(config: dict[str, Any]) -> dict[str, Any]:
-    return config.get(ACTIVATION) or {"name": KEPT}
+def _beside(config: dict[str, Any], family: str) -> dict[str, Any]:
+    return config.get(family) or {"name": KEPT}
 
 
 def method_label(config: dict[str, Any]) -> str:
@@ -54,8 +61,10 @@ def method_label(config: dict[str, Any]) -> str:
         parts.append(f"AP {precision}")
     if reservation != "none":
         parts.append(f"OR {reservation} {config['reservation'].get('ratio', '')}".strip())
-    if _activation(config)["name"] != KEPT:
-        parts.append(f"A {activation_label(_activation(config))}")
+    if (activation := _beside(config, ACTIVATION))["name"] != KEPT:
+        parts.append(f"A {activation_label(activation)}")
+    if (tune := _beside(config, TUNE))["name"] != KEPT:
+        parts.append(f"tuned {tune['name']}")
     return " + ".join(parts)
 
 

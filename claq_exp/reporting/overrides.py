@@ -7,11 +7,12 @@ from typing import Any
 
 import yaml
 
-from claq_exp.reporting.labels import ACTIVATION, RECIPE
+from claq_exp.reporting.labels import ACTIVATION, RECIPE, TUNE
 
 STRATEGIES = (
     *RECIPE,
     ACTIVATION,
+    TUNE,
     "tracking",
 )  # groups whose options are called like what they choose
 

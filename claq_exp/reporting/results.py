@@ -26,7 +26,7 @@ from claq_exp.sources.content import Losses
 from claq_exp.torchrun import place
 
 SCHEMA = 1
-TIMINGS = ("load", "allocate", "calibrate", "hessian", "solve", "export", "evaluate")
+TIMINGS = ("load", "allocate", "calibrate", "hessian", "solve", "tune", "export", "evaluate")
 LAYER_FIELDS = (
     "block",
     "name",

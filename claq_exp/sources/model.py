@@ -30,6 +30,16 @@ from claq_exp.sources.wheel import SCHEME, fetch_wheel_file
 
 DESCRIPTIONS = ("*.json", "*.txt", *TOKENIZER, "*.codes", *TEMPLATES, "*.jinja", *TERMS)
 NAME_LENGTH = 100  # of a folder, which also names the recipe
+NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{NAME_LENGTH - 1}}}")
+
+
+def check_name(key: str, value: str) -> None:
+    """Raise ConfigError for a name that cannot be that of a folder."""
+    if not NAME.fullmatch(value):
+        raise ConfigError(
+            f"{key} '{value}' must be up to {NAME_LENGTH} letters, digits, '.', '_' or '-', and "
+            "begin with a letter or digit, for it names a folder"
+        )
 
 
 @dataclass

@@ -81,7 +81,7 @@ class Norms:
             "error_before": before,
             "error_after": after,
             "kept": after < before,
-            "tune": time.perf_counter() - started,
+            "seconds": time.perf_counter() - started,
         }
         return Tuned(found if after < before else {}, report)
 

@@ -221,4 +221,3 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(max_examples=60, stateful_step_count=20, deadline=None)
-TestHistories.pytestmark = [pytest.mark.case(2)]

@@ -24,6 +24,8 @@ from claq_exp.quantize.quantized import unpack_weight
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import Fixed
 from claq_exp.quantize.solver import Gptq
+from claq_exp.train.norms import Norms
+from claq_exp.train.window import UNTUNED, Tune
 
 RECIPE = Recipe(KMeans(), OutlierOrder(2.5), Fixed(0.02), Gptq())
 
@@ -82,6 +84,7 @@ def quantize_together(
     *,
     on_disk: bool = False,
     stop_after: int | None = None,
+    tune: Tune = UNTUNED,
 ) -> int:
     torch.set_num_threads(1)
     if not ranks.is_first:
@@ -93,7 +96,8 @@ def quantize_together(
         ["model=hf", f"model.source={source}", "model.dtype=float32", "device=cpu", "threads=1"]
     )
     form = HiddenForm(torch.float16, on_disk)
-    ranks.tell(Quantization(config, source, place, batches, RECIPE, store.follower(), {}, form))
+    follower = store.follower()
+    ranks.tell(Quantization(config, source, place, batches, RECIPE, follower, {}, form, tune))
     linears = 0
 
     def stopping() -> bool:
@@ -104,7 +108,16 @@ def quantize_together(
         linears += 1
 
     watcher = Watcher(event=count, stopping=stopping)
-    quantize_model(model, batches, RECIPE, store, hidden_form=form, watcher=watcher, ranks=ranks)
+    quantize_model(
+        model,
+        batches,
+        RECIPE,
+        store,
+        hidden_form=form,
+        tune=tune,
+        watcher=watcher,
+        ranks=ranks,
+    )
     ranks.tell(None)
     return 0
 
@@ -167,7 +180,9 @@ def test_the_layers_are_those_of_one_process_up_to_the_order_of_sums(alone, by_r
 
 
 def test_hidden_states_are_those_of_one_process(alone, by_ranks):
-    for one, other in zip(stored(alone).activations(), stored(by_ranks).activations(), strict=True):
+    for one, other in zip(
+        stored(alone).hidden("student"), stored(by_ranks).hidden("student"), strict=True
+    ):
         assert one.shape == other.shape
         assert (one.float() - other.float()).norm() < 0.02 * one.float().norm()
 
@@ -202,6 +217,54 @@ def test_a_stopped_run_goes_on_with_any_number_of_ranks(dense_source, batches, b
     assert list(found) == list(expected)
     for name, weight in expected.items():
         assert (weight - found[name]).norm() < 0.05 * weight.norm(), name
+
+
+FEW = Norms(steps=6, learning_rate=0.01, batch=2)
+NORM_TOLERANCE = 1e-3  # of a norm: what another order of sums makes of six steps
+
+
+def tuned(source: Path, place: Path, batches: list[Tensor]) -> int:
+    with together() as ranks:
+        return quantize_together(ranks, source, place, batches, tune=FEW, on_disk=True)
+
+
+def tuned_until(layers: int, source: Path, place: Path, batches: list[Tensor]) -> int:
+    with together() as ranks:
+        stop_after = layers if ranks.is_first else None
+        return quantize_together(ranks, source, place, batches, tune=FEW, stop_after=stop_after)
+
+
+@pytest.mark.case(150)
+def test_norms_that_ranks_train_are_those_of_one_process(dense_source, batches, tmp_path):
+    """The first three steps have other batches on each rank, the third one on the first alone."""
+    quantize_alone = tmp_path / "alone"
+    tuned(dense_source, quantize_alone, batches)
+    for name in ("two", "again"):
+        place = tmp_path / name
+        finished(start_ranks(tuned, place, dense_source, place, batches, size=2))
+    assert (
+        start_ranks(
+            tuned_until, tmp_path / "parts", 9, dense_source, tmp_path / "parts", batches, size=2
+        )[1].exit_code()
+        == 75
+    )
+    finished(
+        start_ranks(tuned, tmp_path / "parts", dense_source, tmp_path / "parts", batches, size=2)
+    )
+    one, two = stored(quantize_alone).dense(), stored(tmp_path / "two").dense()
+    again, parts = stored(tmp_path / "again").dense(), stored(tmp_path / "parts").dense()
+    assert len(one) == 4
+    assert one.keys() == two.keys() == again.keys() == parts.keys()
+    source = llama().state_dict()
+    for name, norm in one.items():
+        assert torch.equal(two[name], again[name])
+        assert torch.equal(two[name], parts[name])
+        assert not torch.equal(norm, source[name])
+        assert (norm.float() - two[name].float()).norm() < NORM_TOLERANCE * norm.float().norm()
+    rows = stored(tmp_path / "two").report("tune")
+    for row, other in zip(rows, stored(quantize_alone).report("tune"), strict=True):
+        assert row["error_after"] < row["error_before"]
+        assert row["error_after"] == pytest.approx(other["error_after"], rel=0.02)
 
 
 def spoiled(source: Path, place: Path, batches: list[Tensor]) -> int:

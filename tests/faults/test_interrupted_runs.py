@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import byte_tokenizer, tiny_llama
 from driven_runs import (
     CLOCK_BACKWARDS,
@@ -31,6 +32,7 @@ from driven_runs import (
     tries,
     wait_for,
 )
+from safetensors.torch import load_file
 
 from claq_exp.cli import main
 from claq_exp.interruption import NOTICE
@@ -223,6 +225,41 @@ def test_only_the_rest_runs_after_all_blocks(
     done = [event["stage"] for event in last if event["event"] == "stage"]
     assert [stage for stage in done if stage != "evaluate original"] == stages
     assert_same_outcome(run_folder(outputs), undisturbed)
+
+
+@pytest.mark.case(150)
+def test_trained_norms_are_in_the_checkpoint_after_any_kill(start, command, four_layers, tmp_path):
+    """Killed before a block is trained, between its training and the next block, and by chance."""
+
+    def words(outputs: Path) -> list[str]:
+        return [*command(outputs), "tune=norms", "tune.steps=3", "tune.learning_rate=0.01"]
+
+    whole = tmp_path / "whole"
+    assert start(words(whole)).exit_code() == 0
+    faults = [
+        KILL_AFTER_EVENT.format(name="layer", value="model.layers.0.mlp.down_proj"),
+        KILL_AFTER_EVENT.format(name="tune", value="model.layers.1"),
+        *(
+            KILL_AT_PUBLICATION.format(number=n, moment=m)
+            for n in (2, 3)
+            for m in ("before", "after")
+        ),
+        KILL_AFTER_EVENT.format(name="stage", value="export"),
+    ]
+    outputs = tmp_path / "outputs"
+    for fault in faults:
+        assert start(words(outputs), fault=fault).exit_code() == -signal.SIGKILL
+    child = start(words(outputs))
+    assert child.exit_code() == 0, child.output()
+    assert_same_outcome(run_folder(outputs), run_folder(whole))
+    found = load_file(run_folder(outputs) / "checkpoint" / "model.safetensors")
+    source = load_file(four_layers / "model.safetensors")
+    norms = [name for name in source if "layernorm" in name]
+    assert len(norms) == 2 * LAYERS
+    for name in norms:
+        assert found[name].dtype == source[name].dtype
+        assert not torch.equal(found[name], source[name]), name
+    assert torch.equal(found["model.norm.weight"], source["model.norm.weight"])
 
 
 @pytest.mark.case(3)
