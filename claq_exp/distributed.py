@@ -85,12 +85,19 @@ class Ranks:
 
         The order of summation depends on the number of ranks alone.
         """
+        self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def max_(self, tensor: Tensor) -> None:
+        """Replace a contiguous tensor by the largest of all ranks, entry by entry."""
+        self._reduce(tensor, dist.ReduceOp.MAX)
+
+    def _reduce(self, tensor: Tensor, operation: Any) -> None:
         if self.size == 1:
             return
         with self._step():
             for piece in tensor.view(-1).split(PIECE):
                 there = piece.to(self._device)
-                _call(dist.all_reduce, there)
+                _call(dist.all_reduce, there, operation)
                 if there is not piece:
                     piece.copy_(there)
 

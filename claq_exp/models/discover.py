@@ -84,6 +84,21 @@ def linears_of(block: nn.Module) -> dict[str, nn.Module]:
     return linears
 
 
+def norms_of(block: nn.Module) -> dict[str, nn.Module]:
+    """Return name -> norm of a block: modules that hold a vector `weight` and vectors alone.
+
+    Linear layers and routers hold matrices, so that they and their biases are not among them.
+    """
+    return {
+        name: module
+        for name, module in block.named_modules()
+        if name
+        and not any(module.children())
+        and "weight" in (own := dict(module.named_parameters(recurse=False)))
+        and all(parameter.ndim == 1 for parameter in own.values())
+    }
+
+
 def linear_weight(module: nn.Module) -> Tensor:
     """Return a linear layer's weight as an [out, in] view: writing to it changes the layer."""
     weight = module.weight

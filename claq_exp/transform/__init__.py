@@ -1,0 +1,1 @@
+"""Rewrites of a model that computes the same and is quantized better."""
