@@ -21,6 +21,7 @@ from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.tracking.progress import noise_to
 from claq_exp.train.window import UNTUNED, Tune
+from claq_exp.transform.folding import UNTRANSFORMED, Transform
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Quantization:
     store: BlockStore
     plans: Mapping[str, MatrixPlan]
     hidden_form: HiddenForm
+    transform: Transform = UNTRANSFORMED
     tune: Tune = UNTUNED
 
     def take_part(self, ranks: Ranks) -> None:
@@ -64,6 +66,7 @@ class Quantization:
                 self.store,
                 plans=self.plans,
                 hidden_form=self.hidden_form,
+                transform=self.transform,
                 tune=self.tune,
                 watcher=Watcher(stopping=lambda: interruption.asked),
                 strict=config.strict,

@@ -27,6 +27,8 @@ from claq_exp.sources.text import TextSource
 from claq_exp.tracking.limits import check_group_and_tags, check_project
 from claq_exp.train import TUNE
 from claq_exp.train.window import Tune
+from claq_exp.transform import TRANSFORM
+from claq_exp.transform.folding import Transform
 
 FAMILIES: dict[str, dict[str, type]] = {
     "activation": ACTIVATION,
@@ -34,6 +36,7 @@ FAMILIES: dict[str, dict[str, type]] = {
     "precision": PRECISION,
     "reservation": RESERVATION,
     "solver": SOLVER,
+    "transform": TRANSFORM,
     "tune": TUNE,
 }
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
@@ -257,6 +260,7 @@ class ExperimentConfig:
     reservation: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
     activation: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
+    transform: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     tune: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -298,13 +302,18 @@ class ExperimentConfig:
 
         Raises ConfigError for an unknown name, field or value, or for strategies that do not match.
         """
-        families = FAMILIES.keys() - {"activation", "tune"}  # no matrix is coded by these
+        families = FAMILIES.keys() - {"activation", "transform", "tune"}  # no matrix is coded so
         return Recipe(**{family: _strategy(family, getattr(self, family)) for family in families})
 
     def activation_rule(self) -> Activation:
         """Build the rule for activations; raises as `recipe`."""
         rule: Activation = _strategy("activation", self.activation)
         return rule
+
+    def rewriting(self) -> Transform:
+        """Build the rule for what is rewritten of a block; raises as `recipe`."""
+        transform: Transform = _strategy("transform", self.transform)
+        return transform
 
     def tuning(self) -> Tune:
         """Build the rule for what is trained of a block; raises as `recipe`."""
@@ -324,7 +333,8 @@ class ExperimentConfig:
         bits = self.precision.get("target_bits", self.precision.get("bits", ""))
         if self.budget.bits is not None:
             bits = f"_{self.budget.kind}{self.budget.bits:g}"
-        parts = [self.codebook["name"], f"{self.precision['name']}{bits}"]
+        before = [] if self.transform["name"] == "none" else [self.transform["name"]]
+        parts = [*before, self.codebook["name"], f"{self.precision['name']}{bits}"]
         if self.reservation["name"] != "none":
             parts.append(f"reserve_{self.reservation['name']}{self.reservation.get('ratio', '')}")
         parts.append(self.solver["name"])
@@ -354,6 +364,7 @@ def config_from_omegaconf(composed: DictConfig) -> ExperimentConfig:
     assert isinstance(config, ExperimentConfig)
     config.recipe()
     config.activation_rule()
+    config.rewriting()
     config.tuning()
     return config
 

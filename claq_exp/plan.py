@@ -306,7 +306,7 @@ def _seconds(
     # about half of the layers share their input
     squares = sum(mixture.share(name) * w.columns**2 for name, w in layouts.items()) / 2
     passed = parameters - sum(layout.weights for layout in layouts.values()) + weights
-    passes = CALIBRATION_PASSES + _tuning(config).passes
+    passes = CALIBRATION_PASSES + config.rewriting().passes + _tuning(config).passes
     calibrate = 2 * tokens * (passes * weights + squares) / speed
     solve = getattr(recipe.codebook, "relative_cost", 1.0) * sum(
         layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)

@@ -246,7 +246,8 @@ class _Job:
         return_at_once()
         reset_peak()
         converted, hidden_form = self.folder.work / CONVERTED, self._hidden_form()
-        others = (batches, self.plan.recipe, store.follower(), plans, hidden_form, config.tuning())
+        transform, tune = config.rewriting(), config.tuning()
+        others = (batches, self.plan.recipe, store.follower(), plans, hidden_form, transform, tune)
         self.ranks.tell(Quantization(config, self.fetched.model, converted, *others))
         watcher = Watcher(
             event=self._quantize_event,
@@ -261,7 +262,8 @@ class _Job:
                 store,
                 plans=plans,
                 hidden_form=hidden_form,
-                tune=config.tuning(),
+                transform=transform,
+                tune=tune,
                 watcher=watcher,
                 strict=config.strict,
                 ranks=self.ranks,
@@ -271,7 +273,7 @@ class _Job:
         if (counts := count_fallbacks(report))["layers"]:
             self.events.event("fallbacks", **counts)
         if not self.folder.checkpoint.is_dir():
-            rounding = self._settle_rounding(batches)
+            rounding = self._settle_rounding(batches, store)
             self._stage("export", lambda: self._export(model, store, rounding))
         return original, report
 
@@ -332,12 +334,13 @@ class _Job:
             reset_peak()
         self.events.event(name, **data)
 
-    def _settle_rounding(self, batches: list[Tensor]) -> Rounding | None:
+    def _settle_rounding(self, batches: list[Tensor], store: BlockStore) -> Rounding | None:
         """Settle how activations are rounded; some rules look at those of the original model."""
         rule = self.config.activation_rule()
         if not needs_text(rule):
             return settle_rounding(rule, None)
         opened, names = self._open_original(check=False), list(self.plan.layouts)
+        opened.overlay.update(store.dense())
         return self._stage(
             "activations",
             lambda: settle_rounding(

@@ -9,12 +9,16 @@ from torch import Tensor
 
 from claq_exp.errors import NumericalError
 
+PRODUCT = "*"  # behind the name of a tensor: a factor of it
+
 
 class Overlay:
     """Holds every tensor of a model that changed, beside packed matrices, which are the store's.
 
     Names are those of the model.  A changed tensor is rounded at once to the type that a checkpoint
     stores it in, so that the model in memory, the store and the checkpoint hold the same numbers.
+    A tensor may be multiplied too: of a matrix that will be quantized the factor is kept, not the
+    product.
     """
 
     def __init__(
@@ -31,11 +35,14 @@ class Overlay:
         """
         self._source, self._stored, self._tied = source, stored, dict(tied or {})
         self._changed: dict[str, Tensor] = {}
+        self.factors: dict[str, Tensor] = {}
 
     def read(self, name: str) -> Tensor:
-        """Return a parameter as it is now: changed, or the source's."""
-        changed = self._changed.get(self._tied.get(name, name))
-        return self.original(name) if changed is None else changed
+        """Return a parameter as it is now: changed, or the source's; a product has 32 bits."""
+        own = self._tied.get(name, name)
+        changed, factor = self._changed.get(own), self.factors.get(own)
+        value = self.original(name) if changed is None else changed
+        return value if factor is None else value.float() * factor.to(value.device)
 
     def original(self, name: str) -> Tensor:
         """Return a parameter of the source."""
@@ -55,6 +62,15 @@ class Overlay:
         self._changed[self._tied.get(name, name)] = rounded
         return rounded
 
+    def multiply(self, name: str, factor: Tensor) -> dict[str, Tensor]:
+        """Have a tensor multiplied by a factor of its shape, where 1 stands for any size.
+
+        Returns what `update` takes to do the same again.
+        """
+        own = self._tied.get(name, name)
+        self.factors[own] = factor.detach().float().cpu() * self.factors.get(own, 1.0)
+        return {f"{own}{PRODUCT}": self.factors[own]}
+
     def rounded(self, value: Tensor) -> Tensor:
         """Return a tensor in the type that it is stored in."""
         value = value.detach()
@@ -62,7 +78,9 @@ class Overlay:
 
     def update(self, changed: Mapping[str, Tensor]) -> None:
         """Take over what was changed and stored before."""
-        self._changed.update(changed)
+        for name, tensor in changed.items():
+            held = self.factors if name.endswith(PRODUCT) else self._changed
+            held[name.removesuffix(PRODUCT)] = tensor
 
     def within(self, path: str) -> dict[str, Tensor]:
         """Return name -> tensor of what changed inside a module."""

@@ -34,8 +34,9 @@ from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.quantized import unpack_weight
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.train.window import UNTUNED, Tune, Window
+from claq_exp.transform.folding import UNTRANSFORMED, Transform
 
-QUANTIZE, TUNING = "quantize", "tune"  # stages of the store
+REWRITE, QUANTIZE, TUNING = "transform", "quantize", "tune"  # stages of the store
 PUBLISH_SECONDS = 5.0  # of solving that a kill may cost, where a group does not take longer
 
 
@@ -43,8 +44,8 @@ PUBLISH_SECONDS = 5.0  # of solving that a kill may cost, where a group does not
 class Watcher:
     """Who follows a quantization.
 
-    event: called with ("layer", report row), ("tune", what was trained of a block) and ("block",
-    seconds by kind of work).
+    event: called with ("transform", what moved in a block), ("layer", report row), ("tune", what
+    was trained of a block) and ("block", seconds by kind of work).
     share: called with (share of all work just done, where).
     stopping: asked after each group of linears whether to stop there.
     """
@@ -62,12 +63,15 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     *,
     plans: Mapping[str, MatrixPlan] | None = None,
     hidden_form: HiddenForm = AS_COMPUTED,
+    transform: Transform = UNTRANSFORMED,
     tune: Tune = UNTUNED,
     watcher: Watcher = Watcher(),
     strict: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Quantize all linear layers of all decoder blocks into a store, and train what `tune` says.
+    """Quantize all linear layers of all decoder blocks into a store.
+
+    Each block is rewritten before as `transform` says, and trained afterwards as `tune` says.
 
     One block is in memory at a time, and what enters it; what the store holds is taken over.
     Several ranks share the batches, and solve linears side by side; every rank calls this, and
@@ -91,6 +95,7 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
             with model.block(index, original=True) as module:
                 streams.keep(TEACHER, _outputs(module, inputs[index], seconds))
         inputs[index].hidden = streams.entering(STUDENT)
+        _rewrite(model, index, inputs[index], transform, store, seconds, watcher, ranks)
         packed = {f"{path}.{name}.weight" for name in linears_of(model.blocks[index])}
         with model.block(index, packed=packed) as module:
             block = _Block(
@@ -111,6 +116,45 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
         streams.advance()
         inputs[index] = BlockInputs()
         watcher.event("block", {"block": index, **seconds})
+
+
+@torch.no_grad()
+def _rewrite(
+    model: BlockedModel,
+    index: int,
+    inputs: BlockInputs,
+    transform: Transform,
+    store: BlockStore,
+    seconds: dict[str, float],
+    watcher: Watcher,
+    ranks: Ranks,
+) -> None:
+    """Rewrite a block in the overlay, unless an earlier try has."""
+    if not transform.passes or ranks.tell(store.has(REWRITE, index)):
+        return
+    started, path, overlay = time.perf_counter(), f"{model.path}.{index}", model.overlay
+    with model.block(index) as block:
+        made = []
+        for move in transform.run(block, inputs, ranks):
+            norm = move.norm(block, overlay.rounded)
+            made.append((move, norm, move.columns(block, norm)))
+    dense: dict[str, Tensor] = {}
+    for _, norm, factors in made:
+        for name, value in norm.items():
+            dense[f"{path}.{name}"] = overlay.change(f"{path}.{name}", value)
+        for name, factor in factors.items():
+            dense |= overlay.multiply(f"{path}.{name}", factor)
+    row = {
+        "block": index,
+        "name": path,
+        "norms": {
+            move.fold.norm: {"least": float(move.scales.min()), "most": float(move.scales.max())}
+            for move, _, _ in made
+        },
+    }
+    store.add(REWRITE, index, dense=dense, report=[row])
+    seconds["transform"] = time.perf_counter() - started
+    watcher.event("transform", row)
 
 
 @torch.no_grad()

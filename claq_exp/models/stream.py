@@ -61,6 +61,7 @@ class WholeModel:
         self.device = next(model.parameters()).device
         self.overlay = Overlay(self.read, stored)
         self._opened: set[int] = set()
+        self._multiplied: set[str] = set()
 
     def block(
         self, index: int, *, original: bool = False, packed: Collection[str] = ()
@@ -72,10 +73,16 @@ class WholeModel:
             return nullcontext(self.blocks[index])
         if packed:
             self._opened.add(index)
-        for name, value in self.overlay.within(f"{self.path}.{index}").items():
-            self._opened.add(index)
-            with torch.no_grad():
+        path = f"{self.path}.{index}."
+        factors = {name: f for name, f in self.overlay.factors.items() if name.startswith(path)}
+        with torch.no_grad():
+            for name, value in self.overlay.within(f"{self.path}.{index}").items():
+                self._opened.add(index)
                 self.model.get_parameter(name).copy_(value)
+            for name in factors.keys() - self._multiplied:
+                self._opened.add(index)
+                self._multiplied.add(name)
+                self.model.get_parameter(name).mul_(factors[name].to(self.device))
         return nullcontext(self.blocks[index])
 
     def outside(self, *, head: bool) -> AbstractContextManager[PreTrainedModel]:

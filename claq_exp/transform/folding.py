@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from claq_exp.distributed import ALONE, Ranks
 from claq_exp.models.blocks import BlockInputs, run_block, watched
 from claq_exp.models.discover import find_stages, linears_of, norms_of
 from claq_exp.models.experts import expert_lists, place_among_experts, router_weights
@@ -65,42 +67,6 @@ class Fold:
         }
 
 
-def find_folds(block: nn.Module, inputs: BlockInputs) -> list[Fold]:
-    """Run a block on its first batch and find the norms whose output scales can be moved out of.
-
-    Which modules take a norm's output is seen by the tensor that they get; experts, which get some
-    of its rows, belong to their router.  Whether nothing else takes it is tried: each fold is made
-    with a power of two and must leave the block's output as it is.
-    """
-    made: dict[Key, list[str]] = {}
-    taken: dict[Key, list[str]] = {}
-    held: list[Tensor] = []  # so that no address is given twice
-    norms, consumers = norms_of(block), _consumers(block)
-
-    def note(found: dict[Key, list[str]], name: str) -> Callable[[Tensor], None]:
-        def sink(tensor: Tensor) -> None:
-            held.append(tensor)
-            if tensor.numel():
-                found.setdefault(_key(tensor), []).append(name)
-
-        return sink
-
-    takes = {module: note(taken, name) for name, module in consumers.items()}
-    with watched(takes), outputs({module: note(made, name) for name, module in norms.items()}):
-        run_block(block, inputs, 0)
-    found = []
-    for key, names in made.items():
-        own = list(dict.fromkeys(taken.get(key, ())))
-        if len(names) != 1 or not own:
-            continue
-        offset = _offset(norms[names[0]])
-        if offset is not None:
-            fold = Fold(names[0], offset, (*own, *_experts_of(block, inputs, own)))
-            if _is_sound(block, inputs, fold):
-                found.append(fold)
-    return found
-
-
 @dataclass(frozen=True)
 class Move:
     """Scales that go from a norm to the matrices behind it.
@@ -136,6 +102,72 @@ class Move:
         unused = (old == 0) | (new == 0)  # by the weight: there may be a bias
         factor = torch.where(unused, self.scales.to(old), old / torch.where(unused, 1.0, new))
         return self.fold.beside(block, factor)
+
+
+class Transform(Protocol):
+    """A way to rewrite a block before its matrices are quantized.
+
+    passes: forward passes of the calibration text through each block that it takes.
+    """
+
+    passes: ClassVar[float]
+
+    def run(self, block: nn.Module, inputs: BlockInputs, ranks: Ranks = ALONE) -> list[Move]:
+        """Return the scales that are to move; the block is left as it was.
+
+        inputs: with the hidden states of this rank's batches.  Every rank calls this and gets the
+        same.
+        """
+
+
+@dataclass(frozen=True)
+class NoTransform:
+    """Leave the model as it is."""
+
+    passes: ClassVar[float] = 0.0
+
+    def run(self, block: nn.Module, inputs: BlockInputs, ranks: Ranks = ALONE) -> list[Move]:
+        """Move nothing."""
+        return []
+
+
+UNTRANSFORMED = NoTransform()
+
+
+def find_folds(block: nn.Module, inputs: BlockInputs) -> list[Fold]:
+    """Run a block on its first batch and find the norms whose output scales can be moved out of.
+
+    Which modules take a norm's output is seen by the tensor that they get; experts, which get some
+    of its rows, belong to their router.  Whether nothing else takes it is tried: each fold is made
+    with a power of two and must leave the block's output as it is.
+    """
+    made: dict[Key, list[str]] = {}
+    taken: dict[Key, list[str]] = {}
+    held: list[Tensor] = []  # so that no address is given twice
+    norms, consumers = norms_of(block), _consumers(block)
+
+    def note(found: dict[Key, list[str]], name: str) -> Callable[[Tensor], None]:
+        def sink(tensor: Tensor) -> None:
+            held.append(tensor)
+            if tensor.numel():
+                found.setdefault(_key(tensor), []).append(name)
+
+        return sink
+
+    takes = {module: note(taken, name) for name, module in consumers.items()}
+    with watched(takes), outputs({module: note(made, name) for name, module in norms.items()}):
+        run_block(block, inputs, 0)
+    found = []
+    for key, names in made.items():
+        own = list(dict.fromkeys(taken.get(key, ())))
+        if len(names) != 1 or not own:
+            continue
+        offset = _offset(norms[names[0]])
+        if offset is not None:
+            fold = Fold(names[0], offset, (*own, *_experts_of(block, inputs, own)))
+            if _is_sound(block, inputs, fold):
+                found.append(fold)
+    return found
 
 
 def _consumers(block: nn.Module) -> dict[str, nn.Module]:
@@ -222,7 +254,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 def _key(tensor: Tensor) -> Key:
     """Tell a tensor by its memory: a view of it with another shape is the same."""
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.numel()
+    return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class Smooth:
     Source: SmoothQuant (arXiv 2211.10438), equation 4.
     """
 
+    passes: ClassVar[float] = 1.0
+
     alpha: float = 0.5
 
     def __post_init__(self) -> None:
@@ -44,11 +47,7 @@ class Smooth:
         return torch.where(usable, scales, 1.0)
 
     def run(self, block: nn.Module, inputs: BlockInputs, ranks: Ranks = ALONE) -> list[Move]:
-        """Find the scales of a block: one move for each norm that has room for one.
-
-        inputs: with the hidden states of this rank's batches.  Every rank calls this and gets the
-        same.
-        """
+        """Return the scales of each norm whose output goes to matrices alone; see `Transform`."""
         folds = ranks.tell(find_folds(block, inputs) if ranks.is_first else [])
         maxima = {fold.norm: torch.zeros(len(fold.channels(block))) for fold in folds}
         sinks = {block.get_submodule(name): _largest(kept) for name, kept in maxima.items()}
