@@ -7,6 +7,7 @@ from typing import Any
 
 RECIPE = ("codebook", "precision", "reservation", "solver")
 ACTIVATION = "activation"
+TRANSFORM = "transform"
 TUNE = "tune"
 KEPT = "none"  # the name of the rules that leave activations, or what is not packed, alone
 
@@ -16,7 +17,7 @@ def families_of(configs: Iterable[dict[str, Any]]) -> tuple[str, ...]:
     configs = list(configs)
     used = [
         family
-        for family in (ACTIVATION, TUNE)
+        for family in (ACTIVATION, TRANSFORM, TUNE)
         if any(_beside(config, family)["name"] != KEPT for config in configs)
     ]
     return (*RECIPE, *used)
@@ -30,6 +31,7 @@ def recipe_labels(config: dict[str, Any], families: Sequence[str] = RECIPE) -> d
         "reservation": _described(config["reservation"], "ratio"),
         "solver": str(config["solver"]["name"]),
         ACTIVATION: activation_label(_beside(config, ACTIVATION)),
+        TRANSFORM: _described(_beside(config, TRANSFORM), "alpha"),
         TUNE: _described(_beside(config, TUNE), "steps"),
     }
     return {family: labels[family] for family in families}
@@ -54,9 +56,11 @@ def method_label(config: dict[str, Any]) -> str:
     """Return a recipe's name without its number of bits, for the line of a plot."""
     codebook, solver = codebook_label(config["codebook"]), config["solver"]["name"]
     parts = [codebook if solver != "nearest" else f"{codebook}, nearest"]
+    if (transform := _beside(config, TRANSFORM))["name"] != KEPT:
+        parts.insert(0, str(transform["name"]))
     precision, reservation = config["precision"]["name"], config["reservation"]["name"]
     if precision == "rate_distortion":
-        return f"{parts[0]} + {precision}"
+        return " + ".join([*parts, precision])
     if precision != "fixed":
         parts.append(f"AP {precision}")
     if reservation != "none":
