@@ -7,11 +7,12 @@ from typing import Any
 
 import yaml
 
-from claq_exp.reporting.labels import ACTIVATION, RECIPE, TUNE
+from claq_exp.reporting.labels import ACTIVATION, RECIPE, TRANSFORM, TUNE
 
 STRATEGIES = (
     *RECIPE,
     ACTIVATION,
+    TRANSFORM,
     TUNE,
     "tracking",
 )  # groups whose options are called like what they choose

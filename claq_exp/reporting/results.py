@@ -26,7 +26,10 @@ from claq_exp.sources.content import Losses
 from claq_exp.torchrun import place
 
 SCHEMA = 1
-TIMINGS = ("load", "allocate", "calibrate", "hessian", "solve", "tune", "export", "evaluate")
+TIMINGS = (
+    *("load", "allocate", "transform", "calibrate", "hessian", "solve", "tune"),
+    *("export", "evaluate"),
+)
 LAYER_FIELDS = (
     "block",
     "name",
