@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 from claq_exp.cli import main
+from claq_exp.sweep.grid import check_grid
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -17,6 +19,15 @@ DOCS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "results" / "READ
 WITHOUT_OVERRIDES = ("report", "inspect", "dequantize")
 SHRUNK = ("model", "calibration", "evaluation", "tracking", "corpus@evaluation")  # by the tiny run
 FOLDER = "outputs/default/RUN"
+
+
+def jobs_of(words: Sequence[str]) -> int:
+    """Compose what words ask for, and return the jobs; the files of sweeps/ have their own test."""
+    overrides = [word for word in words if "=" in word]
+    name = overrides[0].removeprefix("sweep=")
+    if len(overrides) == 1 and (ROOT / "sweeps" / f"{name}.yaml").is_file():
+        return 1  # or more: test_conf_files.py composes every job
+    return check_grid(overrides).jobs
 
 
 @dataclass(frozen=True)

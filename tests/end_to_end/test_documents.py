@@ -12,7 +12,17 @@ import sys
 
 import pytest
 from conftest import tiny_words
-from documented import DOCS, README, ROOT, commands_of, lines_of, run, shrunk, write_options
+from documented import (
+    DOCS,
+    README,
+    ROOT,
+    commands_of,
+    jobs_of,
+    lines_of,
+    run,
+    shrunk,
+    write_options,
+)
 
 from claq_exp.cli import main
 
@@ -60,22 +70,18 @@ def test_every_command_of_the_docs_runs(command, place, tiny, monkeypatch, capfd
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.has_overrides], ids=str)
-def test_overrides_of_the_docs_compose_as_they_stand(command, tmp_path, monkeypatch):
+def test_overrides_of_the_docs_compose_as_they_stand(command, place, monkeypatch):
     from claq_exp.options import own_folders
-    from claq_exp.sweep.grid import check_grid
     from claq_exp.words import folders_of
 
-    monkeypatch.chdir(tmp_path)
-    write_options(tmp_path / "mine")
+    monkeypatch.chdir(place)
     with own_folders(folders_of(list(command.words))):
-        assert check_grid([word for word in command.words if "=" in word]).jobs >= 1
+        assert jobs_of(command.words) >= 1
 
 
 @pytest.mark.parametrize("words", INLINE)
 def test_overrides_in_sentences_compose(words):
-    from claq_exp.sweep.grid import check_grid
-
-    assert check_grid([word for word in shlex.split(words) if "=" in word]).jobs >= 1
+    assert jobs_of(shlex.split(words)) >= 1
 
 
 def test_torchrun_starts_what_composes():
@@ -84,9 +90,7 @@ def test_torchrun_starts_what_composes():
     for line in lines:
         head, _, words = line.partition(" -m claq_exp ")
         assert head == "torchrun --nproc-per-node 2"  # tests/distributed runs it
-        from claq_exp.sweep.grid import check_grid
-
-        assert check_grid(shlex.split(words)).jobs == 1
+        assert jobs_of(shlex.split(words)) == 1
 
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
