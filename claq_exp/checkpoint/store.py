@@ -17,7 +17,7 @@ from claq_exp.checkpoint.files import read_json, sync_folder, write_json
 from claq_exp.checkpoint.tensor_file import write_tensors
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import CheckpointError
-from claq_exp.quantize.layout import WeightLayout
+from claq_exp.payload import read_layout
 from claq_exp.sources.cache import sha256_of
 
 STATE_FILE = "state.json"
@@ -145,7 +145,7 @@ class BlockStore:
             if block is None or part.block == block:
                 path = self._folder / part.name
                 for name, data in json.loads(_facts(path)["layouts"]).items():
-                    layout = WeightLayout.from_json(data)
+                    layout = read_layout(data)
                     tensors = _FileTensors(path, f"{name}.", tuple(layout.stored_tensors()))
                     found[name] = PackedWeight(layout, tensors)
         return found

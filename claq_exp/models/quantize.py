@@ -23,8 +23,8 @@ from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden
 from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_weight
 from claq_exp.models.solve import report_row, solve_hessian
 from claq_exp.models.stream import BlockedModel
+from claq_exp.payload import unpack_weight
 from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.quantized import unpack_weight
 from claq_exp.quantize.recipe import Recipe
 
 PUBLISH_SECONDS = 5.0  # of solving that a kill may cost, where a group does not take longer

@@ -1,4 +1,4 @@
-"""Every form that versions 2 and 3 could store: matrices of the release that wrote them."""
+"""Every form that a version could store: matrices of the release that wrote them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 from claq_exp.checkpoint.reader import read_layouts, read_weights
 
 DATA = Path(__file__).parents[1] / "data"
-FOLDERS = ["format_2_matrices", "format_3_matrices"]  # config.json, weights, and what was expected
+# config.json, weights, and what was expected
+FOLDERS = ["format_2_matrices", "format_3_matrices", "format_4_matrices"]
 
 
 @pytest.mark.case(69)
