@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from claq_exp.checkpoint.reader import read_layouts, read_rounding, read_weights
 from claq_exp.checkpoint.writer import FORMAT_VERSION
 from claq_exp.payload import PAYLOAD
-from claq_exp.runtime.load import load_checkpoint
+from claq_exp.runtime.load import load_checkpoint  # teaches transformers the format
 
 DATA = Path(__file__).parents[1] / "data"
 TOKENS = 7 * torch.arange(12).reshape(1, 12)
@@ -76,6 +76,18 @@ def test_its_logits_are_those_that_were_written(version, kernel):
     with torch.inference_mode():
         found = model(TOKENS).logits[0, [0, 3, 7, 11]][:, [1, 50, 123, 255]]
     assert torch.allclose(found, torch.tensor(GOLDEN[version][1]), atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("version", GOLDEN)
+def test_transformers_loads_it_and_saves_it_again_as_it_was(version, tmp_path):
+    folder = DATA / f"format_{version}"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    assert read_layouts(tmp_path) == read_layouts(folder)
+    again = dict(read_weights(tmp_path))
+    for name, weight in read_weights(folder):
+        for suffix, tensor in weight.pack().items():
+            assert torch.equal(again[name].pack()[suffix], tensor), f"{name}.{suffix}"
 
 
 def test_the_last_version_has_all_kinds_of_payload_two_files_and_a_tokenizer():
