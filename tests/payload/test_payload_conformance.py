@@ -193,3 +193,29 @@ def test_huge_sizes_are_refused_before_memory_is_taken(payload, what):
     for use in (unpack_weight, operand_of, reserved_counts):
         with limits(), pytest.raises(CheckpointError):
             use(read_layout(data), payload.pack())
+
+
+@pytest.mark.parametrize("name", ["lo_bcq", "lo_bcq, inverse"])
+def test_codewords_in_another_order_are_sorted_and_the_codes_with_them(name):
+    payload = SAMPLES[name]
+    turned = {"codewords": payload.trainable()["codewords"].flip(1)}
+    rebuilt = payload.rebuilt(turned)
+    assert bool((rebuilt.trainable()["codewords"].diff(dim=1) >= 0).all())
+    assert torch.equal(rebuilt.dequantize(), payload.with_values(turned).dequantize())
+
+
+@pytest.mark.parametrize("name", ["lo_bcq", "lo_bcq, inverse", "mxfp4", "nvfp4", "vsq"])
+def test_a_step_becomes_the_nearest_that_is_stored(name):
+    payload = SAMPLES[name]
+    form = payload.layout().block_format
+    dice = torch.Generator().manual_seed(2)
+    steps = payload.trainable()["steps"]
+    asked = steps * (0.2 + 0.8 * torch.rand(steps.shape, generator=dice))
+    blocks = payload.rebuilt({"steps": asked}).blocks
+    limits = torch.zeros(1) if blocks.limits is None else blocks.limits
+    known = form.rule.read(torch.arange(256, dtype=torch.uint8)[None], limits[:, None], form.top)
+    known = torch.where(torch.isfinite(known) & (known >= 0), known, torch.inf)
+    for row, line in enumerate(asked):
+        choices = known[row if len(known) > 1 else 0]
+        best = (line[:, None] - choices).abs().min(dim=1).values
+        assert torch.allclose((line - blocks.steps[row]).abs(), best, rtol=1e-5, atol=1e-9)
