@@ -26,7 +26,8 @@ import torch
 from common import command_line, device_option, note, parse
 from device_time import Stopwatch, usable
 
-from claq_exp.quantize.layout import packed_bytes
+from claq_exp.payload.operand import Operand, Part
+from claq_exp.payload.stored import packed_bytes
 from claq_exp.runtime.kernels.triton import (
     JOINED,
     TritonKernel,
@@ -36,7 +37,6 @@ from claq_exp.runtime.kernels.triton import (
     family_of,
     size_class,
 )
-from claq_exp.runtime.operand import Operand, Part
 
 SHAPES = (  # rows, columns
     (4096, 4096),

@@ -14,7 +14,8 @@ from dataclasses import replace
 from common import command_line, note, parse
 
 from claq_exp.compose import compose_config
-from claq_exp.quantize.layout import Ledger, WeightLayout
+from claq_exp.payload.base import Layout
+from claq_exp.payload.stored import Ledger
 from claq_exp.quantize.recipe import planned_layouts
 
 SHAPES = {
@@ -60,7 +61,7 @@ def main() -> None:
         note(asked, recipe=name, called=RECIPES[name], linear=float(rows[-1][-1]))
 
 
-def account(layouts: list[WeightLayout]) -> list[str]:
+def account(layouts: list[Layout]) -> list[str]:
     """Return nominal, code, codebook, reserved and linear bits per weight as text."""
     weights = sum(layout.weights for layout in layouts)
     nominal = sum(layout.nominal_bits() * layout.weights for layout in layouts) / weights

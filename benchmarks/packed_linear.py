@@ -22,9 +22,10 @@ from common import command_line, note, parse
 from torch import Tensor
 from torch.nn.functional import linear
 
-from claq_exp.quantize.quantized import ColumnCodebooks, QuantizedWeight, Reserved
+from claq_exp.payload import ColumnCodebooks, operand_of
+from claq_exp.payload.columns import Reserved
+from claq_exp.payload.operand import Operand
 from claq_exp.runtime.kernels import KERNEL
-from claq_exp.runtime.operand import Operand, operand_of
 
 SHAPES = (
     *("4096x4096", "11008x4096", "4096x11008"),
@@ -94,7 +95,7 @@ def packed_copies(rows: int, columns: int, bits: str, megabytes: int) -> list[Op
     values = torch.randn(columns, 2 ** int(widths.max()), generator=generator).half()
     places = torch.nonzero(mask.t())[:, 1]
     reserved = Reserved(mask.sum(0), places, torch.randn(len(places), generator=generator).half())
-    weight = QuantizedWeight(codes, column_bits, ColumnCodebooks(values), reserved)
+    weight = ColumnCodebooks(codes, column_bits, reserved, values)
     operand = operand_of(weight.layout(), weight.pack())
     size = sum(part.codes.numel() for part in operand.parts)
     return [copy_of(operand) for _ in range(count(size, megabytes))]

@@ -19,7 +19,7 @@ from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore, code_content
 from claq_exp.machine import device_name, versions
 from claq_exp.models.stream import StreamedModel
-from claq_exp.quantize.layout import WeightLayout
+from claq_exp.payload.base import Layout
 from claq_exp.runtime.load import load_checkpoint
 from claq_exp.sources.cache import cache_folder
 from claq_exp.sources.model import fingerprint
@@ -57,7 +57,7 @@ def checkpoint_subject(
     )
 
 
-def activation_bits(folder: Path, layouts: Mapping[str, WeightLayout]) -> float | None:
+def activation_bits(folder: Path, layouts: Mapping[str, Layout]) -> float | None:
     """Return the bits of an input number of a checkpoint's layers on average; None if not rounded.
 
     The inputs of layers side by side, which are rounded once, count for each.

@@ -27,9 +27,10 @@ from claq_exp.models.skeleton import skeleton, tied_names
 from claq_exp.models.towers import text_config
 from claq_exp.needs import Linear, Needs, needs
 from claq_exp.needs import Sizes as NeededSizes
+from claq_exp.payload.base import Layout
+from claq_exp.payload.stored import HALF
 from claq_exp.quantize.activation.rounding import expected_rounding
 from claq_exp.quantize.budget import Overhead, fit_budget
-from claq_exp.quantize.layout import HALF, WeightLayout
 from claq_exp.quantize.precision import LayerMap, RateDistortion
 from claq_exp.quantize.recipe import Recipe, planned_layouts
 from claq_exp.resources import free_memory
@@ -68,7 +69,7 @@ class Plan:
 
     recipe: Recipe
     description: Overhead
-    layouts: dict[str, WeightLayout]
+    layouts: dict[str, Layout]
     sizes: Sizes
     original_bytes: int
     needs: Needs
@@ -105,7 +106,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         name: t.numel() for name, t in state.items() if name.removesuffix(".weight") not in shapes
     }
 
-    def description(layouts: Mapping[str, WeightLayout]) -> float:
+    def description(layouts: Mapping[str, Layout]) -> float:
         return 8.0 * _description_bytes(layouts, kept)
 
     recipe = fit_budget(config.recipe(), config.budget, shapes, description)
@@ -191,7 +192,7 @@ def _shape(weight: torch.Tensor) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
-def _description_bytes(layouts: Mapping[str, WeightLayout], kept: dict[str, int]) -> int:
+def _description_bytes(layouts: Mapping[str, Layout], kept: dict[str, int]) -> int:
     """Estimate the bytes of headers, index and the layouts in config.json, rather too many."""
     header = {
         f"{n}.{s}": t for n, layout in layouts.items() for s, t in layout.stored_tensors().items()
@@ -295,7 +296,7 @@ def _seconds(
     config: ExperimentConfig,
     recipe: Recipe,
     parameters: int,
-    layouts: dict[str, WeightLayout],
+    layouts: dict[str, Layout],
     mixture: _Mixture,
     device: str,
     context: int,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,13 @@ from torch import Tensor
 
 from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.manifest import check_harmless, check_manifest
+from claq_exp.checkpoint.older import OLDEST, current_layout
 from claq_exp.checkpoint.shards import open_tensors, read_spans
-from claq_exp.checkpoint.writer import FORMAT_VERSION, PLAIN_VERSION, QUANT_METHOD
+from claq_exp.checkpoint.writer import FORMAT_VERSION, QUANT_METHOD
 from claq_exp.errors import CheckpointError, ConfigError, telling_line
+from claq_exp.payload import read_layout, unpack_weight
+from claq_exp.payload.base import Layout, Payload
 from claq_exp.quantize.activation.rounding import Rounding
-from claq_exp.quantize.layout import WeightLayout
-from claq_exp.quantize.quantized import QuantizedWeight, unpack_weight
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -26,10 +26,9 @@ if TYPE_CHECKING:
     from claq_exp.models.stream import StreamedModel
 
 CONFIG_KEYS = {"quant_method", "format_version", "modules"}
-LAYOUT_KEYS = {field.name for field in fields(WeightLayout)} - {"block_format"}
 
 
-def read_layouts(folder: Path) -> dict[str, WeightLayout]:
+def read_layouts(folder: Path) -> dict[str, Layout]:
     """Return linear name -> layout from config.json.
 
     Raises ConfigError when the folder is no checkpoint of ours, CheckpointError when it cannot be
@@ -43,7 +42,7 @@ def read_rounding(folder: Path) -> Rounding | None:
     return _parse(folder)[1]
 
 
-def _parse(folder: Path) -> tuple[dict[str, WeightLayout], Rounding | None]:
+def _parse(folder: Path) -> tuple[dict[str, Layout], Rounding | None]:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"checkpoint '{folder}' is no folder with a config.json")
     quantization = read_json(folder / "config.json").get("quantization_config")
@@ -56,29 +55,25 @@ def _parse(folder: Path) -> tuple[dict[str, WeightLayout], Rounding | None]:
         raise CheckpointError(f"{folder}: {error}") from error
 
 
-def parse_layouts(quantization: Mapping[str, Any]) -> dict[str, WeightLayout]:
+def parse_layouts(quantization: Mapping[str, Any]) -> dict[str, Layout]:
     """Return linear name -> layout from a `quantization_config`.
 
     Raises CheckpointError for another format version, and for any key too many or too few.
     """
     version = quantization.get("format_version")
-    if type(version) is not int or not PLAIN_VERSION <= version <= FORMAT_VERSION:
-        older = type(version) is int and version < PLAIN_VERSION
+    if type(version) is not int or not OLDEST <= version <= FORMAT_VERSION:
+        older = type(version) is int and version < OLDEST
         raise CheckpointError(
-            f"it has format version {version}, this release reads {PLAIN_VERSION} to "
+            f"it has format version {version}, this release reads {OLDEST} to "
             f"{FORMAT_VERSION}; {'quantize again' if older else 'update claq_exp'}"
         )
-    known = CONFIG_KEYS | ({"activation"} if version == FORMAT_VERSION else set())
+    known = CONFIG_KEYS | ({"activation"} if version > OLDEST else set())
     if unknown := sorted(set(quantization) - known):
         raise CheckpointError(f"quantization_config has an unknown key '{unknown[0]}'")
     modules = quantization.get("modules")
     if not isinstance(modules, dict) or not modules:
         raise CheckpointError("quantization_config lists no quantized layers")
-    layouts = {name: _parse_layout(name, layout) for name, layout in modules.items()}
-    newer = [name for name, layout in layouts.items() if layout.block_format is not None]
-    if newer and version < FORMAT_VERSION:
-        raise CheckpointError(f"version {version} knows no block format, which {newer[0]} has")
-    return layouts
+    return {name: _parse_layout(name, layout, version) for name, layout in modules.items()}
 
 
 def parse_rounding(quantization: Mapping[str, Any], linears: Collection[str]) -> Rounding | None:
@@ -90,24 +85,14 @@ def parse_rounding(quantization: Mapping[str, Any], linears: Collection[str]) ->
     return None if data is None else Rounding.from_json(data, linears)
 
 
-def _parse_layout(name: str, data: Any) -> WeightLayout:
-    if not isinstance(data, dict) or set(data) - {"block_format"} != LAYOUT_KEYS:
-        raise CheckpointError(f"the layout of {name} must have the keys {sorted(LAYOUT_KEYS)}")
-    widths = data["columns_per_width"]
-    if not isinstance(widths, dict) or not widths:
-        raise CheckpointError(f"the layout of {name} has no columns_per_width")
-    for width, columns in widths.items():
-        if width not in ("1", "2", "3", "4", "5", "6", "7", "8") or type(columns) is not int:
-            raise CheckpointError(f"the layout of {name} has columns of '{width}' bits: {columns}")
-        if columns < 1:
-            raise CheckpointError(f"the layout of {name} has {columns} columns of {width} bits")
+def _parse_layout(name: str, data: Any, version: int) -> Layout:
     try:
-        return WeightLayout.from_json(data)
+        return read_layout(data if version == FORMAT_VERSION else current_layout(data, version))
     except CheckpointError as error:
         raise CheckpointError(f"{name}: {error}") from error
 
 
-def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> dict[str, WeightLayout]:
+def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> dict[str, Layout]:
     """Check everything that needs no model, and return linear name -> layout.
 
     Format version, layouts and their tensors, manifest, files that could run code.  Raises
@@ -121,7 +106,7 @@ def check_checkpoint(folder: Path, *, trust_remote_code: bool = False) -> dict[s
     return layouts
 
 
-def _check_packed(folder: Path, layouts: Mapping[str, WeightLayout]) -> None:
+def _check_packed(folder: Path, layouts: Mapping[str, Layout]) -> None:
     """Compare the tensors of quantized weights with their layouts, by the headers alone."""
     spans = {name: span for shard in read_spans(folder).values() for name, span in shard.items()}
     for linear, layout in layouts.items():
@@ -137,7 +122,7 @@ def _check_packed(folder: Path, layouts: Mapping[str, WeightLayout]) -> None:
                 )
 
 
-def read_weights(folder: Path) -> Iterator[tuple[str, QuantizedWeight]]:
+def read_weights(folder: Path) -> Iterator[tuple[str, Payload]]:
     """Yield (linear name, quantized weight), one at a time."""
     for name, layout, tensors in read_packed(folder):
         try:
@@ -146,7 +131,7 @@ def read_weights(folder: Path) -> Iterator[tuple[str, QuantizedWeight]]:
             raise CheckpointError(f"{folder}: {name}: {error}") from error
 
 
-def read_packed(folder: Path) -> Iterator[tuple[str, WeightLayout, dict[str, Tensor]]]:
+def read_packed(folder: Path) -> Iterator[tuple[str, Layout, dict[str, Tensor]]]:
     """Yield (linear name, layout, tensors by suffix) of each quantized weight, as stored."""
     layouts = read_layouts(folder)
     with open_tensors(folder) as get:
@@ -162,9 +147,7 @@ def read_unquantized(folder: Path) -> Iterator[tuple[str, Tensor]]:
             yield name, get(name)
 
 
-def unquantized_shapes(
-    folder: Path, layouts: Mapping[str, WeightLayout]
-) -> dict[str, tuple[int, ...]]:
+def unquantized_shapes(folder: Path, layouts: Mapping[str, Layout]) -> dict[str, tuple[int, ...]]:
     """Return name -> shape of everything that is no part of a quantized weight."""
     packed = {
         f"{name}.{suffix}" for name, layout in layouts.items() for suffix in layout.stored_tensors()
@@ -181,7 +164,7 @@ class PackedWeights:
     """The weights of a checkpoint, each dequantized when it is read."""
 
     def __init__(
-        self, folder: Path, layouts: Mapping[str, WeightLayout], transposed: Collection[str]
+        self, folder: Path, layouts: Mapping[str, Layout], transposed: Collection[str]
     ) -> None:
         """Name a checkpoint.  transposed: linears that the model holds as [in, out]."""
         self._folder, self._layouts, self._transposed = folder, layouts, transposed
@@ -258,7 +241,7 @@ def open_checkpoint(
 
 def check_model(
     folder: Path,
-    layouts: Mapping[str, WeightLayout],
+    layouts: Mapping[str, Layout],
     dtype: torch.dtype | None = None,
     *,
     trust_remote_code: bool = False,
@@ -285,7 +268,7 @@ def check_model(
     return model
 
 
-def check_dtype(folder: Path, layouts: Mapping[str, WeightLayout], dtype: str) -> None:
+def check_dtype(folder: Path, layouts: Mapping[str, Layout], dtype: str) -> None:
     """Raise NumericalError for a tensor that is not packed, with a number beyond a dtype."""
     from claq_exp.models.load import DTYPES
     from claq_exp.models.stored_types import FLOATS, check_held
@@ -328,7 +311,7 @@ def _transposed(model: PreTrainedModel) -> set[str]:
 
 def _check_shapes(
     model: PreTrainedModel,
-    layouts: Mapping[str, WeightLayout],
+    layouts: Mapping[str, Layout],
     kept: Mapping[str, tuple[int, ...]],
 ) -> None:
     """Compare the stored tensors with the model's; none may be missing or left over.

@@ -26,7 +26,7 @@ from claq_exp.checkpoint.files import read_json, sync_folder, write_json
 from claq_exp.checkpoint.tensor_file import write_tensors
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import CheckpointError
-from claq_exp.quantize.layout import WeightLayout
+from claq_exp.payload import read_layout
 from claq_exp.sources.cache import sha256_of
 
 STATE_FILE = "state.json"
@@ -260,7 +260,7 @@ class BlockStore:
         for part in self._state.parts:
             for name, data in part.contents.layouts.items():
                 if name.startswith(within):
-                    layout = WeightLayout.from_json(data)
+                    layout = read_layout(data)
                     names = tuple(layout.stored_tensors())
                     tensors = _FileTensors(self._folder / part.file.name, f"{name}.", names)
                     found[name] = PackedWeight(layout, tensors)

@@ -18,9 +18,9 @@ from claq_exp.checkpoint.reader import (
 )
 from claq_exp.checkpoint.writer import Sizes, checkpoint_sizes
 from claq_exp.errors import CheckpointError
+from claq_exp.payload import reserved_counts
+from claq_exp.payload.base import Layout
 from claq_exp.quantize.activation.rounding import Rounding
-from claq_exp.quantize.layout import WeightLayout
-from claq_exp.quantize.quantized import unpack_side_tensors
 
 FULL_COLUMNS = 0.01  # share of a layer's columns that count as its fullest
 
@@ -30,7 +30,7 @@ class LayerSummary:
     """One quantized layer.  in_full_columns: reserved entries in the fullest 1 % of its columns."""
 
     name: str
-    layout: WeightLayout
+    layout: Layout
     in_full_columns: int
 
     @property
@@ -82,7 +82,7 @@ class Summary:
         """Return code width -> number of columns, over all layers."""
         counts: Counter[int] = Counter()
         for layer in self.layers:
-            counts.update(layer.layout.columns_per_width)
+            counts.update(layer.layout.widths())
         return dict(sorted(counts.items()))
 
 
@@ -98,7 +98,7 @@ def summarize(folder: Path) -> Summary:
     layers = []
     for name, layout, tensors in read_packed(folder):
         try:
-            counts = unpack_side_tensors(layout, tensors).reserved.counts
+            counts = reserved_counts(layout, tensors)
         except CheckpointError as error:
             raise CheckpointError(f"{folder}: {name}: {error}") from error
         full = counts.topk(math.ceil(FULL_COLUMNS * layout.columns)).values

@@ -24,8 +24,9 @@ from claq_exp.checkpoint.shards import (
 from claq_exp.errors import CheckpointError
 from claq_exp.models.skeleton import tied_names
 from claq_exp.models.towers import runs_own_code
+from claq_exp.payload.base import Layout
+from claq_exp.payload.stored import STORED_DTYPES, Ledger
 from claq_exp.quantize.activation.rounding import Rounding
-from claq_exp.quantize.layout import STORED_DTYPES, Ledger, WeightLayout
 from claq_exp.sources.cache import published
 from claq_exp.sources.companions import GENERATION, Companions
 from claq_exp.sources.weight_files import NAMED
@@ -33,8 +34,7 @@ from claq_exp.sources.weight_files import NAMED
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT_VERSION = 3  # docs/format.md says when it grows
-PLAIN_VERSION = 2  # of a checkpoint without block formats and rounded activations
+FORMAT_VERSION = 4  # docs/format.md says when it grows
 QUANT_METHOD = "claq"
 
 
@@ -42,7 +42,7 @@ QUANT_METHOD = "claq"
 class PackedWeight:
     """A quantized matrix as it is stored: its layout and its tensors by suffix."""
 
-    layout: WeightLayout
+    layout: Layout
     tensors: Mapping[str, Tensor]
 
     def unit(self, name: str) -> Unit:
@@ -112,7 +112,7 @@ def write_checkpoint(  # noqa: PLR0913 - every one has a default, but what is wr
 
 def checkpoint_config(
     model: PreTrainedModel,
-    layouts: Mapping[str, WeightLayout],
+    layouts: Mapping[str, Layout],
     dtype: torch.dtype,
     rounding: Rounding | None = None,
 ) -> PretrainedConfig:
@@ -122,10 +122,9 @@ def checkpoint_config(
     config.architectures = [type(model).__name__]
     if getattr(config, NAMED, None) is not None:  # the original's file of weights
         delattr(config, NAMED)
-    plain = rounding is None and not any(layout.block_format for layout in layouts.values())
     config.quantization_config = {
         "quant_method": QUANT_METHOD,
-        "format_version": PLAIN_VERSION if plain else FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "modules": {name: layout.to_json() for name, layout in layouts.items()},
     }
     if rounding is not None:
@@ -135,7 +134,7 @@ def checkpoint_config(
 
 def planned_sizes(
     model: PreTrainedModel,
-    layouts: Mapping[str, WeightLayout],
+    layouts: Mapping[str, Layout],
     dtype: torch.dtype,
     rounding: Rounding | None = None,
 ) -> Sizes:
@@ -217,7 +216,7 @@ def unquantized_state(
     return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
 
 
-def checkpoint_sizes(folder: Path, layouts: Mapping[str, WeightLayout], parameters: int) -> Sizes:
+def checkpoint_sizes(folder: Path, layouts: Mapping[str, Layout], parameters: int) -> Sizes:
     """Count a checkpoint from its files.
 
     parameters: of the original model, tied ones once.  `other` in the ledger is config.json, where
@@ -235,7 +234,7 @@ def checkpoint_sizes(folder: Path, layouts: Mapping[str, WeightLayout], paramete
     return _sizes(ledger, layouts, parameters)
 
 
-def _sizes(ledger: Ledger, layouts: Mapping[str, WeightLayout], parameters: int) -> Sizes:
+def _sizes(ledger: Ledger, layouts: Mapping[str, Layout], parameters: int) -> Sizes:
     weights = sum(layout.weights for layout in layouts.values())
     nominal = sum(layout.nominal_bits() * layout.weights for layout in layouts.values())
     return Sizes(

@@ -30,8 +30,8 @@ from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_wei
 from claq_exp.models.overlay import Overlay
 from claq_exp.models.solve import report_row, solve_hessian
 from claq_exp.models.stream import BlockedModel
+from claq_exp.payload import unpack_weight
 from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.quantized import unpack_weight
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.train.window import UNTUNED, Tune, Window
 from claq_exp.transform.folding import UNTRANSFORMED, Transform

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from claq_exp.errors import ConfigError, one_of
-from claq_exp.quantize.layout import MAX_BITS, WeightLayout
+from claq_exp.payload.base import Layout
+from claq_exp.payload.stored import MAX_BITS
 from claq_exp.quantize.precision import Fixed, RateDistortion
 from claq_exp.quantize.recipe import Recipe, planned_layouts
 from claq_exp.quantize.statistics import EqualColumns
@@ -14,7 +15,7 @@ from claq_exp.quantize.statistics import EqualColumns
 KINDS = ("linear", "nominal")
 STEPS = 40  # halvings of a range of target bits
 
-Overhead = Callable[[Mapping[str, WeightLayout]], float]
+Overhead = Callable[[Mapping[str, Layout]], float]
 
 
 @dataclass

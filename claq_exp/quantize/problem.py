@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import NumericalError
-from claq_exp.quantize.layout import HALF_MAX
+from claq_exp.payload.stored import HALF_MAX
 from claq_exp.quantize.symmetric import bands, energy, is_finite
 
 

@@ -19,11 +19,11 @@ import torch
 from numpy.typing import NDArray
 
 from claq_exp.errors import ConfigError
+from claq_exp.payload.base import Layout
+from claq_exp.payload.stored import HALF, MAX_BITS, index_width, packed_bytes
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.block import FITTED, column_distortions
 from claq_exp.quantize.codebook.kmeans import KMeans, root_mean_squares, shared_codebooks
-from claq_exp.quantize.layout import HALF, MAX_BITS, Form, WeightLayout, index_width, packed_bytes
-from claq_exp.quantize.quantized import layout_of
 from claq_exp.quantize.statistics import ColumnStatistics
 
 MEASURED_BITS = 4  # wider codes are taken to quarter the distortion with every bit
@@ -38,14 +38,14 @@ class Choices:
 
     options: [options, 2] int64, width and reserved count.
     distortion: [columns, options] float64, in the same unit for all matrices of an allocation.
-    form: how the matrix is stored.
+    codebook: says how the matrix is stored.
     nominal: rates are what papers print, not everything that is stored.
     """
 
     rows: int
     options: NDArray[np.int64]
     distortion: NDArray[np.float64]
-    form: Form
+    codebook: KMeans
     nominal: bool
 
     @property
@@ -59,15 +59,15 @@ class Choices:
         if self.nominal:
             return np.asarray(widths * (self.rows - counts) + counts * HALF, dtype=np.float64)
         codes = np.array([8 * packed_bytes(self.rows, int(width)) for width in widths])
-        books = 2 * HALF if self.form.shared_codebooks else HALF * 2**widths
+        books = 2 * HALF if self.codebook.shared else HALF * 2**widths
         return np.asarray(codes + books + counts * (HALF + index_width(self.rows)), np.float64)
 
     def fixed_bits(self) -> int:
-        """Return about what the form stores beside its columns, where that counts."""
+        """Return about what the codebook stores beside its columns, where that counts."""
         if self.nominal:
             return 0
         books = HALF * sum(2 ** int(width) for width in range(2, 5))
-        return HALF * self.rows * self.form.row_scaled + books * self.form.shared_codebooks
+        return HALF * self.rows * self.codebook.row_scales + books * self.codebook.shared
 
     def bits(self, chosen: NDArray[np.int64]) -> float:
         """Return the bits of the whole matrix when its columns choose so: [columns] int64."""
@@ -78,9 +78,9 @@ class Choices:
         """Return the fewest bits that the matrix can take."""
         return self.bits(np.full(self.columns, int(np.argmin(self.rates()))))
 
-    def layout(self, plan: ColumnPlan) -> WeightLayout:
+    def layout(self, plan: ColumnPlan) -> Layout:
         """Return how the matrix is stored with these widths and reserved counts."""
-        return layout_of(self.rows, plan.column_bits, self.form, plan.reserved_counts)
+        return self.codebook.layout(self.rows, plan)
 
     def plan(self, chosen: NDArray[np.int64]) -> ColumnPlan:
         """Return widths and reserved counts of the columns that choose so: [columns] int64."""
@@ -144,7 +144,7 @@ def measure_choices(
         found = np.concatenate(list(parts))
     found *= statistics.distortion_weight[chosen].double().numpy()[:, None]
     distortion = found[:, place.ravel()] / 4.0 ** (options[:, 0] - known[:, 0])
-    return Choices(rows, options, distortion, codebook.form(len(chosen)), nominal)
+    return Choices(rows, options, distortion, codebook, nominal)
 
 
 def allocate(matrices: Sequence[Choices], budget: float) -> list[ColumnPlan]:

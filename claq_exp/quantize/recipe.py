@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import ConfigError, NumericalError, one_of
+from claq_exp.payload.base import Layout, Payload
+from claq_exp.payload.stored import MAX_BITS
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
-from claq_exp.quantize.codebook import Codebook, KMeans
-from claq_exp.quantize.codebook.block_formats import BlockCodebook
-from claq_exp.quantize.layout import MAX_BITS, WeightLayout
+from claq_exp.quantize.codebook import Codebook, KMeans, OneWidth
 from claq_exp.quantize.precision import Precision, RateDistortion
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.quantized import QuantizedWeight, layout_of
 from claq_exp.quantize.reservation import JointReservation, NoReservation, Reservation
 from claq_exp.quantize.reservation.shares import MAGNITUDE, SELECTIONS
 from claq_exp.quantize.solver import Solver
@@ -46,7 +45,7 @@ class Recipe:
                 "this codebook needs one width for all columns; use precision=fixed, or "
                 "codebook=kmeans"
             )
-        if isinstance(self.codebook, BlockCodebook):
+        if isinstance(self.codebook, OneWidth):
             self.codebook.check(int(plan.column_bits[0]))
         if not self.codebook.reserves and int(plan.reserved_counts.sum()):
             raise ConfigError(
@@ -110,7 +109,7 @@ class Solved:
     retreats: how often memory was short, and the work went on in smaller parts or on the CPU.
     """
 
-    quantized: QuantizedWeight
+    quantized: Payload
     output_error: float
     weight_error: float
     damping: float | None
@@ -134,10 +133,7 @@ def quantize_weight(
     statistics, plan = decide(problem, system, recipe, plan)
     quantizer = plan.codebook.start(statistics, plan.columns)
     loss = quantize_columns(problem.weight, system, quantizer)
-    quantized = QuantizedWeight(
-        quantizer.codes(), plan.columns.column_bits, quantizer.levels(), quantizer.reserved()
-    )
-    solved = describe(problem, system, quantized, loss)
+    solved = describe(problem, system, quantizer.payload(), loss)
     return replace(solved, unconverged=getattr(quantizer, "unconverged", 0))
 
 
@@ -158,7 +154,7 @@ def decide(
 def describe(
     problem: LinearProblem,
     system: ColumnSystem,
-    quantized: QuantizedWeight,
+    quantized: Payload,
     loss: float | None = None,
 ) -> Solved:
     """Measure how well a matrix was quantized.
@@ -167,7 +163,7 @@ def describe(
     Raises NumericalError when a level does not fit float16.
     """
     weight = problem.weight
-    if not quantized.levels.finite():
+    if not quantized.finite():
         raise NumericalError(
             f"weights up to {weight.abs().max().item():.3g} need levels beyond float16 (65504); "
             "rescale the model's weights"
@@ -199,20 +195,17 @@ def _column_squares(matrix: Tensor) -> Tensor:
     return squares
 
 
-def planned_layout(recipe: Recipe, rows: int, columns: int, name: str = "") -> WeightLayout:
+def planned_layout(recipe: Recipe, rows: int, columns: int, name: str = "") -> Layout:
     """Return the layout of a layer; exact where plans depend on shapes and names alone."""
     if isinstance(recipe.precision, RateDistortion):
         return recipe.precision.expected_layout(rows, columns)
     plan = recipe.plan(EqualColumns(rows, columns, name))
-    form = recipe.codebook.form(columns)
-    return layout_of(rows, plan.column_bits, form, plan.reserved_counts)
+    return recipe.codebook.layout(rows, plan)
 
 
-def planned_layouts(
-    recipe: Recipe, shapes: Mapping[str, tuple[int, int]]
-) -> dict[str, WeightLayout]:
+def planned_layouts(recipe: Recipe, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Layout]:
     """Return the layout of each layer, name -> (out, in): one of each kind stands for all."""
-    planned: dict[Hashable, WeightLayout] = {}
+    planned: dict[Hashable, Layout] = {}
     layouts = {}
     for name, (rows, columns) in shapes.items():
         kind = (rows, columns, recipe.plan_key(name))

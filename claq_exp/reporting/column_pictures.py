@@ -16,7 +16,7 @@ from matplotlib.patches import Patch
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.shards import open_tensors
 from claq_exp.errors import CheckpointError, ConfigError
-from claq_exp.quantize.packing import unpack
+from claq_exp.payload.packing import unpack
 from claq_exp.reporting.canvas import (
     COLOURS,
     HATCHES,
@@ -50,7 +50,7 @@ def read_columns(checkpoint: Path) -> Columns:
     reserved: Counter[int] = Counter()
     with open_tensors(checkpoint) as get:
         for name, layout in layouts.items():
-            widths.update(layout.columns_per_width)
+            widths.update(layout.widths())
             if not layout.reserved:
                 reserved[0] += layout.columns
                 continue

@@ -12,7 +12,6 @@ from rich.table import Table
 from claq_exp.evaluation.caveats import caveats
 from claq_exp.evaluation.zero_shot import is_accuracy
 from claq_exp.fallbacks import fallback_notes
-from claq_exp.quantize.layout import ROW_GRID
 from claq_exp.reporting.cells import number
 from claq_exp.sources.notes import source_notes
 
@@ -200,7 +199,7 @@ def layers_table(layers: Sequence[LayerSummary]) -> Table:
     table.caption = _dropped(layers)
     for layer, name in zip(layers, _short_names(layers), strict=True):
         layout = layer.layout
-        widths = sorted(layout.columns_per_width.items())
+        widths = layout.widths().items()
         table.add_row(
             escape(name),
             f"{layout.rows} x {layout.columns}",
@@ -298,14 +297,7 @@ def _payloads(layers: Sequence[LayerSummary]) -> str:
     """Return what the codes of layers stand for, e.g. `column codebooks`."""
     kinds: dict[str, int] = {}
     for layer in layers:
-        layout = layer.layout
-        if layout.kind == ROW_GRID:
-            kind = f"row grid, {layout.group_size} columns"
-        elif layout.block_format is not None:
-            kind = layout.block_format.describe()
-        else:
-            kind = "shared codebooks" if layout.shared_codebooks else "column codebooks"
-            kind += ", row scales" if layout.row_scaled else ""
+        kind = layer.layout.describe()
         kinds[kind] = kinds.get(kind, 0) + 1
     if len(kinds) == 1:
         return next(iter(kinds))

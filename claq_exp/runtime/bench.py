@@ -152,7 +152,7 @@ def bench_linears(folder: Path, *, dtype: str, device: str) -> list[LinearRow]:
                 layer=name.rpartition(".")[2],
                 rows=layer.out_features,
                 columns=layer.in_features,
-                bits="/".join(map(str, layer.layout.columns_per_width)),
+                bits="/".join(map(str, layer.layout.widths())),
                 stored_bytes=layer.layout.ledger().total // 8,
                 dense_bytes=dense[0].numel() * dense[0].element_size(),
                 seconds=_fastest(calls, device),
@@ -180,7 +180,7 @@ def _by_form(layers: Mapping[str, QuantizedLinear]) -> dict[str, list[QuantizedL
     first: dict[tuple[object, ...], str] = {}
     found: dict[str, list[QuantizedLinear]] = {}
     for name, layer in layers.items():
-        form = (layer.out_features, layer.in_features, tuple(layer.layout.columns_per_width))
+        form = (layer.out_features, layer.in_features, tuple(layer.layout.widths()))
         found.setdefault(first.setdefault(form, name), []).append(layer)
     return {name: same[:IN_TURN] for name, same in found.items()}
 

@@ -21,7 +21,7 @@ from claq_exp.errors import CheckpointError
 from claq_exp.models.activations import round_inputs
 from claq_exp.models.discover import LINEAR, linear_weight
 from claq_exp.models.experts import split_experts
-from claq_exp.quantize.layout import WeightLayout
+from claq_exp.payload.base import Layout
 from claq_exp.runtime.linear import QuantizedLinear
 
 
@@ -94,7 +94,7 @@ def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     return places
 
 
-def pack_linears(model: nn.Module, layouts: Mapping[str, WeightLayout]) -> None:
+def pack_linears(model: nn.Module, layouts: Mapping[str, Layout]) -> None:
     """Replace linear layers by packed ones of the same shape, their tensors yet to be filled.
 
     layouts: name of each layer -> layout.  Raises CheckpointError for a layer that is not there or

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from claq_exp.quantize.layout import STORED_DTYPES, WeightLayout
+from claq_exp.payload import operand_of
+from claq_exp.payload.base import Layout
+from claq_exp.payload.operand import Operand
+from claq_exp.payload.stored import STORED_DTYPES
 from claq_exp.runtime.kernels import AUTO, REFERENCE, Kernel, choose_kernel, kernel_name
 from claq_exp.runtime.kernels.reference import dense_rows, multiply_back
-from claq_exp.runtime.operand import Operand, operand_of
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """What was worked out for a layer.  name: of the kernel that was asked for."""
+
+    name: str
+    stored: dict[str, Tensor]
+    operand: Operand
+    kernel: Kernel
 
 
 class QuantizedLinear(nn.Module):
@@ -26,7 +39,7 @@ class QuantizedLinear(nn.Module):
 
     def __init__(
         self,
-        layout: WeightLayout,
+        layout: Layout,
         *,
         bias: bool,
         dtype: torch.dtype,
@@ -46,7 +59,7 @@ class QuantizedLinear(nn.Module):
         if bias:
             values = torch.empty(layout.rows, dtype=dtype, device=device)
             self.bias = nn.Parameter(values, requires_grad=False)
-        self._ready: tuple[str, Operand, Kernel] | None = None
+        self._ready: _Ready | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -95,20 +108,21 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the layer as torch prints it."""
-        widths = "/".join(map(str, self.layout.columns_per_width))
+        widths = "/".join(map(str, self.layout.widths()))
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, bits={widths}, kernel={self.kernel}"
         )
 
     def _prepared(self) -> tuple[Operand, Kernel]:
-        codes = self.get_buffer(f"codes_{min(self.layout.columns_per_width)}")
-        ready = self._ready
-        operand = ready[1] if ready and ready[1].parts[0].codes is codes else None
-        if ready is None or operand is None or ready[0] != self.kernel:
-            operand = operand or operand_of(self.layout, self.stored_tensors())
-            ready = self._ready = self.kernel, operand, choose_kernel(self.kernel, operand)
-        return ready[1], ready[2]
+        stored, ready = self.stored_tensors(), self._ready
+        if ready is not None and any(ready.stored[name] is not t for name, t in stored.items()):
+            ready = None
+        if ready is None or ready.name != self.kernel:
+            operand = ready.operand if ready else operand_of(self.layout, stored)
+            kernel = choose_kernel(self.kernel, operand)
+            ready = self._ready = _Ready(self.kernel, stored, operand, kernel)
+        return ready.operand, ready.kernel
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         stored = {suffix: self._buffers[suffix] for suffix in self.layout.stored_tensors()}

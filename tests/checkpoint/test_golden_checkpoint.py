@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from claq_exp.checkpoint.reader import read_layouts, read_rounding, read_weights
 from claq_exp.checkpoint.writer import FORMAT_VERSION
-from claq_exp.quantize.layout import KINDS
-from claq_exp.runtime.load import load_checkpoint
+from claq_exp.payload import PAYLOAD
+from claq_exp.runtime.load import load_checkpoint  # teaches transformers the format
 
 DATA = Path(__file__).parents[1] / "data"
 TOKENS = 7 * torch.arange(12).reshape(1, 12)
@@ -38,11 +38,21 @@ GOLDEN = {
             [-0.4155, -0.2526, -1.1734, 0.0604],
         ],
     ),
+    4: (
+        "975780288fcf4bb193bd23d092bcc15aee3b78e203ee108dcc110a87a464d039",
+        [
+            [-0.4936, 0.2018, -0.8372, -0.0972],
+            [0.4996, 0.1097, -0.3891, -0.1945],
+            [-0.7457, -0.3654, -1.2384, 0.3704],
+            [-0.3243, -0.2414, -1.0791, -0.0933],
+        ],
+    ),
 }
 
 
 def test_there_is_a_checkpoint_of_every_version_that_can_be_read():
-    assert {path.name for path in DATA.iterdir()} == {f"format_{version}" for version in GOLDEN}
+    folders = {path.name for path in DATA.glob("format_?")}
+    assert folders == {f"format_{version}" for version in GOLDEN}
     assert max(GOLDEN) == FORMAT_VERSION
     for version in GOLDEN:
         size = sum(path.stat().st_size for path in (DATA / f"format_{version}").iterdir())
@@ -68,18 +78,27 @@ def test_its_logits_are_those_that_were_written(version, kernel):
     assert torch.allclose(found, torch.tensor(GOLDEN[version][1]), atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("version", GOLDEN)
+def test_transformers_loads_it_and_saves_it_again_as_it_was(version, tmp_path):
+    folder = DATA / f"format_{version}"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.save_pretrained(tmp_path)
+    assert read_layouts(tmp_path) == read_layouts(folder)
+    again = dict(read_weights(tmp_path))
+    for name, weight in read_weights(folder):
+        for suffix, tensor in weight.pack().items():
+            assert torch.equal(again[name].pack()[suffix], tensor), f"{name}.{suffix}"
+
+
 def test_the_last_version_has_all_kinds_of_payload_two_files_and_a_tokenizer():
     folder = DATA / f"format_{max(GOLDEN)}"
     layouts = read_layouts(folder).values()
-    assert {layout.kind for layout in layouts} == set(KINDS)
-    assert {layout.block_format.scale for layout in layouts if layout.block_format} == {
-        "e4m3",
-        "e8m0",
-        "integer",
-    }
+    assert {layout.kind for layout in layouts} == set(PAYLOAD)
+    formats = [layout.block_format for layout in layouts if layout.kind == "block_format"]
+    assert {block_format.scale for block_format in formats} == {"e4m3", "e8m0", "integer"}
     assert read_rounding(folder).scope == "static"
-    assert {layout.shared_codebooks for layout in layouts} == {True, False}
-    assert {layout.row_scaled for layout in layouts} == {True, False}
-    assert any(len(layout.columns_per_width) > 1 and layout.reserved for layout in layouts)
+    books = [layout for layout in layouts if layout.kind.endswith("_codebooks")]
+    assert {layout.row_scaled for layout in books} == {True, False}
+    assert any(len(layout.widths()) > 1 and layout.reserved for layout in layouts)
     assert len(list(folder.glob("*.safetensors"))) == 2
     assert AutoTokenizer.from_pretrained(folder).decode([65, 66])

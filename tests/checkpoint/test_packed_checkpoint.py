@@ -33,7 +33,7 @@ from claq_exp.checkpoint.shards import read_header
 from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.errors import CheckpointError, ClaqError, ConfigError
 from claq_exp.models.load import load_model as load_original
-from claq_exp.quantize.packing import pack, unpack
+from claq_exp.payload.packing import pack, unpack
 from claq_exp.runtime.load import load_checkpoint
 
 
@@ -285,12 +285,12 @@ CONTENT_TAMPERINGS = {
         "row_scales",
     ),
     "layout with codebooks no longer shared": (
-        edit_layout(SHARED_LINEAR, shared_codebooks=False),
+        edit_layout(SHARED_LINEAR, kind="column_codebooks"),
         SHARED_LINEAR,
     ),
-    "layout with shared codebooks": (edit_layout(shared_codebooks=True), SOME_LINEAR),
+    "layout with shared codebooks": (edit_layout(kind="shared_codebooks"), SOME_LINEAR),
     "layout without row scales": (edit_layout(SHARED_LINEAR, row_scaled=False), SHARED_LINEAR),
-    "layout with a flag in words": (edit_layout(row_scaled="yes"), "flags"),
+    "layout with a flag in words": (edit_layout(row_scaled="yes"), "row_scaled"),
     "layout of unknown kind": (edit_layout(kind="galaxy"), "galaxy"),
     "layout of other rows": (edit_layout(rows=47), SOME_LINEAR),
     "layout of other widths": (edit_layout(columns_per_width={"2": 48}), SOME_LINEAR),
@@ -307,7 +307,7 @@ CONTENT_TAMPERINGS = {
     "config with an unknown key": (edit_config(bits=4), "unknown key 'bits'"),
     "earlier version": (edit_config(format_version=1), "format version 1"),
     "version in words": (edit_config(format_version="2"), "format version 2"),
-    "future version": (edit_config(format_version=4), "format version 4"),
+    "future version": (edit_config(format_version=5), "format version 5"),
     "no version": (edit_config(format_version=None), "format version None"),
     "another method": (edit_config(quant_method="gptq"), "claq_exp"),
     "norm missing": (forget_norm, "model.norm.weight"),

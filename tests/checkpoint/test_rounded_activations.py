@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.manifest import write_manifest
-from claq_exp.checkpoint.reader import open_checkpoint, read_layouts, read_rounding
+from claq_exp.checkpoint.reader import open_checkpoint, read_rounding
 from claq_exp.checkpoint.writer import PackedWeight, write_checkpoint
 from claq_exp.cli import main
 from claq_exp.errors import CheckpointError
@@ -169,7 +169,7 @@ DAMAGES = {
     "another scale": lambda q: q["modules"][SOME]["block_format"].update(scale="outer"),
     "a format that is a number": lambda q: q["modules"][SOME].update(block_format=3),
     "bits that are no number": lambda q: q["modules"][SOME]["block_format"].update(bits="4"),
-    "codes of another width": lambda q: q["modules"][SOME].update(columns_per_width={"3": 16}),
+    "codes of another width": lambda q: q["modules"][SOME]["block_format"].update(bits=3),
 }
 
 
@@ -187,14 +187,11 @@ def test_a_description_that_does_not_fit_is_refused(lo_bcq_checkpoint, tmp_path,
         load_checkpoint(folder, kernel=kernel)
 
 
-def test_a_checkpoint_without_either_keeps_the_version_that_older_releases_read(
-    tiny_model, tmp_path
-):
+def test_a_checkpoint_without_rounding_has_no_such_key(tiny_model, tmp_path):
     folder = Written(tiny_model).write(tmp_path / "checkpoint")
     quantization = read_json(folder / "config.json")["quantization_config"]
-    assert quantization["format_version"] == 2
+    assert quantization["format_version"] == 4
     assert "activation" not in quantization
-    assert all(layout.block_format is None for layout in read_layouts(folder).values())
 
 
 def test_inspect_and_dequantize_tell_of_rounded_activations(

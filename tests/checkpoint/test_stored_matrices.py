@@ -9,39 +9,23 @@ import torch
 
 from claq_exp.checkpoint.shards import Unit, open_tensors, read_spans, save_units
 from claq_exp.errors import CheckpointError
-from claq_exp.quantize.quantized import (
+from claq_exp.payload import (
     ColumnCodebooks,
-    Levels,
-    QuantizedWeight,
-    Reserved,
     RowGrid,
     SharedCodebooks,
+    operand_of,
     unpack_weight,
 )
-from claq_exp.runtime.operand import operand_of
+from claq_exp.payload.columns import ColumnPayload, Reserved
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 SHAPES = [(1, 1), (1, 576), (49, 1), (49, 31), (7, 576)]  # [rows, columns]
 PAYLOADS = ["columns", "shared", "grid"]
 
 
-def levels_of(payload: str, rows: int, column_bits: torch.Tensor) -> Levels:
-    columns = len(column_bits)
-    if payload == "grid":
-        groups, width = -(-columns // 5), int(column_bits[0])
-        zeros = torch.randint(2**width, (rows, groups)).to(torch.uint8)
-        return RowGrid(torch.rand(rows, groups).half(), zeros, 5)
-    if payload == "shared":
-        books = {width: torch.randn(2**width).half() for width in set(column_bits.tolist())}
-        return SharedCodebooks(books, torch.rand(columns, 2).half(), torch.rand(rows).half())
-    values = torch.randn(columns, 2 ** int(column_bits.max())).half()
-    used = torch.arange(values.shape[1]) < 2 ** column_bits[:, None].int()
-    return ColumnCodebooks(values * used)
-
-
 def random_weight(
     payload: str, rows: int, columns: int, widths: tuple[int, ...], share: float
-) -> QuantizedWeight:
+) -> ColumnPayload:
     """A matrix whose columns take turns in their width; `share` of its entries are reserved."""
     torch.manual_seed(rows * columns)
     column_bits = torch.tensor([widths[i % len(widths)] for i in range(columns)]).to(torch.uint8)
@@ -51,10 +35,22 @@ def random_weight(
     places = torch.nonzero(taken.t())
     counts = taken.sum(0)
     reserved = Reserved(counts, places[:, 1], torch.randn(len(places)).half())
-    return QuantizedWeight(codes, column_bits, levels_of(payload, rows, column_bits), reserved)
+    coded = codes, column_bits, reserved
+    if payload == "grid":
+        groups, width = -(-columns // 5), int(column_bits[0])
+        zeros = torch.randint(2**width, (rows, groups)).to(torch.uint8)
+        return RowGrid(*coded, torch.rand(rows, groups).half(), zeros, 5)
+    if payload == "shared":
+        books = {width: torch.randn(2**width).half() for width in set(column_bits.tolist())}
+        return SharedCodebooks(
+            *coded, books, torch.rand(columns, 2).half(), torch.rand(rows).half()
+        )
+    values = torch.randn(columns, 2 ** int(column_bits.max())).half()
+    used = torch.arange(values.shape[1]) < 2 ** column_bits[:, None].int()
+    return ColumnCodebooks(*coded, values * used)
 
 
-def stored(weight: QuantizedWeight, folder: Path) -> QuantizedWeight:
+def stored(weight: ColumnPayload, folder: Path) -> ColumnPayload:
     save_units(folder, [Unit({f"x.{s}": t for s, t in weight.pack().items()})], 10**9)
     layout = weight.layout()
     with open_tensors(folder) as get:

@@ -59,6 +59,7 @@ NEEDS = {
         f"codebook/{name}.yaml": ["precision=fixed", "precision.bits=4", "reservation=none"]
         for name in ("bfp", "lo_bcq", "mxfp4", "nvfp4", "uniform", "vsq")
     },
+    "codebook/svid.yaml": ["precision=fixed", "precision.bits=1", "reservation=none"],
 }
 
 

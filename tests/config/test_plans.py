@@ -44,7 +44,7 @@ def test_a_layer_map_is_planned_once_for_each_shape_and_width(planned):
     layouts = plan("precision=layer_map", "precision.default=3", chosen).layouts
     for name, layout in layouts.items():
         expected = 8 if ".0." in name else 2 if name.endswith("down_proj") else 3
-        assert layout.columns_per_width == {expected: layout.columns}, name
+        assert layout.widths() == {expected: layout.columns}, name
     assert len(planned) == 2 * 4
 
 

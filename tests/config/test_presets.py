@@ -13,8 +13,8 @@ from claq_exp.compose import compose_config
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.options import groups
+from claq_exp.payload.base import Layout
 from claq_exp.quantize.budget import BudgetConfig, fit_budget
-from claq_exp.quantize.layout import WeightLayout
 from claq_exp.quantize.recipe import planned_layout, planned_layouts
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "experiment"
@@ -55,7 +55,7 @@ def preset(name: str) -> ExperimentConfig:
 
 
 @functools.cache
-def layout_of(name: str) -> WeightLayout:
+def layout_of(name: str) -> Layout:
     return planned_layout(preset(name).recipe(), SIDE, SIDE)
 
 
@@ -100,7 +100,7 @@ def test_a_preset_of_weights_and_activations_has_the_bits_of_its_name(name):
     if name.startswith("w4a4/") and "claq" not in name:
         kind = preset(name).codebook["name"]
         assert preset(name).activation["name"] == {"uniform": "int"}.get(kind, kind)
-        if layout_of(name).block_format is not None:
+        if layout_of(name).kind == "block_format":
             assert layout_of(name).block_format == block_format
 
 
@@ -117,9 +117,7 @@ def test_a_preset_of_the_reference_has_the_columns_and_the_share_of_its_formulas
     low, part = (2, (code_bits - 2) / 2) if code_bits < 3 else (3, code_bits - 3)
     high = round(SIDE * part)
     expected = {low: SIDE - high, 4: high}
-    assert layout.columns_per_width == {
-        bits: columns for bits, columns in expected.items() if columns
-    }
+    assert layout.widths() == {bits: columns for bits, columns in expected.items() if columns}
     mean = sum(bits * columns for bits, columns in expected.items()) / SIDE
     assert layout.nominal_bits() == pytest.approx(mean + share * (16 - mean))
 

@@ -9,25 +9,25 @@ import pytest
 import torch
 from torch import Tensor
 
+from claq_exp.payload import (
+    BlockCodes,
+    ColumnCodebooks,
+    RowGrid,
+    SharedCodebooks,
+    operand_of,
+)
+from claq_exp.payload.columns import ColumnPayload, Reserved
+from claq_exp.payload.operand import Operand
 from claq_exp.quantize.number_formats.formats import E2M1, BlockFormat
 from claq_exp.quantize.number_formats.levels import encode_weight
 from claq_exp.quantize.number_formats.table import Grid
-from claq_exp.quantize.quantized import (
-    ColumnCodebooks,
-    Levels,
-    QuantizedWeight,
-    Reserved,
-    RowGrid,
-    SharedCodebooks,
-)
 from claq_exp.runtime.kernels import choose_kernel, kernel_name
 from claq_exp.runtime.kernels.reference import dense_rows
-from claq_exp.runtime.operand import Operand, operand_of
 
 ROWS, COLUMNS = 36, 24
 
 
-def weight(form: str) -> QuantizedWeight:
+def weight(form: str) -> ColumnPayload:
     """A random matrix whose columns have 2 and 4 bits where the form lets them."""
     generator = torch.Generator().manual_seed(3)
 
@@ -37,29 +37,26 @@ def weight(form: str) -> QuantizedWeight:
     if form == "block format":
         grid = Grid.fixed(BlockFormat(4, 16, "e4m3", E2M1))
         codes, blocks = encode_weight(normal(ROWS, COLUMNS).float(), grid)
-        bits = torch.full((COLUMNS,), 4, dtype=torch.uint8)
-        return QuantizedWeight(codes, bits, blocks, Reserved.none(COLUMNS))
-    bits = torch.tensor([2, 4] * (COLUMNS // 2), dtype=torch.uint8)
-    levels: Levels
-    if form == "row grid":
-        bits = torch.full((COLUMNS,), 4, dtype=torch.uint8)
-        zeros = torch.randint(16, (ROWS, 3), generator=generator, dtype=torch.uint8)
-        levels = RowGrid(normal(ROWS, 3).abs(), zeros, 8)
-    elif form == "shared codebooks":
-        books = {width: normal(2**width).sort().values for width in (2, 4)}
-        levels = SharedCodebooks(books, normal(COLUMNS, 2), normal(ROWS))
-    else:
-        values = normal(COLUMNS, 16)
-        values[torch.arange(16) >= 2 ** bits[:, None].int()] = 0
-        levels = ColumnCodebooks(values, normal(ROWS))
+        return BlockCodes.of(codes, blocks)
+    widths = (4, 4) if form == "row grid" else (2, 4)
+    bits = torch.tensor([*widths] * (COLUMNS // 2), dtype=torch.uint8)
     codes = (torch.rand(ROWS, COLUMNS, generator=generator) * 2.0**bits).to(torch.uint8)
     kept = torch.rand(COLUMNS, ROWS, generator=generator) < 0.05
     columns, rows = kept.nonzero(as_tuple=True)
     codes[rows, columns] = 0
-    return QuantizedWeight(codes, bits, levels, Reserved(kept.sum(1), rows, normal(len(rows))))
+    coded = codes, bits, Reserved(kept.sum(1), rows, normal(len(rows)))
+    if form == "row grid":
+        zeros = torch.randint(16, (ROWS, 3), generator=generator, dtype=torch.uint8)
+        return RowGrid(*coded, normal(ROWS, 3).abs(), zeros, 8)
+    if form == "shared codebooks":
+        books = {width: normal(2**width).sort().values for width in (2, 4)}
+        return SharedCodebooks(*coded, books, normal(COLUMNS, 2), normal(ROWS))
+    values = normal(COLUMNS, 16)
+    values[torch.arange(16) >= 2 ** bits[:, None].int()] = 0
+    return ColumnCodebooks(*coded, values, normal(ROWS))
 
 
-def operand(matrix: QuantizedWeight, device: str) -> Operand:
+def operand(matrix: ColumnPayload, device: str) -> Operand:
     tensors = {suffix: tensor.to(device) for suffix, tensor in matrix.pack().items()}
     return operand_of(matrix.layout(), tensors)
 

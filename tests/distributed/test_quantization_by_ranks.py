@@ -18,9 +18,9 @@ from claq_exp.compose import compose_config
 from claq_exp.distributed import Ranks, together
 from claq_exp.models.load import open_model
 from claq_exp.models.quantize import Watcher, quantize_model
+from claq_exp.payload import unpack_weight
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import OutlierOrder
-from claq_exp.quantize.quantized import unpack_weight
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import Fixed
 from claq_exp.quantize.solver import Gptq

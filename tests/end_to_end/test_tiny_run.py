@@ -87,6 +87,7 @@ def test_reported_perplexity_is_that_of_the_checkpoint_on_disk(tiny_run, outputs
     [
         ["experiment=claq_2.12"],
         ["experiment=rtn_4bit"],
+        ["experiment=svid_1bit"],
         ["experiment=gptq_4bit_g64", "codebook.group_size=32"],
         ["experiment=kmeans_3bit"],
         ["reservation=fixed", "solver=nearest"],

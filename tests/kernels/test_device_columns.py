@@ -12,13 +12,13 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from claq_exp.errors import ConfigError, NumericalError
+from claq_exp.payload import ColumnCodebooks, unpack_weight
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook import KMeans, Uniform
 from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.device import solve_on_device
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.quantized import ColumnCodebooks, QuantizedWeight, unpack_weight
 from claq_exp.quantize.recipe import Recipe, describe, quantize_weight
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq, Nearest
@@ -74,12 +74,12 @@ def fit(values: np.ndarray, entries: int) -> np.ndarray:
     return levels
 
 
-def level_values(result: QuantizedWeight) -> np.ndarray:
-    assert isinstance(result.levels, ColumnCodebooks)
-    return result.levels.values.float().numpy()
+def level_values(result: ColumnCodebooks) -> np.ndarray:
+    assert isinstance(result, ColumnCodebooks)
+    return result.values.float().numpy()
 
 
-def reserved_rows(result: QuantizedWeight, column: int) -> list[int]:
+def reserved_rows(result: ColumnCodebooks, column: int) -> list[int]:
     ends = result.reserved.counts.cumsum(0)
     start = int(ends[column] - result.reserved.counts[column])
     return result.reserved.rows[start : int(ends[column])].tolist()

@@ -25,9 +25,9 @@ from claq_exp.models.experts import (
 from claq_exp.models.load import load_model
 from claq_exp.models.stream import WholeModel
 from claq_exp.models.survey import survey_model
+from claq_exp.payload import unpack_weight
 from claq_exp.quantize.codebook import KMeans, Uniform
 from claq_exp.quantize.precision import Fixed, OutlierOrder
-from claq_exp.quantize.quantized import unpack_weight
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.reservation import OutlierOrder as ReservedOutliers

@@ -24,10 +24,10 @@ from claq_exp.interruption import Interrupted
 from claq_exp.models.discover import linear_weight
 from claq_exp.models.quantize import Watcher, quantize_model
 from claq_exp.models.stream import WholeModel
+from claq_exp.payload import unpack_weight
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import Fixed, LayerMap, OutlierOrder
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.quantized import unpack_weight
 from claq_exp.quantize.recipe import Recipe, quantize_weight
 from claq_exp.quantize.reservation import Fixed as FixedReservation
 from claq_exp.quantize.reservation import NoReservation
@@ -103,7 +103,7 @@ def test_a_rule_sees_the_full_name_of_every_linear(tmp_path):
     widths = {name: 1 + index % 5 for index, name in enumerate(names)}
     recipe = Recipe(KMeans(), LayerMap(widths, default=8), NoReservation(), Gptq())
     result = quantized(architecture.build(), tmp_path, recipe)
-    found = {name: packed.layout.columns_per_width for name, packed in result.packed.items()}
+    found = {name: packed.layout.widths() for name, packed in result.packed.items()}
     assert {name: set(bits) for name, bits in found.items()} == {n: {b} for n, b in widths.items()}
 
 

@@ -104,8 +104,8 @@ class Led:
     def reserves(self) -> bool:
         return self.codebook.reserves
 
-    def form(self, columns: int) -> object:
-        return self.codebook.form(columns)
+    def layout(self, rows: int, plan: ColumnPlan) -> object:
+        return self.codebook.layout(rows, plan)
 
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> LedColumns:
         return LedColumns(self.codebook.start(statistics, plan), self.compensated)
@@ -116,7 +116,7 @@ class LedColumns:
 
     def __init__(self, own: ColumnQuantizer, compensated: np.ndarray) -> None:
         self._own, self._compensated = own, compensated
-        self.codes, self.levels, self.reserved = own.codes, own.levels, own.reserved
+        self.payload = own.payload
 
     def quantize_block(self, columns: np.ndarray, values: np.ndarray, lower: np.ndarray) -> None:
         for position, column in enumerate(columns.tolist()):

@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from claq_exp.errors import ConfigError, NumericalError
+from claq_exp.payload import BlockCodes, unpack_weight
 from claq_exp.quantize.activation import ACTIVATION
 from claq_exp.quantize.number_formats.encoding import decode, encode, round_values
 from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
-from claq_exp.quantize.number_formats.levels import BlockLevels, encode_weight
+from claq_exp.quantize.number_formats.levels import encode_weight
 from claq_exp.quantize.number_formats.scales import SCALES, to_e4m3
 from claq_exp.quantize.number_formats.search import search_in_torch
 from claq_exp.quantize.number_formats.table import Grid
 from claq_exp.quantize.number_formats.universal import read_codebooks
-from claq_exp.quantize.quantized import QuantizedWeight, Reserved, unpack_weight
 
 NARROW = [-12, -10, -8, -7, -5, -4, -2, -1, 1, 2, 3, 5, 7, 9, 11, 13]
 WIDE = [-31, -28, -22, -16, -12, -8, -5, -1, 2, 5, 8, 12, 16, 22, 28, 31]
@@ -418,8 +418,7 @@ def test_bits_of_activations(name, options, bits):
 def test_a_packed_matrix_has_the_bits_of_the_formula_and_comes_back(grid, columns):
     weight = numbers(64, columns, seed=10)
     codes, levels = encode_weight(weight, grid)
-    bits = torch.full((columns,), grid.format.bits, dtype=torch.uint8)
-    quantized = QuantizedWeight(codes, bits, levels, Reserved.none(columns))
+    quantized = BlockCodes.of(codes, levels)
     tensors, layout = quantized.pack(), quantized.layout()
     stored = 8 * sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     assert stored == layout.ledger().total
@@ -431,15 +430,15 @@ def test_a_packed_matrix_has_the_bits_of_the_formula_and_comes_back(grid, column
     else:  # the last array and the last byte of a row's selectors are not full
         assert expected < stored < 1.06 * expected
     again = unpack_weight(layout, tensors)
-    assert isinstance(again.levels, BlockLevels)
+    assert isinstance(again, BlockCodes)
     assert torch.equal(again.dequantize(), quantized.dequantize())
     rounded = round_values(weight, grid, by_row=grid.format.rule.by_row)
     assert torch.equal(quantized.dequantize(), rounded)
 
 
 def test_sixteen_codebooks_of_six_bits_take_192_bytes():
-    _, levels = encode_weight(numbers(8, 128), universal(64, 16))
-    assert levels.stored()["block_codebooks"].numel() == 192
+    matrix = BlockCodes.of(*encode_weight(numbers(8, 128), universal(64, 16)))
+    assert matrix.pack()["block_codebooks"].numel() == 192
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantize_references import fitted, random_problem, recipe, solve, squared_error
 
+from claq_exp.payload.column_codebooks import ColumnCodebooks, ColumnCodebooksLayout
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook import CODEBOOK, KMeans
 from claq_exp.quantize.codebook.affine import fit_scale_and_shift
@@ -29,10 +30,8 @@ from claq_exp.quantize.codebook.columns import CompiledColumns, PythonColumns
 from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
 from claq_exp.quantize.codebook.kmeans import shared_codebooks
 from claq_exp.quantize.codebook.simple import normal_float
-from claq_exp.quantize.layout import Form
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.quantized import ColumnCodebooks
 from claq_exp.quantize.recipe import quantize_weight
 from claq_exp.quantize.reservation import Fixed as FixedReservation
 from claq_exp.quantize.solver import Gptq, Nearest
@@ -165,8 +164,9 @@ COUNTS = torch.arange(11) % 4
 
 def dequantized(quantizer: CompiledColumns) -> np.ndarray:
     """What codes and reserved entries stand for: [in, out]."""
-    dense = quantizer.levels().levels(BITS).gather(1, quantizer.codes().t().long())
-    reserved = quantizer.reserved()
+    found = quantizer.payload()
+    dense = found.levels().gather(1, found.codes.t().long())
+    reserved = found.reserved
     dense[reserved.columns(), reserved.rows] = reserved.values.float()
     return dense.numpy()
 
@@ -190,7 +190,7 @@ def test_a_step_of_the_loop_is_that_of_numpy(rule, weighted):
         errors, divisor = single[None].copy(), np.full((1, 1), 0.7, dtype=np.float32)
         quantizer.quantize_block(np.array([column]), errors, divisor)
         assert np.array_equal(errors[0], (single - found[1]) / divisor[0, 0])
-    assert quantizer.codes().t().tolist() == codes
+    assert quantizer.payload().codes.t().tolist() == codes
     assert np.array_equal(dequantized(quantizer), quantized)
 
 
@@ -224,8 +224,8 @@ class MyKMeans:
     mixed_widths = True
     reserves = True
 
-    def form(self, _: int) -> Form:
-        return Form()
+    def layout(self, rows: int, plan: ColumnPlan) -> ColumnCodebooksLayout:
+        return ColumnCodebooksLayout.of(rows, plan.column_bits, plan.reserved_counts)
 
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> PythonColumns:
         return MyColumns(statistics, plan)
@@ -245,8 +245,8 @@ class MyColumns(PythonColumns):
         codes = np.abs(values[:, None] - levels.astype(np.float32)).argmin(axis=1)
         return codes.astype(np.uint8), levels[codes].astype(np.float32)
 
-    def levels(self):
-        return ColumnCodebooks(self.books)
+    def payload(self):
+        return ColumnCodebooks(*self.coded(), self.books)
 
 
 @pytest.mark.parametrize("solver", [Gptq(block_size=4), Nearest()])
@@ -326,8 +326,8 @@ def test_a_row_without_weight_does_not_move_the_levels(codebook):
     row_weights = torch.ones(60)
     row_weights[17] = 0
     without = torch.cat([weight[:17], weight[18:]])
-    found = planned(codebook, weight, row_weights, reserved=0).levels.values
-    expected = planned(codebook, without, torch.ones(59), reserved=0).levels.values
+    found = planned(codebook, weight, row_weights, reserved=0).values
+    expected = planned(codebook, without, torch.ones(59), reserved=0).values
     assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-2, abs=1e-2)
 
 
@@ -350,8 +350,8 @@ def test_what_a_column_weighs_cannot_change_its_own_codebook(codebook):
 def test_reserved_entries_take_part_in_the_fit_only_where_that_is_asked():
     weight, _ = random_problem(rows=60, columns=4, seed=11)
     weight[5] = 30.0
-    apart = planned(KMeans(), weight, None, reserved=1).levels.values
-    together = planned(KMeans(fit_reserved=True), weight, None, reserved=1).levels.values
+    apart = planned(KMeans(), weight, None, reserved=1).values
+    together = planned(KMeans(fit_reserved=True), weight, None, reserved=1).values
     assert (apart.max(dim=1).values < 10).all()
     assert (together.max(dim=1).values == 30).all()
 
@@ -365,7 +365,7 @@ def test_row_scales_divide_rows_by_their_root_mean_square(shared):
     plain = planned(KMeans(shared=shared), weight, None, reserved=0)
     expected = np.sqrt((weight.double().numpy() ** 2).mean(axis=1))
     expected[3] = 1
-    scales = scaled.levels.row_scales
+    scales = scaled.row_scales
     assert scales.dtype == torch.float16
     assert scales.numpy() == pytest.approx(expected, rel=1e-3)
     relative = ((scaled.dequantize() - weight) / scales.float()[:, None]).square().mean()

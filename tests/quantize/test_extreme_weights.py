@@ -10,15 +10,11 @@ import torch
 from quantize_references import random_problem, recipe, solve
 
 from claq_exp.errors import NumericalError
+from claq_exp.payload import SharedCodebooks, unpack_weight
+from claq_exp.payload.columns import Reserved
 from claq_exp.quantize.codebook import CODEBOOK, KMeans, Uniform
 from claq_exp.quantize.codebook.block_formats import BlockCodebook
 from claq_exp.quantize.precision import Fixed
-from claq_exp.quantize.quantized import (
-    QuantizedWeight,
-    Reserved,
-    SharedCodebooks,
-    unpack_weight,
-)
 from claq_exp.quantize.reservation import Fixed as FixedReservation
 from claq_exp.quantize.solver import Gptq, Nearest
 
@@ -92,7 +88,7 @@ def test_weights_beyond_float16_by_their_level_are_cut_and_counted():
         torch.tensor([0, 1]), torch.tensor([2]), torch.tensor([5.0], dtype=torch.float16)
     )
     widths = torch.ones(2, dtype=torch.uint8)
-    matrix = QuantizedWeight(codes, widths, SharedCodebooks(books, scales), kept)
+    matrix = SharedCodebooks(codes, widths, kept, books, scales)
     assert matrix.dequantize().tolist() == [[-2.0, -65504.0], [-2.0, 65504.0], [2.0, 5.0]]
     assert matrix.clamped() == 2  # a reserved entry has no level
 
@@ -164,7 +160,7 @@ def test_a_power_of_two_changes_no_code(scale):
 def test_levels_beyond_float16_are_told(damage):
     codebook = KMeans(shared=True, row_scales=True)
     chosen = recipe(codebook=codebook, precision=Fixed(2))
-    levels = solve(*random_problem(rows=20, columns=6, seed=0), chosen).quantized.levels
+    levels = solve(*random_problem(rows=20, columns=6, seed=0), chosen).quantized
     assert levels.finite()
     if damage == "books":
         broken = replace(levels, books={**levels.books, 2: levels.books[2] / 0})

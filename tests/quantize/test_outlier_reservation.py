@@ -225,7 +225,7 @@ def test_kept_entries_are_the_weights_in_float16_and_the_codebook_fits_the_other
         weights = np.ones(50, dtype=np.float32)
         weights[kept] = 0
         levels = fitted(fit_levels, values.numpy(), 8, weights).astype(np.float16)
-        assert result.levels.values[column].numpy().tolist() == levels.tolist()
+        assert result.values[column].numpy().tolist() == levels.tolist()
         assert not result.codes[kept, column].any()
 
 

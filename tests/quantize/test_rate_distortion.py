@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 
 from claq_exp.errors import ConfigError
 from claq_exp.quantize.codebook import KMeans
-from claq_exp.quantize.layout import Form
 from claq_exp.quantize.precision import OutlierOrder
 from claq_exp.quantize.precision.rate_distortion import RateDistortion
-from claq_exp.quantize.quantized import layout_of
 from claq_exp.quantize.rate_distortion import (
     Choices,
     allocate,
@@ -27,7 +25,7 @@ from claq_exp.quantize.rate_distortion import (
 from claq_exp.quantize.statistics import ColumnStatistics
 
 QUICK = settings(max_examples=60)
-FORMS = st.builds(Form, shared_codebooks=st.booleans(), row_scaled=st.booleans())
+FORMS = st.builds(KMeans, shared=st.booleans(), row_scales=st.booleans())
 
 
 def random_choices(
@@ -44,7 +42,7 @@ def random_choices(
     fall = generator.uniform(2.5, 5, size=(columns, 1)) ** -options[:, 0]
     fall = fall * generator.uniform(0.3, 1, size=(columns, 1)) ** (options[:, 1] / rows * 20)
     distortion = generator.lognormal(sigma=2, size=(columns, 1)) * fall
-    given_choices = {"form": Form(), "nominal": True, **changes}
+    given_choices = {"codebook": KMeans(), "nominal": True, **changes}
     return Choices(rows, options, distortion, **given_choices)
 
 
@@ -114,17 +112,19 @@ def test_no_exchange_of_single_steps_improves_a_convex_allocation(seed, per_weig
 @given(
     seeds=st.lists(st.integers(0, 99), min_size=1, max_size=4),
     rows=st.sampled_from([16, 49, 192]),
-    form=FORMS,
+    codebook=FORMS,
     nominal=st.booleans(),
     reserve=st.booleans(),
     per_weight=st.floats(0.5, 9),
 )
 def test_the_budget_is_never_exceeded_and_the_impossible_is_refused(
-    seeds, rows, form, nominal, reserve, per_weight
+    seeds, rows, codebook, nominal, reserve, per_weight
 ):
     shares = (0.02, 0.1) if reserve else ()
     matrices = [
-        random_choices(seed, 5 + seed, rows, (1, 2, 3, 4, 6), shares, form=form, nominal=nominal)
+        random_choices(
+            seed, 5 + seed, rows, (1, 2, 3, 4, 6), shares, codebook=codebook, nominal=nominal
+        )
         for seed in seeds
     ]
     budget = per_weight * weights_of(matrices)
@@ -139,9 +139,9 @@ def test_the_budget_is_never_exceeded_and_the_impossible_is_refused(
 
 @QUICK
 @given(st.integers(0, 99), st.booleans(), FORMS, st.floats(3, 6), st.floats(0.001, 1))
-def test_more_budget_never_raises_the_distortion(seed, nominal, form, per_weight, more):
+def test_more_budget_never_raises_the_distortion(seed, nominal, codebook, per_weight, more):
     matrices = [
-        random_choices(seed + at, 20, 192, (1, 2, 3, 4), form=form, nominal=nominal)
+        random_choices(seed + at, 20, 192, (1, 2, 3, 4), codebook=codebook, nominal=nominal)
         for at in range(2)
     ]
     whole = weights_of(matrices)
@@ -160,8 +160,8 @@ def test_a_budget_for_everything_buys_everything():
 @QUICK
 @given(st.integers(0, 99), st.booleans(), st.booleans())
 def test_rates_are_what_a_matrix_of_such_columns_stores(seed, shared, scaled):
-    form = Form(shared_codebooks=shared, row_scaled=scaled)
-    matrix = random_choices(seed, 64, 100, shares=(0.05,), form=form, nominal=False)
+    codebook = KMeans(shared=shared, row_scales=scaled)
+    matrix = random_choices(seed, 64, 100, shares=(0.05,), codebook=codebook, nominal=False)
     for option, (width, count) in enumerate(matrix.options.tolist()):
         whole = matrix.bits(np.full(64, option))
         beside = 16 * 100 * scaled + 16 * 2**width * shared
@@ -268,7 +268,7 @@ def test_codebooks_are_shared_by_few_rows_of_like_columns(rows, alike, shared):
 
 def test_the_cheaper_of_two_equal_variants_is_chosen():
     own = random_choices(5, 12, 192, nominal=False)
-    shared = replace(own, form=Form(shared_codebooks=True))
+    shared = replace(own, codebook=KMeans(shared=True))
     assert choose_variants([[own, shared], [shared, own]], [96, 96], 4.0 * 2 * 96 * 192) == [1, 0]
 
 
@@ -296,7 +296,7 @@ def test_columns_whose_errors_cost_more_get_more_bits():
 
 def beside(layouts) -> float:
     """A header that grows with the number of widths."""
-    return 1000.0 + sum(300.0 * len(layout.columns_per_width) for layout in layouts.values())
+    return 1000.0 + sum(300.0 * len(layout.widths()) for layout in layouts.values())
 
 
 @pytest.mark.case(45)
@@ -309,17 +309,13 @@ def test_a_model_keeps_its_budget_to_the_bit_and_uses_it(count, target):
     plans = chosen.plan_model(statistics, KMeans(), (0.01,), overhead=beside)
     bits = 0.0
     if count == "linear":
-        bits = beside(
-            {
-                name: layout_of(192, plan.columns.column_bits, Form(), plan.columns.reserved_counts)
-                for name, plan in plans.items()
-            }
-        )
+        bits = beside({name: KMeans().layout(192, plan.columns) for name, plan in plans.items()})
     for name, plan in plans.items():
         rows, columns = statistics[name].shape
         whole = column_options(rows, range(1, 9), (0.01,))
-        form = plan.codebook.form(columns)
-        matrix = Choices(rows, whole, np.zeros((columns, len(whole))), form, count == "nominal")
+        matrix = Choices(
+            rows, whole, np.zeros((columns, len(whole))), plan.codebook, count == "nominal"
+        )
         bits += matrix.bits(chosen_options(matrix, plan.columns))
     weights = sum(rows * columns for rows, columns in shapes)
     assert target * 0.99 < bits / weights <= target
@@ -347,7 +343,7 @@ def test_shares_of_the_work_add_up_to_one():
 def test_the_expected_layout_keeps_the_budget_without_weights(per_weight, codebooks):
     layout = RateDistortion(per_weight, codebooks=codebooks).expected_layout(512, 100)
     assert per_weight - 0.15 < layout.ledger().total / layout.weights <= per_weight
-    assert layout.shared_codebooks == (codebooks == "shared")
+    assert (layout.kind == "shared_codebooks") == (codebooks == "shared")
 
 
 @pytest.mark.parametrize(

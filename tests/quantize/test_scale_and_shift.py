@@ -166,7 +166,7 @@ def test_normal_float_columns_are_the_table_times_the_largest_entry(bits):
     weight, hessian = random_problem(rows=80, columns=6, seed=bits)
     chosen = recipe(codebook=NormalFloat(), precision=Fixed(bits), solver=Nearest())
     result = solve(weight, hessian, chosen).quantized
-    levels = result.levels.levels(result.column_bits)
+    levels = result.levels()
     largest = weight.abs().amax(dim=0)
     expected = (largest[:, None] * normal_float(bits)).numpy()
     assert levels.numpy() == pytest.approx(expected, rel=1e-3, abs=1e-3)
@@ -177,7 +177,7 @@ def test_uniform_columns_are_even_steps_from_the_smallest_to_the_largest_entry(b
     weight, hessian = random_problem(rows=80, columns=6, seed=bits)
     chosen = recipe(codebook=UniformColumn(), precision=Fixed(bits), solver=Nearest())
     result = solve(weight, hessian, chosen).quantized
-    levels = result.levels.levels(result.column_bits).numpy()
+    levels = result.levels().numpy()
     for column, values in enumerate(weight.t().numpy()):
         expected = np.linspace(values.min(), values.max(), 2**bits)
         assert levels[column] == pytest.approx(expected, abs=5e-3)

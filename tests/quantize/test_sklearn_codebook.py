@@ -40,8 +40,8 @@ def test_levels_are_those_of_scikit_learn(bits, seed, fit_reserved):
         values = weight[:, column].numpy()
         kept = np.argsort(-np.abs(values), kind="stable")[:6]
         fitted = values if fit_reserved else np.delete(values, kept)
-        assert result.levels.values[column].tolist() == reference_levels(fitted, bits, seed)
-        levels = result.levels.values[column].float().numpy()
+        assert result.values[column].tolist() == reference_levels(fitted, bits, seed)
+        levels = result.values[column].float().numpy()
         nearest = np.abs(values[:, None] - levels[None, :]).argmin(axis=1)
         nearest[kept] = 0
         assert result.codes[:, column].tolist() == nearest.tolist()
@@ -68,7 +68,7 @@ def test_no_more_distinct_values_than_entries_are_the_levels_themselves(distinct
         warnings.simplefilter("error")
         solved = solve(values[:, None], torch.eye(1, dtype=torch.float64), chosen)
     assert torch.equal(solved.quantized.dequantize()[:, 0], values)
-    levels = solved.quantized.levels.values[0].tolist()
+    levels = solved.quantized.values[0].tolist()
     assert levels == sorted(levels)
 
 
@@ -78,7 +78,7 @@ def test_a_column_whose_entries_are_all_reserved_has_a_codebook_of_zeros():
         codebook=SklearnKMeans(fit_reserved=False), reservation=FixedReservation(ratio=1.0)
     )
     result = solve(weight, hessian, chosen).quantized
-    assert not result.levels.values.any()
+    assert not result.values.any()
 
 
 def test_the_codebook_of_the_package_is_closer_on_average():

@@ -12,14 +12,14 @@ import torch
 from quantize_references import random_problem, recipe, solve
 
 from claq_exp.errors import ConfigError, NumericalError
+from claq_exp.payload import BlockCodes, ColumnCodebooks, RowGrid, SignScales, unpack_weight
+from claq_exp.payload.base import Payload
+from claq_exp.payload.column_codebooks import ColumnCodebooksLayout
 from claq_exp.quantize.codebook import CODEBOOK
 from claq_exp.quantize.codebook.columns import PythonColumns
-from claq_exp.quantize.layout import Form
-from claq_exp.quantize.number_formats.levels import BlockLevels
 from claq_exp.quantize.precision import PRECISION, Fixed
 from claq_exp.quantize.precision.rate_distortion import RateDistortion
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.quantized import ColumnCodebooks, QuantizedWeight, RowGrid, unpack_weight
 from claq_exp.quantize.recipe import planned_layout
 from claq_exp.quantize.reservation import RESERVATION
 from claq_exp.quantize.solver import SOLVER
@@ -64,7 +64,7 @@ def quantize(family: str, name: str, weight: torch.Tensor, hessian: torch.Tensor
     return solve(weight, hessian, recipe_with(family, name))
 
 
-def assert_well_formed(result: QuantizedWeight, rows: int, columns: int) -> None:
+def assert_well_formed(result: Payload, rows: int, columns: int) -> None:
     assert result.codes.dtype == torch.uint8
     assert result.codes.shape == (rows, columns)
     assert result.column_bits.dtype == torch.uint8
@@ -117,7 +117,7 @@ def test_equal_weights_come_back_to_float16_precision(family, name, value):
     solved = quantize(family, name, torch.full((30, 8), value), hessian)
     assert_well_formed(solved.quantized, 30, 8)
     # codewords of block formats are fixed before, and a power of two hits no number as it is
-    blocks = isinstance(solved.quantized.levels, BlockLevels)
+    blocks = isinstance(solved.quantized, BlockCodes)
     assert solved.weight_error < (0.06 if blocks else 1e-5)
     assert solved.output_error < (0.06 if blocks else 1e-5)
 
@@ -130,7 +130,7 @@ def test_a_constant_column_among_others_is_no_obstacle(family, name, value):
     weight[:, 3] = value
     solved = quantize(family, name, weight, hessian)
     assert_well_formed(solved.quantized, 30, 8)
-    assert solved.output_error < 0.2
+    assert solved.output_error < (0.3 if name == "svid" else 0.2)  # of one bit
 
 
 @pytest.mark.case(21)
@@ -223,7 +223,14 @@ def test_a_solver_visits_every_column_once(name):
     assert system.block_size >= 1
 
 
-WIDTHS = {"bfp": (2, 3, 8), "vsq": (2, 3, 8), "mxfp4": (), "nvfp4": (), "lo_bcq": (2, 3)}
+WIDTHS = {
+    "bfp": (2, 3, 8),
+    "vsq": (2, 3, 8),
+    "mxfp4": (),
+    "nvfp4": (),
+    "lo_bcq": (2, 3),
+    "svid": (1,),
+}
 
 
 @pytest.mark.parametrize("name", CODEBOOK)
@@ -235,9 +242,9 @@ def test_a_codebook_uses_no_more_values_than_its_codes_name(name, bits):
     weight, hessian = random_problem(300, 2, seed=11)
     result = solve(weight, hessian, chosen).quantized
     assert int(result.codes.max()) <= 2**bits - 1
-    if isinstance(result.levels, ColumnCodebooks):
-        assert result.levels.values.shape == (2, 2**bits)
-    if not isinstance(result.levels, RowGrid | BlockLevels):
+    if isinstance(result, ColumnCodebooks):
+        assert result.values.shape == (2, 2**bits)
+    if not isinstance(result, RowGrid | BlockCodes | SignScales):
         assert all(len(column.unique()) <= 2**bits for column in result.dequantize().t())
 
 
@@ -270,8 +277,8 @@ class Powers:
     mixed_widths: ClassVar[bool] = True
     reserves: ClassVar[bool] = True
 
-    def form(self, _):
-        return Form()
+    def layout(self, rows, plan):
+        return ColumnCodebooksLayout.of(rows, plan.column_bits, plan.reserved_counts)
 
     def start(self, statistics, plan):
         return PowerColumns(statistics, plan)
@@ -292,8 +299,8 @@ class PowerColumns(PythonColumns):
         codes = np.abs(values[:, None] - levels[None, :]).argmin(axis=1)
         return codes.astype(np.uint8), levels[codes]
 
-    def levels(self):
-        return ColumnCodebooks(torch.from_numpy(self.values))
+    def payload(self):
+        return ColumnCodebooks(*self.coded(), torch.from_numpy(self.values))
 
 
 @dataclass(frozen=True)

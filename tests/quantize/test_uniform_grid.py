@@ -121,6 +121,6 @@ def test_a_negative_group_size_is_refused():
 def test_group_size_covers_rows_with_a_shorter_last_group():
     weight, hessian = random_problem(rows=3, columns=10, seed=4)
     result = solve(weight, hessian, recipe(codebook=Uniform(4), solver=Nearest())).quantized
-    assert result.levels.scales.shape == (3, 3)
+    assert result.scales.shape == (3, 3)
     assert result.layout().groups == 3
-    assert result.levels.scales.dtype == torch.float16
+    assert result.scales.dtype == torch.float16

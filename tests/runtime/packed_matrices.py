@@ -7,15 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from claq_exp.quantize.quantized import (
-    ColumnCodebooks,
-    Levels,
-    QuantizedWeight,
-    Reserved,
-    RowGrid,
-    SharedCodebooks,
-)
-from claq_exp.runtime.operand import Operand, operand_of
+from claq_exp.payload import ColumnCodebooks, RowGrid, SharedCodebooks, operand_of
+from claq_exp.payload.columns import ColumnPayload, Reserved
+from claq_exp.payload.operand import Operand
 
 
 def random_weight(
@@ -28,7 +22,7 @@ def random_weight(
     row_scales: bool = False,
     group_size: int = 0,
     seed: int = 0,
-) -> QuantizedWeight:
+) -> ColumnPayload:
     """A matrix whose columns have `widths` in random order.
 
     reserved: share of the entries.  group_size: not 0 for a row grid.
@@ -42,37 +36,35 @@ def random_weight(
     bits = torch.tensor(list(widths), dtype=torch.uint8)[order]
     codes = (torch.rand(rows, columns, generator=generator) * 2.0 ** bits.float()).to(torch.uint8)
     scales = normal(rows) if row_scales else None
-    levels: Levels
-    if group_size:
-        groups = -(-columns // group_size)
-        zeros = torch.randint(2 ** widths[0], (rows, groups), generator=generator)
-        levels = RowGrid(normal(rows, groups).abs() + 0.1, zeros.to(torch.uint8), group_size)
-    elif shared:
-        books = {width: normal(2**width).sort().values for width in sorted(set(bits.tolist()))}
-        levels = SharedCodebooks(books, normal(columns, 2), scales)
-    else:
-        values = normal(columns, 2 ** int(bits.max()))
-        values[torch.arange(values.shape[1]) >= 2 ** bits[:, None].int()] = 0
-        levels = ColumnCodebooks(values, scales)
     chosen = torch.rand(columns, rows, generator=generator) < reserved
     owners, places = chosen.nonzero(as_tuple=True)
     codes[places, owners] = 0
-    outliers = 10 * normal(len(places))
-    return QuantizedWeight(codes, bits, levels, Reserved(chosen.sum(1), places, outliers))
+    coded = codes, bits, Reserved(chosen.sum(1), places, 10 * normal(len(places)))
+    if group_size:
+        groups = -(-columns // group_size)
+        zeros = torch.randint(2 ** widths[0], (rows, groups), generator=generator)
+        scales = normal(rows, groups).abs() + 0.1
+        return RowGrid(*coded, scales, zeros.to(torch.uint8), group_size)
+    if shared:
+        books = {width: normal(2**width).sort().values for width in sorted(set(bits.tolist()))}
+        return SharedCodebooks(*coded, books, normal(columns, 2), scales)
+    values = normal(columns, 2 ** int(bits.max()))
+    values[torch.arange(values.shape[1]) >= 2 ** bits[:, None].int()] = 0
+    return ColumnCodebooks(*coded, values, scales)
 
 
-def operand(weight: QuantizedWeight, device: str = "cpu") -> Operand:
+def operand(weight: ColumnPayload, device: str = "cpu") -> Operand:
     """The matrix as kernels read it, from its stored tensors."""
     stored = {suffix: tensor.to(device) for suffix, tensor in weight.pack().items()}
     return operand_of(weight.layout(), stored)
 
 
-def exact_product(weight: QuantizedWeight, inputs: Tensor) -> Tensor:
+def exact_product(weight: ColumnPayload, inputs: Tensor) -> Tensor:
     """inputs @ matrix^T in float64."""
     return inputs.double() @ weight.dequantize().double().t()
 
 
-def rounding_bound(weight: QuantizedWeight, inputs: Tensor) -> Tensor:
+def rounding_bound(weight: ColumnPayload, inputs: Tensor) -> Tensor:
     """How far a float32 sum in any order may be from `exact_product`.
 
     n products and n - 1 sums are each rounded to half an ulp (gamma_n of Higham, Accuracy and

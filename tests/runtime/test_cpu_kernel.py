@@ -15,11 +15,8 @@ import torch
 from packed_matrices import operand, random_weight
 from torch import Tensor
 
-from claq_exp.quantize.quantized import (
-    QuantizedWeight,
-    Reserved,
-    RowGrid,
-)
+from claq_exp.payload import RowGrid
+from claq_exp.payload.columns import ColumnPayload, Reserved
 from claq_exp.runtime.kernels import build, cpu
 from claq_exp.runtime.kernels.cpu import CpuKernel
 
@@ -65,7 +62,7 @@ def matrix(
     scaled: bool = False,
     reserved: float = 0.0,
     group_size: int = 64,
-) -> QuantizedWeight:
+) -> ColumnPayload:
     """A random matrix of a kind: columns (codebooks), shared (codebooks) or grid."""
     return random_weight(
         rows,
@@ -79,7 +76,7 @@ def matrix(
     )
 
 
-def exact_and_bound(weight: QuantizedWeight, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def exact_and_bound(weight: ColumnPayload, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The float64 product, and how far a float32 sum may be from it.
 
     Each summand goes through at most one chunk of additions, one addition per chunk, those of the
@@ -92,17 +89,17 @@ def exact_and_bound(weight: QuantizedWeight, inputs: Tensor) -> tuple[Tensor, Te
     plain = replace(weight, reserved=Reserved.none(weight.codes.shape[1])).dequantize().double()
     sizes = dense.abs() + 2 * plain.abs()
     chunks = len(weight.column_bits) // CHUNK + 8  # the last ones of each width are short
-    if isinstance(weight.levels, RowGrid):
-        group = torch.arange(weight.codes.shape[1]) // weight.levels.group_size
-        tops = weight.codes.double() + weight.levels.zeros.double()[:, group]
-        sizes += 2 * weight.levels.scales.double().abs()[:, group] * tops
-        chunks += weight.levels.scales.shape[1]
+    if isinstance(weight, RowGrid):
+        group = torch.arange(weight.codes.shape[1]) // weight.group_size
+        tops = weight.codes.double() + weight.zeros.double()[:, group]
+        sizes += 2 * weight.scales.double().abs()[:, group] * tops
+        chunks += weight.scales.shape[1]
     most = int(torch.bincount(weight.reserved.rows, minlength=1).max())
     roundings = 2 * CHUNK + chunks + most + 8  # twice: a grid's sum of x and sum of codes
     return x @ dense.t(), UNIT * roundings * (x.abs() @ sizes.t()) * 1.01 + 1e-30
 
 
-def check(kernel: CpuKernel, weight: QuantizedWeight, inputs: Tensor) -> Tensor:
+def check(kernel: CpuKernel, weight: ColumnPayload, inputs: Tensor) -> Tensor:
     """Multiply, compare, and return the outputs."""
     packed = operand(weight)
     assert kernel.refusal(packed) is None

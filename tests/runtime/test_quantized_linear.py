@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from packed_matrices import exact_product, operand, random_weight, rounding_bound
 
 from claq_exp.errors import CheckpointError, ConfigError
-from claq_exp.quantize.quantized import QuantizedWeight
+from claq_exp.payload.base import Payload
 from claq_exp.runtime import kernels
 from claq_exp.runtime.kernels import KERNEL, choose_kernel, kernel_name, self_check
 from claq_exp.runtime.kernels.reference import REFERENCE, dense_rows
@@ -27,7 +27,7 @@ FORMS = {
 }
 
 
-def layer_of(weight: QuantizedWeight, *, bias: bool = False, kernel: str = "auto"):
+def layer_of(weight: Payload, *, bias: bool = False, kernel: str = "auto"):
     layer = QuantizedLinear(weight.layout(), bias=bias, dtype=torch.float32, kernel=kernel)
     layer.load_state_dict(weight.pack(), strict=not bias)
     if bias:
@@ -133,7 +133,7 @@ def test_codes_are_not_copied_and_bytes_are_counted():
 
 def test_levels_beyond_float16_are_cut_off():
     weight = random_weight(8, 4, (1,), row_scales=True)
-    weight.levels.values.fill_(60000.0)
+    weight.values.fill_(60000.0)
     read = operand(weight)
     assert read.clamps
     assert float(dense_rows(read, 0, 8).max()) == 65504.0

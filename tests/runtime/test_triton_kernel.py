@@ -16,11 +16,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from claq_exp.quantize.quantized import (
-    QuantizedWeight,
-    Reserved,
-    RowGrid,
-)
+from claq_exp.payload import RowGrid
+from claq_exp.payload.columns import ColumnPayload, Reserved
 from claq_exp.runtime.kernels import triton as under_test
 from claq_exp.runtime.kernels import triton_decode
 from claq_exp.runtime.kernels.triton import TritonKernel, dense_rows
@@ -38,7 +35,7 @@ def activations(n: int, columns: int, dtype: torch.dtype, device: str) -> Tensor
     return torch.randn(n, columns, generator=generator).to(device, dtype)
 
 
-def check(weight: QuantizedWeight, inputs: Tensor, found: Tensor) -> None:
+def check(weight: ColumnPayload, inputs: Tensor, found: Tensor) -> None:
     """Compare with the float64 product.
 
     n sums of float32 terms err by at most n units of roundoff of the sum of their magnitudes (two
@@ -48,9 +45,9 @@ def check(weight: QuantizedWeight, inputs: Tensor, found: Tensor) -> None:
     dense = weight.dequantize().double()
     codes_only = replace(weight, reserved=Reserved.none(len(weight.column_bits))).dequantize()
     size = dense.abs() + codes_only.double().abs()
-    if isinstance(weight.levels, RowGrid):
-        group = torch.arange(dense.shape[1]) // weight.levels.group_size
-        scales, zeros = weight.levels.scales.double(), weight.levels.zeros.double()
+    if isinstance(weight, RowGrid):
+        group = torch.arange(dense.shape[1]) // weight.group_size
+        scales, zeros = weight.scales.double(), weight.zeros.double()
         size += 2 * (scales * zeros)[:, group]
     x = inputs.cpu().double()
     expected, magnitude = x @ dense.t(), x.abs() @ size.t()

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
+from claq_exp.payload.base import Layout, Payload
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.block_formats import Bfp, LoBcq, MxFp4, NvFp4, Vsq
 from claq_exp.quantize.codebook.kmeans import KMeans, KMeansExact
 from claq_exp.quantize.codebook.simple import NormalFloat, Quantile, UniformColumn
 from claq_exp.quantize.codebook.sklearn_kmeans import SklearnKMeans
+from claq_exp.quantize.codebook.svid import Svid
 from claq_exp.quantize.codebook.uniform import Uniform
-from claq_exp.quantize.layout import Form
-from claq_exp.quantize.quantized import Levels, Reserved
 from claq_exp.quantize.statistics import ColumnStatistics
 
 
@@ -33,14 +32,8 @@ class ColumnQuantizer(Protocol):
     ) -> None:
         """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
 
-    def codes(self) -> Tensor:
-        """Return the codes once every column is done: [out, in] uint8."""
-
-    def levels(self) -> Levels:
-        """Return what the codes stand for, once every column is done."""
-
-    def reserved(self) -> Reserved:
-        """Return the entries that stay in float16, once every column is done."""
+    def payload(self) -> Payload:
+        """Return the quantized matrix, once every column is done."""
 
 
 class Codebook(Protocol):
@@ -55,11 +48,19 @@ class Codebook(Protocol):
     mixed_widths: ClassVar[bool]
     reserves: ClassVar[bool]
 
-    def form(self, columns: int) -> Form:
-        """Return how the values of a matrix with so many columns are stored."""
+    def layout(self, rows: int, plan: ColumnPlan) -> Layout:
+        """Return how a matrix of so many rows is stored with a plan."""
 
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> ColumnQuantizer:
         """Begin a matrix; statistics.weight is before compensation."""
+
+
+@runtime_checkable
+class OneWidth(Protocol):
+    """A codebook that has codes of some widths alone."""
+
+    def check(self, bits: int) -> None:
+        """Raise ConfigError where there are no codes of so many bits."""
 
 
 CODEBOOK: dict[str, type] = {
@@ -72,6 +73,7 @@ CODEBOOK: dict[str, type] = {
     "nvfp4": NvFp4,
     "quantile": Quantile,
     "sklearn_kmeans": SklearnKMeans,
+    "svid": Svid,
     "uniform": Uniform,
     "uniform_column": UniformColumn,
     "vsq": Vsq,

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from claq_exp.errors import ConfigError
+from claq_exp.payload.block_format import BlockCodes, BlockFormatLayout
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.block import quantize_block_in_format
 from claq_exp.quantize.codebook.columns import FixedColumns
-from claq_exp.quantize.layout import BLOCK_FORMAT, Form
 from claq_exp.quantize.number_formats.encoding import encode
 from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
 from claq_exp.quantize.number_formats.levels import BlockLevels
@@ -56,14 +56,15 @@ class BlockCodebook(ABC):
         """Return the format with its codewords, for a weight [out, in] float32."""
         return Grid.fixed(self.block_format(bits))
 
-    def form(self, _: int) -> Form:
-        """Return how the values of a matrix are stored, but for the width of codes."""
-        return Form(BLOCK_FORMAT, block_format=self.block_format(self.bits or 2))
+    def layout(self, rows: int, plan: ColumnPlan) -> BlockFormatLayout:
+        """Return how a matrix of so many rows is stored with a plan."""
+        bits, columns = int(plan.column_bits[0]), len(plan.column_bits)
+        return BlockFormatLayout(rows=rows, columns=columns, block_format=self.block_format(bits))
 
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> BlockColumns:
         """Begin a matrix; all columns have one width."""
         weight = statistics.weight
-        return BlockColumns(weight, self.grid(weight, int(plan.column_bits[0])))
+        return BlockColumns(weight, plan, self.grid(weight, int(plan.column_bits[0])))
 
 
 @dataclass(frozen=True)
@@ -177,9 +178,9 @@ def local_codebooks(weight: Tensor, block_format: BlockFormat) -> Tensor:
 class BlockColumns(FixedColumns):
     """The codes found so far in a block format."""
 
-    def __init__(self, weight: Tensor, grid: Grid) -> None:
+    def __init__(self, weight: Tensor, plan: ColumnPlan, grid: Grid) -> None:
         rows, columns = weight.shape
-        super().__init__(rows, columns)
+        super().__init__(rows, plan)
         encoded = encode(weight, grid, by_row=grid.format.rule.by_row)
         self._levels = BlockLevels.of(encoded, grid)
         self._steps = np.ascontiguousarray(self._levels.steps.numpy().T)
@@ -204,6 +205,6 @@ class BlockColumns(FixedColumns):
         shared = (self._steps, columns // self._array, self._selectors, columns // self._block)
         quantize_block_in_format(values, lower, columns, (*words, *places, *shared), self._codes)
 
-    def levels(self) -> BlockLevels:
-        """Return scales and codebooks."""
-        return self._levels
+    def payload(self) -> BlockCodes:
+        """Return codes, scales and codebooks."""
+        return BlockCodes(*self.coded(), self._levels)

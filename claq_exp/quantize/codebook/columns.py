@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from claq_exp.errors import NumericalError
+from claq_exp.payload.base import Payload
+from claq_exp.payload.column_codebooks import ColumnCodebooks
+from claq_exp.payload.columns import Reserved
+from claq_exp.payload.shared_codebooks import SharedCodebooks
+from claq_exp.payload.stored import HALF_MAX
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.block import (
     KMEANS,
@@ -20,8 +25,6 @@ from claq_exp.quantize.codebook.block import (
     compensate,
     quantize_block,
 )
-from claq_exp.quantize.layout import HALF_MAX
-from claq_exp.quantize.quantized import ColumnCodebooks, Levels, Reserved, SharedCodebooks
 from claq_exp.quantize.statistics import ColumnStatistics
 
 
@@ -45,7 +48,7 @@ class CompiledColumns:
         rows, columns = statistics.shape
         self._books = {width: book.half() for width, book in (books or {}).items()}
         self._row_scales = row_scales
-        self._counts = plan.reserved_counts
+        self._plan = plan
         offsets = np.zeros(columns + 1, dtype=np.int64)
         np.cumsum(plan.reserved_counts.numpy(), out=offsets[1:])
         padded = np.zeros((9, 256), dtype=np.float32)
@@ -82,22 +85,16 @@ class CompiledColumns:
         """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
         quantize_block(values, lower, columns, self._task, self._result)
 
-    def codes(self) -> Tensor:
-        """Return the codes: [out, in] uint8."""
-        return torch.from_numpy(self._result.codes).t()
-
-    def levels(self) -> Levels:
-        """Return what the codes stand for."""
+    def payload(self) -> ColumnCodebooks | SharedCodebooks:
+        """Return codes, codebooks and the entries that stay in float16."""
+        result, plan = self._result, self._plan
+        kept = torch.from_numpy(result.kept).half()
+        reserved = reserved_entries(plan.reserved_counts, torch.from_numpy(result.rows), kept)
+        coded = torch.from_numpy(result.codes).t(), plan.column_bits, reserved
         if self._books:
-            scales = torch.from_numpy(self._result.scales).half()
-            return SharedCodebooks(self._books, scales, self._row_scales)
-        values = torch.from_numpy(self._result.levels).half()
-        return ColumnCodebooks(values, self._row_scales)
-
-    def reserved(self) -> Reserved:
-        """Return the entries that stay in float16."""
-        kept = torch.from_numpy(self._result.kept).half()
-        return reserved_entries(self._counts, torch.from_numpy(self._result.rows), kept)
+            scales = torch.from_numpy(result.scales).half()
+            return SharedCodebooks(*coded, self._books, scales, self._row_scales)
+        return ColumnCodebooks(*coded, torch.from_numpy(result.levels).half(), self._row_scales)
 
 
 def reserved_entries(counts: Tensor, rows: Tensor, values: Tensor) -> Reserved:
@@ -115,16 +112,14 @@ def reserved_entries(counts: Tensor, rows: Tensor, values: Tensor) -> Reserved:
 class FixedColumns:
     """What quantizers have in common whose levels are fixed before, and which reserve nothing."""
 
-    def __init__(self, rows: int, columns: int) -> None:
-        self._codes = np.zeros((columns, rows), dtype=np.uint8)
+    def __init__(self, rows: int, plan: ColumnPlan) -> None:
+        self._plan = plan
+        self._codes = np.zeros((len(plan.column_bits), rows), dtype=np.uint8)
 
-    def codes(self) -> Tensor:
-        """Return the codes: [out, in] uint8."""
-        return torch.from_numpy(self._codes).t()
-
-    def reserved(self) -> Reserved:
-        """Return no entries."""
-        return Reserved.none(len(self._codes))
+    def coded(self) -> tuple[Tensor, Tensor, Reserved]:
+        """Return codes [out, in] uint8, their widths and no reserved entries."""
+        codes = torch.from_numpy(self._codes).t()
+        return codes, self._plan.column_bits, Reserved.none(len(self._codes))
 
 
 class PythonColumns(ABC):
@@ -151,8 +146,8 @@ class PythonColumns(ABC):
         """
 
     @abstractmethod
-    def levels(self) -> Levels:
-        """Return what the codes stand for, once every column is done."""
+    def payload(self) -> Payload:
+        """Return the quantized matrix, once every column is done; `coded` has the half of it."""
 
     def quantize_block(
         self,
@@ -179,12 +174,9 @@ class PythonColumns(ABC):
             current -= quantized
             current /= lower[position, position] if len(lower) else 1.0
 
-    def codes(self) -> Tensor:
-        """Return the codes: [out, in] uint8."""
-        return torch.from_numpy(self._codes).t()
-
-    def reserved(self) -> Reserved:
-        """Return the entries that stay in float16."""
+    def coded(self) -> tuple[Tensor, Tensor, Reserved]:
+        """Return codes [out, in] uint8, their widths and the entries that stay in float16."""
         rows, kept = (np.concatenate(part) for part in zip(*self._kept, strict=True))
         counts = self._plan.reserved_counts
-        return reserved_entries(counts, torch.from_numpy(rows), torch.from_numpy(kept))
+        reserved = reserved_entries(counts, torch.from_numpy(rows), torch.from_numpy(kept))
+        return torch.from_numpy(self._codes).t(), self._plan.column_bits, reserved

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from claq_exp.payload.base import Layout
+from claq_exp.payload.column_codebooks import ColumnCodebooksLayout
+from claq_exp.payload.shared_codebooks import SharedCodebooksLayout
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.block import EXACT, FITTED, KMEANS
 from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.codebook.columns import CompiledColumns
-from claq_exp.quantize.layout import Form
 from claq_exp.quantize.statistics import ColumnStatistics
 
 SAMPLE = 64  # columns that a shared codebook is learned from
@@ -41,9 +43,10 @@ class KMeans:
     shared: bool = False
     row_scales: bool = False
 
-    def form(self, _: int) -> Form:
-        """Return how the codebooks of a matrix are stored."""
-        return Form(shared_codebooks=self.shared, row_scaled=self.row_scales)
+    def layout(self, rows: int, plan: ColumnPlan) -> Layout:
+        """Return how a matrix of so many rows is stored with a plan."""
+        form = SharedCodebooksLayout if self.shared else ColumnCodebooksLayout
+        return form.of(rows, plan.column_bits, plan.reserved_counts, row_scaled=self.row_scales)
 
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> CompiledColumns:
         """Begin a matrix."""

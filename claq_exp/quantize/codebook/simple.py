@@ -9,10 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from claq_exp.payload.base import Layout
+from claq_exp.payload.column_codebooks import ColumnCodebooksLayout
+from claq_exp.payload.shared_codebooks import SharedCodebooksLayout
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.block import ABSMAX, QUANTILES, RANGE
 from claq_exp.quantize.codebook.columns import CompiledColumns
-from claq_exp.quantize.layout import Form
 from claq_exp.quantize.statistics import ColumnStatistics
 
 
@@ -23,9 +25,9 @@ class Quantile:
     mixed_widths: ClassVar[bool] = True
     reserves: ClassVar[bool] = True
 
-    def form(self, _: int) -> Form:
-        """Return how the codebooks of a matrix are stored."""
-        return Form()
+    def layout(self, rows: int, plan: ColumnPlan) -> Layout:
+        """Return how a matrix of so many rows is stored with a plan."""
+        return ColumnCodebooksLayout.of(rows, plan.column_bits, plan.reserved_counts)
 
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> CompiledColumns:
         """Begin a matrix."""
@@ -42,9 +44,9 @@ class UniformColumn:
     mixed_widths: ClassVar[bool] = True
     reserves: ClassVar[bool] = True
 
-    def form(self, _: int) -> Form:
-        """Return how the codebooks of a matrix are stored."""
-        return Form(shared_codebooks=True)
+    def layout(self, rows: int, plan: ColumnPlan) -> Layout:
+        """Return how a matrix of so many rows is stored with a plan."""
+        return SharedCodebooksLayout.of(rows, plan.column_bits, plan.reserved_counts)
 
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> CompiledColumns:
         """Begin a matrix."""
@@ -63,9 +65,9 @@ class NormalFloat:
     mixed_widths: ClassVar[bool] = True
     reserves: ClassVar[bool] = True
 
-    def form(self, _: int) -> Form:
-        """Return how the codebooks of a matrix are stored."""
-        return Form(shared_codebooks=True)
+    def layout(self, rows: int, plan: ColumnPlan) -> Layout:
+        """Return how a matrix of so many rows is stored with a plan."""
+        return SharedCodebooksLayout.of(rows, plan.column_bits, plan.reserved_counts)
 
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> CompiledColumns:
         """Begin a matrix."""

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from threadpoolctl import ThreadpoolController
 
 from claq_exp.errors import ConfigError
+from claq_exp.payload.base import Layout
+from claq_exp.payload.column_codebooks import ColumnCodebooks, ColumnCodebooksLayout
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.block import assign_codes
 from claq_exp.quantize.codebook.columns import PythonColumns
-from claq_exp.quantize.layout import Form
-from claq_exp.quantize.quantized import ColumnCodebooks
 from claq_exp.quantize.statistics import ColumnStatistics
 
 PASSES = 300  # at most
@@ -46,9 +46,9 @@ class SklearnKMeans:
                 f"codebook.seed is {self.seed}; give a whole number from 0 to {2**32 - 1}"
             )
 
-    def form(self, _: int) -> Form:
-        """Return how the codebooks of a matrix are stored."""
-        return Form()
+    def layout(self, rows: int, plan: ColumnPlan) -> Layout:
+        """Return how a matrix of so many rows is stored with a plan."""
+        return ColumnCodebooksLayout.of(rows, plan.column_bits, plan.reserved_counts)
 
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> SklearnColumns:
         """Begin a matrix."""
@@ -85,9 +85,9 @@ class SklearnColumns(PythonColumns):
         assign_codes(values, levels, codes)
         return codes, levels[codes]
 
-    def levels(self) -> ColumnCodebooks:
-        """Return the codebooks of all columns."""
-        return ColumnCodebooks(torch.from_numpy(self._centroids))
+    def payload(self) -> ColumnCodebooks:
+        """Return codes and the codebooks of all columns."""
+        return ColumnCodebooks(*self.coded(), torch.from_numpy(self._centroids))
 
     def _fit(self, values: NDArray[np.float32], entries: int) -> NDArray[np.float32]:
         """Return at least one and at most `entries` ascending centroids."""

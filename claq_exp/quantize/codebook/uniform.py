@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from claq_exp.errors import ConfigError
+from claq_exp.payload.operand import Grid
+from claq_exp.payload.row_grid import RowGrid, RowGridLayout
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.block import quantize_block_on_grid
 from claq_exp.quantize.codebook.columns import FixedColumns
-from claq_exp.quantize.layout import ROW_GRID, Form
-from claq_exp.quantize.quantized import RowGrid
 from claq_exp.quantize.statistics import ColumnStatistics
 
 SMALLEST_SCALE = float(torch.finfo(torch.float16).tiny)
@@ -42,14 +42,18 @@ class Uniform:
                 "number"
             )
 
-    def form(self, columns: int) -> Form:
-        """Return how the grids of a matrix are stored."""
-        return Form(ROW_GRID, min(self.group_size or columns, columns))
+    def layout(self, rows: int, plan: ColumnPlan) -> RowGridLayout:
+        """Return how a matrix of so many rows is stored with a plan."""
+        columns = len(plan.column_bits)
+        return RowGridLayout.of(
+            *(rows, plan.column_bits, plan.reserved_counts),
+            group_size=min(self.group_size or columns, columns),
+        )
 
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> UniformColumns:
         """Begin a matrix; all columns have one width."""
         weight = statistics.weight
-        group_size = self.form(weight.shape[1]).group_size
+        group_size = self.layout(len(weight), plan).group_size
         top = 2 ** int(plan.column_bits[0]) - 1
         scales, zeros = [], []
         for group in weight.split(group_size, dim=1):
@@ -58,15 +62,15 @@ class Uniform:
             scale = ((high - low) / top).clamp(min=SMALLEST_SCALE).half()
             scales.append(scale)
             zeros.append((-low / scale.float()).round().clamp(0, top).to(torch.uint8))
-        grid = RowGrid(torch.stack(scales, dim=1), torch.stack(zeros, dim=1), group_size)
-        return UniformColumns(weight.shape[1], top, grid)
+        grid = Grid(torch.stack(scales, dim=1), torch.stack(zeros, dim=1), group_size)
+        return UniformColumns(plan, top, grid)
 
 
 class UniformColumns(FixedColumns):
     """The codes found so far on a fixed grid."""
 
-    def __init__(self, columns: int, top: int, grid: RowGrid) -> None:
-        super().__init__(grid.scales.shape[0], columns)
+    def __init__(self, plan: ColumnPlan, top: int, grid: Grid) -> None:
+        super().__init__(grid.scales.shape[0], plan)
         self._grid = grid
         self._scales = np.ascontiguousarray(grid.scales.float().numpy().T)
         zeros = grid.zeros.float().numpy().T
@@ -84,6 +88,7 @@ class UniformColumns(FixedColumns):
         task = (columns, groups, self._scales, self._zeros, self._top)
         quantize_block_on_grid(values, lower, task, self._codes)
 
-    def levels(self) -> RowGrid:
-        """Return the grid."""
-        return self._grid
+    def payload(self) -> RowGrid:
+        """Return codes and grid."""
+        grid = self._grid
+        return RowGrid(*self.coded(), grid.scales, grid.zeros, grid.group_size)

@@ -1,20 +1,18 @@
-"""What the codes of a matrix in a block format stand for, and its way to stored tensors."""
+"""What the codes of a matrix in a block format stand for."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from claq_exp.errors import CheckpointError
-from claq_exp.quantize.layout import BLOCK_FORMAT, Form, WeightLayout
 from claq_exp.quantize.number_formats.encoding import Encoded, encode
-from claq_exp.quantize.number_formats.formats import LEARNED, BlockFormat
 from claq_exp.quantize.number_formats.table import Grid
-from claq_exp.quantize.packing import pack, unpack
+
+LIMIT_SLACK = 1e-6  # share by which steps may exceed what the limits allow, by rounding
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,17 @@ class BlockLevels:
     grid: the format and its codebooks.  selectors: [out, blocks] uint8; None for one codebook.
     scales: [out, arrays] uint8, as they are stored.  limits: [out] or [1] float32, the maximum that
     outer scales follow from; None where there are none.
+    free_steps: [out, arrays] float, steps that stand in the place of those that follow from scales
+    and limits, until they are `rounded`; None for those.
     """
+
+    described: ClassVar[str] = "block formats"
 
     grid: Grid
     selectors: Tensor | None
     scales: Tensor
     limits: Tensor | None
+    free_steps: Tensor | None = None
 
     @staticmethod
     def of(encoded: Encoded, grid: Grid) -> BlockLevels:
@@ -37,17 +40,11 @@ class BlockLevels:
         limits = encoded.limit.reshape(-1).contiguous() if grid.format.rule.outer else None
         return BlockLevels(grid, encoded.selectors, encoded.scales, limits)
 
-    def form(self) -> Form:
-        """Return how this is stored."""
-        return Form(BLOCK_FORMAT, block_format=self.grid.format)
-
-    def finite(self) -> bool:
-        """Tell whether all that is stored is finite."""
-        return self.limits is None or bool(torch.isfinite(self.limits).all())
-
     @cached_property
     def steps(self) -> Tensor:
-        """What codewords are multiplied by: [out, arrays] float32."""
+        """What codewords are multiplied by: [out, arrays] float32 (that of free steps)."""
+        if self.free_steps is not None:
+            return self.free_steps
         limit = self.scales.new_zeros(1) if self.limits is None else self.limits
         block_format = self.grid.format
         return block_format.rule.read(self.scales, limit[:, None], block_format.top)
@@ -65,58 +62,41 @@ class BlockLevels:
             )
         return books.reshape(-1)[words] * self.steps[rows][:, columns // self.grid.format.array]
 
-    def to(self, device: torch.device) -> BlockLevels:
-        """Return the same on another device."""
-        return BlockLevels(
-            Grid(self.grid.format, self.grid.codebooks.to(device)),
-            None if self.selectors is None else self.selectors.to(device),
-            self.scales.to(device),
-            None if self.limits is None else self.limits.to(device),
-        )
+    def tensors(self) -> list[Tensor | None]:
+        """Return the tensors that `values` reads for every matrix of its own."""
+        return [self.steps, self.selectors]
 
-    def stored(self) -> dict[str, Tensor]:
-        """Return the tensors that are stored of this, by suffix."""
-        block_format = self.grid.format
-        tensors = {"block_scales": self.scales.contiguous()}
-        if self.limits is not None:
-            tensors["block_limits"] = self.limits
-        if self.selectors is not None:
-            tensors["block_selectors"] = pack(self.selectors, block_format.selector_bits)
-        if block_format.codewords == LEARNED:
-            integers = self.grid.codebooks.reshape(-1).int() + int(block_format.top) + 1
-            tensors["block_codebooks"] = pack(integers, block_format.codeword_bits)
-        return tensors
+    def rounded(self) -> BlockLevels:
+        """Return the same with free steps rounded to scales, and limits raised where they must be.
 
+        Every step becomes the nearest of those that its limit allows; a negative one becomes 0.
+        """
+        if self.free_steps is None:
+            return self
+        steps, top = self.free_steps.detach().float(), self.grid.format.top
+        limits = self.limits
+        if limits is not None:
+            largest = steps.amax(dim=1) if len(limits) > 1 else steps.amax().reshape(1)
+            needed = largest * top
+            limits = torch.where(needed > limits * (1 + LIMIT_SLACK), needed, limits)
+        lines = steps if limits is not None and len(limits) > 1 else steps.reshape(1, -1)
+        scales = self._nearest_scales(lines, limits).reshape(steps.shape)
+        return BlockLevels(self.grid, self.selectors, scales, limits)
 
-def unpack_block_levels(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> BlockLevels:
-    """Undo `BlockLevels.stored`.  Raises CheckpointError for codebooks that do not ascend."""
-    block_format = layout.block_format
-    assert block_format is not None
-    selectors = None
-    if block_format.codebooks > 1:
-        blocks = block_format.blocks(layout.columns)
-        packed = tensors["block_selectors"]
-        selectors = unpack(packed, block_format.selector_bits, blocks).to(torch.uint8)
-        if int(selectors.max()) >= block_format.codebooks:
-            raise CheckpointError(f"block_selectors go beyond {block_format.codebooks} codebooks")
-    scales = tensors["block_scales"]
-    limits = tensors.get("block_limits")
-    levels = BlockLevels(_grid(block_format, tensors), selectors, scales, limits)
-    if not bool(torch.isfinite(levels.steps).all()) or (limits is not None and limits.min() < 0):
-        raise CheckpointError("block_scales or block_limits hold a scale that is none")
-    return levels
+    def _nearest_scales(self, steps: Tensor, limits: Tensor | None) -> Tensor:
+        """Return the stored scale next to each step: [lines, n] float32 -> uint8.
 
-
-def _grid(block_format: BlockFormat, tensors: Mapping[str, Tensor]) -> Grid:
-    if block_format.codewords != LEARNED:
-        return Grid.fixed(block_format)
-    entries = 2**block_format.bits
-    packed, count = tensors["block_codebooks"], block_format.codebooks * entries
-    integers = unpack(packed, block_format.codeword_bits, count) - int(block_format.top) - 1
-    books = integers.reshape(block_format.codebooks, entries).float()
-    if bool((books.diff(dim=1) < 0).any()):
-        raise CheckpointError("block_codebooks hold a codebook that does not ascend")
-    return Grid(block_format, books)
+        limits: [lines] float32 or None.
+        """
+        bytes_ = torch.arange(256, dtype=torch.uint8, device=steps.device).expand(len(steps), -1)
+        outer = steps.new_zeros(1) if limits is None else limits
+        rule, top = self.grid.format.rule, self.grid.format.top
+        known = rule.read(bytes_.contiguous(), outer[:, None], top)
+        known = torch.where(known.signbit() | ~torch.isfinite(known), torch.inf, known)
+        known, order = known.sort(dim=1, stable=True)
+        middles = (known[:, 1:] + known[:, :-1]) / 2
+        places = torch.searchsorted(middles, steps.contiguous())
+        return order.gather(1, places).to(torch.uint8)
 
 
 def encode_weight(weight: Tensor, grid: Grid) -> tuple[Tensor, BlockLevels]:

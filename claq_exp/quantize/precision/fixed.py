@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import ConfigError
-from claq_exp.quantize.layout import MAX_BITS
+from claq_exp.payload.stored import MAX_BITS
 from claq_exp.quantize.statistics import ColumnStatistics
 
 

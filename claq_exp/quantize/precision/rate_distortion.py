@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import ConfigError, one_of
+from claq_exp.payload.base import Layout
+from claq_exp.payload.stored import MAX_BITS
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook.kmeans import KMeans
-from claq_exp.quantize.layout import MAX_BITS, Form, WeightLayout
 from claq_exp.quantize.rate_distortion import (
     Choices,
     allocate,
@@ -91,7 +92,7 @@ class RateDistortion:
         codebook: KMeans,
         reserved_shares: tuple[float, ...],
         *,
-        overhead: Callable[[Mapping[str, WeightLayout]], float] = lambda _: 0.0,
+        overhead: Callable[[Mapping[str, Layout]], float] = lambda _: 0.0,
         on_share: Callable[[float, str], None] = lambda _share, _name: None,
     ) -> dict[str, MatrixPlan]:
         """Return a plan for every matrix of a model.
@@ -133,7 +134,7 @@ class RateDistortion:
         self,
         choices: Mapping[str, Choices],
         budget: float,
-        overhead: Callable[[Mapping[str, WeightLayout]], float],
+        overhead: Callable[[Mapping[str, Layout]], float],
     ) -> dict[str, ColumnPlan]:
         """Allocate until matrices and what comes with them fit the budget together."""
         beside = 0.0
@@ -152,12 +153,12 @@ class RateDistortion:
             "beside its matrices; raise it"
         )
 
-    def expected_layout(self, rows: int, columns: int) -> WeightLayout:
+    def expected_layout(self, rows: int, columns: int) -> Layout:
         """Return about what a matrix will take, as if all its columns were alike."""
         options = column_options(rows, range(self.min_bits, self.max_bits + 1), ())
         distortion = np.tile(4.0 ** -options[:, 0], (columns, 1))
-        form = Form(shared_codebooks=self.codebooks != "own", row_scaled=self.row_scales != "never")
-        choices = Choices(rows, options, distortion, form, self.count == "nominal")
+        codebook = KMeans(shared=self.codebooks != "own", row_scales=self.row_scales != "never")
+        choices = Choices(rows, options, distortion, codebook, self.count == "nominal")
         (plan,) = allocate([choices], max(self.target_bits * rows * columns, choices.least()))
         return choices.layout(plan)
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from claq_exp.accelerator import ROCM
 from claq_exp.errors import ConfigError, NumericalError
-from claq_exp.quantize.quantized import ColumnCodebooks, QuantizedWeight, Reserved
+from claq_exp.payload.column_codebooks import ColumnCodebooks
+from claq_exp.payload.columns import Reserved
 from claq_exp.quantize.solver.columns import ColumnSystem
 
 SUB_BLOCK = 8  # columns whose errors the kernel gathers itself; a product spreads them further
@@ -63,7 +64,7 @@ def quantize_group_on_device(
     row_scales: Sequence[Tensor] | None = None,
     row_weights: Sequence[Tensor] | None = None,
     graph: bool = False,
-) -> list[QuantizedWeight]:
+) -> list[ColumnCodebooks]:
     """Quantize linears that share their input with a k-means codebook per column.
 
     weights: [out_l, in] float32 each.  column_bits: [in] uint8 each.  reserved_counts: [in] int64
@@ -238,7 +239,7 @@ def _result(
     linear: int,
     plan: tuple[Tensor, Tensor],
     row_scales: Tensor | None,
-) -> QuantizedWeight:
+) -> ColumnCodebooks:
     """Bring one linear to the CPU, its columns in their own order.
 
     inverse: [in] int64, the position at which a column was visited.
@@ -246,11 +247,12 @@ def _result(
     rows = slice(stack.starts[linear], stack.starts[linear + 1])
     column_bits, reserved_counts = plan
     levels = stack.levels[inverse, linear, : 2 ** int(column_bits.max())]
-    return QuantizedWeight(
+    return ColumnCodebooks(
         codes=stack.codes[:, rows][inverse].cpu().t(),
         column_bits=column_bits.cpu(),
-        levels=ColumnCodebooks(levels.cpu(), row_scales),
         reserved=_reserved(stack.work[:, rows], inverse, reserved_counts.cpu()),
+        values=levels.cpu(),
+        row_scales=row_scales,
     )
 
 

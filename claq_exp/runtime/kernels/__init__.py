@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import ConfigError, one_of, telling_line
+from claq_exp.payload.operand import Operand
 from claq_exp.runtime.kernels.cpu import CpuKernel
 from claq_exp.runtime.kernels.reference import REFERENCE, ReferenceKernel, dense_rows
 from claq_exp.runtime.kernels.triton import TritonKernel
-from claq_exp.runtime.operand import Operand
 
 AUTO, DENSE = "auto", "dense"
 SAMPLES = 3  # rows of activations of the self-check

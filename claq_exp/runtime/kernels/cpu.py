@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from claq_exp.payload.operand import Operand, reserved_by_row
 from claq_exp.runtime.kernels.build import NATIVE, BuildError, library
-from claq_exp.runtime.operand import Operand, reserved_by_row
 
 LANES_MOST = 16  # rows that the widest vectors hold; grids are padded to whole vectors
 
@@ -80,8 +80,8 @@ class CpuKernel:
         """
         if operand.device.type != "cpu":
             return f"the CPU kernel cannot read a matrix on {operand.device}"
-        if operand.blocks is not None:
-            return "there is no CPU kernel for block formats"
+        if operand.decoder is not None:
+            return f"there is no CPU kernel for {operand.decoder.described}"
         if operand.clamps:
             return "the CPU kernel does not cut weights off at the largest float16"
         try:

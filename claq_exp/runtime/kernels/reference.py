@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from claq_exp.quantize.layout import HALF_MAX, packed_bytes
-from claq_exp.quantize.packing import GROUP, unpack
-from claq_exp.runtime.operand import Operand
+from claq_exp.payload.operand import Operand
+from claq_exp.payload.packing import GROUP, unpack
+from claq_exp.payload.stored import HALF_MAX, packed_bytes
 
 CHUNK = 1 << 24  # weights that are dense at a time, to bound memory
 
@@ -56,7 +56,7 @@ def _stretches(operand: Operand) -> Iterator[tuple[int, int]]:
 
 
 def dense_rows(operand: Operand, start: int, stop: int) -> Tensor:
-    """Return rows of the matrix: [stop - start, in] float32, equal to QuantizedWeight.dequantize.
+    """Return rows of the matrix: [stop - start, in] float32, equal to Payload.dequantize.
 
     start: a multiple of `GROUP`.
     """
@@ -78,9 +78,9 @@ def dense_rows(operand: Operand, start: int, stop: int) -> Tensor:
         group = torch.arange(operand.columns, device=operand.device) // grid.group_size
         zeros = grid.zeros[start:stop][:, group]
         dense = grid.scales[start:stop][:, group] * (dense - zeros)
-    if operand.blocks is not None:
+    if operand.decoder is not None:
         columns = torch.arange(operand.columns, device=operand.device)
-        dense = operand.blocks.values(dense, columns, slice(start, stop))
+        dense = operand.decoder.values(dense, columns, slice(start, stop))
     if operand.row_scales is not None:
         dense *= operand.row_scales[start:stop, None]
     dense.clamp_(-HALF_MAX, HALF_MAX)

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from claq_exp.accelerator import ROCM
+from claq_exp.payload.operand import Operand
 from claq_exp.runtime.kernels.triton_operand import TritonOperand, TritonPart, prepare
-from claq_exp.runtime.operand import Operand
 
 MOST_LOOKUPS = 4  # inputs; above, tensor cores take fewer instructions
 MOST_ODD_LOOKUPS = 2  # a thread owns 32 rows of odd widths: its registers hold no more sums
@@ -60,8 +60,8 @@ class TritonKernel:
             return "Triton is not installed"
         if operand.device.type != "cuda" and not triton.knobs.runtime.interpret:
             return f"the matrix lies on {operand.device}, not on a CUDA device"
-        if operand.blocks is not None:
-            return "there is no Triton kernel for block formats"
+        if operand.decoder is not None:
+            return f"there is no Triton kernel for {operand.decoder.described}"
         if operand.clamps:
             return "some weights lie beyond float16 and are cut off there"
         return None

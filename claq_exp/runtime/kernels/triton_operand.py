@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from claq_exp.runtime.operand import Grid, Operand, Part, reserved_by_row
+from claq_exp.payload.operand import Grid, Operand, Part, reserved_by_row
 
 
 @dataclass(frozen=True)

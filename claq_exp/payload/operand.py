@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-from claq_exp.quantize.layout import HALF_MAX, WeightLayout
-from claq_exp.quantize.number_formats.levels import BlockLevels
-from claq_exp.quantize.quantized import RowGrid, unpack_side_tensors
 
 
 @dataclass(frozen=True)
@@ -20,8 +16,9 @@ class Part:
 
     columns: [k] int64, their places among the inputs, ascending; None when they are all inputs.
     codes: [k, ceil(out * width / 8)] uint8, the codes of a column one after the other, the first in
-        the lowest bits (`claq_exp.quantize.packing`).
-    levels: [k, 2**width] float32, what a column's codes stand for; None on a row grid.
+        the lowest bits (`claq_exp.payload.packing`).
+    levels: [k, 2**width] float32, what a column's codes stand for; None where a grid or a
+        decoder says it.
     """
 
     width: int
@@ -41,6 +38,30 @@ class Grid:
     zeros: Tensor
     group_size: int
 
+    def to(self, device: torch.device) -> Grid:
+        """Return the same on a device."""
+        return Grid(self.scales.to(device), self.zeros.to(device), self.group_size)
+
+
+class Decoder(Protocol):
+    """What codes stand for where neither levels nor a grid say it: for the reference kernel alone.
+
+    described: what a kernel says that it does not take, e.g. "block formats".
+    """
+
+    @property
+    def described(self) -> str:
+        """Name such matrices, in the plural."""
+
+    def values(self, codes: Tensor, columns: Tensor, rows: slice) -> Tensor:
+        """Return what the codes of some rows and columns stand for: [rows, k] -> float32.
+
+        columns: [k] int64, their places in the matrix.
+        """
+
+    def tensors(self) -> list[Tensor | None]:
+        """Return the tensors that were decoded for this matrix."""
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -50,7 +71,7 @@ class Operand:
     reserved_rows, reserved_columns: [r] int32; their entries have code 0, which counts for nothing.
     reserved_values: [r] float32, what stands in their place; no row scale applies.
     clamps: some level times its row scale lies beyond float16, where the matrix is cut off.
-    blocks: what codes stand for in a block format; the parts have no levels then.
+    decoder: what codes stand for where kernels cannot look it up; the parts have no levels then.
     """
 
     rows: int
@@ -62,15 +83,15 @@ class Operand:
     reserved_columns: Tensor
     reserved_values: Tensor
     clamps: bool
-    blocks: BlockLevels | None = None
+    decoder: Decoder | None = None
 
     def derived_tensors(self) -> list[Tensor]:
         """Return the tensors that were decoded, all but the codes."""
         tensors = [part.levels for part in self.parts] + [part.columns for part in self.parts]
         if self.grid is not None:
             tensors += [self.grid.scales, self.grid.zeros]
-        if self.blocks is not None:
-            tensors += [self.blocks.steps, self.blocks.selectors]
+        if self.decoder is not None:
+            tensors += self.decoder.tensors()
         tensors += [self.row_scales, self.reserved_rows, self.reserved_columns]
         return [tensor for tensor in [*tensors, self.reserved_values] if tensor is not None]
 
@@ -78,47 +99,6 @@ class Operand:
     def device(self) -> torch.device:
         """Where the codes are."""
         return self.parts[0].codes.device
-
-
-def operand_of(layout: WeightLayout, tensors: Mapping[str, Tensor]) -> Operand:
-    """Decode all but the codes; raises CheckpointError where tensors do not fit the layout."""
-    device = tensors[f"codes_{next(iter(layout.columns_per_width))}"].device
-    side = unpack_side_tensors(layout, tensors)
-    levels, grid, blocks, row_scales, widest = None, None, None, None, 0.0
-    if isinstance(side.levels, RowGrid):
-        scales, zeros = side.levels.scales.float(), side.levels.zeros.float()
-        top = 2.0 ** max(layout.columns_per_width) - 1
-        widest = float((scales * torch.maximum(zeros, top - zeros)).max())
-        grid = Grid(scales.to(device), zeros.to(device), side.levels.group_size)
-    elif isinstance(side.levels, BlockLevels):
-        blocks = side.levels.to(device)
-        widest = float(blocks.steps.max() * blocks.grid.codebooks.abs().max())
-    else:
-        levels = side.levels.levels(side.column_bits)
-        widest = float(levels.abs().max())
-        if side.levels.row_scales is not None:
-            row_scales = side.levels.row_scales.float().to(device)
-            widest *= float(row_scales.abs().max())
-    parts = []
-    for width in sorted(layout.columns_per_width):
-        chosen = torch.nonzero(side.column_bits == width).flatten()
-        own = None if levels is None else levels[chosen, : 2**width].contiguous().to(device)
-        whole = len(chosen) == layout.columns
-        parts.append(
-            Part(width, None if whole else chosen.to(device), tensors[f"codes_{width}"], own)
-        )
-    return Operand(
-        rows=layout.rows,
-        columns=layout.columns,
-        parts=tuple(parts),
-        grid=grid,
-        row_scales=row_scales,
-        reserved_rows=side.reserved.rows.to(device, torch.int32),
-        reserved_columns=side.reserved.columns().to(device, torch.int32),
-        reserved_values=side.reserved.values.float().to(device),
-        clamps=widest > HALF_MAX,
-        blocks=blocks,
-    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from claq_exp.quantize.layout import packed_bytes
+from claq_exp.payload.stored import packed_bytes
 
 CHUNK = 1 << 20  # integers expanded to single bits at a time, to bound memory
 GROUP = 8  # integers that start at a byte whatever their width

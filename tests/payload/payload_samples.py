@@ -1,0 +1,91 @@
+"""A small matrix of every stored form and of every variant of one, of random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from claq_exp.payload import BlockCodes, ColumnCodebooks, RowGrid, SharedCodebooks, SignScales
+from claq_exp.payload.base import Payload
+from claq_exp.payload.columns import Reserved
+from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
+from claq_exp.quantize.number_formats.levels import encode_weight
+from claq_exp.quantize.number_formats.table import Grid
+
+ROWS, COLUMNS = 13, 10
+Coded = tuple[Tensor, Tensor, Reserved]
+
+
+def normal(dice: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=dice).half()
+
+
+def coded(dice: torch.Generator, widths: tuple[int, ...], share: float) -> Coded:
+    """Codes, widths that columns take in turn, and a share of reserved entries."""
+    bits = torch.tensor([widths[i % len(widths)] for i in range(COLUMNS)], dtype=torch.uint8)
+    codes = (torch.rand(ROWS, COLUMNS, generator=dice) * 2.0**bits).to(torch.uint8)
+    taken = torch.rand(COLUMNS, ROWS, generator=dice) < share
+    columns, rows = taken.nonzero(as_tuple=True)
+    codes[rows, columns] = 0
+    return codes, bits, Reserved(taken.sum(1), rows, 10 * normal(dice, len(rows)))
+
+
+def own(dice: torch.Generator, widths: tuple[int, ...], share: float, scaled: bool) -> Payload:
+    codes, bits, reserved = coded(dice, widths, share)
+    values = normal(dice, COLUMNS, 2 ** max(widths))
+    values[torch.arange(values.shape[1]) >= 2 ** bits[:, None].int()] = 0
+    scales = normal(dice, ROWS) if scaled else None
+    return ColumnCodebooks(codes, bits, reserved, values, scales)
+
+
+def shared(dice: torch.Generator, widths: tuple[int, ...], share: float, scaled: bool) -> Payload:
+    books = {width: normal(dice, 2**width).sort().values for width in widths}
+    scales = normal(dice, ROWS) if scaled else None
+    return SharedCodebooks(
+        *coded(dice, widths, share), books, normal(dice, COLUMNS, 2), row_scales=scales
+    )
+
+
+def grid(dice: torch.Generator, width: int, group_size: int, share: float) -> Payload:
+    groups = -(-COLUMNS // group_size)
+    zeros = torch.randint(2**width, (ROWS, groups), generator=dice).to(torch.uint8)
+    scales = normal(dice, ROWS, groups).abs() + 0.1
+    return RowGrid(*coded(dice, (width,), share), scales, zeros, group_size)
+
+
+def blocks(dice: torch.Generator, form: BlockFormat) -> Payload:
+    weight = torch.randn(ROWS, COLUMNS, generator=dice)
+    if form.codewords != LEARNED:
+        return BlockCodes.of(*encode_weight(weight, Grid.fixed(form)))
+    top = 2 ** (form.codeword_bits - 1)
+    books = torch.randint(-top, top, (form.codebooks, 2**form.bits), generator=dice)
+    return BlockCodes.of(*encode_weight(weight, Grid(form, books.float().sort(dim=1).values)))
+
+
+def signs(dice: torch.Generator) -> Payload:
+    codes, _, _ = coded(dice, (1,), 0.0)
+    return SignScales.of(codes, normal(dice, COLUMNS), normal(dice, ROWS))
+
+
+BUILD: dict[str, Callable[[torch.Generator], Payload]] = {
+    "own": lambda dice: own(dice, (3,), 0.0, False),
+    "own, mixed, scaled, reserved": lambda dice: own(dice, (2, 4, 1), 0.2, True),
+    "shared": lambda dice: shared(dice, (2,), 0.0, False),
+    "shared, mixed, scaled, reserved": lambda dice: shared(dice, (3, 1), 0.2, True),
+    "grid": lambda dice: grid(dice, 4, 10, 0.0),
+    "grid in groups, reserved": lambda dice: grid(dice, 3, 4, 0.2),
+    "lo_bcq": lambda dice: blocks(dice, BlockFormat(2, 8, "e4m3", LEARNED, 4, 3, 5)),
+    "lo_bcq, inverse": lambda dice: blocks(
+        dice, BlockFormat(3, 4, "e4m3_inverse", LEARNED, 2, 1, 6)
+    ),
+    "mxfp4": lambda dice: blocks(dice, BlockFormat(4, 4, "e8m0", E2M1)),
+    "nvfp4": lambda dice: blocks(dice, BlockFormat(4, 4, "e4m3", E2M1)),
+    "vsq": lambda dice: blocks(dice, BlockFormat(3, 4, "integer", INTEGER)),
+    "signs": signs,
+}
+SAMPLES = {
+    name: build(torch.Generator().manual_seed(number))
+    for number, (name, build) in enumerate(BUILD.items())
+}
