@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from claq_exp.errors import ConfigError
 from claq_exp.quantize.allocation import ColumnPlan
-from claq_exp.quantize.codebook.block import FITTED, column_distortions
+from claq_exp.quantize.codebook.compiled import FITTED, column_distortions
 from claq_exp.quantize.codebook.kmeans import KMeans, root_mean_squares, shared_codebooks
 from claq_exp.quantize.layout import HALF, MAX_BITS, Form, WeightLayout, index_width, packed_bytes
 from claq_exp.quantize.quantized import layout_of

@@ -12,9 +12,10 @@ import torch
 from quantize_references import random_problem, recipe, solve
 
 from claq_exp.errors import ConfigError, NumericalError
-from claq_exp.quantize.codebook import CODEBOOK
+from claq_exp.quantize.codebook import CODEBOOK, Codebook
 from claq_exp.quantize.codebook.columns import PythonColumns
 from claq_exp.quantize.layout import Form
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.number_formats.levels import BlockLevels
 from claq_exp.quantize.precision import PRECISION, Fixed
 from claq_exp.quantize.precision.rate_distortion import RateDistortion
@@ -23,6 +24,7 @@ from claq_exp.quantize.quantized import ColumnCodebooks, QuantizedWeight, RowGri
 from claq_exp.quantize.recipe import planned_layout
 from claq_exp.quantize.reservation import RESERVATION
 from claq_exp.quantize.solver import SOLVER
+from claq_exp.quantize.solver.column_loop import ColumnLoop
 from claq_exp.quantize.solver.columns import ColumnSystem
 from claq_exp.quantize.statistics import EqualColumns
 from claq_exp.quantize.strategy import find_strategy
@@ -216,7 +218,7 @@ def test_reserved_counts_fit_their_columns(name):
 @pytest.mark.parametrize("name", SOLVER)
 def test_a_solver_visits_every_column_once(name):
     _, hessian = random_problem(1, 12, seed=10)
-    system = SOLVER[name]().prepare(hessian)
+    system = SOLVER[name]().prepare(Moments(hessian))
     assert sorted(system.order.tolist()) == list(range(12))
     assert system.distortion_weight.dtype == torch.float32
     assert (system.distortion_weight > 0).all()
@@ -264,7 +266,7 @@ class FirstColumn:
 
 
 @dataclass(frozen=True)
-class Powers:
+class Powers(Codebook):
     """A person's own codebook: signed powers of two, the same for every column."""
 
     mixed_widths: ClassVar[bool] = True
@@ -297,11 +299,11 @@ class PowerColumns(PythonColumns):
 
 
 @dataclass(frozen=True)
-class Backwards:
+class Backwards(ColumnLoop):
     """A person's own solver: from the last column to the first, uncompensated."""
 
-    def prepare(self, hessian):
-        count = len(hessian)
+    def prepare(self, moments):
+        count = moments.hessian.shape[-1]
         return ColumnSystem(
             order=torch.arange(count - 1, -1, -1),
             inverse_factor=None,

@@ -12,21 +12,20 @@ from torch import Tensor
 
 from claq_exp.errors import NumericalError
 from claq_exp.quantize.allocation import ColumnPlan
-from claq_exp.quantize.codebook.block import (
+from claq_exp.quantize.codebook.base import ColumnQuantizer
+from claq_exp.quantize.codebook.compiled import (
     KMEANS,
-    ColumnResult,
     ColumnTask,
     choose_reserved,
-    compensate,
-    quantize_block,
+    code_with_levels,
 )
 from claq_exp.quantize.layout import HALF_MAX
 from claq_exp.quantize.quantized import ColumnCodebooks, Levels, Reserved, SharedCodebooks
 from claq_exp.quantize.statistics import ColumnStatistics
 
 
-class CompiledColumns:
-    """Codebooks that the compiled loop fits: one per column, or shared ones that it stretches.
+class CompiledColumns(ColumnQuantizer):
+    """Codebooks that a compiled step fits: one per column, or shared ones that it stretches.
 
     books: width -> [2**width] float32, ascending, for the rules that share codebooks.
     row_scales: [out] float16 or None.
@@ -54,6 +53,7 @@ class CompiledColumns:
         scales = np.ones(rows, dtype=np.float32)
         if row_scales is not None:
             scales = row_scales.float().numpy()
+        entries = 0 if books is not None else 2 ** int(plan.column_bits.max())
         self._task = ColumnTask(
             bits=plan.column_bits.numpy(),
             offsets=offsets,
@@ -63,9 +63,6 @@ class CompiledColumns:
             books=padded,
             weights=np.ascontiguousarray(statistics.importance().numpy() * scales**2),
             row_scales=scales,
-        )
-        entries = 0 if books is not None else 2 ** int(plan.column_bits.max())
-        self._result = ColumnResult(
             codes=np.zeros((columns, rows), dtype=np.uint8),
             levels=np.zeros((columns, entries), dtype=np.float32),
             scales=np.zeros((columns if books is not None else 0, 2), dtype=np.float32),
@@ -73,31 +70,32 @@ class CompiledColumns:
             kept=np.zeros(offsets[-1], dtype=np.float32),
         )
 
-    def quantize_block(
-        self,
-        columns: NDArray[np.int64],
-        values: NDArray[np.float32],
-        lower: NDArray[np.float32],
-    ) -> None:
-        """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
-        quantize_block(values, lower, columns, self._task, self._result)
+    def compiled(self) -> ColumnTask:
+        """Return the task of the compiled step."""
+        return self._task
+
+    def code_column(self, column: int, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Fit and code a column, see ColumnQuantizer."""
+        quantized = np.empty_like(values)
+        code_with_levels(values, column, self._task, quantized)
+        return quantized
 
     def codes(self) -> Tensor:
         """Return the codes: [out, in] uint8."""
-        return torch.from_numpy(self._result.codes).t()
+        return torch.from_numpy(self._task.codes).t()
 
     def levels(self) -> Levels:
         """Return what the codes stand for."""
         if self._books:
-            scales = torch.from_numpy(self._result.scales).half()
+            scales = torch.from_numpy(self._task.scales).half()
             return SharedCodebooks(self._books, scales, self._row_scales)
-        values = torch.from_numpy(self._result.levels).half()
+        values = torch.from_numpy(self._task.levels).half()
         return ColumnCodebooks(values, self._row_scales)
 
     def reserved(self) -> Reserved:
         """Return the entries that stay in float16."""
-        kept = torch.from_numpy(self._result.kept).half()
-        return reserved_entries(self._counts, torch.from_numpy(self._result.rows), kept)
+        kept = torch.from_numpy(self._task.kept).half()
+        return reserved_entries(self._counts, torch.from_numpy(self._task.rows), kept)
 
 
 def reserved_entries(counts: Tensor, rows: Tensor, values: Tensor) -> Reserved:
@@ -112,7 +110,7 @@ def reserved_entries(counts: Tensor, rows: Tensor, values: Tensor) -> Reserved:
     return reserved
 
 
-class FixedColumns:
+class FixedColumns(ColumnQuantizer, ABC):
     """What quantizers have in common whose levels are fixed before, and which reserve nothing."""
 
     def __init__(self, rows: int, columns: int) -> None:
@@ -127,8 +125,8 @@ class FixedColumns:
         return Reserved.none(len(self._codes))
 
 
-class PythonColumns(ABC):
-    """A quantizer in Python, column by column: the base for codebooks of your own.
+class PythonColumns(ColumnQuantizer, ABC):
+    """A quantizer in Python: the base for codebooks of your own.
 
     Much slower than the compiled rules, and open to any library.
     """
@@ -145,7 +143,7 @@ class PythonColumns(ABC):
     def quantize(
         self, column: int, values: NDArray[np.float32], reserved: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """Return (codes, the values that they stand for) of a compensated column: [out] each.
+        """Return (codes, the values that they stand for) of a column as it is now: [out] each.
 
         `reserved` lists rows that are stored in float16 whatever is returned for them.
         """
@@ -154,30 +152,20 @@ class PythonColumns(ABC):
     def levels(self) -> Levels:
         """Return what the codes stand for, once every column is done."""
 
-    def quantize_block(
-        self,
-        columns: NDArray[np.int64],
-        values: NDArray[np.float32],
-        lower: NDArray[np.float32],
-    ) -> None:
-        """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
+    def code_column(self, column: int, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Reserve entries of a column and code the others, see ColumnQuantizer."""
         chosen = np.empty(self.rows, dtype=bool)
-        for position, column in enumerate(columns.tolist()):
-            if len(lower):
-                compensate(values, lower, position)
-            current = values[position]
-            count = int(self._plan.reserved_counts[column])
-            choose_reserved(current, count, self._plan.select == "tails", chosen)
-            rows = np.flatnonzero(chosen)
-            codes, quantized = self.quantize(column, current, rows)
-            with np.errstate(over="ignore"):  # `reserved` refuses an infinite one
-                kept = current[rows].astype(np.float16)
-            self._kept[column] = rows, kept
-            self._codes[column] = np.where(chosen, 0, codes)
-            quantized = quantized.astype(np.float32)
-            quantized[rows] = kept
-            current -= quantized
-            current /= lower[position, position] if len(lower) else 1.0
+        count = int(self._plan.reserved_counts[column])
+        choose_reserved(values, count, self._plan.select == "tails", chosen)
+        rows = np.flatnonzero(chosen)
+        codes, quantized = self.quantize(column, values, rows)
+        with np.errstate(over="ignore"):  # `reserved` refuses an infinite one
+            kept = values[rows].astype(np.float16)
+        self._kept[column] = rows, kept
+        self._codes[column] = np.where(chosen, 0, codes)
+        quantized = quantized.astype(np.float32)
+        quantized[rows] = kept
+        return quantized
 
     def codes(self) -> Tensor:
         """Return the codes: [out, in] uint8."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from claq_exp.calibration.hessian import HessianAccumulator
+from claq_exp.calibration.moments import MomentsAccumulator
 from claq_exp.errors import CalibrationError
 
 
@@ -19,10 +19,10 @@ def inputs(tokens: int, columns: int, seed: int = 0) -> torch.Tensor:
 
 
 def accumulated(*batches: torch.Tensor) -> torch.Tensor:
-    accumulator = HessianAccumulator(batches[0].shape[-1])
+    accumulator = MomentsAccumulator(batches[0].shape[-1])
     for batch in batches:
-        accumulator.add(batch, "here")
-    return accumulator.hessian()
+        accumulator.add(batch, where="here")
+    return accumulator.moments().single()
 
 
 def exact(tokens: torch.Tensor) -> np.ndarray:
@@ -67,11 +67,11 @@ def test_inputs_of_any_float_dtype_are_summed_in_float32_or_better(dtype):
 @pytest.mark.case(23)
 def test_many_batches_lose_no_digits():
     # in float32 the sum would stop growing at 2**24
-    accumulator = HessianAccumulator(1)
-    accumulator.add(torch.full((1, 1), 2.0**13), "here")
+    accumulator = MomentsAccumulator(1)
+    accumulator.add(torch.full((1, 1), 2.0**13), where="here")
     for _ in range(1000):
-        accumulator.add(torch.ones(1, 1), "here")
-    assert accumulator.hessian().item() == 2 / 1001 * (2.0**26 + 1000)
+        accumulator.add(torch.ones(1, 1), where="here")
+    assert accumulator.moments().single().item() == 2 / 1001 * (2.0**26 + 1000)
 
 
 @pytest.mark.case(26)
@@ -102,28 +102,28 @@ def test_a_dead_input_has_an_exactly_zero_row_and_column():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_an_input_that_is_no_number_is_refused_by_its_place(bad, dtype):
     tokens = inputs(20, 4).to(dtype)
-    accumulator = HessianAccumulator(4)
-    accumulator.add(tokens, "block 3, q_proj")
+    accumulator = MomentsAccumulator(4)
+    accumulator.add(tokens, where="block 3, q_proj")
     expected = accumulated(tokens)
     tokens[7, 1] = bad
     with pytest.raises(CalibrationError, match=r"block 3, q_proj"):
-        accumulator.add(tokens, "block 3, q_proj")
+        accumulator.add(tokens, where="block 3, q_proj")
     assert accumulator.tokens == 20
-    assert torch.equal(accumulator.hessian(), expected)
+    assert torch.equal(accumulator.moments().single(), expected)
 
 
 def test_without_tokens_it_is_zero():
-    assert not HessianAccumulator(3).hessian().any()
+    assert not MomentsAccumulator(3).moments().single().any()
 
 
 def test_sums_of_several_processes_combine_to_the_one_of_all_tokens():
     parts = [torch.randn(tokens, 9) for tokens in (40, 7, 0)]
-    accumulators = [HessianAccumulator(9) for _ in parts]
-    whole = HessianAccumulator(9)
+    accumulators = [MomentsAccumulator(9) for _ in parts]
+    whole = MomentsAccumulator(9)
     for accumulator, part in zip(accumulators, parts, strict=True):
         for sums in (accumulator, whole):
-            sums.add(part, "a layer")
-    others = iter([*(other._sum for other in accumulators[1:]), *map(torch.tensor, (7, 0))])
+            sums.add(part, where="a layer")
+    others = iter([*(other._sums for other in accumulators[1:]), *map(torch.tensor, (7, 0))])
 
     def sum_(tensor: torch.Tensor) -> None:
         tensor += next(others)
@@ -131,5 +131,7 @@ def test_sums_of_several_processes_combine_to_the_one_of_all_tokens():
 
     accumulators[0].combine(sum_)
     assert accumulators[0].tokens == 47
-    expected = whole.hessian()
-    assert (accumulators[0].hessian() - expected).abs().max() < 1e-12 * expected.abs().max()
+    expected = whole.moments().single()
+    assert (
+        accumulators[0].moments().single() - expected
+    ).abs().max() < 1e-12 * expected.abs().max()
