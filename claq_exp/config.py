@@ -20,7 +20,7 @@ from claq_exp.quantize.precision import PRECISION
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import RESERVATION
 from claq_exp.quantize.solver import SOLVER
-from claq_exp.quantize.strategy import find_strategy
+from claq_exp.quantize.strategy import check_members, find_strategy
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.sources.model import NAME_LENGTH, ModelSource, source_name
 from claq_exp.sources.text import TextSource
@@ -301,6 +301,7 @@ class ExperimentConfig:
     def activation_rule(self) -> Activation:
         """Build the rule for activations; raises as `recipe`."""
         rule: Activation = _strategy("activation", self.activation)
+        check_members("activation", rule, Activation)
         return rule
 
     def with_dtype(self, dtype: str) -> ExperimentConfig:

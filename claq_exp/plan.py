@@ -298,7 +298,7 @@ def _seconds(
     squares = sum(mixture.share(name) * w.columns**2 for name, w in layouts.items()) / 2
     passed = parameters - sum(layout.weights for layout in layouts.values()) + weights
     calibrate = 2 * tokens * (CALIBRATION_PASSES * weights + squares) / speed
-    solve = getattr(recipe.codebook, "relative_cost", 1.0) * sum(
+    solve = recipe.codebook.relative_cost * sum(
         layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
         for layout in layouts.values()
     )

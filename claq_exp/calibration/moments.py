@@ -59,6 +59,8 @@ class MomentsAccumulator:
             raise ValueError("the moments are finished and take no more tokens")
         if (teacher is None) != (self._cross is None):
             raise ValueError("a teacher's inputs belong to the cross moment; give both or neither")
+        if teacher is not None and teacher.shape != student.shape:
+            raise ValueError(f"teacher's inputs are {tuple(teacher.shape)}, {tuple(student.shape)}")
         if (weights is None) == self._weighted:
             raise ValueError("weights belong to output gradients; give both or neither")
         inputs = _flat(student)

@@ -12,14 +12,23 @@ from claq_exp.errors import ConfigError, one_of
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook import Codebook, KMeans
 from claq_exp.quantize.layout import MAX_BITS, WeightLayout
+from claq_exp.quantize.moments import WANTED
 from claq_exp.quantize.precision import Precision, RateDistortion
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.quantized import layout_of
 from claq_exp.quantize.reservation import JointReservation, NoReservation, Reservation
-from claq_exp.quantize.reservation.shares import MAGNITUDE, SELECTIONS
+from claq_exp.quantize.reservation.shares import SELECTIONS
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.solver.base import Prepared, Solved
 from claq_exp.quantize.statistics import ColumnStatistics, EqualColumns
+from claq_exp.quantize.strategy import check_members
+
+PROTOCOLS = {
+    "codebook": Codebook,
+    "precision": Precision,
+    "reservation": Reservation,
+    "solver": Solver,
+}
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse strategies that do not go together, by trying their plans on a small matrix."""
+        for family, protocol in PROTOCOLS.items():
+            check_members(family, getattr(self, family), protocol)
+        if unknown := sorted(self.solver.wants - set(WANTED)):
+            raise ConfigError(one_of("solver's wants", unknown[0], WANTED))
         if self.select not in SELECTIONS:
             raise ConfigError(one_of("reservation's select", self.select, SELECTIONS))
         self._check_joint()
@@ -53,7 +66,7 @@ class Recipe:
     @property
     def select(self) -> str:
         """Return the rule by which the entries of a column are picked that stay in 16 bits."""
-        return getattr(self.reservation, "select", MAGNITUDE)
+        return self.reservation.select
 
     @property
     def allocates(self) -> bool:
@@ -62,8 +75,7 @@ class Recipe:
 
     def plan_key(self, name: str) -> tuple[Hashable, ...]:
         """Return what the layout of a layer depends on besides its shape."""
-        families = (self.precision, self.reservation)
-        return tuple(getattr(rule, "plan_key", lambda _name: None)(name) for rule in families)
+        return self.precision.plan_key(name), self.reservation.plan_key(name)
 
     def _check_joint(self) -> None:
         joint = isinstance(self.reservation, JointReservation)

@@ -1,4 +1,4 @@
-"""The second moment of a layer's inputs against float64."""
+"""The moments of a layer's inputs against float64."""
 
 from __future__ import annotations
 
@@ -135,3 +135,133 @@ def test_sums_of_several_processes_combine_to_the_one_of_all_tokens():
     assert (
         accumulators[0].moments().single() - expected
     ).abs().max() < 1e-12 * expected.abs().max()
+
+
+def teacher_of(student: torch.Tensor, seed: int = 9) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(student.shape, generator=generator)
+    return student + (0.1 * noise * student.abs().mean(dim=0)).to(student.dtype)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor) -> None:
+    """scale: [..., in], the size of each input: products are as near as float32 has digits."""
+    limit = 1e-5 * scale[..., :, None] * scale[..., None, :]
+    assert found.dtype == torch.float64
+    assert ((found - expected).abs() <= limit).all()
+
+
+@pytest.mark.parametrize("sizes", [[300], [1, 299], [100, 100, 100], [64, 200, 36]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("columns", [1, 5, 70])
+def test_the_cross_moment_is_what_the_teacher_adds_times_the_student(sizes, dtype, columns):
+    student = inputs(300, columns).to(dtype)
+    teacher = teacher_of(student)
+    accumulator = MomentsAccumulator(columns, {"cross"})
+    for own, original in zip(student.split(sizes), teacher.split(sizes), strict=True):
+        accumulator.add(own.unsqueeze(0), original.unsqueeze(0), where="here")
+    found = accumulator.moments()
+    exact_student, exact_teacher = student.double(), teacher.double()
+    expected = 2 / 300 * (exact_teacher - exact_student).t() @ exact_student
+    scale = exact_student.square().mean(dim=0).sqrt()
+    assert found.tokens == 300
+    assert_near(found.cross[0], expected, scale)
+    assert torch.equal(found.single(), accumulated(*student.split(sizes)))
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("crossed", [False, True])
+def test_each_group_of_rows_has_the_moments_of_tokens_by_their_weights(groups, crossed):
+    student = inputs(200, 7)
+    teacher = teacher_of(student) if crossed else None
+    weights = torch.rand(200, groups, generator=torch.Generator().manual_seed(3)) ** 4
+    wants = {"output_gradients", "cross"} if crossed else {"output_gradients"}
+    accumulator = MomentsAccumulator(7, wants, groups)
+    for start in range(0, 200, 50):
+        some = slice(start, start + 50)
+        original = teacher[some] if crossed else None
+        accumulator.add(student[some], original, where="here", weights=weights[some])
+    found = accumulator.moments()
+    assert found.groups == groups
+    exact = student.double()
+    scale = exact.square().mean(dim=0).sqrt()
+    for group in range(groups):
+        weighed = exact * weights[:, group, None].double()
+        assert_near(found.hessian[group], 2 / 200 * weighed.t() @ exact, scale)
+        assert torch.equal(found.hessian[group], found.hessian[group].t())
+        if crossed:
+            expected = 2 / 200 * (teacher.double() - exact).t() @ weighed
+            assert_near(found.cross[group], expected, scale)
+    assert (found.cross is not None) == crossed
+
+
+def test_weights_of_one_change_no_bit():
+    student = inputs(90, 12)
+    accumulator = MomentsAccumulator(12, {"output_gradients"}, groups=2)
+    accumulator.add(student, where="here", weights=torch.ones(90, 2))
+    found = accumulator.moments().hessian
+    assert torch.equal(found[0], accumulated(student))
+    assert torch.equal(found[1], found[0])
+
+
+def test_a_teacher_who_sees_the_same_has_no_cross_moment():
+    student = inputs(30, 4)
+    accumulator = MomentsAccumulator(4, {"cross"})
+    accumulator.add(student, student.clone(), where="here")
+    assert not accumulator.moments().cross.any()
+
+
+@pytest.mark.parametrize(
+    ("wants", "given", "message"),
+    [
+        ((), {"teacher": torch.ones(3, 2)}, "teacher's inputs belong"),
+        (("cross",), {}, "teacher's inputs belong"),
+        ((), {"weights": torch.ones(3, 1)}, "weights belong"),
+        (("output_gradients",), {}, "weights belong"),
+        (("cross",), {"teacher": torch.ones(2, 2)}, "teacher's inputs are"),
+    ],
+)
+def test_what_is_wanted_and_what_is_given_must_agree(wants, given, message):
+    accumulator = MomentsAccumulator(2, wants)
+    with pytest.raises(ValueError, match=message):
+        accumulator.add(torch.ones(3, 2), where="here", **given)
+    assert accumulator.tokens == 0
+
+
+def test_groups_need_weights_and_finished_moments_take_no_tokens():
+    with pytest.raises(ValueError, match="2 groups of rows"):
+        MomentsAccumulator(3, (), groups=2)
+    accumulator = MomentsAccumulator(2)
+    accumulator.add(torch.ones(3, 2), where="here")
+    assert accumulator.moments() is accumulator.moments()
+    with pytest.raises(ValueError, match="finished"):
+        accumulator.add(torch.ones(3, 2), where="here")
+
+
+@pytest.mark.parametrize("part", ["teacher", "weights"])
+def test_a_teacher_or_a_weight_that_is_no_number_is_refused_and_nothing_is_added(part):
+    accumulator = MomentsAccumulator(2, {"cross", "output_gradients"})
+    given = {"teacher": torch.ones(3, 2), "weights": torch.ones(3, 1)}
+    accumulator.add(torch.ones(3, 2), where="a layer", **given)
+    given[part][1, 0] = math.nan
+    with pytest.raises(CalibrationError, match="the input of a layer"):
+        accumulator.add(torch.ones(3, 2), where="a layer", **given)
+    assert accumulator.tokens == 3
+    assert accumulator.moments().hessian.tolist() == [[[2.0, 2.0], [2.0, 2.0]]]
+
+
+def test_cross_moments_of_several_processes_combine_too():
+    parts = [torch.randn(tokens, 5, generator=torch.manual_seed(tokens)) for tokens in (40, 7)]
+    accumulators = [MomentsAccumulator(5, {"cross"}) for _ in parts]
+    whole = MomentsAccumulator(5, {"cross"})
+    for accumulator, part in zip(accumulators, parts, strict=True):
+        for sums in (accumulator, whole):
+            sums.add(part, teacher_of(part), where="a layer")
+    others = iter([accumulators[1]._sums, accumulators[1]._cross, torch.tensor(7)])
+
+    def sum_(tensor: torch.Tensor) -> None:
+        tensor += next(others)
+
+    accumulators[0].combine(sum_)
+    expected, found = whole.moments(), accumulators[0].moments()
+    assert found.tokens == 47
+    assert torch.allclose(found.cross, expected.cross, rtol=1e-12, atol=1e-12)
