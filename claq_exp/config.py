@@ -296,7 +296,11 @@ class ExperimentConfig:
         Raises ConfigError for an unknown name, field or value, or for strategies that do not match.
         """
         families = FAMILIES.keys() - {"activation"}  # weights do not depend on it
-        return Recipe(**{family: _strategy(family, getattr(self, family)) for family in families})
+        recipe = Recipe(**{name: _strategy(name, getattr(self, name)) for name in families})
+        if recipe.solver.wants:  # until a run hands the moments' accumulators more than inputs
+            wanted = ", ".join(sorted(recipe.solver.wants))
+            raise ConfigError(f"solver={self.solver['name']} wants {wanted}: not measured yet")
+        return recipe
 
     def activation_rule(self) -> Activation:
         """Build the rule for activations; raises as `recipe`."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.moments import Moments
+from claq_exp.quantize.moments import CROSS, Moments
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.quantized import QuantizedWeight
 from claq_exp.quantize.solver.base import Prepared, Solved, Solver, describe
@@ -61,3 +62,10 @@ class CyclicDescent(Solver):
             quantizer.codes(), plan.columns.column_bits, quantizer.levels(), quantizer.reserved()
         )
         return describe(problem, prepared, quantized)
+
+
+@dataclass(frozen=True)
+class Asymmetric(CyclicDescent):
+    """One that would follow the original's outputs."""
+
+    wants: ClassVar[frozenset[str]] = frozenset({CROSS})

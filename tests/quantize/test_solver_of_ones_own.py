@@ -120,3 +120,10 @@ def test_a_whole_run_takes_it_by_its_dotted_name(tiny_run, tmp_path):
         assert math.isfinite(results["perplexity"]["wikipedia"]["quantized"])
     assert len(errors["own"]) == 21
     assert sum(errors["own"]) < 0.8 * sum(errors["nearest"])
+
+
+def test_a_solver_that_wants_more_than_runs_measure_is_refused_at_the_door(tiny_run, capfd):
+    words = ["solver=nearest", "solver.name=own_solvers:Asymmetric"]
+    assert main(["plan", *tiny_run, *words]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "solver=own_solvers:Asymmetric wants cross: not measured yet" in line
