@@ -21,6 +21,7 @@ from common import command_line, note, parse
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook import Codebook, KMeans, SklearnKMeans, Uniform
 from claq_exp.quantize.codebook.clustering import fit_levels
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.solver import Gptq
 from claq_exp.quantize.solver.columns import ColumnSystem, quantize_columns
 from claq_exp.quantize.statistics import ColumnStatistics
@@ -73,7 +74,7 @@ def problem(rows: int, columns: int) -> tuple[torch.Tensor, ColumnSystem]:
     inputs = inputs @ torch.randn(64, columns, generator=generator)
     inputs += torch.randn(2 * columns, columns, generator=generator)
     hessian = (inputs.t() @ inputs).double().mul_(2 / len(inputs))
-    return weight, Gptq().prepare(hessian)
+    return weight, Gptq().prepare(Moments(hessian))
 
 
 def loop(

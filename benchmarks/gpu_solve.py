@@ -21,11 +21,13 @@ from torch import Tensor
 
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.recipe import Recipe, describe, quantize_weight
+from claq_exp.quantize.recipe import Recipe, quantize_weight
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq
+from claq_exp.quantize.solver.base import describe
 from claq_exp.quantize.solver.columns import ColumnSystem
 from claq_exp.quantize.solver.device_columns import SUB_BLOCK, quantize_group_on_device
 
@@ -113,7 +115,7 @@ def solve_group(
     device = generator.device
     weights = [0.02 * torch.randn(r, columns, generator=generator, device=device) for r in rows]
     hessian = random_hessian(columns, generator)
-    seconds, system = clock(device, lambda: Gptq().prepare(hessian))
+    seconds, system = clock(device, lambda: Gptq().prepare(Moments(hessian)))
     assert isinstance(system, ColumnSystem)
     spent.factorize += seconds
     bits, counts = plan(rows, columns, asked)
@@ -147,10 +149,10 @@ def error_ratio(asked: argparse.Namespace, device: torch.device) -> float:
     hessian = random_hessian(columns, generator)
     bits, counts = plan((rows,), columns, asked)
     found = quantize_group_on_device(
-        [weight], Gptq().prepare(hessian), bits, counts, device, graph=asked.graph
+        [weight], Gptq().prepare(Moments(hessian)), bits, counts, device, graph=asked.graph
     )[0]
     weight, hessian = weight.cpu(), hessian.cpu()
-    system = Gptq().prepare(hessian)
+    system = Gptq().prepare(Moments(hessian))
     problem = LinearProblem(weight, hessian)
     recipe = Recipe(KMeans(), Fixed(asked.bits), NoReservation(), Gptq())
     chosen = MatrixPlan(KMeans(), ColumnPlan(bits[0], counts[0]))

@@ -28,6 +28,7 @@ from claq_exp.models.solve import solve_group
 from claq_exp.models.stream import WholeModel
 from claq_exp.models.survey import block_hessians
 from claq_exp.quantize.codebook import KMeans, Uniform
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe
@@ -78,11 +79,13 @@ def measure(asked: argparse.Namespace, words: list[str]) -> None:
             columns += sum(weight.shape[1] for weight in weights)
             for rule, recipe in rules.items():
                 if index == 0:
-                    solve_group(problems, recipe.solver.prepare(hessian), recipe)  # compiles
+                    solve_group(
+                        problems, recipe.solver.prepare(Moments(hessian)), recipe
+                    )  # compiles
                 started = time.perf_counter()
-                system = recipe.solver.prepare(hessian)
+                prepared = recipe.solver.prepare(Moments(hessian))
                 spent[f"{rule}, factorization"] += time.perf_counter() - started
-                solve_group(problems, system, recipe)
+                solve_group(problems, prepared, recipe)
                 spent[rule] += time.perf_counter() - started
     print(f"{columns:,} columns, {torch.get_num_threads()} threads")
     for rule, seconds in spent.items():

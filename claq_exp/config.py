@@ -20,7 +20,7 @@ from claq_exp.quantize.precision import PRECISION
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import RESERVATION
 from claq_exp.quantize.solver import SOLVER
-from claq_exp.quantize.strategy import find_strategy
+from claq_exp.quantize.strategy import check_members, find_strategy
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.sources.model import ModelSource, check_name, source_name
 from claq_exp.sources.text import TextSource
@@ -303,11 +303,16 @@ class ExperimentConfig:
         Raises ConfigError for an unknown name, field or value, or for strategies that do not match.
         """
         families = FAMILIES.keys() - {"activation", "transform", "tune"}  # no matrix is coded so
-        return Recipe(**{family: _strategy(family, getattr(self, family)) for family in families})
+        recipe = Recipe(**{name: _strategy(name, getattr(self, name)) for name in families})
+        if recipe.solver.wants:  # until a run hands the moments' accumulators more than inputs
+            wanted = ", ".join(sorted(recipe.solver.wants))
+            raise ConfigError(f"solver={self.solver['name']} wants {wanted}: not measured yet")
+        return recipe
 
     def activation_rule(self) -> Activation:
         """Build the rule for activations; raises as `recipe`."""
         rule: Activation = _strategy("activation", self.activation)
+        check_members("activation", rule, Activation)
         return rule
 
     def rewriting(self) -> Transform:

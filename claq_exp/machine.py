@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import claq_exp.quantize.codebook
+import claq_exp.quantize.solver
 from claq_exp import accelerator
 from claq_exp.errors import ConfigError
 from claq_exp.resources import cores
@@ -53,9 +54,10 @@ def drop_stale_kernels() -> None:
 
     numba looks at the file of a function alone, and not at those of the functions that it calls.
     """
-    folder = Path(claq_exp.quantize.codebook.__file__).parent
-    newest = max(source.stat().st_mtime for source in folder.glob("*.py"))
-    for compiled in folder.glob("__pycache__/*.nb[ic]"):
+    codebook, solver = claq_exp.quantize.codebook.__file__, claq_exp.quantize.solver.__file__
+    folders = [Path(package).parent for package in (codebook, solver)]
+    newest = max(file.stat().st_mtime for folder in folders for file in folder.glob("*.py"))
+    for compiled in (file for folder in folders for file in folder.glob("__pycache__/*.nb[ic]")):
         with contextlib.suppress(OSError):  # gone, or not ours to delete
             if compiled.stat().st_mtime < newest:
                 compiled.unlink()

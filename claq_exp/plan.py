@@ -309,7 +309,7 @@ def _seconds(
     passed = parameters - sum(layout.weights for layout in layouts.values()) + weights
     passes = CALIBRATION_PASSES + config.rewriting().passes + _tuning(config).passes
     calibrate = 2 * tokens * (passes * weights + squares) / speed
-    solve = getattr(recipe.codebook, "relative_cost", 1.0) * sum(
+    solve = recipe.codebook.relative_cost * sum(
         layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
         for layout in layouts.values()
     )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from claq_exp.calibration.hessian import HessianAccumulator
+from claq_exp.calibration.moments import MomentsAccumulator
 from claq_exp.calibration.streams import (
     AS_COMPUTED,
     STUDENT,
@@ -28,10 +28,11 @@ from claq_exp.interruption import Interrupted
 from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden, feed, run_block
 from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_weight, linears_of
 from claq_exp.models.overlay import Overlay
-from claq_exp.models.solve import report_row, solve_hessian
+from claq_exp.models.solve import report_row, solve_linears
 from claq_exp.models.stream import BlockedModel
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.allocation import MatrixPlan
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.train.window import UNTUNED, Tune, Window
 from claq_exp.transform.folding import UNTRANSFORMED, Transform
@@ -235,10 +236,13 @@ class _Block:
         watcher.event("tune", row)
 
     @torch.no_grad()
-    def _accumulate(self, stage: Stage) -> dict[LinearGroup, HessianAccumulator]:
+    def _accumulate(self, stage: Stage) -> dict[LinearGroup, MomentsAccumulator]:
         """Run every batch once and sum up what enters each group of a stage."""
         found = {
-            group: HessianAccumulator(self._weight(group.names[0]).shape[1]) for group in stage
+            group: MomentsAccumulator(
+                self._weight(group.names[0]).shape[1], self.recipe.solver.wants
+            )
+            for group in stage
         }
         for batch in range(len(self.inputs.hidden)):
             where = f"calibration batch {self.ranks.number(batch)}"
@@ -254,16 +258,16 @@ class _Block:
             self.seconds["calibrate"] += time.perf_counter() - started - within
         return found
 
-    def _sink(self, accumulator: HessianAccumulator, where: str) -> Callable[[Tensor], None]:
+    def _sink(self, accumulator: MomentsAccumulator, where: str) -> Callable[[Tensor], None]:
         def add(entering: Tensor) -> None:
             started = time.perf_counter()
-            accumulator.add(entering, where)
+            accumulator.add(entering, where=where)
             self.seconds["hessian"] += time.perf_counter() - started
 
         return add
 
     def _solve(
-        self, together: Sequence[LinearGroup], found: dict[LinearGroup, HessianAccumulator]
+        self, together: Sequence[LinearGroup], found: dict[LinearGroup, MomentsAccumulator]
     ) -> Iterator[tuple[PackedWeight, dict[str, Any]]]:
         """Solve groups, each rank its own part; yield what came of every linear, on all ranks.
 
@@ -278,9 +282,9 @@ class _Block:
         solved: dict[str, tuple[PackedWeight, dict[str, Any]]] = {}
         for group in together:
             own = [name for name in group.names if owner[name] == self.ranks.rank]
-            tokens, hessian = found[group].tokens, found.pop(group).hessian() if own else None
-            if hessian is not None:
-                solved |= self._solve_own(own, hessian, tokens)
+            accumulator = found.pop(group)
+            if own:
+                solved |= self._solve_own(own, accumulator.moments())
         for group in together:
             for name in group.names:
                 yield self._exchanged(name, owner[name], solved.pop(name, None))
@@ -295,7 +299,7 @@ class _Block:
 
     @torch.no_grad()
     def _solve_own(
-        self, names: Sequence[str], hessian: Tensor, tokens: int
+        self, names: Sequence[str], moments: Moments
     ) -> dict[str, tuple[PackedWeight, dict[str, Any]]]:
         """Solve linears that share an input; return name -> (packed weight, report row)."""
         weights = {
@@ -304,13 +308,13 @@ class _Block:
         }
         device = self._weight(names[0]).device
         found = {}
-        solutions = solve_hessian(
-            weights, hessian, self.recipe, self.plans, device, strict=self.strict
+        solutions = solve_linears(
+            weights, moments, self.recipe, self.plans, device, strict=self.strict
         )
         for name, (solved, seconds) in zip(names, solutions, strict=True):
             quantized = solved.quantized
             self._weight(name).copy_(quantized.dequantize())
-            row = report_row(self.index, f"{self.path}.{name}", solved, tokens, seconds)
+            row = report_row(self.index, f"{self.path}.{name}", solved, moments.tokens, seconds)
             if self.strict:
                 refuse_fallbacks(row)
             found[name] = PackedWeight(quantized.layout(), quantized.pack()), row

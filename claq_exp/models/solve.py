@@ -13,18 +13,18 @@ from torch import Tensor
 
 from claq_exp.errors import NumericalError
 from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.device import solve_on_device
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.recipe import Recipe, Solved, quantize_weight
-from claq_exp.quantize.solver import Nearest, Solver
-from claq_exp.quantize.solver.columns import ColumnSystem
+from claq_exp.quantize.recipe import Recipe, decide, quantize_weight
+from claq_exp.quantize.solver import Nearest
+from claq_exp.quantize.solver.base import Prepared, Solved
 
 CPU = torch.device("cpu")
 
 
-def solve_hessian(
+def solve_linears(
     weights: Mapping[str, Tensor],
-    hessian: Tensor,
+    moments: Moments,
     recipe: Recipe,
     plans: Mapping[str, MatrixPlan] | None = None,
     device: torch.device = CPU,
@@ -33,31 +33,30 @@ def solve_hessian(
 ) -> list[tuple[Solved, float]]:
     """Quantize the linears that share an input; return (solution, seconds) of each.
 
-    A Hessian that no damping makes positive definite has its linears rounded to nearest; `strict`
-    refuses it.
+    Where the solver cannot prepare itself (gptq: a Hessian that no damping makes positive definite)
+    they are rounded to nearest; `strict` refuses that.
 
     weights: full name -> [out, in] float32 on the CPU.
-    hessian: [in, in] float64 on the CPU, of their input.  It is used up: where nothing needs it
-        during the column loop its memory is given back before.
+    moments: of their input, on the CPU; a solver may use up disposable ones.
     plans, device: as in `solve_group`.
     Raises NumericalError that names a layer.
     """
-    retreats = 0
+    retreats, hessian = 0, moments.single()
     problems = [LinearProblem(weight, hessian, name) for name, weight in weights.items()]
     energies = [problem.energy() for problem in problems]
+    name = problems[0].name
+    del hessian, problems  # the solver may need the memory
     try:
-        system = _prepare(recipe.solver, hessian, device, problems[0].name, strict)
+        recipe, prepared = _prepare(recipe, moments, device, name, strict)
     except torch.OutOfMemoryError:
         device, retreats = CPU, 1
-        system = _prepare(recipe.solver, hessian, device, problems[0].name, strict)
-    told = device == CPU and system.inverse_factor is not None  # the loop will find the errors
+        recipe, prepared = _prepare(recipe, moments, device, name, strict)
+    left = None if moments.used_up else moments.single()
     problems = [
-        replace(problem, hessian=None if told else hessian, known_energy=energy)
-        for problem, energy in zip(problems, energies, strict=True)
+        LinearProblem(weight, left, name, known_energy=energy)
+        for (name, weight), energy in zip(weights.items(), energies, strict=True)
     ]
-    if told:
-        hessian.data = hessian.new_empty(0)  # the caller may hold the tensor still
-    solutions = solve_group(problems, system, recipe, plans, device)
+    solutions = solve_group(problems, prepared, recipe, plans, device)
     return [
         (replace(solved, retreats=solved.retreats + retreats), seconds)
         for solved, seconds in solutions
@@ -65,19 +64,21 @@ def solve_hessian(
 
 
 def _prepare(
-    solver: Solver, hessian: Tensor, device: torch.device, name: str, strict: bool
-) -> ColumnSystem:
+    recipe: Recipe, moments: Moments, device: torch.device, name: str, strict: bool
+) -> tuple[Recipe, Prepared]:
+    """Return what the solver prepares, and the recipe with the solver that did it."""
     try:
-        return solver.prepare(hessian.to(device), overwrite=True)
+        return recipe, recipe.solver.prepare(moments.to(device))
     except NumericalError as error:
         if strict:
             raise NumericalError(f"{name}: strict=true, and {error}") from error
-        return replace(Nearest().prepare(hessian), nearest="indefinite")
+        prepared = replace(Nearest().prepare(moments), nearest="indefinite")
+        return replace(recipe, solver=Nearest()), prepared
 
 
 def solve_group(
     problems: list[LinearProblem],
-    system: ColumnSystem,
+    prepared: Prepared,
     recipe: Recipe,
     plans: Mapping[str, MatrixPlan] | None = None,
     device: torch.device = CPU,
@@ -85,24 +86,25 @@ def solve_group(
     """Solve matrices that share their input side by side; return (solution, seconds) of each.
 
     plans: what was decided before of the matrices of these names.  device: where to solve, if the
-    recipe can be solved there; the CPU takes what a GPU cannot, and what it has no memory for.
+    solver can do it there; the CPU takes what a GPU cannot, and what it has no memory for.
     """
     plans, retreats = plans or {}, 0
     if device != CPU:
         started = time.perf_counter()
         try:
-            together = solve_on_device(problems, system, recipe, plans, device)
+            decided = [decide(p, prepared.outline, recipe, plans.get(p.name)) for p in problems]
+            together = recipe.solver.solve_together(problems, prepared, decided, device)
         except torch.OutOfMemoryError:
             together, retreats = None, 1
         if together is not None:
             each = (time.perf_counter() - started) / len(problems)
             return [(solved, each) for solved in together]
-        system = system.cpu()
+        prepared = prepared.cpu()
 
     def solve(problem: LinearProblem) -> tuple[Solved, float]:
         started = time.perf_counter()
         try:
-            solved = quantize_weight(problem, system, recipe, plans.get(problem.name))
+            solved = quantize_weight(problem, prepared, recipe, plans.get(problem.name))
         except NumericalError as error:
             raise NumericalError(f"{problem.name}: {error}") from error
         return replace(solved, retreats=retreats), time.perf_counter() - started

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from claq_exp.calibration.hessian import HessianAccumulator
+from claq_exp.calibration.moments import MomentsAccumulator
 from claq_exp.errors import CalibrationError, NumericalError
 from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, watched
 from claq_exp.models.discover import Stage, find_stages, linear_weight, linears_of
 from claq_exp.models.experts import Place, expert_lists, place_among_experts
 from claq_exp.models.stream import WholeModel
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.statistics import ColumnStatistics
 
@@ -73,18 +74,18 @@ def survey_model(
             inputs[index + 1].hidden = hidden
         for measured in hessians:
             try:
-                system = solver.prepare(measured.hessian)
+                prepared = solver.prepare(Moments(measured.hessian))
             except NumericalError as error:
                 raise NumericalError(f"{path}.{index}.{measured.names[0]}: {error}") from error
             for name in measured.names:
                 weight = linear_weight(block.get_submodule(name)).detach().to("cpu", torch.float32)
                 full_name = f"{path}.{index}.{name}"
-                distortion = system.distortion_weight * measured.share
+                distortion = prepared.distortion_weight * measured.share
                 if not gradients:
                     whole = (weight @ measured.hessian.float()).mul_(weight).sum()
                     distortion = distortion / whole.clamp(min=torch.finfo(torch.float32).tiny)
                 statistics[full_name] = ColumnStatistics(
-                    weight, distortion, system.order, full_name, importance.get(full_name)
+                    weight, distortion, prepared.order, full_name, importance.get(full_name)
                 )
         on_share(share, f"{path}.{index}")
     return statistics
@@ -141,13 +142,13 @@ def block_hessians(
     An expert that saw no token gets the mean of the others, as if it had seen one.
     """
     stages = find_stages(block, inputs)
-    sums: list[list[HessianAccumulator]] = []
+    sums: list[list[MomentsAccumulator]] = []
     sinks = {}
     for stage in stages:
         sums.append([])
         for group in stage:
             first = block.get_submodule(group.names[0])
-            sums[-1].append(HessianAccumulator(linear_weight(first).shape[1]))
+            sums[-1].append(MomentsAccumulator(linear_weight(first).shape[1]))
             sinks[first] = _accumulate(sums[-1][-1], f"{where}.{group.names[0]}")
     with watched(sinks):
         hidden = [run_block(block, inputs, batch) for batch in range(len(inputs.hidden))]
@@ -160,19 +161,25 @@ def block_hessians(
 
 
 def _measured(
-    stage: Stage, accumulators: list[HessianAccumulator], tokens: int
+    stage: Stage, accumulators: list[MomentsAccumulator], tokens: int
 ) -> Iterator[GroupHessian]:
     seen = sum(accumulator.tokens for accumulator in accumulators)
     for group, accumulator in zip(stage, accumulators, strict=True):
         if accumulator.tokens:
-            hessian = accumulator.hessian()
+            hessian = accumulator.moments().single()
         else:
-            hessian = sum((a.hessian() * (a.tokens / seen) for a in accumulators), torch.zeros(()))
+            hessian = _mean(accumulators, seen)
         yield GroupHessian(group.names, hessian, max(accumulator.tokens, 1) / tokens)
 
 
-def _accumulate(accumulator: HessianAccumulator, where: str) -> Callable[[Tensor], None]:
-    return lambda entering: accumulator.add(entering, where)
+def _mean(accumulators: list[MomentsAccumulator], seen: int) -> Tensor:
+    """Return the Hessian of all tokens that were seen."""
+    parts = (a.moments().single() * (a.tokens / seen) for a in accumulators)
+    return sum(parts, torch.zeros(()))
+
+
+def _accumulate(accumulator: MomentsAccumulator, where: str) -> Callable[[Tensor], None]:
+    return lambda entering: accumulator.add(entering, where=where)
 
 
 def _row_importance(

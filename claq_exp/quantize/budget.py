@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 from claq_exp.errors import ConfigError, one_of
 from claq_exp.payload.base import Layout
-from claq_exp.payload.stored import MAX_BITS
-from claq_exp.quantize.precision import Fixed, RateDistortion
+from claq_exp.quantize.precision import RateDistortion
 from claq_exp.quantize.recipe import Recipe, planned_layouts
 from claq_exp.quantize.statistics import EqualColumns
 
@@ -92,18 +91,13 @@ class _Model:
 def _ranges(recipe: Recipe) -> Iterator[tuple[float, float, Callable[[float], Recipe]]]:
     """Yield (lowest, highest, recipe at so many bits) for each range without a jump."""
     precision = recipe.precision
-    if isinstance(precision, Fixed):
-        for bits in range(1, MAX_BITS + 1):
-            whole = replace(recipe, precision=replace(precision, bits=bits))
-            yield bits, bits, lambda _, whole=whole: whole  # type: ignore[misc]
-        return
-    ranges = getattr(precision, "ranges", None)
-    if ranges is None:
+    ranges = precision.ranges()
+    if not ranges:
         raise ConfigError(
             f"{type(precision).__name__} cannot follow budget.bits; set its own bits, or choose "
             "another precision"
         )
-    for low, high, at in ranges():
+    for low, high, at in ranges:
         yield low, high, lambda bits, at=at: replace(recipe, precision=at(bits))  # type: ignore[misc]
 
 

@@ -22,7 +22,7 @@ from claq_exp.errors import ConfigError
 from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import HALF, MAX_BITS, index_width, packed_bytes
 from claq_exp.quantize.allocation import ColumnPlan
-from claq_exp.quantize.codebook.block import FITTED, column_distortions
+from claq_exp.quantize.codebook.compiled import FITTED, column_distortions
 from claq_exp.quantize.codebook.kmeans import KMeans, root_mean_squares, shared_codebooks
 from claq_exp.quantize.statistics import ColumnStatistics
 

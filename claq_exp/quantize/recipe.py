@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from claq_exp.errors import ConfigError, NumericalError, one_of
-from claq_exp.payload.base import Layout, Payload
+from claq_exp.errors import ConfigError, one_of
+from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import MAX_BITS
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
-from claq_exp.quantize.codebook import Codebook, KMeans, OneWidth
+from claq_exp.quantize.codebook import Codebook, KMeans
+from claq_exp.quantize.moments import WANTED
 from claq_exp.quantize.precision import Precision, RateDistortion
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.reservation import JointReservation, NoReservation, Reservation
-from claq_exp.quantize.reservation.shares import MAGNITUDE, SELECTIONS
+from claq_exp.quantize.reservation.shares import SELECTIONS
 from claq_exp.quantize.solver import Solver
-from claq_exp.quantize.solver.columns import ColumnSystem, quantize_columns
+from claq_exp.quantize.solver.base import Prepared, Solved
 from claq_exp.quantize.statistics import ColumnStatistics, EqualColumns
-from claq_exp.quantize.symmetric import bands
+from claq_exp.quantize.strategy import check_members
+
+PROTOCOLS = {
+    "codebook": Codebook,
+    "precision": Precision,
+    "reservation": Reservation,
+    "solver": Solver,
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse strategies that do not go together, by trying their plans on a small matrix."""
+        for family, protocol in PROTOCOLS.items():
+            check_members(family, getattr(self, family), protocol)
+        if unknown := sorted(self.solver.wants - set(WANTED)):
+            raise ConfigError(one_of("solver's wants", unknown[0], WANTED))
         if self.select not in SELECTIONS:
             raise ConfigError(one_of("reservation's select", self.select, SELECTIONS))
         self._check_joint()
@@ -45,8 +57,7 @@ class Recipe:
                 "this codebook needs one width for all columns; use precision=fixed, or "
                 "codebook=kmeans"
             )
-        if isinstance(self.codebook, OneWidth):
-            self.codebook.check(int(plan.column_bits[0]))
+        self.codebook.check(int(plan.column_bits.max()))
         if not self.codebook.reserves and int(plan.reserved_counts.sum()):
             raise ConfigError(
                 "this codebook cannot leave entries out; use reservation=none, or codebook=kmeans"
@@ -55,7 +66,7 @@ class Recipe:
     @property
     def select(self) -> str:
         """Return the rule by which the entries of a column are picked that stay in 16 bits."""
-        return getattr(self.reservation, "select", MAGNITUDE)
+        return self.reservation.select
 
     @property
     def allocates(self) -> bool:
@@ -64,8 +75,7 @@ class Recipe:
 
     def plan_key(self, name: str) -> tuple[Hashable, ...]:
         """Return what the layout of a layer depends on besides its shape."""
-        families = (self.precision, self.reservation)
-        return tuple(getattr(rule, "plan_key", lambda _name: None)(name) for rule in families)
+        return self.precision.plan_key(name), self.reservation.plan_key(name)
 
     def _check_joint(self) -> None:
         joint = isinstance(self.reservation, JointReservation)
@@ -96,103 +106,25 @@ class Recipe:
         return ColumnPlan(bits, reserved, self.select)
 
 
-@dataclass(frozen=True)
-class Solved:
-    """A quantized matrix, how well it went, and what went otherwise than asked.
-
-    output_error: tr(D H D^T) / tr(W H W^T) on the calibration inputs.  weight_error: |D|^2 / |W|^2.
-    damping: of the solver; raised: it had to be larger than asked.
-    dead_columns: inputs that were zero on every token.
-    nearest: why all columns were rounded to nearest, see ColumnSystem.
-    clamped: weights that their level puts beyond float16, and that are cut to its range.
-    unconverged: columns whose clustering stopped at its limit of passes.
-    retreats: how often memory was short, and the work went on in smaller parts or on the CPU.
-    """
-
-    quantized: Payload
-    output_error: float
-    weight_error: float
-    damping: float | None
-    dead_columns: int
-    raised: bool = False
-    nearest: str = ""
-    clamped: int = 0
-    unconverged: int = 0
-    retreats: int = 0
-
-
 def quantize_weight(
-    problem: LinearProblem, system: ColumnSystem, recipe: Recipe, plan: MatrixPlan | None = None
+    problem: LinearProblem, prepared: Prepared, recipe: Recipe, plan: MatrixPlan | None = None
 ) -> Solved:
-    """Quantize one matrix.
+    """Quantize one matrix on the CPU.
 
-    system: what the recipe's solver prepared from the problem's Hessian.
+    prepared: what the recipe's solver prepared from the moments of the matrix's inputs.
     plan: what was decided of the matrix before; None to decide it here, from the recipe.
     Raises NumericalError when a level or reserved value does not fit float16.
     """
-    statistics, plan = decide(problem, system, recipe, plan)
-    quantizer = plan.codebook.start(statistics, plan.columns)
-    loss = quantize_columns(problem.weight, system, quantizer)
-    solved = describe(problem, system, quantizer.payload(), loss)
-    return replace(solved, unconverged=getattr(quantizer, "unconverged", 0))
+    return recipe.solver.solve(problem, prepared, decide(problem, prepared, recipe, plan))
 
 
 def decide(
-    problem: LinearProblem, system: ColumnSystem, recipe: Recipe, plan: MatrixPlan | None
-) -> tuple[ColumnStatistics, MatrixPlan]:
-    """Return the statistics of a matrix, and its plan: the one given, or the recipe's."""
-    statistics = ColumnStatistics(
-        problem.weight,
-        system.distortion_weight,
-        system.order,
-        problem.name,
-        plan.row_weights if plan else None,
-    )
-    return statistics, plan or MatrixPlan(recipe.codebook, recipe.plan(statistics))
-
-
-def describe(
-    problem: LinearProblem,
-    system: ColumnSystem,
-    quantized: Payload,
-    loss: float | None = None,
-) -> Solved:
-    """Measure how well a matrix was quantized.
-
-    loss: tr(D H D^T) of the damped Hessian where it is known, see `quantize_columns`.
-    Raises NumericalError when a level does not fit float16.
-    """
-    weight = problem.weight
-    if not quantized.finite():
-        raise NumericalError(
-            f"weights up to {weight.abs().max().item():.3g} need levels beyond float16 (65504); "
-            "rescale the model's weights"
-        )
-    difference = quantized.dequantize().sub_(weight)
-    squares, norm = _column_squares(difference), float(_column_squares(weight).sum())
-    if loss is None or system.inverse_factor is None:
-        wrong = problem.error(difference)
-    else:  # what was added to the diagonal is taken off; dead columns are not in it
-        wrong = loss - float((squares * system.added)[~system.dead].sum())
-    whole = problem.energy()
-    return Solved(
-        quantized=quantized,
-        output_error=max(wrong, 0.0) / whole if whole > 0 else 0.0,
-        weight_error=float(squares.sum()) / norm if norm > 0 else 0.0,
-        damping=system.damping,
-        dead_columns=int(system.dead.sum()),
-        raised=system.raised,
-        nearest=system.nearest,
-        clamped=quantized.clamped(),
-    )
-
-
-def _column_squares(matrix: Tensor) -> Tensor:
-    """Return the sum of squares of each column, in float64 and without a second matrix."""
-    squares = torch.zeros(matrix.shape[1], dtype=torch.float64)
-    for band in bands(len(matrix)):
-        squares += matrix[band].square().sum(dim=0, dtype=torch.float64)
-    return squares
+    problem: LinearProblem, prepared: Prepared, recipe: Recipe, plan: MatrixPlan | None
+) -> MatrixPlan:
+    """Return the plan of a matrix: the one given, or the recipe's.  prepared: on the CPU."""
+    if plan is not None:
+        return plan
+    return MatrixPlan(recipe.codebook, recipe.plan(prepared.statistics(problem)))
 
 
 def planned_layout(recipe: Recipe, rows: int, columns: int, name: str = "") -> Layout:

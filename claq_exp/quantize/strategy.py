@@ -27,3 +27,18 @@ def find_strategy(family: str, members: Mapping[str, type], name: str) -> type:
     if not isinstance(found, type):
         raise ConfigError(f"{family}.name '{name}' is not a class")
     return found
+
+
+def check_members(family: str, strategy: object, protocol: type) -> None:
+    """Raise ConfigError where a strategy lacks what its family's protocol names.
+
+    A class that inherits from the protocol has the defaults of what can have one.
+    """
+    named = {**protocol.__annotations__, **vars(protocol)}
+    missing = [name for name in named if not name.startswith("_") and not hasattr(strategy, name)]
+    if missing:
+        own = type(strategy)
+        raise ConfigError(
+            f"{family}.name={own.__module__}:{own.__qualname__} has no {', '.join(missing)}; let "
+            f"it inherit from {protocol.__module__}.{protocol.__qualname__}"
+        )

@@ -15,6 +15,7 @@ from claq_exp.checkpoint.files import read_json, write_json
 from claq_exp.checkpoint.writer import PackedWeight, write_checkpoint
 from claq_exp.models.load import load_model as load_original
 from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import OutlierOrder
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, quantize_weight
@@ -39,7 +40,7 @@ class Written:
                 hessian = torch.eye(module.in_features, dtype=torch.float64)
                 problem = LinearProblem(module.weight.detach(), hessian)
                 recipe = SHARED if "mlp" in name else RECIPE
-                system = recipe.solver.prepare(hessian)
+                system = recipe.solver.prepare(Moments(hessian))
                 self.quantized[name] = quantize_weight(problem, system, recipe).quantized
                 module.weight.data.copy_(self.quantized[name].dequantize())
         self.packed = {

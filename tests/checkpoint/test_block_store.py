@@ -12,6 +12,7 @@ from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import CheckpointError
 from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, quantize_weight
@@ -26,7 +27,7 @@ def packed(index: int) -> dict[str, PackedWeight]:
     for name in ("q", "k"):
         weight = torch.randn(9, 5, generator=torch.Generator().manual_seed(index))
         hessian = torch.eye(5, dtype=torch.float64)
-        system = RECIPE.solver.prepare(hessian)
+        system = RECIPE.solver.prepare(Moments(hessian))
         quantized = quantize_weight(LinearProblem(weight, hessian), system, RECIPE).quantized
         weights[f"layers.{index}.{name}"] = PackedWeight(quantized.layout(), quantized.pack())
     return weights

@@ -23,6 +23,7 @@ from claq_exp.models.load import load_model as load_original
 from claq_exp.quantize.activation import Int, LoBcq, MxFp4
 from claq_exp.quantize.activation.rounding import Observed, Rounding, settle_rounding
 from claq_exp.quantize.codebook import block_formats
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, quantize_weight
@@ -59,7 +60,9 @@ class Rounded:
                 recipe = Recipe(codebook, Fixed(4), NoReservation(), Nearest())
                 hessian = torch.eye(module.in_features, dtype=torch.float64)
                 problem = LinearProblem(module.weight.detach(), hessian)
-                found = quantize_weight(problem, recipe.solver.prepare(hessian), recipe).quantized
+                found = quantize_weight(
+                    problem, recipe.solver.prepare(Moments(hessian)), recipe
+                ).quantized
                 self.packed[name] = PackedWeight(found.layout(), found.pack())
                 module.weight.data.copy_(found.dequantize())
         maxima = {name: 1.0 + place for place, name in enumerate(self.packed)}

@@ -282,8 +282,9 @@ def test_a_conf_folder_of_the_working_directory_is_not_taken(tmp_path, monkeypat
 def test_a_strategy_of_ones_own_is_found_by_its_dotted_name(tmp_path, monkeypatch):
     (tmp_path / "my_rules.py").write_text(
         "import dataclasses, torch\n"
+        "from claq_exp.quantize.precision import Precision\n"
         "@dataclasses.dataclass(frozen=True)\n"
-        "class Threes:\n"
+        "class Threes(Precision):\n"
         "    offset: int = 0\n"
         "    def plan(self, statistics):\n"
         "        return torch.full((statistics.shape[1],), 3 + self.offset, dtype=torch.uint8)\n",

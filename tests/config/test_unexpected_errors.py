@@ -158,14 +158,15 @@ def test_debug_shows_the_traceback_and_is_no_override(monkeypatch, capfd):
 @pytest.mark.case(142)
 def test_an_error_in_a_persons_own_rule_is_no_bug_of_the_program(tmp_path, monkeypatch, capfd):
     (tmp_path / "my_dividing_rules.py").write_text(
-        "import dataclasses\n\n\n@dataclasses.dataclass(frozen=True)\nclass Rule:\n"
+        "import dataclasses\n\nfrom claq_exp.quantize.precision import Precision\n\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Rule(Precision):\n"
         "    def plan(self, statistics):\n        return 1 / 0\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert main(["plan", "precision.name=my_dividing_rules:Rule", "~precision.target_bits"]) == 1
     first, second = capfd.readouterr().err.splitlines()
     assert "ZeroDivisionError: division by zero" in first
-    assert "my_dividing_rules.py, line 7, plan), which is no part of claq_exp" in first
+    assert "my_dividing_rules.py, line 8, plan), which is no part of claq_exp" in first
     assert second.startswith("The traceback is in ")
 
 

@@ -13,7 +13,7 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 from torch import Tensor, nn
 
-from claq_exp.calibration.hessian import HessianAccumulator
+from claq_exp.calibration.moments import MomentsAccumulator
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.errors import CalibrationError, NumericalError
 from claq_exp.evaluation.divergence import Comparison, LogitStore
@@ -23,11 +23,11 @@ from claq_exp.interruption import Interrupted
 from claq_exp.models.activations import observe_inputs
 from claq_exp.models.load import open_model
 from claq_exp.models.quantize import Watcher, quantize_model
-from claq_exp.models.solve import solve_hessian
+from claq_exp.models.solve import solve_linears
 from claq_exp.models.stream import StreamedModel, WholeModel
 from claq_exp.models.survey import survey_model
-from claq_exp.quantize import device
 from claq_exp.quantize.codebook import KMeans, Uniform
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.number_formats.encoding import round_values
 from claq_exp.quantize.number_formats.formats import E2M1, LEARNED, BlockFormat
 from claq_exp.quantize.number_formats.table import Grid
@@ -35,6 +35,7 @@ from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq, Nearest
+from claq_exp.quantize.solver import device as solver_device
 
 TO_NEAREST = Recipe(Uniform(), Fixed(3), NoReservation(), Nearest())
 CLUSTERS = Recipe(KMeans(), Fixed(2), NoReservation(), Gptq())
@@ -49,10 +50,10 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def hessian_of(inputs: Tensor) -> Tensor:
-    accumulator = HessianAccumulator(inputs.shape[1])
-    accumulator.add(inputs, "here")
-    return accumulator.hessian()
+def moments_of(inputs: Tensor) -> Moments:
+    accumulator = MomentsAccumulator(inputs.shape[1])
+    accumulator.add(inputs, where="here")
+    return accumulator.moments()
 
 
 @pytest.fixture
@@ -78,27 +79,27 @@ def stream(tiny_model, tmp_path):
 
 def test_a_hessian_is_summed_where_the_tokens_are(pretend):
     inputs = [gaussian(70, 40, seed=seed) for seed in range(5)]
-    expected, accumulator = HessianAccumulator(40), HessianAccumulator(40)
+    expected, accumulator = MomentsAccumulator(40), MomentsAccumulator(40)
     with pretend_device.traffic() as seen:
         for number, batch in enumerate(inputs):
-            expected.add(batch, str(number))
-            accumulator.add(batch.to(pretend), str(number))
+            expected.add(batch, where=str(number))
+            accumulator.add(batch.to(pretend), where=str(number))
     assert seen.downloads.total() == 0
     assert seen.waits.total() == len(inputs)
-    found = accumulator.hessian()
+    found = accumulator.moments().single()
     assert found.device.type == "cpu"
-    assert torch.allclose(found, expected.hessian(), rtol=1e-6, atol=1e-6)
+    assert torch.allclose(found, expected.moments().single(), rtol=1e-6, atol=1e-6)
     with pytest.raises(CalibrationError, match="the input of there"):
-        HessianAccumulator(2).add(torch.tensor([[1.0, torch.nan]], device=pretend), "there")
+        MomentsAccumulator(2).add(torch.tensor([[1.0, torch.nan]], device=pretend), where="there")
 
 
 def test_a_hessian_that_has_no_room_on_the_device_is_summed_on_the_cpu(pretend):
     batch = gaussian(20, 200)
     there = batch.to(pretend)
     with pretend_device.memory(8 * 200**2 - 1), pretend_device.traffic() as seen:
-        found = hessian_of(there)
+        found = moments_of(there).single()
     assert seen.downloads.total() > 0
-    assert torch.allclose(found, hessian_of(batch), rtol=1e-6, atol=1e-6)
+    assert torch.allclose(found, moments_of(batch).single(), rtol=1e-6, atol=1e-6)
 
 
 def test_blocks_are_quantized_on_the_device_to_the_same_bytes(pretend, stream, tmp_path):
@@ -155,8 +156,8 @@ def test_the_column_loop_waits_no_more_for_more_columns(pretend, interpreted):
     for columns in (10, 30):
         weights = {"layer": gaussian(24, columns)}
         with pretend_device.traffic() as traffic:
-            ((solved, _),) = solve_hessian(
-                weights, hessian_of(gaussian(90, columns)), CLUSTERS, device=torch.device(pretend)
+            ((solved, _),) = solve_linears(
+                weights, moments_of(gaussian(90, columns)), CLUSTERS, device=torch.device(pretend)
             )
         assert 0 < solved.output_error < 0.3
         seen.append({kind: traffic.total(kind) for kind in ("uploads", "downloads", "waits")})
@@ -168,8 +169,8 @@ def test_the_column_loop_waits_no_more_for_more_columns(pretend, interpreted):
 def test_what_the_kernel_does_not_know_is_solved_on_the_cpu(pretend):
     weights, inputs = {"layer": gaussian(24, 10)}, gaussian(90, 10)
     recipe = Recipe(Uniform(), Fixed(3), NoReservation(), Gptq())
-    ((expected, _),) = solve_hessian(weights, hessian_of(inputs), recipe)
-    ((found, _),) = solve_hessian(weights, hessian_of(inputs), recipe, device=torch.device(pretend))
+    ((expected, _),) = solve_linears(weights, moments_of(inputs), recipe)
+    ((found, _),) = solve_linears(weights, moments_of(inputs), recipe, device=torch.device(pretend))
     assert found.output_error == pytest.approx(expected.output_error, rel=0.05)
     assert not found.retreats
 
@@ -180,8 +181,8 @@ def test_a_device_without_memory_leaves_the_solving_to_the_cpu(
 ):
     weights, inputs = {"layer": gaussian(24, 40)}, gaussian(90, 40)
     with pretend_device.memory(room):
-        ((found, _),) = solve_hessian(
-            weights, hessian_of(inputs), CLUSTERS, device=torch.device(pretend)
+        ((found, _),) = solve_linears(
+            weights, moments_of(inputs), CLUSTERS, device=torch.device(pretend)
         )
     assert found.retreats == retreats
     assert bool(interpreted.launches) != bool(retreats)
@@ -192,10 +193,10 @@ def test_an_error_of_the_device_names_the_layers(pretend, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise NumericalError("column 1 has a weight of 1e+05, beyond float16")
 
-    monkeypatch.setattr(device, "quantize_group_on_device", refuse)
+    monkeypatch.setattr(solver_device, "quantize_group_on_device", refuse)
     weights = {"model.q": gaussian(8, 6), "model.k": gaussian(8, 6)}
     with pytest.raises(NumericalError, match=r"^model\.q, model\.k: column 1"):
-        solve_hessian(weights, hessian_of(gaussian(90, 6)), CLUSTERS, device=torch.device(pretend))
+        solve_linears(weights, moments_of(gaussian(90, 6)), CLUSTERS, device=torch.device(pretend))
 
 
 def test_perplexity_and_kl_are_those_of_the_cpu(pretend, tmp_path, stream, monkeypatch):

@@ -19,8 +19,8 @@ HARMLESS = {"nnan", "ninf", "nsz"}  # these allow no other order and no other ro
 FITS = """
 import hashlib
 import numpy as np
-from claq_exp.quantize.codebook.block import compensate
 from claq_exp.quantize.codebook.clustering import bin_values, fit_levels
+from claq_exp.quantize.solver.compiled import compensate
 generator = np.random.default_rng(0)
 columns = generator.standard_t(5, size=(20000, 200)).astype(np.float32)
 weights, levels = np.ones(200, dtype=np.float32), np.zeros(16)

@@ -7,10 +7,10 @@ import itertools
 import torch
 from ahead_of_time import ARCHITECTURES, Case
 
-from claq_exp.quantize.device import WIDEST
 from claq_exp.quantize.kernels import block_rounding
 from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
 from claq_exp.quantize.number_formats.table import Grid
+from claq_exp.quantize.solver.device import WIDEST
 from claq_exp.quantize.solver.device_columns import launch_options
 from claq_exp.runtime.kernels import triton as products
 from claq_exp.runtime.kernels.triton_operand import TritonOperand, TritonPart

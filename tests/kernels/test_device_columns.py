@@ -16,13 +16,15 @@ from claq_exp.payload import ColumnCodebooks, unpack_weight
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook import KMeans, Uniform
 from claq_exp.quantize.codebook.clustering import fit_levels
-from claq_exp.quantize.device import solve_on_device
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.recipe import Recipe, describe, quantize_weight
+from claq_exp.quantize.recipe import Recipe, decide, quantize_weight
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq, Nearest
+from claq_exp.quantize.solver.base import describe
 from claq_exp.quantize.solver.columns import ColumnSystem
+from claq_exp.quantize.solver.device import solve_on_device
 from claq_exp.quantize.solver.device_columns import SUB_BLOCK, quantize_group_on_device
 
 PLAIN = Recipe(KMeans(), Fixed(3), NoReservation(), Gptq())
@@ -30,7 +32,7 @@ PLAIN = Recipe(KMeans(), Fixed(3), NoReservation(), Gptq())
 
 def plain_system(columns: int) -> ColumnSystem:
     """Visit the columns as they stand, without compensation."""
-    return Nearest().prepare(torch.eye(columns, dtype=torch.float64))
+    return Nearest().prepare(Moments(torch.eye(columns, dtype=torch.float64)))
 
 
 def correlated_hessian(columns: int, seed: int) -> Tensor:
@@ -180,7 +182,7 @@ RESERVED = [counts(COLUMNS, 0), torch.tensor([3, 0, 1, 40] * 5)]
 
 def small_group(device: str, block_size: int = 128):
     """Two linears of different heights, widths and reservations, solved together."""
-    system = Gptq(block_size=block_size).prepare(correlated_hessian(COLUMNS, seed=1))
+    system = Gptq(block_size=block_size).prepare(Moments(correlated_hessian(COLUMNS, seed=1)))
     weights = [gaussian(64, COLUMNS, seed=2), gaussian(100, COLUMNS, seed=3)]
     return weights, system, quantize_group_on_device(weights, system, BITS, RESERVED, device)
 
@@ -246,7 +248,7 @@ def test_a_block_size_changes_only_rounding(device, group):
 
 
 def test_the_same_problem_gives_the_same_answer(device):
-    system = Gptq().prepare(correlated_hessian(4, seed=4))
+    system = Gptq().prepare(Moments(correlated_hessian(4, seed=4)))
     first, second = (one(gaussian(70, 4, seed=5), system, 2, 2, device) for _ in range(2))
     for suffix, tensor in first.pack().items():
         assert torch.equal(tensor, second.pack()[suffix]), suffix
@@ -255,7 +257,7 @@ def test_the_same_problem_gives_the_same_answer(device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_recorded_launches_give_the_same_answer(device):
     columns = 5 * SUB_BLOCK + 3
-    system = Gptq(block_size=20).prepare(correlated_hessian(columns, seed=15))
+    system = Gptq(block_size=20).prepare(Moments(correlated_hessian(columns, seed=15)))
     problem = [gaussian(200, columns, seed=16)], system, [widths(columns, 2)], [counts(columns, 2)]
     (plain,) = quantize_group_on_device(*problem, device)
     (replayed,) = quantize_group_on_device(*problem, device, graph=True)
@@ -309,7 +311,7 @@ def test_a_dead_input_takes_no_error_and_gives_none(device):
     hessian[2] = 0
     hessian[:, 2] = 0
     weight = gaussian(64, 6, seed=10)
-    system = Gptq().prepare(hessian)
+    system = Gptq().prepare(Moments(hessian))
     whole = one(weight, system, 2, 0, device)
     alone = one(weight[:, 2:3], plain_system(1), 2, 0, device)
     assert torch.equal(whole.codes[:, 2:3], alone.codes)
@@ -333,9 +335,9 @@ def test_weights_that_stop_being_numbers_are_refused(device):
 @pytest.mark.parametrize("solver", [Gptq(), Gptq(act_order=False), Nearest()])
 def test_a_system_is_prepared_where_its_hessian_lies(device, solver):
     hessian = correlated_hessian(12, seed=14)
-    expected = solver.prepare(hessian)
+    expected = solver.prepare(Moments(hessian))
     with torch.device("meta"):  # a tensor made without naming the device would be made there
-        system = solver.prepare(hessian.to(device))
+        system = solver.prepare(Moments(hessian.to(device)))
     assert system.order.tolist() == expected.order.tolist()
     for name in ("distortion_weight", "inverse_factor"):
         found, wanted = getattr(system, name), getattr(expected, name)
@@ -362,8 +364,9 @@ def test_a_group_of_a_run_is_solved_by_the_kernel_where_it_knows_the_recipe(devi
     ]
     scaled = KMeans(row_scales=True)
     chosen = Recipe(scaled, Fixed(2), NoReservation(), Gptq())
-    system = chosen.solver.prepare(hessian)
-    solved = solve_on_device(problems, system, chosen, {}, torch.device(device))
+    system = chosen.solver.prepare(Moments(hessian))
+    plans = [decide(problem, system, chosen, None) for problem in problems]
+    solved = chosen.solver.solve_together(problems, system, plans, torch.device(device))
     expected = [quantize_weight(problem, system, chosen) for problem in problems]
     for ours, theirs in zip(solved, expected, strict=True):
         assert ours.output_error == pytest.approx(theirs.output_error, rel=0.06)
@@ -373,4 +376,5 @@ def test_a_group_of_a_run_is_solved_by_the_kernel_where_it_knows_the_recipe(devi
         Recipe(KMeans(), Fixed(6), NoReservation(), Gptq()),
         Recipe(Uniform(), Fixed(4), NoReservation(), Gptq()),
     ):
-        assert solve_on_device(problems, system, unknown, {}, torch.device(device)) is None
+        plans = [decide(problem, system, unknown, None) for problem in problems]
+        assert solve_on_device(problems, system, plans, torch.device(device)) is None

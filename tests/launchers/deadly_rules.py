@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from claq_exp.quantize.precision import Precision
 from claq_exp.quantize.statistics import EqualColumns
 
 ACTED: list[str] = []  # once in a process, at its first layer
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Rule(Precision):
     """how: what happens when columns get widths.  place: folder for marks.  once: only at first."""
 
     how: str = "nothing"

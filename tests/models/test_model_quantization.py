@@ -15,7 +15,7 @@ from tiny_architectures import ARCHITECTURES, Architecture, token_batches
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from claq_exp.calibration.hessian import HessianAccumulator
+from claq_exp.calibration.moments import MomentsAccumulator
 from claq_exp.checkpoint.reader import load_model
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import write_checkpoint
@@ -26,6 +26,7 @@ from claq_exp.models.quantize import Watcher, quantize_model
 from claq_exp.models.stream import WholeModel
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed, LayerMap, OutlierOrder
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, quantize_weight
@@ -147,12 +148,12 @@ def test_later_groups_are_calibrated_on_the_quantized_earlier_ones(
     def solved_on(reference: nn.Module) -> Tensor:
         """Quantize the original weight on inputs from ordinary passes of another model."""
         module = original.get_submodule(name)
-        accumulator = HessianAccumulator(module.in_features)
+        accumulator = MomentsAccumulator(module.in_features)
         for batch in entering(reference, reference.get_submodule(name), BATCHES):
-            accumulator.add(batch, name)
-        hessian = accumulator.hessian()
+            accumulator.add(batch, where=name)
+        hessian = accumulator.moments().single()
         problem = LinearProblem(module.weight.detach(), hessian)
-        solved = quantize_weight(problem, PLAIN.solver.prepare(hessian), PLAIN)
+        solved = quantize_weight(problem, PLAIN.solver.prepare(Moments(hessian)), PLAIN)
         return solved.quantized.dequantize()
 
     packed = result.packed[name]

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from claq_exp.calibration.hessian import HessianAccumulator
+from claq_exp.calibration.moments import MomentsAccumulator
 from claq_exp.errors import NumericalError
 from claq_exp.fallbacks import count_fallbacks
-from claq_exp.models.solve import report_row, solve_hessian
+from claq_exp.models.solve import report_row, solve_linears
 from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, quantize_weight
@@ -27,10 +28,10 @@ def recipe(solver: object) -> Recipe:
 
 def problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    accumulator = HessianAccumulator(columns)
+    accumulator = MomentsAccumulator(columns)
     inputs = torch.randn(2 * columns, columns, generator=generator)
-    accumulator.add(inputs * torch.linspace(0.1, 3, columns), "here")
-    return torch.randn(rows, columns, generator=generator), accumulator.hessian()
+    accumulator.add(inputs * torch.linspace(0.1, 3, columns), where="here")
+    return torch.randn(rows, columns, generator=generator), accumulator.moments().single()
 
 
 @pytest.mark.case(37)
@@ -39,10 +40,12 @@ def test_a_group_is_solved_as_its_matrices_alone(solver):
     weight, hessian = problem(rows=20, columns=70)
     weights = {"first": weight, "second": weight.flip(0)[:7].contiguous()}
     alone = [
-        quantize_weight(LinearProblem(each, hessian), solver.prepare(hessian), recipe(solver))
+        quantize_weight(
+            LinearProblem(each, hessian), solver.prepare(Moments(hessian)), recipe(solver)
+        )
         for each in weights.values()
     ]
-    together = solve_hessian(weights, hessian, recipe(solver))
+    together = solve_linears(weights, Moments(hessian), recipe(solver))
     for expected, (found, seconds) in zip(alone, together, strict=True):
         assert seconds > 0
         assert torch.equal(found.quantized.codes, expected.quantized.codes)
@@ -52,8 +55,27 @@ def test_a_group_is_solved_as_its_matrices_alone(solver):
 
 def test_the_hessian_is_given_back_before_the_column_loop():
     weight, hessian = problem(rows=5, columns=30)
-    solve_hessian({"layer": weight}, hessian, recipe(Gptq()))
-    assert hessian.numel() == 0
+    moments = Moments(hessian, disposable=True)
+
+    class Watched(Gptq):
+        def solve(self, problem, prepared, plan):
+            assert moments.used_up
+            assert problem.hessian is None
+            return super().solve(problem, prepared, plan)
+
+    assert solve_linears({"layer": weight}, moments, recipe(Watched()))
+
+
+def test_moments_that_are_not_disposable_stay_as_they_are():
+    weight, hessian = problem(rows=5, columns=30)
+    moments = Moments(hessian)
+    ((found, _),) = solve_linears({"layer": weight}, moments, recipe(Gptq()))
+    assert torch.equal(moments.single(), problem(rows=5, columns=30)[1])
+    given = Moments(hessian.clone(), disposable=True)
+    ((again, _),) = solve_linears({"layer": weight}, given, recipe(Gptq()))
+    assert given.used_up
+    assert torch.equal(found.quantized.codes, again.quantized.codes)
+    assert found.output_error == again.output_error
 
 
 def test_a_solution_of_a_problem_whose_hessian_is_gone_needs_its_energy():
@@ -72,7 +94,7 @@ def test_a_weight_that_is_no_number_is_named_with_its_place():
     broken[77, 3] = torch.nan
     weights = {"model.q_proj": weight, "model.k_proj": broken}
     with pytest.raises(NumericalError, match=r"model\.k_proj: weight\[77, 3\] is nan"):
-        solve_hessian(weights, hessian, recipe(Gptq()))
+        solve_linears(weights, Moments(hessian), recipe(Gptq()))
 
 
 def indefinite(columns: int) -> torch.Tensor:
@@ -85,8 +107,10 @@ def indefinite(columns: int) -> torch.Tensor:
 @pytest.mark.case(23)
 def test_a_hessian_that_no_damping_mends_has_its_layers_rounded_to_nearest_and_told():
     weight, _ = problem(rows=20, columns=30)
-    ((found, _),) = solve_hessian({"model.o_proj": weight}, indefinite(30), recipe(Gptq()))
-    ((rounded, _),) = solve_hessian({"model.o_proj": weight}, indefinite(30), recipe(Nearest()))
+    ((found, _),) = solve_linears({"model.o_proj": weight}, Moments(indefinite(30)), recipe(Gptq()))
+    ((rounded, _),) = solve_linears(
+        {"model.o_proj": weight}, Moments(indefinite(30)), recipe(Nearest())
+    )
     assert torch.equal(found.quantized.dequantize(), rounded.quantized.dequantize())
     row = report_row(0, "model.o_proj", found, 100, 0.1)
     assert (row["nearest"], row["damping"]) == ("indefinite", None)
@@ -97,30 +121,37 @@ def test_a_hessian_that_no_damping_mends_has_its_layers_rounded_to_nearest_and_t
 def test_strict_refuses_it_with_the_layer_and_the_smallest_eigenvalue():
     weight, _ = problem(rows=20, columns=30)
     with pytest.raises(NumericalError, match=r"model\.o_proj: .*smallest eigenvalue -\d"):
-        solve_hessian({"model.o_proj": weight}, indefinite(30), recipe(Gptq()), strict=True)
+        solve_linears(
+            {"model.o_proj": weight}, Moments(indefinite(30)), recipe(Gptq()), strict=True
+        )
 
 
 class Short(Gptq):
     """A solver without memory for anything but the CPU."""
 
-    def prepare(self, hessian, overwrite=False):
-        if hessian.device.type != "cpu":
+    def prepare(self, moments):
+        if moments.hessian.device.type != "cpu":
             raise torch.OutOfMemoryError("no room")
-        return super().prepare(hessian, overwrite)
+        return super().prepare(moments)
+
+
+class Narrow(Gptq):
+    """A solver whose columns find no memory."""
+
+    def solve_together(self, problems, prepared, plans, device):
+        raise torch.OutOfMemoryError("no room")
 
 
 @pytest.mark.case(101)
-@pytest.mark.parametrize("solver", [Short(), Gptq()], ids=["factor", "columns"])
-def test_a_device_without_memory_hands_over_to_the_cpu_and_that_is_told(solver, monkeypatch):
-    def no_room(*_):
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr("claq_exp.models.solve.solve_on_device", no_room)
+@pytest.mark.parametrize("solver", [Short(), Narrow()], ids=["factor", "columns"])
+def test_a_device_without_memory_hands_over_to_the_cpu_and_that_is_told(solver):
     weight, hessian = problem(rows=20, columns=30)
-    ((expected, _),) = solve_hessian({"layer": weight}, hessian.clone(), recipe(Gptq()))
+    ((expected, _),) = solve_linears({"layer": weight}, Moments(hessian), recipe(Gptq()))
     # neither is the device "cpu", and the second can hold numbers
     device = torch.device("meta") if isinstance(solver, Short) else torch.device("cpu", 0)
-    ((found, _),) = solve_hessian({"layer": weight}, hessian, recipe(solver), device=device)
+    ((found, _),) = solve_linears(
+        {"layer": weight}, Moments(hessian), recipe(solver), device=device
+    )
     assert torch.equal(found.quantized.codes, expected.quantized.codes)
     assert report_row(0, "layer", found, 100, 0.1)["retreats"] == 1
     assert report_row(0, "layer", expected, 100, 0.1)["retreats"] is None
@@ -130,14 +161,16 @@ def test_a_device_without_memory_hands_over_to_the_cpu_and_that_is_told(solver, 
 def test_a_solve_takes_one_float64_and_one_float32_matrix():
     columns, rows = 2048, 64
     weight, hessian = problem(rows, 128)
-    solve_hessian({"layer": weight}, hessian, recipe(Gptq()))  # compiles and loads libraries
+    solve_linears(
+        {"layer": weight}, Moments(hessian), recipe(Gptq())
+    )  # compiles and loads libraries
     inputs = torch.randn(256, columns, generator=torch.Generator().manual_seed(2))
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(3))
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    accumulator = HessianAccumulator(columns)
-    accumulator.add(inputs, "here")
-    solve_hessian({"layer": weight}, accumulator.hessian(), recipe(Gptq()))
+    accumulator = MomentsAccumulator(columns)
+    accumulator.add(inputs, where="here")
+    solve_linears({"layer": weight}, accumulator.moments(), recipe(Gptq()))
     square = columns**2
     assert resident("VmHWM") - before < 12 * square + 32 * MIB
 

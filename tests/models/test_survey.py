@@ -13,6 +13,7 @@ from torch import nn
 from claq_exp.errors import CalibrationError, NumericalError
 from claq_exp.models.discover import linear_weight
 from claq_exp.models.survey import LEAST_IMPORTANCE, survey_model
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.solver import Gptq, Nearest
 from claq_exp.quantize.statistics import ColumnStatistics
 
@@ -107,7 +108,7 @@ def test_columns_weigh_what_the_solver_says_of_the_original_models_hessian(name,
     found = surveyed(model, solver, gradients=gradients)
     for linear in names:
         hessian = 2 / len(inputs[linear]) * inputs[linear].t() @ inputs[linear]
-        expected = solver.prepare(hessian).distortion_weight
+        expected = solver.prepare(Moments(hessian)).distortion_weight
         if not gradients:  # relative to what the layer puts out
             weight = linear_weight(model.get_submodule(linear)).detach().double()
             expected = expected / torch.trace(weight @ hessian @ weight.t())
@@ -143,7 +144,7 @@ def test_a_gradient_that_is_no_number_is_refused_and_the_model_left_as_it_was():
 
 def test_a_solver_that_gives_up_is_named_with_its_layer():
     class Stubborn:
-        def prepare(self, hessian):
+        def prepare(self, moments):
             raise NumericalError("no")
 
     with pytest.raises(NumericalError, match=r"model\.layers\.0\.self_attn\.q_proj: no"):

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook import Codebook, ColumnQuantizer, KMeans
-from claq_exp.quantize.codebook.block import compensate
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.recipe import Recipe, Solved, quantize_weight
+from claq_exp.quantize.recipe import Recipe, quantize_weight
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq
+from claq_exp.quantize.solver.base import Solved
 from claq_exp.quantize.statistics import ColumnStatistics
 
 ColumnRule = Callable[[int, np.ndarray], np.ndarray]
@@ -50,7 +51,7 @@ def recipe(**changes: object) -> Recipe:
 def solve(weight: Tensor, hessian: Tensor, chosen: Recipe) -> Solved:
     """Quantize one matrix as the package does it for a layer."""
     problem = LinearProblem(weight, hessian)
-    return quantize_weight(problem, chosen.solver.prepare(hessian), chosen)
+    return quantize_weight(problem, chosen.solver.prepare(Moments(hessian)), chosen)
 
 
 def damped(hessian: Tensor, damping: float) -> np.ndarray:
@@ -83,7 +84,7 @@ def explicit_obs(
 
 
 @dataclass(frozen=True)
-class Led:
+class Led(Codebook):
     """A codebook that is led along a reference: each column starts from the reference's state.
 
     Fits are chaotic: a last bit of one column may tip a clustering, and every column after it.
@@ -111,23 +112,19 @@ class Led:
         return LedColumns(self.codebook.start(statistics, plan), self.compensated)
 
 
-class LedColumns:
+class LedColumns(ColumnQuantizer):
     """The quantizer of a matrix, led."""
 
     def __init__(self, own: ColumnQuantizer, compensated: np.ndarray) -> None:
         self._own, self._compensated = own, compensated
         self.payload = own.payload
 
-    def quantize_block(self, columns: np.ndarray, values: np.ndarray, lower: np.ndarray) -> None:
-        for position, column in enumerate(columns.tolist()):
-            if len(lower):
-                compensate(values, lower, position)
-            one = slice(position, position + 1)
-            expected = self._compensated[:, column]
-            size = np.abs(expected).max()
-            assert values[position] == pytest.approx(expected, abs=1e-4 * size, rel=0)
-            values[position] = expected
-            self._own.quantize_block(columns[one], values[one], lower[one, one])
+    def code_column(self, column: int, values: np.ndarray) -> np.ndarray:
+        expected = self._compensated[:, column]
+        size = np.abs(expected).max()
+        assert values == pytest.approx(expected, abs=1e-4 * size, rel=0)
+        values[:] = expected  # the loop's own: the error is that of the reference's column
+        return self._own.code_column(column, values)
 
 
 def fitted(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from quantize_references import random_problem, recipe, solve
 
 from claq_exp.errors import ConfigError
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed, Hessian, LayerMap, Magnitude, OutlierOrder, Random
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import planned_layout, quantize_weight
@@ -136,7 +137,7 @@ def test_saliency_is_the_mean_square_times_the_price_of_an_error():
 def test_under_gptq_equal_counts_are_ordered_by_the_price_that_the_solver_states():
     weight, hessian = random_problem(rows=30, columns=20, seed=3)
     chosen = recipe(precision=OutlierOrder(2.5))
-    system = chosen.solver.prepare(hessian)
+    system = chosen.solver.prepare(Moments(hessian))
     saliency = weight.square().mean(dim=0) * system.distortion_weight
     quantized = solve(weight, hessian, chosen).quantized
     high = torch.nonzero(quantized.column_bits == 4).flatten().tolist()
@@ -256,7 +257,7 @@ def test_a_layer_map_gives_a_layer_the_width_of_the_first_entry_that_names_it(wi
 def test_a_layer_map_reaches_a_layer_by_the_name_of_its_problem():
     weight, hessian = random_problem(rows=6, columns=5, seed=0)
     chosen = recipe(precision=LayerMap({"down_proj": 2}, default=5))
-    system = chosen.solver.prepare(hessian)
+    system = chosen.solver.prepare(Moments(hessian))
     for name, bits in {"layers.0.mlp.down_proj": 2, "layers.0.mlp.up_proj": 5, "": 5}.items():
         solved = quantize_weight(LinearProblem(weight, hessian, name), system, chosen)
         assert solved.quantized.layout().columns_per_width == {bits: 5}

@@ -11,9 +11,11 @@ from quantize_references import fitted, random_problem, recipe, solve, squared_e
 
 from claq_exp.payload.column_codebooks import ColumnCodebooks, ColumnCodebooksLayout
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
-from claq_exp.quantize.codebook import CODEBOOK, KMeans
+from claq_exp.quantize.codebook import CODEBOOK, Codebook, KMeans
 from claq_exp.quantize.codebook.affine import fit_scale_and_shift
-from claq_exp.quantize.codebook.block import (
+from claq_exp.quantize.codebook.clustering import fit_levels
+from claq_exp.quantize.codebook.columns import CompiledColumns, PythonColumns
+from claq_exp.quantize.codebook.compiled import (
     ABSMAX,
     EXACT,
     FITTED,
@@ -22,19 +24,18 @@ from claq_exp.quantize.codebook.block import (
     RANGE,
     choose_reserved,
     column_distortions,
-    compensate,
     round_half,
 )
-from claq_exp.quantize.codebook.clustering import fit_levels
-from claq_exp.quantize.codebook.columns import CompiledColumns, PythonColumns
 from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
 from claq_exp.quantize.codebook.kmeans import shared_codebooks
 from claq_exp.quantize.codebook.simple import normal_float
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import quantize_weight
 from claq_exp.quantize.reservation import Fixed as FixedReservation
 from claq_exp.quantize.solver import Gptq, Nearest
+from claq_exp.quantize.solver.compiled import compensate, quantize_block
 from claq_exp.quantize.statistics import ColumnStatistics
 
 QUICK = settings(max_examples=100)
@@ -119,7 +120,7 @@ def test_in_tails_mode_both_ends_of_a_column_are_kept():
     counts = torch.full((5,), 5)
     plan = MatrixPlan(KMeans(), ColumnPlan(Fixed(2).plan(flat(weight)), counts, "tails"))
     problem = LinearProblem(weight, hessian)
-    result = quantize_weight(problem, Nearest().prepare(hessian), recipe(), plan).quantized
+    result = quantize_weight(problem, Nearest().prepare(Moments(hessian)), recipe(), plan).quantized
     for column in range(5):
         mine = result.reserved.columns() == column
         expected = sorted_choice(weight[:, column].numpy(), 5, tails=True)
@@ -187,8 +188,9 @@ def test_a_step_of_the_loop_is_that_of_numpy(rule, weighted):
         found = expected_column(single, width, count, rule, book, importance)
         codes.append(found[0].tolist())
         quantized.append(found[1])
+        assert np.array_equal(quantizer.code_column(column, single), found[1])
         errors, divisor = single[None].copy(), np.full((1, 1), 0.7, dtype=np.float32)
-        quantizer.quantize_block(np.array([column]), errors, divisor)
+        quantize_block(errors, divisor, np.array([column]), quantizer.compiled())
         assert np.array_equal(errors[0], (single - found[1]) / divisor[0, 0])
     assert quantizer.payload().codes.t().tolist() == codes
     assert np.array_equal(dequantized(quantizer), quantized)
@@ -204,7 +206,7 @@ def test_a_block_of_the_loop_is_the_steps_one_after_the_other(rule):
     statistics = flat(torch.from_numpy(work.T.copy()).float())
     quantizer = CompiledColumns(statistics, ColumnPlan(BITS, COUNTS), rule)
     values = work.astype(np.float32)
-    quantizer.quantize_block(np.arange(11), values, lower.astype(np.float32))
+    quantize_block(values, lower.astype(np.float32), np.arange(11), quantizer.compiled())
     quantized = np.empty_like(work)
     for column in range(11):
         work[column] -= lower[column, :column] @ work[:column]
@@ -218,7 +220,7 @@ def test_a_block_of_the_loop_is_the_steps_one_after_the_other(rule):
     assert np.array_equal(dequantized(quantizer), quantized)
 
 
-class MyKMeans:
+class MyKMeans(Codebook):
     """A codebook of one's own in Python, with the package's fit."""
 
     mixed_widths = True
@@ -306,7 +308,7 @@ def planned(codebook, weight, row_weights, distortion=None, reserved=2):
     hessian = torch.diag(torch.ones(columns) if distortion is None else distortion).double()
     problem = LinearProblem(weight, hessian)
     whole = MatrixPlan(codebook, plan, row_weights)
-    return quantize_weight(problem, Nearest().prepare(hessian), recipe(), whole).quantized
+    return quantize_weight(problem, Nearest().prepare(Moments(hessian)), recipe(), whole).quantized
 
 
 @pytest.mark.parametrize("codebook", VARIANTS, ids=str)

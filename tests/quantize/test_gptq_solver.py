@@ -21,8 +21,9 @@ from quantize_references import (
 )
 
 from claq_exp.errors import ConfigError, NumericalError
-from claq_exp.quantize.codebook import KMeans, Uniform
+from claq_exp.quantize.codebook import ColumnQuantizer, KMeans, Uniform
 from claq_exp.quantize.codebook.clustering import fit_levels
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.reservation import Fixed as FixedReservation
@@ -101,7 +102,7 @@ def test_inverse_factor_is_upper_and_squares_to_the_inverse_of_the_damped_hessia
     columns, act_order
 ):
     _, hessian = random_problem(rows=1, columns=columns, seed=1)
-    system = Gptq(act_order=act_order, damping=0.01).prepare(hessian)
+    system = Gptq(act_order=act_order, damping=0.01).prepare(Moments(hessian))
     order = falling_diagonal(hessian) if act_order else list(range(columns))
     assert system.order.tolist() == order
     factor = system.inverse_factor.double().numpy()
@@ -113,7 +114,7 @@ def test_inverse_factor_is_upper_and_squares_to_the_inverse_of_the_damped_hessia
 
 def test_distortion_weight_is_what_an_error_costs_while_later_columns_still_help():
     _, hessian = random_problem(rows=1, columns=9, seed=2)
-    system = Gptq(damping=0.05).prepare(hessian)
+    system = Gptq(damping=0.05).prepare(Moments(hessian))
     order = falling_diagonal(hessian)
     for position, column in enumerate(order):
         left = order[position:]
@@ -123,7 +124,7 @@ def test_distortion_weight_is_what_an_error_costs_while_later_columns_still_help
 
 def test_nearest_weighs_an_error_by_the_hessian_diagonal_and_keeps_the_order():
     _, hessian = random_problem(rows=1, columns=5, seed=3)
-    system = Nearest().prepare(hessian)
+    system = Nearest().prepare(Moments(hessian))
     assert system.order.tolist() == [0, 1, 2, 3, 4]
     assert system.distortion_weight.tolist() == hessian.diagonal().float().tolist()
     assert system.inverse_factor is None
@@ -219,30 +220,24 @@ def plain_loop(
     return work
 
 
-class Shortened:
-    """A quantizer that takes a part of every value off, and sees every column and its errors.
+class Shortened(ColumnQuantizer):
+    """A quantizer that takes a part of every value off, and sees every column.
 
     Without steps there is no border that a rounding could push a value over.
     """
 
     def __init__(self, columns: int) -> None:
         self.seen: list[int] = []
-        self.errors = [np.zeros(0)] * columns
+        self.given = [np.zeros(0)] * columns
 
     @staticmethod
     def shortened(_: int, values: np.ndarray) -> np.ndarray:
         return values * 0.875
 
-    def quantize_block(self, columns, values, lower):
-        assert lower.shape == (len(columns), len(columns))
-        block = values.astype(np.float64)
-        for position, column in enumerate(columns.tolist()):
-            block[position] -= lower[position, :position].astype(np.float64) @ block[:position]
-            error = block[position] - self.shortened(column, block[position])
-            block[position] = error / lower[position, position]
-            self.seen.append(column)
-            self.errors[column] = block[position].copy()
-        values[:] = block
+    def code_column(self, column, values):
+        self.seen.append(column)
+        self.given[column] = values.astype(np.float64)
+        return self.shortened(column, values)
 
 
 @pytest.mark.case(35)
@@ -250,16 +245,16 @@ class Shortened:
 @pytest.mark.parametrize("columns", [1, 6, 7, 8, 20, 21, 22, 127, 128, 129, 257])
 def test_looking_ahead_changes_nothing(columns, block_size):
     weight, hessian = random_problem(rows=9, columns=columns, seed=columns)
-    system = Gptq(block_size=block_size, damping=0.1).prepare(hessian)
+    system = Gptq(block_size=block_size, damping=0.1).prepare(Moments(hessian))
     quantizer = Shortened(columns)
     loss = quantize_columns(weight, system, quantizer)
     order = system.order.numpy()
     ordered = weight.t().numpy()[order]
-    expected = plain_loop(
-        ordered, system.inverse_factor.t().numpy().astype(np.float64), Shortened.shortened
-    )
+    lower = system.inverse_factor.t().numpy().astype(np.float64)
+    expected = plain_loop(ordered, lower, Shortened.shortened)
     assert quantizer.seen == order.tolist()
-    errors = np.stack([quantizer.errors[column] for column in order])
+    given = np.stack([quantizer.given[column] for column in order])
+    errors = (given - Shortened.shortened(0, given)) / lower.diagonal()[:, None]
     assert errors == pytest.approx(expected, rel=0, abs=1e-4 * np.abs(expected).max())
     assert loss == pytest.approx((expected**2).sum(), rel=1e-4)
 
@@ -374,7 +369,7 @@ def test_damping_rises_until_the_hessian_is_positive_definite_and_is_recorded(
 def test_an_indefinite_hessian_is_refused_with_its_smallest_eigenvalue(diagonal):
     hessian = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
     with pytest.raises(NumericalError, match="positive definite") as caught:
-        Gptq().prepare(hessian)
+        Gptq().prepare(Moments(hessian))
     assert "eigenvalue -" in str(caught.value)
     assert "solver.damping" in str(caught.value)
 
@@ -393,12 +388,14 @@ def test_preparing_in_the_memory_of_the_hessian_finds_the_same(act_order, column
     _, hessian = random_problem(rows=1, columns=columns, seed=13)
     hessian = with_dead_inputs(hessian, [4, 70])
     solver = Gptq(act_order=act_order)
-    expected = solver.prepare(hessian)
+    expected = solver.prepare(Moments(hessian))
     own = hessian.clone()
-    found = solver.prepare(own.t() if transposed else own, overwrite=True)
+    given = Moments(own.t() if transposed else own, disposable=True)
+    found = solver.prepare(given)
     for part in ("order", "inverse_factor", "distortion_weight", "added", "dead"):
         assert torch.equal(getattr(found, part), getattr(expected, part)), part
     assert torch.equal(own, hessian) == transposed
+    assert given.used_up
 
 
 @pytest.mark.case(23)
@@ -410,8 +407,9 @@ def test_a_hessian_that_is_refused_is_as_it_was(columns, act_order):
     hessian = (hessian + hessian.t()) / 2
     hessian[5, 5] = -2 * hessian.diagonal().sum()
     own = hessian.clone()
+    moments = Moments(own, disposable=True)
     with pytest.raises(NumericalError, match="positive definite"):
-        Gptq(act_order=act_order).prepare(own, overwrite=True)
+        Gptq(act_order=act_order).prepare(moments)
     assert torch.equal(own, hessian)
 
 
@@ -419,8 +417,8 @@ def test_preparing_leaves_the_hessian_as_it_was():
     _, hessian = random_problem(rows=1, columns=6, seed=12)
     hessian = with_dead_inputs(hessian, [1])
     before = hessian.clone()
-    Gptq().prepare(hessian)
-    Nearest().prepare(hessian)
+    Gptq().prepare(Moments(hessian))
+    Nearest().prepare(Moments(hessian))
     assert torch.equal(hessian, before)
 
 

@@ -14,7 +14,14 @@ from quantize_references import fitted, random_problem, recipe, solve
 
 from claq_exp.errors import ConfigError
 from claq_exp.quantize.codebook.clustering import fit_levels
-from claq_exp.quantize.reservation import Fixed, Hessian, NoReservation, OutlierOrder, Random
+from claq_exp.quantize.reservation import (
+    Fixed,
+    Hessian,
+    NoReservation,
+    OutlierOrder,
+    Random,
+    Reservation,
+)
 from claq_exp.quantize.reservation.shares import counts_from_shares
 from claq_exp.quantize.solver import Gptq, Nearest
 from claq_exp.quantize.statistics import ColumnStatistics
@@ -154,8 +161,8 @@ def test_a_rule_says_which_entries_of_a_column_stay(select, kept):
 
 
 @dataclass(frozen=True)
-class OfOnesOwn:
-    """A reservation from before `select` was there, or with one that does not exist."""
+class OfOnesOwn(Reservation):
+    """A reservation that says nothing of `select`, or one that does not exist."""
 
     def plan(self, statistics):
         return torch.full((statistics.shape[1],), 2)

@@ -9,20 +9,23 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from own_solvers import CyclicDescent
 from quantize_references import random_problem, recipe, solve
 
 from claq_exp.errors import ConfigError, NumericalError
 from claq_exp.payload import BlockCodes, ColumnCodebooks, RowGrid, SignScales, unpack_weight
 from claq_exp.payload.base import Payload
 from claq_exp.payload.column_codebooks import ColumnCodebooksLayout
-from claq_exp.quantize.codebook import CODEBOOK
+from claq_exp.quantize.codebook import CODEBOOK, Codebook
 from claq_exp.quantize.codebook.columns import PythonColumns
-from claq_exp.quantize.precision import PRECISION, Fixed
+from claq_exp.quantize.moments import WANTED, Moments
+from claq_exp.quantize.precision import PRECISION, Fixed, Precision
 from claq_exp.quantize.precision.rate_distortion import RateDistortion
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.recipe import planned_layout
-from claq_exp.quantize.reservation import RESERVATION
+from claq_exp.quantize.recipe import planned_layout, quantize_weight
+from claq_exp.quantize.reservation import RESERVATION, Reservation
 from claq_exp.quantize.solver import SOLVER
+from claq_exp.quantize.solver.column_loop import ColumnLoop
 from claq_exp.quantize.solver.columns import ColumnSystem
 from claq_exp.quantize.statistics import EqualColumns
 from claq_exp.quantize.strategy import find_strategy
@@ -213,14 +216,73 @@ def test_reserved_counts_fit_their_columns(name):
         assert 0 <= int(counts.min()) <= int(counts.max()) <= rows
 
 
-@pytest.mark.parametrize("name", SOLVER)
-def test_a_solver_visits_every_column_once(name):
+SOLVERS = {**SOLVER, "own": CyclicDescent}
+every_solver = pytest.mark.parametrize("solver", [SOLVERS[name]() for name in SOLVERS], ids=SOLVERS)
+
+
+@every_solver
+def test_a_solver_visits_every_column_once(solver):
     _, hessian = random_problem(1, 12, seed=10)
-    system = SOLVER[name]().prepare(hessian)
-    assert sorted(system.order.tolist()) == list(range(12))
-    assert system.distortion_weight.dtype == torch.float32
-    assert (system.distortion_weight > 0).all()
-    assert system.block_size >= 1
+    hessian[3] = 0
+    hessian[:, 3] = 0
+    prepared = solver.prepare(Moments(hessian))
+    assert sorted(prepared.order.tolist()) == list(range(12))
+    assert prepared.distortion_weight.dtype == torch.float32
+    assert (prepared.distortion_weight[~prepared.dead] > 0).all()
+    assert prepared.dead.tolist() == [column == 3 for column in range(12)]
+    assert prepared.added.dtype == torch.float64
+    assert prepared.added.shape == (12,)
+    assert (prepared.damping is None) == (not prepared.added.any())
+
+
+@every_solver
+def test_a_solver_wants_what_there_is(solver):
+    assert isinstance(solver.wants, frozenset)
+    assert solver.wants <= set(WANTED)
+
+
+@every_solver
+@pytest.mark.parametrize("disposable", [True, False])
+def test_a_solver_keeps_moments_as_they_are_or_says_that_it_has_used_them_up(solver, disposable):
+    weight, hessian = random_problem(20, 9, seed=13)
+    expected = solve(weight, hessian, recipe(solver=solver))
+    own = hessian.clone()
+    moments = Moments(own, tokens=72, disposable=disposable)
+    problem = LinearProblem(weight, hessian)
+    prepared = solver.prepare(moments)
+    assert moments.tokens == 72
+    if not moments.used_up:
+        assert torch.equal(own, hessian)
+    else:
+        assert disposable
+        problem = LinearProblem(weight, None, known_energy=problem.energy())
+    found = quantize_weight(problem, prepared, recipe(solver=solver))
+    assert torch.equal(found.quantized.codes, expected.quantized.codes)
+    assert found.output_error == expected.output_error
+
+
+@every_solver
+def test_a_solver_takes_the_mean_of_groups_that_it_does_not_want(solver):
+    assert not solver.wants
+    problems = [random_problem(20, 9, seed=seed) for seed in (14, 15, 16)]
+    groups = torch.stack([hessian for _, hessian in problems])
+    weight, mean = problems[0][0], groups.mean(dim=0)
+    expected = solve(weight, mean, recipe(solver=solver))
+    for disposable in (False, True):
+        moments = Moments(groups.clone(), disposable=disposable)
+        prepared = solver.prepare(moments)
+        found = quantize_weight(LinearProblem(weight, mean), prepared, recipe(solver=solver))
+        assert torch.equal(found.quantized.codes, expected.quantized.codes)
+        assert moments.used_up or torch.equal(moments.hessian, groups)
+
+
+@every_solver
+def test_the_weight_may_be_solved_again_and_again_from_one_preparation(solver):
+    weight, hessian = random_problem(20, 9, seed=17)
+    prepared, problem = solver.prepare(Moments(hessian)), LinearProblem(weight, hessian)
+    first, second = (quantize_weight(problem, prepared, recipe(solver=solver)) for _ in range(2))
+    assert torch.equal(first.quantized.codes, second.quantized.codes)
+    assert first.output_error == second.output_error
 
 
 WIDTHS = {
@@ -249,7 +311,7 @@ def test_a_codebook_uses_no_more_values_than_its_codes_name(name, bits):
 
 
 @dataclass(frozen=True)
-class EveryThird:
+class EveryThird(Precision):
     """A person's own precision."""
 
     bits: int = 2
@@ -261,7 +323,7 @@ class EveryThird:
 
 
 @dataclass(frozen=True)
-class FirstColumn:
+class FirstColumn(Reservation):
     """A person's own reservation."""
 
     def plan(self, statistics):
@@ -271,7 +333,7 @@ class FirstColumn:
 
 
 @dataclass(frozen=True)
-class Powers:
+class Powers(Codebook):
     """A person's own codebook: signed powers of two, the same for every column."""
 
     mixed_widths: ClassVar[bool] = True
@@ -304,11 +366,11 @@ class PowerColumns(PythonColumns):
 
 
 @dataclass(frozen=True)
-class Backwards:
+class Backwards(ColumnLoop):
     """A person's own solver: from the last column to the first, uncompensated."""
 
-    def prepare(self, hessian):
-        count = len(hessian)
+    def prepare(self, moments):
+        count = moments.hessian.shape[-1]
         return ColumnSystem(
             order=torch.arange(count - 1, -1, -1),
             inverse_factor=None,
@@ -321,7 +383,7 @@ class Backwards:
 
 
 @dataclass(frozen=True)
-class Constant:
+class Constant(Precision, Reservation):
     """A plan that answers the same whatever it is asked."""
 
     answer: torch.Tensor
@@ -361,6 +423,29 @@ def test_strategies_of_ones_own_work_together_by_dotted_path():
     assert torch.equal(result.dequantize()[:, 0], weight[:, 0].half().float())
     assert set(result.dequantize()[:, 1].tolist()) <= {-1.0, -0.5, 0.5, 1.0}
     assert planned_layout(recipe(**own), 20, 10).ledger() == result.ledger()
+
+
+class PlanAlone:
+    """A person's own precision that inherits from nothing."""
+
+    def plan(self, statistics):
+        return torch.full((statistics.shape[1],), 2, dtype=torch.uint8)
+
+
+def test_a_strategy_without_what_its_family_asks_is_refused_with_the_class_to_inherit_from():
+    with pytest.raises(ConfigError) as caught:
+        recipe(precision=PlanAlone())
+    told = str(caught.value)
+    assert f"precision.name={__name__}:PlanAlone has no plan_key, ranges;" in told
+    assert "inherit from claq_exp.quantize.precision.base.Precision" in told
+
+
+def test_a_solver_that_wants_what_nobody_measures_is_refused_with_what_there_is():
+    class Greedy(Backwards):
+        wants = frozenset({"cross", "fame"})
+
+    with pytest.raises(ConfigError, match=r"wants 'fame'.*cross, output_gradients"):
+        recipe(solver=Greedy())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

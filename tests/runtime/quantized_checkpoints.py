@@ -9,6 +9,7 @@ import torch
 from claq_exp.checkpoint.writer import PackedWeight, write_checkpoint
 from claq_exp.models.discover import LINEAR, linear_weight
 from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import OutlierOrder
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, quantize_weight
@@ -26,7 +27,9 @@ def write(model, tokenizer, blocks: str, target: Path) -> Path:
             weight = linear_weight(module)
             hessian = torch.eye(weight.shape[1], dtype=torch.float64)
             problem = LinearProblem(weight.detach().float().clone(), hessian)
-            found = quantize_weight(problem, RECIPE.solver.prepare(hessian), RECIPE).quantized
+            found = quantize_weight(
+                problem, RECIPE.solver.prepare(Moments(hessian)), RECIPE
+            ).quantized
             packed[name] = PackedWeight(found.layout(), found.pack())
     write_checkpoint(target, model, tokenizer, packed, torch.float16)
     return target

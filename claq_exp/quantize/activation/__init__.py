@@ -15,19 +15,28 @@ SCOPES = (TOKEN, TENSOR, STATIC)
 
 
 class Activation(Protocol):
-    """A rule for the inputs of linear layers.
+    """A rule for the inputs of linear layers."""
 
-    One whose outer scale has a choice also has `scope`: token, of each token for itself; tensor, of
-    all tokens that are multiplied together; static, of the calibration text.  One that learns its
-    codewords also has `books`, see `claq_exp.quantize.codebook.block_formats.LoBcq`.
-    """
+    @property
+    def scope(self) -> str:
+        """What shares the outer scale.
+
+        token: each token has its own; tensor: all tokens that are multiplied together; static: all
+        of them, the scale is that of the calibration text.
+        """
+        return TOKEN
+
+    @property
+    def books(self) -> str:
+        """Where codewords come from that are learned, see `codebook.block_formats.LoBcq`."""
+        return ""
 
     def block_format(self) -> BlockFormat | None:
         """Return the format that inputs are rounded to; None to leave them alone."""
 
 
 @dataclass(frozen=True)
-class NoActivation:
+class NoActivation(Activation):
     """Leave the inputs as they are."""
 
     def block_format(self) -> None:
@@ -36,13 +45,12 @@ class NoActivation:
 
 
 @dataclass(frozen=True)
-class _Scoped(ABC):
+class _Scoped(Activation, ABC):
     """The base of rules with a format: both are checked when one is made."""
 
     def __post_init__(self) -> None:
-        scope = getattr(self, "scope", TOKEN)
-        if scope not in SCOPES:
-            raise ConfigError(one_of("activation.scope", scope, SCOPES))
+        if self.scope not in SCOPES:
+            raise ConfigError(one_of("activation.scope", self.scope, SCOPES))
         self.block_format()
 
     @abstractmethod

@@ -117,8 +117,7 @@ def _grid(block_format: BlockFormat, codebooks: Any) -> Grid:
 
 def needs_text(activation: Activation) -> bool:
     """Tell whether a rule is settled by what is seen of a text."""
-    local = getattr(activation, "books", None) == LOCAL
-    return local or getattr(activation, "scope", TOKEN) == STATIC
+    return activation.books == LOCAL or activation.scope == STATIC
 
 
 def settle_rounding(activation: Activation, observed: Observed | None) -> Rounding | None:
@@ -130,7 +129,7 @@ def settle_rounding(activation: Activation, observed: Observed | None) -> Roundi
     block_format = activation.block_format()
     if block_format is None:
         return None
-    scope, books = getattr(activation, "scope", TOKEN), getattr(activation, "books", "")
+    scope, books = activation.scope, activation.books
     if block_format.codewords != LEARNED:
         grid = Grid.fixed(block_format)
     elif books == LOCAL and observed is not None:
@@ -149,6 +148,6 @@ def expected_rounding(activation: Activation, linears: Iterable[str]) -> Roundin
     if block_format is None or not needs_text(activation):
         return settle_rounding(activation, None)
     books = torch.zeros(block_format.codebooks, 2**block_format.bits)
-    scope = getattr(activation, "scope", TOKEN)
+    scope = activation.scope
     maxima = dict.fromkeys(linears, 10.123456789012345) if scope == STATIC else {}
     return Rounding(Grid(block_format, books - 10.0), scope, maxima)

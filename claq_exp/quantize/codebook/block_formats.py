@@ -14,8 +14,9 @@ from torch import Tensor
 from claq_exp.errors import ConfigError
 from claq_exp.payload.block_format import BlockCodes, BlockFormatLayout
 from claq_exp.quantize.allocation import ColumnPlan
-from claq_exp.quantize.codebook.block import quantize_block_in_format
+from claq_exp.quantize.codebook.base import Codebook
 from claq_exp.quantize.codebook.columns import FixedColumns
+from claq_exp.quantize.codebook.compiled import FormatTask, code_in_format
 from claq_exp.quantize.number_formats.encoding import encode
 from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
 from claq_exp.quantize.number_formats.levels import BlockLevels
@@ -29,7 +30,7 @@ LOCAL_ROUNDS = 20
 
 
 @dataclass(frozen=True)
-class BlockCodebook(ABC):
+class BlockCodebook(Codebook, ABC):
     """The base of block formats: scales and selectors are fixed before compensation.
 
     Static as those of `uniform`, they cost no column index under act-order.
@@ -183,27 +184,31 @@ class BlockColumns(FixedColumns):
         super().__init__(rows, plan)
         encoded = encode(weight, grid, by_row=grid.format.rule.by_row)
         self._levels = BlockLevels.of(encoded, grid)
-        self._steps = np.ascontiguousarray(self._levels.steps.numpy().T)
         selectors = encoded.selectors
         if selectors is None:
             selectors = torch.zeros(rows, 1, dtype=torch.uint8)
-        self._selectors = np.ascontiguousarray(selectors.numpy().T)
-        self._block = grid.format.block if grid.format.codebooks > 1 else columns
-        self._array = min(grid.format.array, columns)
-        self._table = grid.table
+        table = grid.table
+        self._task = FormatTask(
+            codes=self._codes,
+            table=table.codes.numpy(),
+            words=table.codewords.numpy(),
+            resolution=np.float32(table.resolution),
+            offset=table.offset,
+            steps=np.ascontiguousarray(self._levels.steps.numpy().T),
+            array=min(grid.format.array, columns),
+            selectors=np.ascontiguousarray(selectors.numpy().T),
+            block=grid.format.block if grid.format.codebooks > 1 else columns,
+        )
 
-    def quantize_block(
-        self,
-        columns: NDArray[np.int64],
-        values: NDArray[np.float32],
-        lower: NDArray[np.float32],
-    ) -> None:
-        """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
-        table = self._table
-        words = table.codes.numpy(), table.codewords.numpy()
-        places = np.float32(table.resolution), table.offset
-        shared = (self._steps, columns // self._array, self._selectors, columns // self._block)
-        quantize_block_in_format(values, lower, columns, (*words, *places, *shared), self._codes)
+    def compiled(self) -> FormatTask:
+        """Return the task of the compiled step."""
+        return self._task
+
+    def code_column(self, column: int, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Code a column, see ColumnQuantizer."""
+        quantized = np.empty_like(values)
+        code_in_format(values, column, self._task, quantized)
+        return quantized
 
     def payload(self) -> BlockCodes:
         """Return codes, scales and codebooks."""

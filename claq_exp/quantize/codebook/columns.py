@@ -17,19 +17,18 @@ from claq_exp.payload.columns import Reserved
 from claq_exp.payload.shared_codebooks import SharedCodebooks
 from claq_exp.payload.stored import HALF_MAX
 from claq_exp.quantize.allocation import ColumnPlan
-from claq_exp.quantize.codebook.block import (
+from claq_exp.quantize.codebook.base import ColumnQuantizer
+from claq_exp.quantize.codebook.compiled import (
     KMEANS,
-    ColumnResult,
     ColumnTask,
     choose_reserved,
-    compensate,
-    quantize_block,
+    code_with_levels,
 )
 from claq_exp.quantize.statistics import ColumnStatistics
 
 
-class CompiledColumns:
-    """Codebooks that the compiled loop fits: one per column, or shared ones that it stretches.
+class CompiledColumns(ColumnQuantizer):
+    """Codebooks that a compiled step fits: one per column, or shared ones that it stretches.
 
     books: width -> [2**width] float32, ascending, for the rules that share codebooks.
     row_scales: [out] float16 or None.
@@ -57,6 +56,7 @@ class CompiledColumns:
         scales = np.ones(rows, dtype=np.float32)
         if row_scales is not None:
             scales = row_scales.float().numpy()
+        entries = 0 if books is not None else 2 ** int(plan.column_bits.max())
         self._task = ColumnTask(
             bits=plan.column_bits.numpy(),
             offsets=offsets,
@@ -66,9 +66,6 @@ class CompiledColumns:
             books=padded,
             weights=np.ascontiguousarray(statistics.importance().numpy() * scales**2),
             row_scales=scales,
-        )
-        entries = 0 if books is not None else 2 ** int(plan.column_bits.max())
-        self._result = ColumnResult(
             codes=np.zeros((columns, rows), dtype=np.uint8),
             levels=np.zeros((columns, entries), dtype=np.float32),
             scales=np.zeros((columns if books is not None else 0, 2), dtype=np.float32),
@@ -76,25 +73,26 @@ class CompiledColumns:
             kept=np.zeros(offsets[-1], dtype=np.float32),
         )
 
-    def quantize_block(
-        self,
-        columns: NDArray[np.int64],
-        values: NDArray[np.float32],
-        lower: NDArray[np.float32],
-    ) -> None:
-        """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
-        quantize_block(values, lower, columns, self._task, self._result)
+    def compiled(self) -> ColumnTask:
+        """Return the task of the compiled step."""
+        return self._task
+
+    def code_column(self, column: int, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Fit and code a column, see ColumnQuantizer."""
+        quantized = np.empty_like(values)
+        code_with_levels(values, column, self._task, quantized)
+        return quantized
 
     def payload(self) -> ColumnCodebooks | SharedCodebooks:
         """Return codes, codebooks and the entries that stay in float16."""
-        result, plan = self._result, self._plan
-        kept = torch.from_numpy(result.kept).half()
-        reserved = reserved_entries(plan.reserved_counts, torch.from_numpy(result.rows), kept)
-        coded = torch.from_numpy(result.codes).t(), plan.column_bits, reserved
+        task, plan = self._task, self._plan
+        kept = torch.from_numpy(task.kept).half()
+        reserved = reserved_entries(plan.reserved_counts, torch.from_numpy(task.rows), kept)
+        coded = torch.from_numpy(task.codes).t(), plan.column_bits, reserved
         if self._books:
-            scales = torch.from_numpy(result.scales).half()
+            scales = torch.from_numpy(task.scales).half()
             return SharedCodebooks(*coded, self._books, scales, self._row_scales)
-        return ColumnCodebooks(*coded, torch.from_numpy(result.levels).half(), self._row_scales)
+        return ColumnCodebooks(*coded, torch.from_numpy(task.levels).half(), self._row_scales)
 
 
 def reserved_entries(counts: Tensor, rows: Tensor, values: Tensor) -> Reserved:
@@ -109,7 +107,7 @@ def reserved_entries(counts: Tensor, rows: Tensor, values: Tensor) -> Reserved:
     return reserved
 
 
-class FixedColumns:
+class FixedColumns(ColumnQuantizer, ABC):
     """What quantizers have in common whose levels are fixed before, and which reserve nothing."""
 
     def __init__(self, rows: int, plan: ColumnPlan) -> None:
@@ -122,8 +120,8 @@ class FixedColumns:
         return codes, self._plan.column_bits, Reserved.none(len(self._codes))
 
 
-class PythonColumns(ABC):
-    """A quantizer in Python, column by column: the base for codebooks of your own.
+class PythonColumns(ColumnQuantizer, ABC):
+    """A quantizer in Python: the base for codebooks of your own.
 
     Much slower than the compiled rules, and open to any library.
     """
@@ -140,7 +138,7 @@ class PythonColumns(ABC):
     def quantize(
         self, column: int, values: NDArray[np.float32], reserved: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-        """Return (codes, the values that they stand for) of a compensated column: [out] each.
+        """Return (codes, the values that they stand for) of a column as it is now: [out] each.
 
         `reserved` lists rows that are stored in float16 whatever is returned for them.
         """
@@ -149,30 +147,20 @@ class PythonColumns(ABC):
     def payload(self) -> Payload:
         """Return the quantized matrix, once every column is done; `coded` has the half of it."""
 
-    def quantize_block(
-        self,
-        columns: NDArray[np.int64],
-        values: NDArray[np.float32],
-        lower: NDArray[np.float32],
-    ) -> None:
-        """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
+    def code_column(self, column: int, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Reserve entries of a column and code the others, see ColumnQuantizer."""
         chosen = np.empty(self.rows, dtype=bool)
-        for position, column in enumerate(columns.tolist()):
-            if len(lower):
-                compensate(values, lower, position)
-            current = values[position]
-            count = int(self._plan.reserved_counts[column])
-            choose_reserved(current, count, self._plan.select == "tails", chosen)
-            rows = np.flatnonzero(chosen)
-            codes, quantized = self.quantize(column, current, rows)
-            with np.errstate(over="ignore"):  # `reserved` refuses an infinite one
-                kept = current[rows].astype(np.float16)
-            self._kept[column] = rows, kept
-            self._codes[column] = np.where(chosen, 0, codes)
-            quantized = quantized.astype(np.float32)
-            quantized[rows] = kept
-            current -= quantized
-            current /= lower[position, position] if len(lower) else 1.0
+        count = int(self._plan.reserved_counts[column])
+        choose_reserved(values, count, self._plan.select == "tails", chosen)
+        rows = np.flatnonzero(chosen)
+        codes, quantized = self.quantize(column, values, rows)
+        with np.errstate(over="ignore"):  # `reserved` refuses an infinite one
+            kept = values[rows].astype(np.float16)
+        self._kept[column] = rows, kept
+        self._codes[column] = np.where(chosen, 0, codes)
+        quantized = quantized.astype(np.float32)
+        quantized[rows] = kept
+        return quantized
 
     def coded(self) -> tuple[Tensor, Tensor, Reserved]:
         """Return codes [out, in] uint8, their widths and the entries that stay in float16."""

@@ -13,16 +13,17 @@ from claq_exp.payload.base import Layout
 from claq_exp.payload.column_codebooks import ColumnCodebooksLayout
 from claq_exp.payload.shared_codebooks import SharedCodebooksLayout
 from claq_exp.quantize.allocation import ColumnPlan
-from claq_exp.quantize.codebook.block import EXACT, FITTED, KMEANS
+from claq_exp.quantize.codebook.base import Codebook, DeviceRule
 from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.codebook.columns import CompiledColumns
+from claq_exp.quantize.codebook.compiled import EXACT, FITTED, KMEANS
 from claq_exp.quantize.statistics import ColumnStatistics
 
 SAMPLE = 64  # columns that a shared codebook is learned from
 
 
 @dataclass(frozen=True)
-class KMeans:
+class KMeans(Codebook):
     """Fit 2**bits float16 centroids to the compensated column, without its reserved entries.
 
     The layer loss that a column causes under GPTQ is proportional to its squared error, so
@@ -59,6 +60,12 @@ class KMeans:
             row_scales=scales,
             fit_reserved=self.fit_reserved,
         )
+
+    def device_rule(self) -> DeviceRule | None:
+        """Return the kernel's rule, for codebooks of columns that leave reserved entries out."""
+        if self.rule != KMEANS or self.shared or self.fit_reserved:
+            return None
+        return DeviceRule(self.row_scales)
 
 
 @dataclass(frozen=True)

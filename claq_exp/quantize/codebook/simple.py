@@ -13,13 +13,14 @@ from claq_exp.payload.base import Layout
 from claq_exp.payload.column_codebooks import ColumnCodebooksLayout
 from claq_exp.payload.shared_codebooks import SharedCodebooksLayout
 from claq_exp.quantize.allocation import ColumnPlan
-from claq_exp.quantize.codebook.block import ABSMAX, QUANTILES, RANGE
+from claq_exp.quantize.codebook.base import Codebook
 from claq_exp.quantize.codebook.columns import CompiledColumns
+from claq_exp.quantize.codebook.compiled import ABSMAX, QUANTILES, RANGE
 from claq_exp.quantize.statistics import ColumnStatistics
 
 
 @dataclass(frozen=True)
-class Quantile:
+class Quantile(Codebook):
     """Give each level of a column the same number of entries, and put it at their mean."""
 
     mixed_widths: ClassVar[bool] = True
@@ -35,7 +36,7 @@ class Quantile:
 
 
 @dataclass(frozen=True)
-class UniformColumn:
+class UniformColumn(Codebook):
     """Space the levels of a column evenly from its smallest to its largest entry.
 
     Stored as a scale and a shift per column.
@@ -56,7 +57,7 @@ class UniformColumn:
 
 
 @dataclass(frozen=True)
-class NormalFloat:
+class NormalFloat(Codebook):
     """Place the levels at quantiles of a normal distribution, scaled to the column's largest entry.
 
     Stored as a scale and a (zero) shift per column.  Source: QLoRA (arXiv 2305.14314), section 3.

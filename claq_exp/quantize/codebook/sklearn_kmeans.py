@@ -14,15 +14,16 @@ from claq_exp.errors import ConfigError
 from claq_exp.payload.base import Layout
 from claq_exp.payload.column_codebooks import ColumnCodebooks, ColumnCodebooksLayout
 from claq_exp.quantize.allocation import ColumnPlan
-from claq_exp.quantize.codebook.block import assign_codes
+from claq_exp.quantize.codebook.base import Codebook
 from claq_exp.quantize.codebook.columns import PythonColumns
+from claq_exp.quantize.codebook.compiled import assign_codes
 from claq_exp.quantize.statistics import ColumnStatistics
 
 PASSES = 300  # at most
 
 
 @dataclass(frozen=True)
-class SklearnKMeans:
+class SklearnKMeans(Codebook):
     """Fit 2**bits float16 centroids to the compensated column as scikit-learn's KMeans finds them.
 
     One k-means++ start, at most 300 passes, tolerance 1e-4.  Slower and further from the optimum

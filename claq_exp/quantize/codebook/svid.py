@@ -13,6 +13,7 @@ from torch import Tensor
 from claq_exp.errors import ConfigError
 from claq_exp.payload.sign_scales import SignScales, SignScalesLayout
 from claq_exp.quantize.allocation import ColumnPlan
+from claq_exp.quantize.codebook.base import Codebook
 from claq_exp.quantize.codebook.columns import PythonColumns
 from claq_exp.quantize.statistics import ColumnStatistics
 
@@ -21,7 +22,7 @@ SETTLED = 1e-7  # change of the unit vector at which it stops
 
 
 @dataclass(frozen=True)
-class Svid:
+class Svid(Codebook):
     """Store sign(w) and the best approximation of |W| by one column times one row.
 
     The largest singular value and its vectors give |W| ~ a b^T with a, b >= 0, and w = sign * a_i *

@@ -13,15 +13,16 @@ from claq_exp.errors import ConfigError
 from claq_exp.payload.operand import Grid
 from claq_exp.payload.row_grid import RowGrid, RowGridLayout
 from claq_exp.quantize.allocation import ColumnPlan
-from claq_exp.quantize.codebook.block import quantize_block_on_grid
+from claq_exp.quantize.codebook.base import Codebook
 from claq_exp.quantize.codebook.columns import FixedColumns
+from claq_exp.quantize.codebook.compiled import GridTask, code_on_grid
 from claq_exp.quantize.statistics import ColumnStatistics
 
 SMALLEST_SCALE = float(torch.finfo(torch.float16).tiny)
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Codebook):
     """Asymmetric min-max grid with float16 scales, fixed before compensation ("static groups").
 
     q = clamp(round(w / s) + z), w = s * (q - z).  Static groups cost no column index under
@@ -72,21 +73,23 @@ class UniformColumns(FixedColumns):
     def __init__(self, plan: ColumnPlan, top: int, grid: Grid) -> None:
         super().__init__(grid.scales.shape[0], plan)
         self._grid = grid
-        self._scales = np.ascontiguousarray(grid.scales.float().numpy().T)
-        zeros = grid.zeros.float().numpy().T
-        self._zeros = np.ascontiguousarray(zeros)
-        self._top = np.float32(top)
+        self._task = GridTask(
+            codes=self._codes,
+            scales=np.ascontiguousarray(grid.scales.float().numpy().T),
+            zeros=np.ascontiguousarray(grid.zeros.float().numpy().T),
+            group_size=grid.group_size,
+            top=np.float32(top),
+        )
 
-    def quantize_block(
-        self,
-        columns: NDArray[np.int64],
-        values: NDArray[np.float32],
-        lower: NDArray[np.float32],
-    ) -> None:
-        """Quantize some columns, see `claq_exp.quantize.codebook.block.quantize_block`."""
-        groups = columns // self._grid.group_size
-        task = (columns, groups, self._scales, self._zeros, self._top)
-        quantize_block_on_grid(values, lower, task, self._codes)
+    def compiled(self) -> GridTask:
+        """Return the task of the compiled step."""
+        return self._task
+
+    def code_column(self, column: int, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Code a column, see ColumnQuantizer."""
+        quantized = np.empty_like(values)
+        code_on_grid(values, column, self._task, quantized)
+        return quantized
 
     def payload(self) -> RowGrid:
         """Return codes and grid."""

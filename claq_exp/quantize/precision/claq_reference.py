@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import ConfigError
+from claq_exp.quantize.precision.base import Precision
 from claq_exp.quantize.precision.two_widths import paper_pair
 from claq_exp.quantize.statistics import VISITING, ColumnStatistics
 
@@ -15,7 +16,7 @@ THRESHOLD = 13.0  # written into the reference code, for AP and for OR
 
 
 @dataclass(frozen=True)
-class ClaqReference:
+class ClaqReference(Precision):
     """Give 4 bits to the `round(columns * share)` columns with most outliers, ties by visiting.
 
     An outlier reaches 13 times the matrix mean of |W|.  Unlike outlier_order, the count is rounded

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from claq_exp.errors import ConfigError
 from claq_exp.payload.stored import MAX_BITS
+from claq_exp.quantize.precision.base import Precision
 from claq_exp.quantize.statistics import ColumnStatistics
 
 
 @dataclass(frozen=True)
-class LayerMap:
+class LayerMap(Precision):
     """Give all columns of a layer the width that its name is mapped to.
 
     widths: layer -> bits; a layer is a full name (model.layers.0.mlp.down_proj), its last parts

@@ -14,6 +14,7 @@ from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import MAX_BITS
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook.kmeans import KMeans
+from claq_exp.quantize.precision.base import Precision
 from claq_exp.quantize.rate_distortion import (
     Choices,
     allocate,
@@ -32,7 +33,7 @@ SAMPLED = 16  # every so many columns decide on the form of a matrix
 
 
 @dataclass(frozen=True)
-class RateDistortion:
+class RateDistortion(Precision):
     """Spend the budget where it lowers the loss of the whole model most.
 
     A survey of the original model gives the price of an error in every column (the GPTQ distortion

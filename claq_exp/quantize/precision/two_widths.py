@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,11 +11,12 @@ from torch import Tensor
 
 from claq_exp.errors import ConfigError
 from claq_exp.payload.stored import MAX_BITS
+from claq_exp.quantize.precision.base import Precision, Range
 from claq_exp.quantize.statistics import ColumnStatistics
 
 
 @dataclass(frozen=True)
-class TwoWidths(ABC):
+class TwoWidths(Precision, ABC):
     """Give the higher of two widths to as many columns as the target allows.
 
     target_bits: mean code bits per weight; the plan never exceeds it.
@@ -57,7 +57,7 @@ class TwoWidths(ABC):
             return self.low_bits, self.high_bits
         return paper_pair(self.target_bits)
 
-    def ranges(self) -> list[tuple[float, float, Callable[[float], TwoWidths]]]:
+    def ranges(self) -> list[Range]:
         """Return (lowest, highest, rule at so many bits) where one pair of widths serves all."""
 
         def at(bits: float) -> TwoWidths:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import ConfigError
+from claq_exp.quantize.reservation.base import Reservation
 from claq_exp.quantize.reservation.shares import TAILS
 from claq_exp.quantize.statistics import VISITING, ColumnStatistics
 
@@ -19,7 +20,7 @@ RATE = 0.004
 
 
 @dataclass(frozen=True)
-class ClaqReference:
+class ClaqReference(Reservation):
     """Keep 1.4 % a side of the tenth of the columns with most outliers, 0.4 % a side of the others.
 
     What is kept is round(m r) + 1 entries from the top and m - round(m (1 - r)) from the bottom of

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from claq_exp.quantize.reservation.base import Reservation
 from claq_exp.quantize.statistics import ColumnStatistics
 
 
 @dataclass(frozen=True)
-class NoReservation:
+class NoReservation(Reservation):
     """Quantize every entry."""
 
     def plan(self, statistics: ColumnStatistics) -> Tensor:

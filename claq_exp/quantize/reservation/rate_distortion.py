@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import ConfigError
+from claq_exp.quantize.reservation.base import Reservation
 from claq_exp.quantize.statistics import ColumnStatistics
 
 
 @dataclass(frozen=True)
-class JointReservation:
+class JointReservation(Reservation):
     """Leave the choice to `precision=rate_distortion`, column by column.
 
     small, large: the shares of a column's entries that it may keep, beside none.

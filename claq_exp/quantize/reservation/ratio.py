@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import ConfigError, one_of
+from claq_exp.quantize.reservation.base import Reservation
 from claq_exp.quantize.reservation.shares import MAGNITUDE, SELECTIONS, counts_from_shares
 from claq_exp.quantize.statistics import ColumnStatistics
 
@@ -18,7 +19,7 @@ RATIO_OF = (BOTH_TAILS, EACH_TAIL)
 
 
 @dataclass(frozen=True)
-class Ratio:
+class Ratio(Reservation):
     """Keep `ratio` of the entries.
 
     ratio: share of all entries of the matrix; realised to the entry.

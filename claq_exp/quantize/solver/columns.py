@@ -1,55 +1,31 @@
-"""The column loop that every solver shares."""
+"""The column loop on the CPU."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from claq_exp.quantize.codebook import ColumnQuantizer
+from claq_exp.quantize.codebook.base import ColumnQuantizer
+from claq_exp.quantize.solver.base import Prepared
+from claq_exp.quantize.solver.compiled import compensate, quantize_block
 
 
-@dataclass(frozen=True)
-class ColumnSystem:
+@dataclass(frozen=True, kw_only=True)
+class ColumnSystem(Prepared):
     """How the columns of a matrix are visited and compensated.
 
-    order: [in] int64, the visiting order.
     inverse_factor: [in, in] float32 upper triangular U with U^T U = inverse of the damped Hessian,
         rows and columns in visiting order; None without compensation.
-    distortion_weight: [in] float32, layer loss per squared error of a column, columns in the
-        matrix's own order.
-    damping: share of the mean diagonal that was added to the diagonal; None without compensation.
-    added: [in] float64, what was added to the diagonal in all, columns in the matrix's own order.
-    dead: [in] bool, inputs that were zero on every calibration token.
     block_size: columns between two updates of all later columns.
-    raised: the damping had to be larger than what was asked for.
-    nearest: why nothing is compensated although it was asked for: "unfed", all inputs are dead, or
-        "indefinite", no damping was enough; else empty.
     """
 
-    order: Tensor
     inverse_factor: Tensor | None
-    distortion_weight: Tensor
-    damping: float | None
-    added: Tensor
-    dead: Tensor
     block_size: int
-    raised: bool = False
-    nearest: str = ""
-
-    def cpu(self) -> ColumnSystem:
-        """Return the same on the CPU."""
-        factor = self.inverse_factor
-        return replace(
-            self,
-            order=self.order.cpu(),
-            inverse_factor=None if factor is None else factor.cpu(),
-            distortion_weight=self.distortion_weight.cpu(),
-            added=self.added.cpu(),
-            dead=self.dead.cpu(),
-        )
 
 
 def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuantizer) -> float:
@@ -73,7 +49,9 @@ def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuan
             stop = min(start + step, len(order))
             errors = work[start:stop]
             inside = torch.zeros(0, 0) if factor is None else factor[start:stop, start:stop].t()
-            quantizer.quantize_block(order[start:stop], errors.numpy(), inside.contiguous().numpy())
+            _quantize_block(
+                quantizer, order[start:stop], errors.numpy(), inside.contiguous().numpy()
+            )
             errors[dead[start:stop]] = 0.0  # of any size, and no other column depends on them
             loss += float(errors.square().sum(dtype=torch.float64))
             if behind is not None:
@@ -85,6 +63,25 @@ def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuan
                     _spread, work[following:], factor[start:stop, following:], errors
                 )
     return loss
+
+
+def _quantize_block(
+    quantizer: ColumnQuantizer,
+    columns: NDArray[np.int64],
+    values: NDArray[np.float32],
+    lower: NDArray[np.float32],
+) -> None:
+    """Quantize the columns of a block: `quantize_block`, in Python where a codebook is."""
+    task = quantizer.compiled()
+    if task is not None:
+        quantize_block(values, lower, columns, task)
+        return
+    for position, column in enumerate(columns.tolist()):
+        if len(lower):
+            compensate(values, lower, position)
+        current = values[position]
+        current -= quantizer.code_column(column, current)
+        current /= lower[position, position] if len(lower) else 1.0
 
 
 def _spread(later: Tensor, across: Tensor, errors: Tensor) -> None:

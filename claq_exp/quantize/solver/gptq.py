@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from claq_exp.errors import ConfigError, NumericalError
+from claq_exp.quantize.moments import Moments
+from claq_exp.quantize.solver.column_loop import ColumnLoop
 from claq_exp.quantize.solver.columns import ColumnSystem
 from claq_exp.quantize.solver.factor import inverse_factor
 from claq_exp.quantize.symmetric import permute_
 
 
 @dataclass(frozen=True)
-class Gptq:
+class Gptq(ColumnLoop):
     """Spread each column's error over later columns through the inverse Hessian.
 
     act_order: visit columns by falling Hessian diagonal.
@@ -40,15 +41,16 @@ class Gptq:
                 f"solver.damping is {self.damping}; give a share of the mean diagonal in (0, 1]"
             )
 
-    def prepare(self, hessian: Tensor, overwrite: bool = False) -> ColumnSystem:
+    def prepare(self, moments: Moments) -> ColumnSystem:
         """Order the columns and factorize.
 
         A dead input (H_jj = 0) gets the mean diagonal of the others: its column is rounded to
-        nearest, takes no error of others and gives none.
-        overwrite: work in the memory of the Hessian, which is then lost.
+        nearest, takes no error of others and gives none.  The factor is found in the memory of
+        disposable moments.
         Raises NumericalError when no damping makes the Hessian positive definite; it is as before
         then.
         """
+        hessian = moments.single()
         diagonal = hessian.diagonal().clone()
         dead = diagonal == 0
         fill = diagonal[~dead].mean() if not dead.all() else hessian.new_ones(())
@@ -60,7 +62,7 @@ class Gptq:
         )
         backwards = order.flip(0)
         matrix = hessian
-        if not (overwrite and hessian.is_contiguous()):
+        if not (moments.disposable and hessian.is_contiguous()):
             matrix = hessian.clone(memory_format=torch.contiguous_format)
         permute_(matrix, backwards)
         matrix.diagonal().copy_(filled[backwards])
@@ -70,6 +72,8 @@ class Gptq:
             permute_(matrix, torch.argsort(backwards))
             matrix.diagonal().copy_(diagonal)
             raise
+        if moments.disposable:
+            moments.use_up()
         weight = torch.empty(len(order), dtype=torch.float32, device=hessian.device)
         weight[order] = factor.diagonal().square().reciprocal()
         return ColumnSystem(

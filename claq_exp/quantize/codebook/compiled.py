@@ -1,21 +1,22 @@
-"""The column loop inside a block of columns, compiled: compensate, reserve, fit, code, pass on.
+"""What codebooks do to one column, compiled: reserve, fit, code.
 
-All of it runs without Python and without its lock, so that linears of a group are solved side by
-side.  Compiled by numba and cached on disk.
+A loop over columns is a solver's; one that is compiled itself calls `code_column`, and is compiled
+together with the function of the codebook's task.  Compiled by numba and cached on disk.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit, uintp
+from numba import njit, types, uintp
+from numba.extending import overload
 from numpy.typing import NDArray
 
 from claq_exp.quantize.codebook.affine import fit_scale_and_shift
 from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
-from claq_exp.quantize.codebook.fused import multiply_add
 from claq_exp.quantize.number_formats.compiled import place_of
 
 KMEANS, EXACT, QUANTILES, FITTED, RANGE, ABSMAX = range(6)
@@ -25,7 +26,7 @@ HALF_OVERFLOW = np.float32(65520.0)  # midway to the next step
 
 
 class ColumnTask(NamedTuple):
-    """What the loop reads.
+    """Columns on levels that are fitted to each: what a step reads, and what it writes.
 
     bits: [in] uint8.  offsets: [in + 1] int64, where a column's reserved entries go.
     tails: reserve from both ends of a column in equal number instead of by magnitude.
@@ -33,6 +34,10 @@ class ColumnTask(NamedTuple):
     rule: KMEANS ... ABSMAX.  books: [9, 256] float32, shared codebooks by width.
     weights: [out] float32, importance of the rows.
     row_scales: [out] float32; what a row's values are divided by before the fit.
+
+    codes: [in, out] uint8.  levels: [in, 2**widest] float32 of float16 values, of columns with a
+    codebook of their own.  scales: [in, 2] float32 of float16 values, of shared codebooks.
+    rows: [reserved] int64.  kept: [reserved] float32 of float16 values; infinite beyond them.
     """
 
     bits: NDArray[np.uint8]
@@ -43,21 +48,46 @@ class ColumnTask(NamedTuple):
     books: NDArray[np.float32]
     weights: NDArray[np.float32]
     row_scales: NDArray[np.float32]
-
-
-class ColumnResult(NamedTuple):
-    """What the loop writes, each column once.
-
-    codes: [in, out] uint8.  levels: [in, 2**widest] float32 of float16 values, of columns with a
-    codebook of their own.  scales: [in, 2] float32 of float16 values, of shared codebooks.
-    rows: [reserved] int64.  kept: [reserved] float32 of float16 values; infinite beyond them.
-    """
-
     codes: NDArray[np.uint8]
     levels: NDArray[np.float32]
     scales: NDArray[np.float32]
     rows: NDArray[np.int64]
     kept: NDArray[np.float32]
+
+
+class GridTask(NamedTuple):
+    """Columns on grids that are fixed before.
+
+    codes: [in, out] uint8, written.  scales, zeros: [groups, out] float32.  group_size: columns
+    that share a grid.  top: the highest code.
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.float32]
+    group_size: int
+    top: np.float32
+
+
+class FormatTask(NamedTuple):
+    """Columns in a block format whose scales and codebooks are chosen.
+
+    codes: [in, out] uint8, written.
+    table: [places, codebooks] uint8, words: [places, codebooks] float32, resolution and offset: of
+    a lookup table (`claq_exp.quantize.number_formats.table`).
+    steps: [arrays, out] float32, for each `array` columns.
+    selectors: [blocks, out] uint8, for each `block` columns.
+    """
+
+    codes: NDArray[np.uint8]
+    table: NDArray[np.uint8]
+    words: NDArray[np.float32]
+    resolution: np.float32
+    offset: int
+    steps: NDArray[np.float32]
+    array: int
+    selectors: NDArray[np.uint8]
+    block: int
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -72,26 +102,6 @@ def round_half(value):  # type: ignore[no-untyped-def]
         stretched = magnitude * np.float32(8193.0)  # 2**13 + 1 leaves 11 significant bits
         rounded = stretched - (stretched - magnitude)
     return np.copysign(rounded, value)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def compensate(values, lower, position):  # type: ignore[no-untyped-def]
-    """Subtract from row `position` the errors in the rows before it, lower[position, k] each."""
-    column = values[position]
-    done = 0
-    while done + 4 <= position:
-        first, second = -lower[position, done], -lower[position, done + 1]
-        third, fourth = -lower[position, done + 2], -lower[position, done + 3]
-        for row in range(len(column)):
-            left = multiply_add(first, values[done, row], column[row])
-            left = multiply_add(second, values[done + 1, row], left)
-            left = multiply_add(third, values[done + 2, row], left)
-            column[row] = multiply_add(fourth, values[done + 3, row], left)
-        done += 4
-    for earlier in range(done, position):
-        factor = -lower[position, earlier]
-        for row in range(len(column)):
-            column[row] = multiply_add(factor, values[earlier, row], column[row])
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -203,113 +213,104 @@ def find_levels(values, weights, rule, book, levels):  # type: ignore[no-untyped
     return np.float32(1.0), np.float32(0.0)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def quantize_block(values, lower, columns, task, result):  # type: ignore[no-untyped-def]
-    """Quantize the columns of a block one after the other.
+def code_column(values, column, task, quantized):  # type: ignore[no-untyped-def]
+    """Fit and code a column, in compiled loops: the function that `codes` knows for the task.
 
-    values: [block, out] float32, a column of the weight per row; overwritten by the errors
-        (w - q) / U_jj, which the caller spreads over later columns.
-    lower: [block, block] float32, the inverse factor's block, transposed; a 0 x 0 array where
-        errors are not compensated (they are then w - q).
-    columns: [block] int64, each row's column of the matrix.
+    values: [out] float32, the column as it is now.  column: its place in the matrix.
+    quantized: [out] float32, overwritten by what is stored of it.
     """
-    rows = values.shape[1]
+    raise NotImplementedError("only compiled functions call this")
+
+
+def codes(kind: type[tuple[Any, ...]]) -> Callable[[Any], Any]:
+    """Have a compiled function be `code_column` for tasks of a NamedTuple class."""
+
+    def register(step: Any) -> Any:
+        @overload(code_column)
+        def choose(values, column, task, quantized):  # type: ignore[no-untyped-def]
+            if not (isinstance(task, types.NamedTuple) and task.instance_class is kind):
+                return None
+
+            def call(values, column, task, quantized):  # type: ignore[no-untyped-def]
+                step(values, column, task, quantized)
+
+            return call
+
+        return step
+
+    return register
+
+
+@codes(ColumnTask)
+@njit(cache=True, nogil=True, error_model="numpy")
+def code_with_levels(values, column, task, quantized):  # type: ignore[no-untyped-def]
+    """Reserve entries of a column, fit its levels and code it, see `code_column`."""
+    rows = len(values)
     chosen = np.empty(rows, dtype=np.bool_)
-    unreserved, scaled = np.empty(rows, dtype=np.float32), np.empty(rows, dtype=np.float32)
-    for position in range(len(columns)):
-        if len(lower):
-            compensate(values, lower, position)
-        column, current = columns[position], values[position]
+    for row in range(rows):
+        quantized[row] = values[row] / task.row_scales[row]
+    start, stop = task.offsets[column], task.offsets[column + 1]
+    choose_reserved(quantized, stop - start, task.tails, chosen)
+    weights = task.weights
+    if stop > start and not task.fit_reserved:
+        weights = np.empty(rows, dtype=np.float32)
         for row in range(rows):
-            scaled[row] = current[row] / task.row_scales[row]
-        start, stop = task.offsets[column], task.offsets[column + 1]
-        choose_reserved(scaled, stop - start, task.tails, chosen)
-        weights = task.weights
-        if stop > start and not task.fit_reserved:
-            weights = unreserved
-            for row in range(rows):
-                weights[row] = np.float32(0.0) if chosen[row] else task.weights[row]
-        width = np.int64(task.bits[column])
-        entries = 1 << width
-        levels = np.empty(entries, dtype=np.float32)
-        scale, shift = find_levels(scaled, weights, task.rule, task.books[width, :entries], levels)
-        if task.rule >= SHARED:
-            result.scales[column, 0], result.scales[column, 1] = scale, shift
-        else:
-            result.levels[column, :entries] = levels
-        codes = result.codes[column]
-        assign_codes(scaled, levels, codes)
-        divisor = lower[position, position] if len(lower) else np.float32(1.0)
-        if stop > start:
-            _reserve(current, chosen, start, codes, result)
-        for row in range(rows):
-            kept = levels[uintp(codes[row])] * task.row_scales[row]
-            kept = min(max(kept, -HALF_MAX), HALF_MAX)
-            scaled[row] = round_half(current[row]) if chosen[row] else kept
-        for row in range(rows):
-            current[row] = (current[row] - scaled[row]) / divisor
+            weights[row] = np.float32(0.0) if chosen[row] else task.weights[row]
+    width = np.int64(task.bits[column])
+    entries = 1 << width
+    levels = np.empty(entries, dtype=np.float32)
+    scale, shift = find_levels(quantized, weights, task.rule, task.books[width, :entries], levels)
+    if task.rule >= SHARED:
+        task.scales[column, 0], task.scales[column, 1] = scale, shift
+    else:
+        task.levels[column, :entries] = levels
+    written = task.codes[column]
+    assign_codes(quantized, levels, written)
+    if stop > start:
+        _reserve(values, chosen, start, written, task)
+    for row in range(rows):
+        kept = levels[uintp(written[row])] * task.row_scales[row]
+        kept = min(max(kept, -HALF_MAX), HALF_MAX)
+        quantized[row] = round_half(values[row]) if chosen[row] else kept
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _reserve(values, chosen, place, codes, result):  # type: ignore[no-untyped-def]
+def _reserve(values, chosen, place, codes, task):  # type: ignore[no-untyped-def]
     """Write the chosen rows of a column from `place` on, and give them code 0."""
     for row in range(len(values)):
         if chosen[row]:
             codes[row] = 0
-            result.rows[place], result.kept[place] = row, round_half(values[row])
+            task.rows[place], task.kept[place] = row, round_half(values[row])
             place += 1
 
 
+@codes(GridTask)
 @njit(cache=True, nogil=True, error_model="numpy")
-def quantize_block_on_grid(values, lower, task, codes):  # type: ignore[no-untyped-def]
-    """Quantize the columns of a block to given grids: values and lower as in `quantize_block`.
-
-    task: columns [block] int64, their groups [block] int64, scales and zeros [groups, out] float32,
-        the highest code.
-    codes: [in, out] uint8, overwritten where the columns are.
-    """
-    columns, groups, scales, zeros, top = task
-    for position in range(len(columns)):
-        if len(lower):
-            compensate(values, lower, position)
-        divisor = lower[position, position] if len(lower) else np.float32(1.0)
-        current, written = values[position], codes[columns[position]]
-        scale, zero = scales[groups[position]], zeros[groups[position]]
-        for row in range(len(current)):
-            code = np.rint(current[row] / scale[row]) + zero[row]
-            code = min(max(code, np.float32(0.0)), top)
-            kept = min(max(scale[row] * (code - zero[row]), -HALF_MAX), HALF_MAX)
-            written[row] = np.uint8(code)
-            current[row] = (current[row] - kept) / divisor
+def code_on_grid(values, column, task, quantized):  # type: ignore[no-untyped-def]
+    """Code a column on a given grid, see `code_column`."""
+    group, written = column // task.group_size, task.codes[column]
+    scale, zero = task.scales[group], task.zeros[group]
+    for row in range(len(values)):
+        code = np.rint(values[row] / scale[row]) + zero[row]
+        code = min(max(code, np.float32(0.0)), task.top)
+        quantized[row] = min(max(scale[row] * (code - zero[row]), -HALF_MAX), HALF_MAX)
+        written[row] = np.uint8(code)
 
 
+@codes(FormatTask)
 @njit(cache=True, nogil=True, error_model="numpy")
-def quantize_block_in_format(values, lower, columns, task, codes):  # type: ignore[no-untyped-def]
-    """Quantize the columns of a block in a block format whose scales and codebooks are chosen.
-
-    values, lower, columns: as in `quantize_block`.
-    task: codes [places, codebooks] uint8, codewords [places, codebooks] float32, resolution and
-        offset of a lookup table (`claq_exp.quantize.number_formats.table`); steps [arrays, out]
-        float32 and the columns' arrays [block] int64; selectors [blocks, out] uint8 and the
-        columns' blocks [block] int64.
-    codes: [in, out] uint8, overwritten where the columns are.
-    """
-    table, words, resolution, offset, steps, arrays, selectors, blocks = task
-    for position in range(len(columns)):
-        if len(lower):
-            compensate(values, lower, position)
-        divisor = lower[position, position] if len(lower) else np.float32(1.0)
-        current, written = values[position], codes[columns[position]]
-        step, book = steps[arrays[position]], selectors[blocks[position]]
-        for row in range(len(current)):
-            scaled = np.float32(0.0)
-            if step[row] > np.float32(0.0):
-                scaled = current[row] / step[row]
-            place = uintp(place_of(scaled, resolution, offset))
-            kept = words[place, uintp(book[row])] * step[row]
-            kept = min(max(kept, -HALF_MAX), HALF_MAX)
-            written[row] = table[place, uintp(book[row])]
-            current[row] = (current[row] - kept) / divisor
+def code_in_format(values, column, task, quantized):  # type: ignore[no-untyped-def]
+    """Code a column in a block format whose scales and codebooks are chosen, see `code_column`."""
+    written = task.codes[column]
+    step, book = task.steps[column // task.array], task.selectors[column // task.block]
+    for row in range(len(values)):
+        scaled = np.float32(0.0)
+        if step[row] > np.float32(0.0):
+            scaled = values[row] / step[row]
+        place = uintp(place_of(scaled, task.resolution, task.offset))
+        kept = task.words[place, uintp(book[row])] * step[row]
+        quantized[row] = min(max(kept, -HALF_MAX), HALF_MAX)
+        written[row] = task.table[place, uintp(book[row])]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

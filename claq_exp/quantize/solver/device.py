@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 
 from claq_exp.errors import NumericalError
-from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
+from claq_exp.quantize.codebook.base import DeviceRule
 from claq_exp.quantize.codebook.kmeans import root_mean_squares
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.recipe import Recipe, Solved, decide, describe
+from claq_exp.quantize.reservation.shares import MAGNITUDE
+from claq_exp.quantize.solver.base import Solved, describe
 from claq_exp.quantize.solver.columns import ColumnSystem
 from claq_exp.quantize.solver.device_columns import quantize_group_on_device
 
@@ -22,40 +22,37 @@ WIDEST = 5  # the kernel's clustering falls behind the CPU's beyond
 def solve_on_device(
     problems: Sequence[LinearProblem],
     system: ColumnSystem,
-    recipe: Recipe,
-    plans: Mapping[str, MatrixPlan],
+    plans: Sequence[MatrixPlan],
     device: torch.device,
 ) -> list[Solved] | None:
     """Quantize matrices that share their input, all at once; None where the CPU must do it.
 
-    problems: on the CPU.  system: on either.  plans: what was decided before of matrices by name.
+    problems: on the CPU.  system: on either.  plans: of each problem.
     The kernel knows k-means with a codebook per column, up to 5 bits, and reservation by magnitude.
     Raises NumericalError that names the matrices.
     """
-    on_cpu = replace(system, inverse_factor=None).cpu()  # which no one asks for there
-    decided = [decide(problem, on_cpu, recipe, plans.get(problem.name))[1] for problem in problems]
-    codebooks = [plan.codebook for plan in decided if _known(plan)]
-    scaled = {codebook.row_scales for codebook in codebooks if isinstance(codebook, KMeans)}
-    if len(codebooks) < len(decided) or len(scaled) > 1:
+    rules = {plan.codebook.device_rule() if _known(plan.columns) else None for plan in plans}
+    if len(rules) > 1 or None in rules:
         return None
-    weighted = any(plan.row_weights is not None for plan in decided)
+    scaled = DeviceRule(row_scales=True) in rules
+    weighted = any(plan.row_weights is not None for plan in plans)
     try:
         quantized = quantize_group_on_device(
             [problem.weight for problem in problems],
             system,
-            [plan.columns.column_bits for plan in decided],
-            [plan.columns.reserved_counts for plan in decided],
+            [plan.columns.column_bits for plan in plans],
+            [plan.columns.reserved_counts for plan in plans],
             device,
-            row_scales=[root_mean_squares(p.weight) for p in problems] if True in scaled else None,
+            row_scales=[root_mean_squares(p.weight) for p in problems] if scaled else None,
             row_weights=[
                 torch.ones(len(problem.weight)) if plan.row_weights is None else plan.row_weights
-                for problem, plan in zip(problems, decided, strict=True)
+                for problem, plan in zip(problems, plans, strict=True)
             ]
             if weighted
             else None,
         )
         return [
-            describe(problem, on_cpu, found)
+            describe(problem, system.outline, found)
             for problem, found in zip(problems, quantized, strict=True)
         ]
     except NumericalError as error:
@@ -63,12 +60,5 @@ def solve_on_device(
         raise NumericalError(f"{names}: {error}") from error
 
 
-def _known(plan: MatrixPlan) -> bool:
-    codebook = plan.codebook
-    return (
-        type(codebook) is KMeans
-        and not codebook.shared
-        and not codebook.fit_reserved
-        and plan.columns.select == "magnitude"
-        and int(plan.columns.column_bits.max()) <= WIDEST
-    )
+def _known(columns: ColumnPlan) -> bool:
+    return columns.select == MAGNITUDE and int(columns.column_bits.max()) <= WIDEST

@@ -1,0 +1,55 @@
+"""The column loop of solvers that compensate, compiled together with a codebook's own step.
+
+All of it runs without Python and without its lock, so that linears of a group are solved side by
+side.  Compiled by numba and cached on disk.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from claq_exp.quantize.codebook.compiled import code_column
+from claq_exp.quantize.codebook.fused import multiply_add
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def compensate(values, lower, position):  # type: ignore[no-untyped-def]
+    """Subtract from row `position` the errors in the rows before it, lower[position, k] each."""
+    column = values[position]
+    done = 0
+    while done + 4 <= position:
+        first, second = -lower[position, done], -lower[position, done + 1]
+        third, fourth = -lower[position, done + 2], -lower[position, done + 3]
+        for row in range(len(column)):
+            left = multiply_add(first, values[done, row], column[row])
+            left = multiply_add(second, values[done + 1, row], left)
+            left = multiply_add(third, values[done + 2, row], left)
+            column[row] = multiply_add(fourth, values[done + 3, row], left)
+        done += 4
+    for earlier in range(done, position):
+        factor = -lower[position, earlier]
+        for row in range(len(column)):
+            column[row] = multiply_add(factor, values[earlier, row], column[row])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def quantize_block(values, lower, columns, task):  # type: ignore[no-untyped-def]
+    """Quantize the columns of a block one after the other.
+
+    values: [block, out] float32, a column of the weight per row; overwritten by the errors
+        (w - q) / U_jj, which the caller spreads over later columns.
+    lower: [block, block] float32, the inverse factor's block, transposed; a 0 x 0 array where
+        errors are not compensated (they are then w - q).
+    columns: [block] int64, each row's column of the matrix.
+    task: of the codebook's quantizer; its type says which compiled step `code_column` is.
+    """
+    quantized = np.empty(values.shape[1], dtype=np.float32)
+    for position in range(len(columns)):
+        if len(lower):
+            compensate(values, lower, position)
+        current = values[position]
+        code_column(current, columns[position], task, quantized)
+        divisor = lower[position, position] if len(lower) else np.float32(1.0)
+        for row in range(len(current)):
+            current[row] = (current[row] - quantized[row]) / divisor
