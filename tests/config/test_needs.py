@@ -50,6 +50,22 @@ def test_the_planned_bytes_are_those_of_the_checkpoint(words, tiny_run, only_fol
         assert getattr(planned, kind) == pytest.approx(results["bits"][kind], rel=1e-12)
 
 
+@pytest.mark.case(104)
+def test_a_second_stream_is_planned_for_where_a_strategy_wants_it_alone(tiny_run):
+    def planned(*words: str) -> Plan:
+        return plan_for(compose_config([*tiny_run, *words]), "cpu")
+
+    plain, tuned = planned(), planned("tune=norms")
+    assert planned("tune=none").hidden_bytes == plain.hidden_bytes == 8 * 64 * 48 * 4
+    assert tuned.hidden_bytes == 2 * plain.hidden_bytes
+    assert tuned.needs.disk == plain.needs.disk + 2 * plain.hidden_bytes
+    assert tuned.needs.host["quantize"] > plain.needs.host["quantize"] + plain.hidden_bytes
+    assert tuned.needs.host["evaluate"] == plain.needs.host["evaluate"]
+    assert tuned.sizes == plain.sizes
+    longer = planned("tune=norms", "tune.steps=32")
+    assert plain.seconds["quantize"] < tuned.seconds["quantize"] < longer.seconds["quantize"]
+
+
 @pytest.mark.case(102)
 @pytest.mark.parametrize("stage", ["evaluate", "quantize"])
 def test_a_run_that_needs_more_memory_than_is_free_does_not_start(
