@@ -11,13 +11,15 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from claq_exp.checkpoint.files import read_json, write_bytes, write_json
-from claq_exp.config import ExperimentConfig
 from claq_exp.errors import CheckpointError, ClaqError, telling_line
+
+if TYPE_CHECKING:
+    from claq_exp.config import ExperimentConfig
 
 NEUTRAL = (
     "tracking",

@@ -55,7 +55,8 @@ from claq_exp.run_folder import (
     run_identity,
 )
 from claq_exp.sources.cache import fetch_log
-from claq_exp.sources.kept import code_of, kept_tensors
+from claq_exp.sources.code import code_behind
+from claq_exp.sources.kept import kept_tensors
 from claq_exp.sources.model import weight_bytes
 from claq_exp.tracking.events import EventLog
 from claq_exp.tracking.progress import RunProgress, noise_to
@@ -63,7 +64,7 @@ from claq_exp.tracking.wandb import WandbTracker
 
 ALLOCATION = "allocation.safetensors"
 CONVERTED = "converted"
-SURVEY_CODE = ("models/*.py", "calibration/*.py", "quantize/*.py", "quantize/solver/*.py")
+SURVEY_CODE = ("claq_exp.models.survey", "claq_exp.models.load")
 
 
 @dataclass(frozen=True)
@@ -383,10 +384,8 @@ class _Job:
     def _keep_survey(
         self, key: dict[str, Any], make: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        package = Path(__file__).parent
-        code = code_of(path for part in SURVEY_CODE for path in package.glob(part))
         model = self.fetched.contents["model"]
-        subject = measured_on(self.config, self.device, model, code)
+        subject = measured_on(self.config, self.device, model, code_behind(*SURVEY_CODE))
         return kept_tensors("surveys", {**subject, **key}, make)
 
     def _stage(self, name: str, work: Callable[[], Any]) -> Any:

@@ -17,7 +17,8 @@ from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import RateDistortion
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import JointReservation
-from claq_exp.sources.kept import code_of, digest_of
+from claq_exp.sources.code import code_of
+from claq_exp.sources.kept import digest_of
 
 SURVEY = 0.5  # of an allocation's time
 FISHER = "fisher"

@@ -11,24 +11,24 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from claq_exp import inputs
 from claq_exp.cli import main
 from claq_exp.compose import compose_config
 from claq_exp.inputs import fetch, tokenize_inputs
 from claq_exp.models import allocate
+from claq_exp.run import cut
 
 
 @pytest.fixture
 def cuts(monkeypatch) -> list[str]:
     """What is tokenized, one entry a text."""
     seen: list[str] = []
-    cut = inputs._cut_windows
+    cut_windows = cut.cut_windows
 
     def counted(text, draw, *rest):
         seen.append(draw.where)
-        return cut(text, draw, *rest)
+        return cut_windows(text, draw, *rest)
 
-    monkeypatch.setattr(inputs, "_cut_windows", counted)
+    monkeypatch.setattr(cut, "cut_windows", counted)
     return seen
 
 
