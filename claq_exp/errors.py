@@ -72,3 +72,10 @@ def telling_line(error: BaseException) -> str:
     if isinstance(error, KeyError):  # whose text is nothing but the key
         chosen = f"{type(error).__name__}: {chosen}"
     return chosen if len(chosen) <= MOST_CHARACTERS else f"{chosen[:MOST_CHARACTERS]} ..."
+
+
+def one_line(error: Exception) -> str:
+    """Return OmegaConf's or Hydra's message as one line that names the key."""
+    found = re.search(r"^ *full_key: (.+)$", str(error), re.MULTILINE)
+    key, message = found[1] if found else "", telling_line(error)
+    return f"{key}: {message}" if key and key not in message else message

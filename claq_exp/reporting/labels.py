@@ -6,24 +6,27 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 RECIPE = ("codebook", "precision", "reservation", "solver")
+ALLOCATION = "allocation"
 ACTIVATION = "activation"
-KEPT = "none"  # the name of the rule that leaves activations alone
+NONE = "none"  # the name of the rule that does nothing
 
 
 def families_of(configs: Iterable[dict[str, Any]]) -> tuple[str, ...]:
-    """Return the families that tables show: activations where any run rounds them."""
-    rounded = any(_activation(config)["name"] != KEPT for config in configs)
-    return (*RECIPE, ACTIVATION) if rounded else RECIPE
+    """Return the families that tables show: allocation and activation where any run has one."""
+    seen = list(configs)
+    others = [f for f in (ALLOCATION, ACTIVATION) if any(_rule(c, f)["name"] != NONE for c in seen)]
+    return (*RECIPE, *others)
 
 
 def recipe_labels(config: dict[str, Any], families: Sequence[str] = RECIPE) -> dict[str, str]:
     """Return a few words for each family of strategies."""
     labels = {
         "codebook": codebook_label(config["codebook"]),
-        "precision": precision_label(config),
+        "precision": _widths_label(config, "precision"),
         "reservation": _described(config["reservation"], "ratio"),
         "solver": str(config["solver"]["name"]),
-        ACTIVATION: activation_label(_activation(config)),
+        ALLOCATION: _widths_label(config, ALLOCATION),
+        ACTIVATION: activation_label(_rule(config, ACTIVATION)),
     }
     return {family: labels[family] for family in families}
 
@@ -39,8 +42,8 @@ def activation_label(activation: dict[str, Any]) -> str:
     return label
 
 
-def _activation(config: dict[str, Any]) -> dict[str, Any]:
-    return config.get(ACTIVATION) or {"name": KEPT}
+def _rule(config: dict[str, Any], family: str) -> dict[str, Any]:
+    return config.get(family) or {"name": NONE}
 
 
 def method_label(config: dict[str, Any]) -> str:
@@ -48,14 +51,14 @@ def method_label(config: dict[str, Any]) -> str:
     codebook, solver = codebook_label(config["codebook"]), config["solver"]["name"]
     parts = [codebook if solver != "nearest" else f"{codebook}, nearest"]
     precision, reservation = config["precision"]["name"], config["reservation"]["name"]
-    if precision == "rate_distortion":
-        return f"{parts[0]} + {precision}"
+    if (allocation := _rule(config, ALLOCATION)["name"]) != NONE:
+        return f"{parts[0]} + {allocation}"
     if precision != "fixed":
         parts.append(f"AP {precision}")
     if reservation != "none":
         parts.append(f"OR {reservation} {config['reservation'].get('ratio', '')}".strip())
-    if _activation(config)["name"] != KEPT:
-        parts.append(f"A {activation_label(_activation(config))}")
+    if (activation := _rule(config, ACTIVATION))["name"] != NONE:
+        parts.append(f"A {activation_label(activation)}")
     return " + ".join(parts)
 
 
@@ -72,12 +75,12 @@ def codebook_label(codebook: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def precision_label(config: dict[str, Any]) -> str:
+def _widths_label(config: dict[str, Any], family: str) -> str:
     """Return how bits are given out, with the budget or the number that the rule aims at."""
-    budget = config.get("budget") or {}
-    if budget.get("bits") is not None:
-        return f"{config['precision']['name']}, {budget['bits']:g} {budget['kind']}"
-    return _described(config["precision"], "target_bits", "bits")
+    budget, rule = config.get("budget") or {}, _rule(config, family)
+    if budget.get("bits") is not None and rule["name"] != NONE:
+        return f"{rule['name']}, {budget['bits']:g} {budget['kind']}"
+    return _described(rule, "target_bits", "bits")
 
 
 def _described(strategy: dict[str, Any], *fields: str) -> str:

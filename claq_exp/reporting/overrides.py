@@ -7,13 +7,12 @@ from typing import Any
 
 import yaml
 
-from claq_exp.reporting.labels import ACTIVATION, RECIPE
+from claq_exp.reporting.labels import ACTIVATION, ALLOCATION, RECIPE
 
-STRATEGIES = (
+STRATEGIES = (  # groups whose options are called like what they choose
     *RECIPE,
-    ACTIVATION,
-    "tracking",
-)  # groups whose options are called like what they choose
+    *(ALLOCATION, ACTIVATION, "tracking"),
+)
 
 
 def config_of(overrides: Sequence[str]) -> dict[str, Any]:

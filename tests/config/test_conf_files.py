@@ -45,8 +45,7 @@ EXPERIMENTS = sorted(
 )
 SWEEP_NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 NEEDS = {
-    "precision/rate_distortion.yaml": ["reservation=none"],
-    "reservation/rate_distortion.yaml": ["precision=rate_distortion"],
+    "precision/none.yaml": ["allocation=rate_distortion"],
     "model/hf.yaml": ["model.source=owner/name"],
     "calibration/text.yaml": ["calibration.path=some.txt"],
     "corpus/text.yaml": ["evaluation.corpora.wikipedia.path=some.txt"],
