@@ -19,6 +19,7 @@ import torch
 from common import command_line, note, parse, run_words
 from torch.utils.flop_counter import FlopCounterMode
 
+from claq_exp.allocate.survey import block_hessians
 from claq_exp.compose import compose_config
 from claq_exp.inputs import fetch, tokenize_inputs
 from claq_exp.models.blocks import BlockInputs, capture_inputs, feed, run_block
@@ -26,7 +27,6 @@ from claq_exp.models.discover import find_stages, linear_weight
 from claq_exp.models.load import load_model
 from claq_exp.models.solve import solve_group
 from claq_exp.models.stream import WholeModel
-from claq_exp.models.survey import block_hessians
 from claq_exp.quantize.codebook import KMeans, Uniform
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed

@@ -51,6 +51,19 @@ INSTEAD = {  # part of Hydra's own settings -> the word that has its effect here
     "job_logging": "events.jsonl is the record of a run, third_party.log holds what libraries say",
     "verbose": "--debug shows where an error comes from",
 }
+MOVED = {  # word of older versions -> the one that has its effect now
+    "precision=rate_distortion": "allocation=rate_distortion, with its fields as allocation.FIELD",
+    "reservation=rate_distortion": "part of allocation=rate_distortion (allocation.reserve=true)",
+    **{
+        f"precision.{field}": f"allocation.{field}"
+        for field in (
+            *("count", "importance", "codebooks", "row_scales", "row_weights"),
+            *("min_bits", "max_bits", "windows"),
+        )
+    },
+    "reservation.small": "allocation.small",
+    "reservation.large": "allocation.large",
+}
 
 
 def compose_config(overrides: list[str]) -> ExperimentConfig:
@@ -286,14 +299,21 @@ def _explain(error: Exception, overrides: list[str]) -> str:
     if re.search(r"Could not (find|load) 'hydra/", text):
         return _explain_plugin(text)
     if match := re.search(r"Could not find '([^'/]+)/([^']*)'", text):
-        options = groups(_places(overrides)).get(match[1], [])
-        there = f"there are: {', '.join(options)}"
-        return f"{match[1]}={match[2]}: no such option{_near(match[2], options)}; {there}"
-    if match := re.search(r"Could not override '([^']+)'", text):
+        return _explain_missing(match[1], match[2], overrides)
+    match = re.search(r"Could not override '([^']+)'", text)
+    if match and any(word.lstrip("+~").startswith(match[1]) for word in overrides):
         return _explain_key(match[1], overrides)
     if isinstance(error, ValueError):  # Hydra's own, for a group whose option is no word
         return _explain_option(error, overrides)
     return one_line(error)
+
+
+def _explain_missing(group: str, option: str, overrides: list[str]) -> str:
+    if instead := MOVED.get(f"{group}={option}"):
+        return f"{group}={option} is now {instead}"
+    options = groups(_places(overrides)).get(group, [])
+    there = f"there are: {', '.join(options)}"
+    return f"{group}={option}: no such option{_near(option, options)}; {there}"
 
 
 def _explain_plugin(text: str) -> str:
@@ -320,6 +340,8 @@ def _explain_option(error: Exception, overrides: list[str]) -> str:
 
 
 def _explain_key(key: str, overrides: list[str]) -> str:
+    if instead := MOVED.get(key):
+        return f"{key} is now {instead}"
     others = [text for text in overrides if text.lstrip("+~").partition("=")[0] != key]
     composed = compose_all(others)
     node = composed if key.startswith("hydra.") else experiment_part(composed)

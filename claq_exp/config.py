@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from claq_exp.accelerator import is_known
+from claq_exp.allocate import ALLOCATION, Allocation
 from claq_exp.calibration.windows import DRAWS
 from claq_exp.errors import ConfigError, one_line, one_of
 from claq_exp.models.bos import BOS_RULES
@@ -20,7 +21,7 @@ from claq_exp.quantize.precision import PRECISION
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import RESERVATION
 from claq_exp.quantize.solver import SOLVER
-from claq_exp.quantize.strategy import check_members, find_strategy
+from claq_exp.quantize.strategy import check_members, make_strategy
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.sources.model import ModelSource, check_name, source_name
 from claq_exp.sources.text import TextSource
@@ -32,6 +33,7 @@ from claq_exp.transform.folding import Transform
 
 FAMILIES: dict[str, dict[str, type]] = {
     "activation": ACTIVATION,
+    "allocation": ALLOCATION,
     "codebook": CODEBOOK,
     "precision": PRECISION,
     "reservation": RESERVATION,
@@ -39,6 +41,7 @@ FAMILIES: dict[str, dict[str, type]] = {
     "transform": TRANSFORM,
     "tune": TUNE,
 }
+OF_A_MATRIX = ("codebook", "precision", "reservation", "solver")  # what a recipe is made of
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 RESUME = ("auto", "required", "never")
 DEVICE_MAPS = ("auto", "balanced", "sequential")
@@ -260,6 +263,7 @@ class ExperimentConfig:
     reservation: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
     activation: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
+    allocation: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     transform: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     tune: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -302,8 +306,7 @@ class ExperimentConfig:
 
         Raises ConfigError for an unknown name, field or value, or for strategies that do not match.
         """
-        families = FAMILIES.keys() - {"activation", "transform", "tune"}  # no matrix is coded so
-        recipe = Recipe(**{name: _strategy(name, getattr(self, name)) for name in families})
+        recipe = Recipe(**{family: self._strategy(family) for family in OF_A_MATRIX})
         if recipe.solver.wants:  # until a run hands the moments' accumulators more than inputs
             wanted = ", ".join(sorted(recipe.solver.wants))
             raise ConfigError(f"solver={self.solver['name']} wants {wanted}: not measured yet")
@@ -311,19 +314,28 @@ class ExperimentConfig:
 
     def activation_rule(self) -> Activation:
         """Build the rule for activations; raises as `recipe`."""
-        rule: Activation = _strategy("activation", self.activation)
+        rule: Activation = self._strategy("activation")
         check_members("activation", rule, Activation)
         return rule
 
     def rewriting(self) -> Transform:
         """Build the rule for what is rewritten of a block; raises as `recipe`."""
-        transform: Transform = _strategy("transform", self.transform)
+        transform: Transform = self._strategy("transform")
         return transform
 
     def tuning(self) -> Tune:
         """Build the rule for what is trained of a block; raises as `recipe`."""
-        tune: Tune = _strategy("tune", self.tune)
+        tune: Tune = self._strategy("tune")
         return tune
+
+    def allocation_rule(self) -> Allocation:
+        """Build the rule for the bits of the whole model; raises as `recipe`."""
+        rule: Allocation = self._strategy("allocation")
+        rule.check(self.recipe())
+        return rule
+
+    def _strategy(self, family: str) -> Any:
+        return make_strategy(family, FAMILIES[family], getattr(self, family))
 
     def with_dtype(self, dtype: str) -> ExperimentConfig:
         """Return the same experiment with another `model.dtype`."""
@@ -335,11 +347,12 @@ class ExperimentConfig:
 
     def recipe_name(self) -> str:
         """Return a short name for folders, e.g. kmeans-outlier_order3.5-outlier_order0.005-gptq."""
-        bits = self.precision.get("target_bits", self.precision.get("bits", ""))
+        widths = self.precision if self.allocation["name"] == "none" else self.allocation
+        bits = widths.get("target_bits", widths.get("bits", ""))
         if self.budget.bits is not None:
             bits = f"_{self.budget.kind}{self.budget.bits:g}"
         before = [] if self.transform["name"] == "none" else [self.transform["name"]]
-        parts = [*before, self.codebook["name"], f"{self.precision['name']}{bits}"]
+        parts = [*before, self.codebook["name"], f"{widths['name']}{bits}"]
         if self.reservation["name"] != "none":
             parts.append(f"reserve_{self.reservation['name']}{self.reservation.get('ratio', '')}")
         parts.append(self.solver["name"])
@@ -367,31 +380,11 @@ def config_from_omegaconf(composed: DictConfig) -> ExperimentConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(one_line(error)) from error
     assert isinstance(config, ExperimentConfig)
-    config.recipe()
+    config.allocation_rule()
     config.activation_rule()
     config.rewriting()
     config.tuning()
     return config
-
-
-def _strategy(family: str, values: dict[str, Any]) -> Any:
-    options = dict(values)
-    name = options.pop("name", None)
-    if not isinstance(name, str):
-        raise ConfigError(f"{family}.name is missing; choose one of: {', '.join(FAMILIES[family])}")
-    strategy = find_strategy(family, FAMILIES[family], name)
-    own = {field.name for field in fields(strategy)}
-    siblings = {field.name for member in FAMILIES[family].values() for field in fields(member)}
-    for left_over in siblings - own:  # an experiment's field, whose option was replaced
-        options.pop(left_over, None)
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(strategy), options))
-    except ConfigError as error:
-        where = "" if f"{family}." in str(error) else f"{family}={name}: "
-        raise ConfigError(f"{where}{error}") from error
-    except OmegaConfBaseException as error:
-        known = ", ".join(sorted(own)) or "none"
-        raise ConfigError(f"{family}={name}: {one_line(error)} (its fields: {known})") from error
 
 
 def _check_positive(where: str, config: Any, *names: str) -> None:

@@ -15,7 +15,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from claq_exp.checkpoint.files import write_json
 from claq_exp.checkpoint.find import checkpoint_folder
-from claq_exp.checkpoint.origin import Origin, recorded_origin
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.writer import checkpoint_sizes
 from claq_exp.config import ExperimentConfig, ModelConfig
@@ -43,6 +42,7 @@ from claq_exp.reporting.results import (
     zero_shot_rows,
 )
 from claq_exp.resources import free_memory
+from claq_exp.run.origin import Origin, recorded_origin
 from claq_exp.sources.cache import fetch_log
 from claq_exp.sources.model import fingerprint, model_folder, weight_bytes
 from claq_exp.tracking.progress import RunProgress, noise_to

@@ -6,52 +6,32 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import tokenizers
-import torch
-import transformers
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from claq_exp.calibration.overlap import shared_share
-from claq_exp.calibration.windows import DRAWS, Draw, begin_with
+from claq_exp.calibration.windows import Draw
 from claq_exp.checkpoint.manifest import asking_for_code
 from claq_exp.config import DrawnText, ExperimentConfig, TaskConfig
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.tasks import check_tasks, local_file, task_content
-from claq_exp.models.bos import bos_rule, bos_token
-from claq_exp.models.chat import chat_writer
+from claq_exp.models.bos import bos_rule
 from claq_exp.models.context import check_context, check_vocabulary, context_length
-from claq_exp.models.load import load_config, load_tokenizer, tokenize
+from claq_exp.models.load import load_config, load_tokenizer
 from claq_exp.quantize.number_formats.universal import codebook_file
+from claq_exp.run.cut import Origin, kept_windows
 from claq_exp.sources.cache import sha256_of
 from claq_exp.sources.content import Losses
-from claq_exp.sources.kept import code_of, kept_tensors
 from claq_exp.sources.model import (
     description_files,
     fingerprint,
     model_folder,
     tokenizer_fingerprint,
 )
-from claq_exp.sources.text import read_documents, text_content, text_files
+from claq_exp.sources.text import text_content, text_files
 from claq_exp.sources.weight_files import weight_files
 
 TASK = "zero_shot."
-NOT_READ = (  # fields of a text that its content or its draw stands for
-    *("source", "path", "sha256", "revision", "files"),
-    *("windows", "seqlen", "batch_size", "seed", "bos"),
-)
-WINDOW_CODE = (
-    "inputs.py",
-    "calibration/windows.py",
-    "models/bos.py",
-    "models/chat.py",
-    "models/load.py",
-    "sources/content.py",
-    "sources/fields.py",
-    "sources/records.py",
-    "sources/tables.py",
-    "sources/text.py",
-)
 
 
 @dataclass(frozen=True)
@@ -154,14 +134,6 @@ def _task_input(name: str, task: TaskConfig) -> Input:
     return Input(task.data or "the hub", task_content(name, task), there)
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What windows are made of.  tokenizer: a hash of its files.  contents: as in `Fetched`."""
-
-    tokenizer: str
-    contents: Mapping[str, str]
-
-
 def tokenize_inputs(
     config: ExperimentConfig, folder: Path, contents: Mapping[str, str] | None = None
 ) -> Tokens:
@@ -178,7 +150,7 @@ def tokenize_inputs(
     check_context("calibration.seqlen", calibration.seqlen, model_config)
     draw = Draw(calibration.windows, calibration.seqlen, calibration.seed, "calibration")
     rule = bos_rule(calibration.bos, model_config)
-    windows, losses = _windows(calibration, draw, tokenizer, rule, origin)
+    windows, losses = kept_windows(calibration, draw, tokenizer, rule, origin)
     check_vocabulary("calibration", windows, model_config)
     corpora = {
         name: replace(corpus, overlap=shared_share(corpus.windows, windows))
@@ -210,54 +182,7 @@ def corpus_windows(
     corpora = {}
     for name, corpus in evaluation.corpora.items():
         draw = Draw(corpus.windows, seqlen, corpus.seed, f"evaluation.corpora.{name}")
-        windows, losses = _windows(corpus, draw, tokenizer, rule, origin)
+        windows, losses = kept_windows(corpus, draw, tokenizer, rule, origin)
         corpora[name] = Corpus(windows, rule, losses=losses)
         check_vocabulary(draw.where, corpora[name].windows, model_config)
     return corpora
-
-
-def _windows(
-    text: DrawnText,
-    draw: Draw,
-    tokenizer: PreTrainedTokenizerBase,
-    rule: str,
-    origin: Origin | None,
-) -> tuple[Tensor, Losses]:
-    if origin is None:
-        return _cut_windows(text, draw, tokenizer, rule)
-    key = {
-        "text": origin.contents[draw.where.removeprefix("evaluation.")],
-        "kinds": [path.suffixes for path in text_files(text) or ()],
-        "reading": {name: value for name, value in vars(text).items() if name not in NOT_READ},
-        "draw": [draw.windows, draw.seqlen, draw.seed],
-        "bos": rule,
-        "tokenizer": origin.tokenizer,
-        "versions": [transformers.__version__, tokenizers.__version__],
-        "code": code_of(Path(__file__).parent / name for name in WINDOW_CODE),
-    }
-
-    def make() -> dict[str, Tensor]:
-        windows, losses = _cut_windows(text, draw, tokenizer, rule)
-        counts = torch.tensor([losses.skipped, losses.damaged])
-        return {"windows": windows.contiguous(), "losses": counts}
-
-    kept = kept_tensors("tokens", key, make)
-    return kept["windows"], Losses(*kept["losses"].tolist())
-
-
-def _cut_windows(
-    text: DrawnText, draw: Draw, tokenizer: PreTrainedTokenizerBase, rule: str
-) -> tuple[Tensor, Losses]:
-    token = bos_token(rule, tokenizer, draw.where.partition(".")[0])
-    special = token is None and not text.chat  # chat templates have special tokens of their own
-
-    def encode(passage: str) -> Tensor:
-        return tokenize(tokenizer, passage, special=special)
-
-    losses = Losses()
-    write = chat_writer(tokenizer, draw.where) if text.chat else str
-    documents = read_documents(text, losses, write)
-    if token is None:
-        return DRAWS[text.draw](documents, text.join, encode, draw), losses
-    body = Draw(draw.windows, draw.seqlen - 1, draw.seed, draw.where)
-    return begin_with(token, DRAWS[text.draw](documents, text.join, encode, body)), losses

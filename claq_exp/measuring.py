@@ -16,13 +16,18 @@ from claq_exp.evaluation.divergence import Comparison, LogitStore
 from claq_exp.evaluation.measure import Measurement, Meter
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.predict import Subject
-from claq_exp.evaluation.scores import ScoreStore, code_content
+from claq_exp.evaluation.scores import ScoreStore
 from claq_exp.machine import device_name, versions
 from claq_exp.models.stream import StreamedModel
 from claq_exp.payload.base import Layout
 from claq_exp.runtime.load import load_checkpoint
 from claq_exp.sources.cache import cache_folder
+from claq_exp.sources.code import code_behind
 from claq_exp.sources.model import fingerprint
+
+MEASURING = "claq_exp.evaluation.measure"
+ORIGINAL_CODE = (MEASURING, "claq_exp.models.load", "claq_exp.models.dispatch")
+CHECKPOINT_CODE = (MEASURING, "claq_exp.runtime.load")
 
 
 def measured_on(config: ExperimentConfig, device: str, model: str, code: str) -> dict[str, Any]:
@@ -106,7 +111,7 @@ class Bench:
         """Measure the original, and keep its logits.  load: brings it into memory."""
         logits = self.original_logits()
         wanted = {} if logits.complete() else logits.windows
-        store = self._scores(cache_folder() / "originals", self.model)
+        store = self._scores(cache_folder() / "originals", self.model, ORIGINAL_CODE)
         device = None if self.config.device_map else self.device
         subject = Subject("original", device, load, (lambda: model) if self.streams else None)
         return self._measure(subject, store, wanted, logits.record)
@@ -119,14 +124,18 @@ class Bench:
         subject = checkpoint_subject(
             self.config, self.checkpoint, self.device, streams=self.streams
         )
-        store = self._scores(self.work / "scores", fingerprint(self.checkpoint))
+        content = fingerprint(self.checkpoint)
+        store = self._scores(self.work / "scores", content, CHECKPOINT_CODE)
         if comparison is None:
             return self._measure(subject, store, {}, lambda _corpus, _window, _logits: None)
         return self._measure(subject, store, self.original_logits().windows, comparison.add)
 
-    def _scores(self, folder: Path, model: str) -> ScoreStore:
-        """Return the scores that are known of a model with this content."""
-        about = measured_on(self.config, self.device, model, code_content())
+    def _scores(self, folder: Path, model: str, code: tuple[str, ...]) -> ScoreStore:
+        """Return the scores that are known of a model with this content.
+
+        code: the modules that load and measure it.
+        """
+        about = measured_on(self.config, self.device, model, code_behind(*code))
         return ScoreStore(folder, {**about, "kernel": self.config.runtime.kernel})
 
     def _measure(

@@ -37,7 +37,7 @@ class Sizes:
     blocks; entering: those of one batch in float32.  logits: numbers in those of a batch.
     streamed_hidden: bytes of hidden states while a model is measured block by block.
     tasks: there are tasks to be measured.  surveyed: hidden numbers of a window, times blocks,
-    where the recipe looks at gradients; 0 else.  allocates: the recipe looks at the whole model.
+    where an allocation looks at gradients; 0 else.  allocates: one looks at the whole model.
     """
 
     linears: tuple[Linear, ...]
@@ -133,7 +133,7 @@ def _advice(stage: str, found: Needs) -> str:
     if stage == "evaluate" and not found.streams:
         return "measure no tasks and set stream=true, or evaluation=none"
     if stage == "allocate":
-        return "use another precision than rate_distortion"
+        return "use allocation=none with another precision"
     return "use fewer calibration.windows or a smaller calibration.batch_size"
 
 

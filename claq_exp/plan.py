@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from claq_exp.allocate import Allocation, Survey
 from claq_exp.calibration.streams import streams_for
 from claq_exp.checkpoint.shards import index_bytes
 from claq_exp.checkpoint.writer import Sizes, planned_sizes
@@ -18,7 +19,6 @@ from claq_exp.config import AUTO, ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.perplexity import windows_at_once
 from claq_exp.machine import matmul_speed
-from claq_exp.models.allocate import FISHER
 from claq_exp.models.context import context_length
 from claq_exp.models.discover import find_blocks, linear_weight, linears_of
 from claq_exp.models.experts import expert_lists, place_among_experts
@@ -31,8 +31,8 @@ from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import HALF
 from claq_exp.quantize.activation.rounding import expected_rounding
 from claq_exp.quantize.budget import Overhead, fit_budget
-from claq_exp.quantize.precision import LayerMap, RateDistortion
-from claq_exp.quantize.recipe import Recipe, planned_layouts
+from claq_exp.quantize.precision import LayerMap
+from claq_exp.quantize.recipe import Recipe
 from claq_exp.resources import free_memory
 from claq_exp.train.window import Cost
 
@@ -45,7 +45,7 @@ CALIBRATION_PASSES = 2.5  # forward passes of a block: up to each group, and onc
 COLUMN_SECONDS = 40e-6  # to fit and code one column
 ENTRY_SECONDS = 60e-9  # and for each of its entries
 ROUNDED = 1.5  # forward passes that a pass with rounded activations takes
-ALLOCATION = 3.0  # trial fits of a rate-distortion allocation, in column loops
+TRIALS = 3.0  # fits of an allocation over the model, in column loops
 CORPUS_TOKENS = 300_000  # of a corpus of unknown length, about WikiText-2's test split
 TASK_TOKENS = 90  # of a row of a multiple-choice task, all choices together
 TASK_START = 8.0  # seconds until lm-eval is ready
@@ -57,7 +57,7 @@ HIDDEN_SHARE = 0.25  # of the free memory that hidden states may take
 class Plan:
     """What to expect.
 
-    recipe: the experiment's strategies, fitted to its budget.
+    recipe, allocation: the experiment's strategies, fitted to its budget.
     description: bits that a checkpoint with given layouts takes beside its matrices, at most.
     layouts: linear name -> stored form.  sizes: bytes and bits of the checkpoint.  seconds: stage
     -> estimate.
@@ -68,6 +68,7 @@ class Plan:
     """
 
     recipe: Recipe
+    allocation: Allocation
     description: Overhead
     layouts: dict[str, Layout]
     sizes: Sizes
@@ -110,8 +111,9 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         return 8.0 * _description_bytes(layouts, kept)
 
     recipe = fit_budget(config.recipe(), config.budget, shapes, description)
-    layouts = planned_layouts(_less_description(recipe, shapes, description), shapes)
-    evaluation = config.evaluation
+    allocation = config.allocation_rule().within(config.budget)
+    layouts = allocation.planned_layouts(recipe, shapes, description)
+    evaluation, survey = config.evaluation, allocation.survey()
     context = context_length(evaluation.context, model_config) if evaluation.corpora else 0
     rounding = expected_rounding(config.activation_rule(), layouts)
     sizes = planned_sizes(model, layouts, stored_dtype(model_config), rounding)
@@ -121,14 +123,15 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     hidden_bytes = hidden * hidden_dtype.itemsize * len(streams_for(config.tuning().wants))
     return Plan(
         recipe=recipe,
+        allocation=allocation,
         description=description,
         layouts=layouts,
         sizes=sizes,
         original_bytes=2 * parameters,
-        needs=_needs(config, recipe, model_shape, hidden_bytes, sizes.bytes, device, context),
+        needs=_needs(config, survey, model_shape, hidden_bytes, sizes.bytes, device, context),
         hidden_dtype=hidden_dtype,
         hidden_bytes=hidden_bytes,
-        seconds=_seconds(config, recipe, parameters, layouts, mixture, device, context),
+        seconds=_seconds(config, recipe, survey, parameters, layouts, mixture, device, context),
         blocks=len(blocks),
         parameters=parameters,
         activation_bits=rounding.bits(w.columns for w in layouts.values()) if rounding else None,
@@ -173,19 +176,6 @@ def _hidden_dtype(
         return forward
     stored = stored_dtype(model_config)
     return stored if stored.itemsize == 2 else torch.float16
-
-
-def _less_description(
-    recipe: Recipe, shapes: Mapping[str, tuple[int, int]], description: Overhead
-) -> Recipe:
-    """Take what comes with the matrices off the target of an allocation over the model."""
-    precision = recipe.precision
-    if not isinstance(precision, RateDistortion) or precision.count == "nominal":
-        return recipe
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    beside = description(planned_layouts(recipe, shapes)) / weights
-    spared = replace(precision, target_bits=precision.target_bits - beside)
-    return replace(recipe, precision=spared)
 
 
 def _shape(weight: torch.Tensor) -> tuple[int, int]:
@@ -245,7 +235,7 @@ class _ModelShape:
 
 def _needs(
     config: ExperimentConfig,
-    recipe: Recipe,
+    survey: Survey | None,
     shape: _ModelShape,
     hidden_bytes: int,
     checkpoint: int,
@@ -262,9 +252,7 @@ def _needs(
         for c in evaluation.corpora.values()
     ]
     logits = measured if evaluation.corpora else TASK_TOKENS * bool(evaluation.zero_shot)
-    precision = recipe.precision
-    allocates = isinstance(precision, RateDistortion)
-    gradients = isinstance(precision, RateDistortion) and precision.importance == FISHER
+    gradients = survey is not None and survey.gradients
     sizes = NeededSizes(
         linears=shape.linears,
         whole=size * shape.parameters if logits and config.device_map is None else 0,
@@ -278,7 +266,7 @@ def _needs(
         streamed_hidden=min(max(tokens, default=0) * shape.width * size, HIDDEN_BYTES),
         tasks=bool(evaluation.zero_shot),
         surveyed=calibration.seqlen * shape.width * shape.blocks if gradients else 0,
-        allocates=allocates,
+        allocates=survey is not None,
     )
     kept = evaluation.kl_windows
     compared = sum(t if kept is None else min(kept * context, t) for t in tokens)
@@ -295,6 +283,7 @@ def _tuning(config: ExperimentConfig) -> Cost:
 def _seconds(
     config: ExperimentConfig,
     recipe: Recipe,
+    survey: Survey | None,
     parameters: int,
     layouts: dict[str, Layout],
     mixture: _Mixture,
@@ -326,10 +315,10 @@ def _seconds(
     rounded = 1.0 if config.activation_rule().block_format() is None else ROUNDED
     disk = 2 * parameters / 5e8
     allocate = {}
-    if isinstance(recipe.precision, RateDistortion):
-        surveyed = recipe.precision.windows * config.calibration.seqlen
+    if survey is not None:
+        surveyed = survey.windows * config.calibration.seqlen
         passes = 2 * surveyed * (4 * passed + squares) / speed
-        allocate = {"allocate": passes + ALLOCATION * solve}
+        allocate = {"allocate": passes + TRIALS * solve}
     return {
         "load": 2 + disk,
         "evaluate original": evaluate,

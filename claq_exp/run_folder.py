@@ -11,13 +11,15 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 
 from claq_exp.checkpoint.files import read_json, write_bytes, write_json
-from claq_exp.config import ExperimentConfig
 from claq_exp.errors import CheckpointError, ClaqError, telling_line
+
+if TYPE_CHECKING:
+    from claq_exp.config import ExperimentConfig
 
 NEUTRAL = (
     "tracking",
@@ -31,6 +33,7 @@ NEUTRAL = (
     "stream",
     "check_resources",
 )  # these change no result
+LATER: dict[str, Any] = {"allocation": {"name": "none"}}  # and what stands for none of it
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again
 RESULTS_FILE = "results.json"
 SETTINGS_FILE = "settings.json"
@@ -58,9 +61,14 @@ def run_identity(
 ) -> dict[str, Any]:
     """Return everything that changes a run's results.
 
-    contents: hash of every input file.  version: of this package.
+    contents: hash of every input file.  version: of this package.  Settings that came later are
+    left out where they change nothing, so that earlier runs are found.
     """
-    settings = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL}
+    settings = {
+        key: value
+        for key, value in config.as_dict().items()
+        if key not in NEUTRAL and value != LATER.get(key)
+    }
     return {"config": settings, "contents": contents, "version": version}
 
 

@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor
 
 from claq_exp import __version__
+from claq_exp.allocate.model import allocate_model
+from claq_exp.allocate.plans_file import load_plans, save_plans
 from claq_exp.assist import Quantization
 from claq_exp.calibration.streams import HiddenForm
-from claq_exp.checkpoint.allocation import load_allocation, save_allocation
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
@@ -34,7 +35,6 @@ from claq_exp.interruption import Interruption, graceful
 from claq_exp.machine import choose_device, settle, versions
 from claq_exp.measuring import Bench, activation_bits, measured_on
 from claq_exp.models.activations import observe_inputs
-from claq_exp.models.allocate import allocate_model
 from claq_exp.models.dispatch import loaded
 from claq_exp.models.load import forward_dtype, look_at, open_model, stored_dtype
 from claq_exp.models.original import Original, check_strictly
@@ -45,7 +45,6 @@ from claq_exp.needs import check_needs
 from claq_exp.plan import HIDDEN_SHARE, Plan, make_plan
 from claq_exp.quantize.activation.rounding import Rounding, needs_text, settle_rounding
 from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.precision import RateDistortion
 from claq_exp.reporting.results import build_results, text_rows, write_layers
 from claq_exp.resources import free_memory, peak_memory, reset_peak
 from claq_exp.run_folder import (
@@ -56,7 +55,8 @@ from claq_exp.run_folder import (
     run_identity,
 )
 from claq_exp.sources.cache import fetch_log
-from claq_exp.sources.kept import code_of, kept_tensors
+from claq_exp.sources.code import code_behind
+from claq_exp.sources.kept import kept_tensors
 from claq_exp.sources.model import weight_bytes
 from claq_exp.tracking.events import EventLog
 from claq_exp.tracking.progress import RunProgress, noise_to
@@ -64,7 +64,7 @@ from claq_exp.tracking.wandb import WandbTracker
 
 ALLOCATION = "allocation.safetensors"
 CONVERTED = "converted"
-SURVEY_CODE = ("models/*.py", "calibration/*.py", "quantize/*.py", "quantize/solver/*.py")
+SURVEY_CODE = ("claq_exp.allocate.survey", "claq_exp.models.load")
 
 
 @dataclass(frozen=True)
@@ -361,35 +361,34 @@ class _Job:
         )
 
     def _allocate(self, batches: list[Tensor]) -> dict[str, MatrixPlan]:
-        """Decide on every matrix at once, where the recipe asks for it."""
-        recipe, path = self.plan.recipe, self.folder.work / ALLOCATION
-        if not isinstance(recipe.precision, RateDistortion):
+        """Decide on every matrix at once, where there is an allocation that does."""
+        allocation, path = self.plan.allocation, self.folder.work / ALLOCATION
+        if allocation.survey() is None:
             return {}
         if path.is_file():
-            return load_allocation(path)
+            return load_plans(path)
         self.progress.stage("allocate")
         plans = self._stage(
             "allocate",
             lambda: allocate_model(
                 self._open_original(check=False).load(),
                 [batch.to(self.device) for batch in batches],
-                recipe,
+                self.plan.recipe,
+                allocation,
                 blocks_path=self.config.model.blocks,
                 overhead=self.plan.description,
                 keep=self._keep_survey,
                 on_share=self.progress.advance,
             ),
         )
-        save_allocation(path, plans)
+        save_plans(path, plans)
         return plans
 
     def _keep_survey(
         self, key: dict[str, Any], make: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        package = Path(__file__).parent
-        code = code_of(path for part in SURVEY_CODE for path in package.glob(part))
         model = self.fetched.contents["model"]
-        subject = measured_on(self.config, self.device, model, code)
+        subject = measured_on(self.config, self.device, model, code_behind(*SURVEY_CODE))
         return kept_tensors("surveys", {**subject, **key}, make)
 
     def _stage(self, name: str, work: Callable[[], Any]) -> Any:

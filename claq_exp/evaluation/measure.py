@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from claq_exp.config import EvaluationConfig
 from claq_exp.evaluation.caveats import refuse_score
 from claq_exp.evaluation.perplexity import Corpus, Perplexity, perplexity, windows_at_once
 from claq_exp.evaluation.predict import Subject
@@ -18,6 +17,8 @@ from claq_exp.evaluation.zero_shot import TaskScore, score_tasks
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+    from claq_exp.config import EvaluationConfig
 
 TASK_SHARE = 0.5  # of a measurement's progress, where there are tasks as well as corpora
 

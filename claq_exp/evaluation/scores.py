@@ -12,9 +12,6 @@ from typing import Any
 
 from claq_exp.checkpoint.files import read_json, write_json
 from claq_exp.errors import CheckpointError
-from claq_exp.sources.kept import code_of
-
-LOADING = ("load", "original", "skeleton", "stream", "weights")  # which model is measured
 
 
 @dataclass(frozen=True)
@@ -59,10 +56,3 @@ class ScoreStore:
 
 def _digest(data: Any) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def code_content() -> str:
-    """Return a hash of the code that measures: a score must not outlive a change of it."""
-    package = Path(__file__).parent
-    models = [package.parent / "models" / f"{name}.py" for name in LOADING]
-    return code_of([*package.glob("*.py"), *models])

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from claq_exp.errors import ConfigError, one_of
 from claq_exp.payload.base import Layout
-from claq_exp.quantize.precision import RateDistortion
 from claq_exp.quantize.recipe import Recipe, planned_layouts
 from claq_exp.quantize.statistics import EqualColumns
 
@@ -41,16 +40,14 @@ def fit_budget(
 ) -> Recipe:
     """Return the recipe with the largest precision that the budget allows.
 
-    The reservation keeps its own ratio; the precision gets the rest.
+    The reservation keeps its own ratio; the precision gets the rest.  Widths that an allocation
+    decides are left to it.
     shapes: name -> (out, in) of every matrix.  overhead: bits that a checkpoint with these layouts
     takes beside them; counted in linear budgets.
     Raises ConfigError with the range that can be reached.
     """
-    if budget.bits is None:
+    if budget.bits is None or recipe.allocated:
         return recipe
-    if isinstance(recipe.precision, RateDistortion):
-        precision = replace(recipe.precision, target_bits=budget.bits, count=budget.kind)
-        return replace(recipe, precision=precision)
     model = _Model(budget.kind == "nominal", shapes, overhead)
     best: Recipe | None = None
     reached: list[float] = []

@@ -12,11 +12,11 @@ from claq_exp.errors import ConfigError, one_of
 from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import MAX_BITS
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
-from claq_exp.quantize.codebook import Codebook, KMeans
+from claq_exp.quantize.codebook import Codebook
 from claq_exp.quantize.moments import WANTED
-from claq_exp.quantize.precision import Precision, RateDistortion
+from claq_exp.quantize.precision import NoPrecision, Precision
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.reservation import JointReservation, NoReservation, Reservation
+from claq_exp.quantize.reservation import Reservation
 from claq_exp.quantize.reservation.shares import SELECTIONS
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.solver.base import Prepared, Solved
@@ -48,8 +48,7 @@ class Recipe:
             raise ConfigError(one_of("solver's wants", unknown[0], WANTED))
         if self.select not in SELECTIONS:
             raise ConfigError(one_of("reservation's select", self.select, SELECTIONS))
-        self._check_joint()
-        if self.allocates:
+        if self.allocated:
             return
         plan = self.plan(EqualColumns(512, 512))
         if not self.codebook.mixed_widths and len(plan.column_bits.unique()) > 1:
@@ -69,30 +68,13 @@ class Recipe:
         return self.reservation.select
 
     @property
-    def allocates(self) -> bool:
-        """Whether widths are decided for the whole model before its first layer."""
-        return isinstance(self.precision, RateDistortion)
+    def allocated(self) -> bool:
+        """Whether the widths are decided over the whole model, and given with each matrix."""
+        return self.precision == NoPrecision()
 
     def plan_key(self, name: str) -> tuple[Hashable, ...]:
         """Return what the layout of a layer depends on besides its shape."""
         return self.precision.plan_key(name), self.reservation.plan_key(name)
-
-    def _check_joint(self) -> None:
-        joint = isinstance(self.reservation, JointReservation)
-        if not self.allocates:
-            if joint:
-                raise ConfigError(
-                    "reservation=rate_distortion is decided by precision=rate_distortion; choose "
-                    "it too, or another reservation"
-                )
-            return
-        if not isinstance(self.codebook, KMeans):
-            raise ConfigError("precision=rate_distortion needs codebook=kmeans or kmeans_exact")
-        if not joint and not isinstance(self.reservation, NoReservation):
-            raise ConfigError(
-                "precision=rate_distortion decides what is reserved too: use "
-                "reservation=rate_distortion or reservation=none"
-            )
 
     def plan(self, statistics: ColumnStatistics) -> ColumnPlan:
         """Decide the widths and reservations of a matrix.
@@ -129,8 +111,6 @@ def decide(
 
 def planned_layout(recipe: Recipe, rows: int, columns: int, name: str = "") -> Layout:
     """Return the layout of a layer; exact where plans depend on shapes and names alone."""
-    if isinstance(recipe.precision, RateDistortion):
-        return recipe.precision.expected_layout(rows, columns)
     plan = recipe.plan(EqualColumns(rows, columns, name))
     return recipe.codebook.layout(rows, plan)
 

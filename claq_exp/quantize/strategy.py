@@ -1,11 +1,16 @@
-"""How a strategy is found: by its short name in its family's dict, or by a dotted path."""
+"""How a strategy is found and made: by its short name in its family's dict, or a dotted path."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
-from claq_exp.errors import ConfigError, one_of, telling_line
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from claq_exp.errors import ConfigError, one_line, one_of, telling_line
 
 
 def find_strategy(family: str, members: Mapping[str, type], name: str) -> type:
@@ -27,6 +32,37 @@ def find_strategy(family: str, members: Mapping[str, type], name: str) -> type:
     if not isinstance(found, type):
         raise ConfigError(f"{family}.name '{name}' is not a class")
     return found
+
+
+def strategy_name(members: Mapping[str, type], strategy: object) -> str:
+    """Return the name by which `find_strategy` finds the class of a strategy."""
+    own = type(strategy)
+    short = next((name for name, member in members.items() if member is own), None)
+    return short or f"{own.__module__}:{own.__qualname__}"
+
+
+def make_strategy(family: str, members: Mapping[str, type], values: Mapping[str, Any]) -> Any:
+    """Return the strategy that a config group describes: a name, and the fields of that name.
+
+    Raises ConfigError for an unknown name, field or value.
+    """
+    options = dict(values)
+    name = options.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError(f"{family}.name is missing; choose one of: {', '.join(members)}")
+    strategy = find_strategy(family, members, name)
+    own = {field.name for field in fields(strategy)}
+    siblings = {field.name for member in members.values() for field in fields(member)}
+    for left_over in siblings - own:  # an experiment's field, whose option was replaced
+        options.pop(left_over, None)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(strategy), options))
+    except ConfigError as error:
+        where = "" if f"{family}." in str(error) else f"{family}={name}: "
+        raise ConfigError(f"{where}{error}") from error
+    except OmegaConfBaseException as error:
+        known = ", ".join(sorted(own)) or "none"
+        raise ConfigError(f"{family}={name}: {one_line(error)} (its fields: {known})") from error
 
 
 def check_members(family: str, strategy: object, protocol: type) -> None:

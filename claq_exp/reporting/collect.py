@@ -14,6 +14,7 @@ from typing import Any
 from claq_exp.checkpoint.files import read_json
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.evaluation.zero_shot import is_accuracy
+from claq_exp.reporting.older import current
 from claq_exp.reporting.overrides import agree
 from claq_exp.reporting.results import LAYER_FIELDS, SCHEMA
 from claq_exp.run_folder import (
@@ -166,7 +167,7 @@ def read_run(folder: Path) -> Run:
     if state.name != FINISHED:
         path = settings_file(folder)
         config = read_json(path).get("config", {}) if path.is_file() else {}
-        return Run(folder, state, config)
+        return Run(folder, state, current(config))
     results = read_json(folder / RESULTS_FILE)
     schema = results.get("schema", 0)
     if not isinstance(schema, int) or schema > SCHEMA:
@@ -175,7 +176,7 @@ def read_run(folder: Path) -> Run:
         raise CheckpointError(f"{folder} holds no run but results that are {results.get('status')}")
     if missing := [part for part in PARTS if not isinstance(results.get(part), dict)]:
         raise CheckpointError(f"{folder / RESULTS_FILE} has no '{missing[0]}'")
-    run = Run(folder, state, results["config"], results)
+    run = Run(folder, state, current(results["config"]), results)
     try:
         _check_numbers(run)
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:

@@ -75,7 +75,7 @@ def _compare(asked: argparse.Namespace) -> int:
 
 
 def _replay(asked: argparse.Namespace) -> int:
-    from claq_exp.tracking.replay import replay
+    from claq_exp.reporting.replay import replay
 
     if asked.folders:
         raise ConfigError(f"report: --replay takes runs, and nothing else; '{asked.folders[0]}'")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 RECIPE = ("codebook", "precision", "reservation", "solver")
+ALLOCATION = "allocation"
 ACTIVATION = "activation"
 TRANSFORM = "transform"
 TUNE = "tune"
@@ -17,7 +18,7 @@ def families_of(configs: Iterable[dict[str, Any]]) -> tuple[str, ...]:
     configs = list(configs)
     used = [
         family
-        for family in (ACTIVATION, TRANSFORM, TUNE)
+        for family in (ALLOCATION, ACTIVATION, TRANSFORM, TUNE)
         if any(_beside(config, family)["name"] != KEPT for config in configs)
     ]
     return (*RECIPE, *used)
@@ -27,9 +28,10 @@ def recipe_labels(config: dict[str, Any], families: Sequence[str] = RECIPE) -> d
     """Return a few words for each family of strategies."""
     labels = {
         "codebook": codebook_label(config["codebook"]),
-        "precision": precision_label(config),
+        "precision": _widths_label(config, "precision"),
         "reservation": _described(config["reservation"], "ratio"),
         "solver": str(config["solver"]["name"]),
+        ALLOCATION: _widths_label(config, ALLOCATION),
         ACTIVATION: activation_label(_beside(config, ACTIVATION)),
         TRANSFORM: _described(_beside(config, TRANSFORM), "alpha"),
         TUNE: _described(_beside(config, TUNE), "steps"),
@@ -59,8 +61,8 @@ def method_label(config: dict[str, Any]) -> str:
     if (transform := _beside(config, TRANSFORM))["name"] != KEPT:
         parts.insert(0, str(transform["name"]))
     precision, reservation = config["precision"]["name"], config["reservation"]["name"]
-    if precision == "rate_distortion":
-        return " + ".join([*parts, precision])
+    if (allocation := _beside(config, ALLOCATION)["name"]) != KEPT:
+        return " + ".join([*parts, allocation])
     if precision != "fixed":
         parts.append(f"AP {precision}")
     if reservation != "none":
@@ -85,12 +87,12 @@ def codebook_label(codebook: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def precision_label(config: dict[str, Any]) -> str:
+def _widths_label(config: dict[str, Any], family: str) -> str:
     """Return how bits are given out, with the budget or the number that the rule aims at."""
-    budget = config.get("budget") or {}
-    if budget.get("bits") is not None:
-        return f"{config['precision']['name']}, {budget['bits']:g} {budget['kind']}"
-    return _described(config["precision"], "target_bits", "bits")
+    budget, rule = config.get("budget") or {}, _beside(config, family)
+    if budget.get("bits") is not None and rule["name"] != KEPT:
+        return f"{rule['name']}, {budget['bits']:g} {budget['kind']}"
+    return _described(rule, "target_bits", "bits")
 
 
 def _described(strategy: dict[str, Any], *fields: str) -> str:

@@ -12,7 +12,10 @@ from claq_exp.reporting.collect import Measure, Run
 from claq_exp.reporting.labels import method_label
 from claq_exp.reporting.settings import flatten, is_neutral, is_seed, seedless
 
-BUDGETS = ("precision.bits", "precision.target_bits", "precision.default")  # what a line runs over
+BUDGETS = (  # what a line runs over
+    *("precision.bits", "precision.target_bits", "precision.default"),
+    "allocation.target_bits",
+)
 SAME_METHOD = ("budget.", "precision.widths", "evaluation.", "runtime.", "device", "model.")
 OF_MODEL = ("model.blocks", "model.dtype")  # what sets lines of one model apart
 NAMED = 2  # settings that tell lines of one method apart, in a label

@@ -7,15 +7,12 @@ from typing import Any
 
 import yaml
 
-from claq_exp.reporting.labels import ACTIVATION, RECIPE, TRANSFORM, TUNE
+from claq_exp.reporting.labels import ACTIVATION, ALLOCATION, RECIPE, TRANSFORM, TUNE
 
-STRATEGIES = (
+STRATEGIES = (  # groups whose options are called like what they choose
     *RECIPE,
-    ACTIVATION,
-    TRANSFORM,
-    TUNE,
-    "tracking",
-)  # groups whose options are called like what they choose
+    *(ALLOCATION, ACTIVATION, TRANSFORM, TUNE, "tracking"),
+)
 
 
 def config_of(overrides: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from claq_exp.accelerator import synchronize
 from claq_exp.checkpoint.find import checkpoint_folder
 from claq_exp.checkpoint.reader import read_layouts
-from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.machine import choose_device, device_name, settle
 from claq_exp.models.load import forward_dtype, load_config
@@ -24,6 +23,9 @@ from claq_exp.models.towers import text_config
 from claq_exp.runtime.kernels import DENSE, FASTEST, choose_kernel
 from claq_exp.runtime.linear import QuantizedLinear, quantized_linears
 from claq_exp.runtime.load import load_checkpoint
+
+if TYPE_CHECKING:
+    from claq_exp.config import ExperimentConfig
 
 PROMPT = 8  # tokens that generation starts from
 TOKENS = 64  # that are generated

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from claq_exp.checkpoint.files import write_bytes
-from claq_exp.sources.cache import cache_folder, sha256_of
+from claq_exp.sources.cache import cache_folder
 
 
 def kept_tensors(
@@ -36,11 +36,6 @@ def kept_tensors(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, save(tensors, {"key": text, "sha256": _digest(tensors)}))
     return tensors
-
-
-def code_of(files: Iterable[Path]) -> str:
-    """Return a hash of source files: what code has made must not outlive a change of it."""
-    return hashlib.sha256("".join(map(sha256_of, sorted(files))).encode()).hexdigest()
 
 
 def digest_of(tensor: Tensor) -> str:

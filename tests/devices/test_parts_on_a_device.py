@@ -13,6 +13,7 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 from torch import Tensor, nn
 
+from claq_exp.allocate.survey import survey_model
 from claq_exp.calibration.moments import MomentsAccumulator
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.errors import CalibrationError, NumericalError
@@ -25,7 +26,6 @@ from claq_exp.models.load import open_model
 from claq_exp.models.quantize import Watcher, quantize_model
 from claq_exp.models.solve import solve_linears
 from claq_exp.models.stream import StreamedModel, WholeModel
-from claq_exp.models.survey import survey_model
 from claq_exp.quantize.codebook import KMeans, Uniform
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.number_formats.encoding import round_values

@@ -12,9 +12,9 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 from task_rows import made_rows, write_rows
 
-from claq_exp.checkpoint.origin import recorded_origin
 from claq_exp.cli import main
 from claq_exp.evaluation import measure
+from claq_exp.run.origin import recorded_origin
 from claq_exp.sources.cache import cache_folder
 
 WORDS = ["experiment=rtn_4bit", "threads=1", "device=cpu", "calibration.windows=2"]

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from claq_exp.evaluation import scores
-from claq_exp.evaluation.scores import ScoreStore, code_content
+from claq_exp.evaluation.scores import ScoreStore
 from claq_exp.measuring import measured_on
 
 SUBJECT = {"model": "abc", "versions": {"torch": "2.0"}, "dtype": "float32"}
@@ -87,21 +86,3 @@ def test_a_file_under_a_name_that_is_not_its_own_is_not_believed(store):
 def test_a_folder_that_is_not_there_holds_nothing(tmp_path):
     assert ScoreStore(tmp_path / "none", SUBJECT).find(MEASURE) is None
     assert not (tmp_path / "none").exists()
-
-
-def test_the_code_that_measures_is_part_of_what_a_score_depends_on(tmp_path, monkeypatch):
-    package = tmp_path / "evaluation"
-    package.mkdir()
-    (tmp_path / "models").mkdir()
-    (package / "perplexity.py").write_text("one")
-    for name in scores.LOADING:
-        (tmp_path / "models" / f"{name}.py").write_text("two")
-    loader = tmp_path / "models" / "original.py"
-    before = code_content()
-    monkeypatch.setattr(scores, "__file__", str(package / "scores.py"))
-    contents = {before, code_content()}
-    loader.write_text("three")
-    contents.add(code_content())
-    (package / "perplexity.py").write_text("four")
-    contents.add(code_content())
-    assert len(contents) == 4

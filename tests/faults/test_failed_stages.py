@@ -185,7 +185,7 @@ def test_the_original_is_measured_once_for_all_runs_on_the_same_tokens(run, outp
 
 def test_an_allocation_is_made_once_and_its_budget_kept(run, outputs, failing):
     repair = failing("quantize_model", SourceError("no luck"))
-    words = ["experiment=linear/rate_distortion_3.3", "budget.bits=7.5", "precision.windows=1"]
+    words = ["experiment=linear/rate_distortion_3.3", "budget.bits=7.5", "allocation.windows=1"]
     assert run(*words) == 1
     allocation = only_folder(outputs) / "work" / "allocation.safetensors"
     before = identity_of(allocation)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from claq_exp.allocate.survey import survey_model
 from claq_exp.errors import ConfigError
 from claq_exp.models.blocks import capture_inputs
 from claq_exp.models.discover import find_blocks, find_stages, linears_of
@@ -24,7 +25,6 @@ from claq_exp.models.experts import (
 )
 from claq_exp.models.load import load_model
 from claq_exp.models.stream import WholeModel
-from claq_exp.models.survey import survey_model
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.codebook import KMeans, Uniform
 from claq_exp.quantize.precision import Fixed, OutlierOrder

@@ -10,9 +10,9 @@ import torch
 from tiny_architectures import ARCHITECTURES, token_batches
 from torch import nn
 
+from claq_exp.allocate.survey import LEAST_IMPORTANCE, survey_model
 from claq_exp.errors import CalibrationError, NumericalError
 from claq_exp.models.discover import linear_weight
-from claq_exp.models.survey import LEAST_IMPORTANCE, survey_model
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.solver import Gptq, Nearest
 from claq_exp.quantize.statistics import ColumnStatistics

@@ -7,13 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from quantize_references import recipe
 
+from claq_exp.allocate import NoAllocation, RateDistortion
 from claq_exp.errors import ConfigError
 from claq_exp.quantize.budget import BudgetConfig, fit_budget
 from claq_exp.quantize.codebook import KMeans
-from claq_exp.quantize.precision import Fixed, LayerMap, OutlierOrder, Random, RateDistortion
+from claq_exp.quantize.precision import Fixed, LayerMap, NoPrecision, OutlierOrder, Random
 from claq_exp.quantize.recipe import Recipe, planned_layouts
 from claq_exp.quantize.reservation import Fixed as FixedReservation
-from claq_exp.quantize.reservation import JointReservation
 
 SHAPES = {"q": (576, 576), "k": (192, 576), "down": (576, 1536), "odd": (49, 130)}
 QUICK = settings(max_examples=40)
@@ -90,9 +90,12 @@ def test_without_a_budget_the_recipe_stays_as_it_is():
 
 
 def test_an_allocation_over_the_model_takes_the_budget_as_its_target():
-    chosen = recipe(precision=RateDistortion(4.0), reservation=JointReservation())
-    fitted = fit(chosen, 2.6, "nominal")
-    assert fitted.precision == RateDistortion(2.6, count="nominal")
+    chosen = recipe(precision=NoPrecision())
+    assert fit(chosen, 2.6, "nominal") is chosen
+    budget = BudgetConfig(2.6, "nominal")
+    assert RateDistortion(4.0).within(budget) == RateDistortion(2.6, count="nominal")
+    assert RateDistortion(4.0).within(BudgetConfig()) == RateDistortion(4.0)
+    assert NoAllocation().within(budget) == NoAllocation()
 
 
 def test_more_bits_never_give_less_precision():

@@ -10,18 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantize_references import recipe
 
-from claq_exp.errors import ConfigError
-from claq_exp.quantize.codebook import KMeans
-from claq_exp.quantize.precision import OutlierOrder
-from claq_exp.quantize.precision.rate_distortion import RateDistortion
-from claq_exp.quantize.rate_distortion import (
+from claq_exp.allocate import NoAllocation, RateDistortion
+from claq_exp.allocate.choices import (
     Choices,
     allocate,
     choose_variants,
     column_options,
     measure_choices,
 )
+from claq_exp.errors import ConfigError
+from claq_exp.quantize.codebook import KMeans, Quantile
+from claq_exp.quantize.precision import NoPrecision, OutlierOrder
+from claq_exp.quantize.reservation import Fixed as FixedShare
 from claq_exp.quantize.statistics import ColumnStatistics
 
 QUICK = settings(max_examples=60)
@@ -179,6 +181,13 @@ def real_statistics(rows: int, columns: int, seed: int, spread: float = 1.0) -> 
     return ColumnStatistics(weight, distortion, torch.arange(columns), "", importance)
 
 
+def widths(statistics: ColumnStatistics, *options: object, **more: object) -> torch.Tensor:
+    """The width of each column of one matrix with a codebook per column, and nothing reserved."""
+    plain = {"codebooks": "own", "row_scales": "never", "reserve": False}
+    rule = RateDistortion(*options, **{**plain, **more})
+    return rule.plan_model({"": statistics}, KMeans())[""].columns.column_bits
+
+
 def surrogate(choices: Choices, bits: torch.Tensor) -> float:
     """The distortion of widths without reservation."""
     return float(sum(choices.distortion[j, width - 1] for j, width in enumerate(bits.tolist())))
@@ -194,7 +203,7 @@ def test_the_surrogate_is_no_worse_than_outlier_order_and_saliency_at_the_same_b
         statistics.sensitivity().argsort(descending=True).argsort()
     ]
     assert saliency.double().mean() == paper.double().mean()
-    planned = RateDistortion(target, "nominal").plan(statistics)
+    planned = widths(statistics, target, "nominal")
     assert planned.double().mean() <= target
     found = surrogate(choices, planned)
     assert found < 0.8 * surrogate(choices, paper)
@@ -232,8 +241,7 @@ def test_row_scales_change_the_unit_of_fits_and_not_of_distortions(shared):
 
 def test_widths_beyond_those_measured_may_be_asked_for_alone():
     statistics = real_statistics(64, 12, seed=3)
-    chosen = RateDistortion(6.5, "nominal", min_bits=6, max_bits=7)
-    bits = chosen.plan(statistics)
+    bits = widths(statistics, 6.5, "nominal", min_bits=6, max_bits=7)
     assert sorted(set(bits.tolist())) == [6, 7]
     assert bits.double().mean() == 6.5
 
@@ -246,7 +254,7 @@ def test_threads_and_repetition_change_nothing(columns):
     try:
         for count in (1, 2, 2):
             torch.set_num_threads(count)
-            plans.append(RateDistortion(3.5).plan_model(statistics, KMeans(), (0.01,)))
+            plans.append(RateDistortion(3.5).plan_model(statistics, KMeans()))
     finally:
         torch.set_num_threads(threads)
     for name, first in plans[0].items():
@@ -262,7 +270,7 @@ def test_codebooks_are_shared_by_few_rows_of_like_columns(rows, alike, shared):
     if not alike:  # from two peaks to a heavy tail
         weight = weight.sign() * weight.abs() ** torch.linspace(0.2, 2, 48)
     statistics = {"": ColumnStatistics(weight, 1 / weight.square().mean(dim=0), torch.arange(48))}
-    plans = RateDistortion(4.0, row_scales="never").plan_model(statistics, KMeans(), ())
+    plans = RateDistortion(4.0, row_scales="never", reserve=False).plan_model(statistics, KMeans())
     assert plans[""].codebook.shared == shared  # 256 bits for a codebook of 16, 1.3 a weight of 192
 
 
@@ -277,7 +285,7 @@ def test_rows_of_very_different_size_get_scales():
     weight = statistics.weight * 2.0 ** torch.linspace(-4, 4, 256)[:, None]
     even = 1 / weight.square().mean(dim=1)
     uneven = replace(statistics, weight=weight, row_weights=even)
-    plans = RateDistortion(3.0).plan_model({"": uneven}, KMeans(), ())
+    plans = RateDistortion(3.0, reserve=False).plan_model({"": uneven}, KMeans())
     assert plans[""].codebook.row_scales
 
 
@@ -286,9 +294,7 @@ def test_columns_whose_errors_cost_more_get_more_bits():
     statistics = real_statistics(128, 40, seed=7, spread=0.0)
     dear = torch.ones(40)
     dear[5], dear[6] = 1000.0, 0.001
-    bits = RateDistortion(3.0, "nominal", min_bits=1).plan(
-        replace(statistics, distortion_weight=dear)
-    )
+    bits = widths(replace(statistics, distortion_weight=dear), 3.0, "nominal", min_bits=1)
     others = bits[torch.arange(40) > 6].double()
     assert bits[5] > others.max()
     assert bits[6] < others.min()
@@ -306,13 +312,13 @@ def test_a_model_keeps_its_budget_to_the_bit_and_uses_it(count, target):
     shapes = [(192, 64), (64, 192), (300, 48)]
     statistics = {str(at): real_statistics(*shape, seed=at) for at, shape in enumerate(shapes)}
     chosen = RateDistortion(target, count, min_bits=1)
-    plans = chosen.plan_model(statistics, KMeans(), (0.01,), overhead=beside)
+    plans = chosen.plan_model(statistics, KMeans(), overhead=beside)
     bits = 0.0
     if count == "linear":
         bits = beside({name: KMeans().layout(192, plan.columns) for name, plan in plans.items()})
     for name, plan in plans.items():
         rows, columns = statistics[name].shape
-        whole = column_options(rows, range(1, 9), (0.01,))
+        whole = column_options(rows, range(1, 9), (chosen.small, chosen.large))
         matrix = Choices(
             rows, whole, np.zeros((columns, len(whole))), plan.codebook, count == "nominal"
         )
@@ -324,7 +330,7 @@ def test_a_model_keeps_its_budget_to_the_bit_and_uses_it(count, target):
 def test_rows_weigh_in_the_fits_only_where_that_is_asked():
     statistics = {"": real_statistics(192, 16, seed=8)}
     for asked in (True, False):
-        plans = RateDistortion(3.0, row_weights=asked).plan_model(statistics, KMeans(), ())
+        plans = RateDistortion(3.0, row_weights=asked).plan_model(statistics, KMeans())
         assert (plans[""].row_weights is not None) == asked
 
 
@@ -333,7 +339,7 @@ def test_shares_of_the_work_add_up_to_one():
     for changes in ({}, {"codebooks": "own", "row_scales": "never"}):
         shares: list[float] = []
         RateDistortion(3.5, **changes).plan_model(
-            statistics, KMeans(), (), on_share=lambda share, _, shares=shares: shares.append(share)
+            statistics, KMeans(), on_share=lambda share, _, shares=shares: shares.append(share)
         )
         assert sum(shares) == pytest.approx(1)
 
@@ -357,10 +363,41 @@ def test_the_expected_layout_keeps_the_budget_without_weights(per_weight, codebo
         {"min_bits": 5, "max_bits": 4},
         {"max_bits": 9},
         {"windows": 0},
+        {"small": 0.0},
+        {"small": 0.1, "large": 0.05},
     ],
     ids=str,
 )
 def test_impossible_options_are_refused_by_name(options):
-    name = "min_bits" if "max_bits" in options else next(iter(options))
-    with pytest.raises(ConfigError, match=rf"precision\.{name}"):
+    name = {"max_bits": "min_bits", "large": "small"}.get(next(iter(options)), next(iter(options)))
+    with pytest.raises(ConfigError, match=rf"allocation\.{name}"):
         RateDistortion(**options)
+
+
+def test_other_codebooks_and_rules_beside_it_are_refused():
+    rule, alone = RateDistortion(), NoPrecision()
+    rule.check(recipe(precision=alone))
+    for wrong, message in [
+        (recipe(), "precision=none reservation=none"),
+        (recipe(precision=alone, reservation=FixedShare()), "reservation=none"),
+        (recipe(precision=alone, codebook=Quantile()), "codebook=kmeans"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            rule.check(wrong)
+    NoAllocation().check(recipe())
+    with pytest.raises(ConfigError, match="allocation=rate_distortion"):
+        NoAllocation().check(recipe(precision=alone))
+
+
+@pytest.mark.parametrize("count", ["linear", "nominal"])
+def test_the_layouts_that_are_planned_leave_room_for_what_comes_beside(count):
+    shapes = {"a": (512, 100), "b": (512, 100), "c": (256, 64)}
+    rule = RateDistortion(3.0, count)
+    layouts = rule.planned_layouts(recipe(precision=NoPrecision()), shapes, lambda _: 20_000.0)
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    stored = sum(layout.ledger().total for layout in layouts.values())
+    assert layouts["a"] == layouts["b"]
+    if count == "linear":
+        assert 2.75 < (stored + 20_000) / weights <= 3.0
+    else:
+        assert sum(x.nominal_bits() * x.weights for x in layouts.values()) / weights <= 3.0

@@ -12,6 +12,7 @@ import torch
 from own_solvers import CyclicDescent
 from quantize_references import random_problem, recipe, solve
 
+from claq_exp.allocate import RateDistortion
 from claq_exp.errors import ConfigError, NumericalError
 from claq_exp.payload import BlockCodes, ColumnCodebooks, RowGrid, SignScales, unpack_weight
 from claq_exp.payload.base import Payload
@@ -19,8 +20,7 @@ from claq_exp.payload.column_codebooks import ColumnCodebooksLayout
 from claq_exp.quantize.codebook import CODEBOOK, Codebook
 from claq_exp.quantize.codebook.columns import PythonColumns
 from claq_exp.quantize.moments import WANTED, Moments
-from claq_exp.quantize.precision import PRECISION, Fixed, Precision
-from claq_exp.quantize.precision.rate_distortion import RateDistortion
+from claq_exp.quantize.precision import PRECISION, Fixed, NoPrecision, Precision
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import planned_layout, quantize_weight
 from claq_exp.quantize.reservation import RESERVATION, Reservation
@@ -32,22 +32,22 @@ from claq_exp.quantize.strategy import find_strategy
 
 FAMILIES = {
     "codebook": CODEBOOK,
-    "precision": {**PRECISION, "rate_distortion": RateDistortion},
+    "precision": {name: rule for name, rule in PRECISION.items() if name != "none"},
     "reservation": RESERVATION,
     "solver": SOLVER,
+    "allocation": {"rate_distortion": RateDistortion},
 }
 MEMBERS = [(family, name) for family, members in FAMILIES.items() for name in members]
 every_strategy = pytest.mark.parametrize(
     ("family", "name"), MEMBERS, ids=[f"{family}={name}" for family, name in MEMBERS]
 )
 SHAPES = [(1, 1), (1, 9), (9, 1), (2, 3), (49, 10), (70, 33)]
+ALONE = {"codebooks": "own", "row_scales": "never", "reserve": False}
 BUDGET = 9.0  # bits: what rate_distortion needs for so few rows, where codebooks cost most
 
 
 def recipe_with(family: str, name: str):
     """The plain recipe, with one strategy as its own defaults make it."""
-    if name == "rate_distortion":
-        return recipe(precision=RateDistortion(target_bits=BUDGET, min_bits=1))
     strategy = FAMILIES[family][name]()
     if family == "codebook" and getattr(strategy, "bits", None):
         return recipe(codebook=strategy, precision=Fixed(strategy.bits))
@@ -58,13 +58,24 @@ def refuses_few_rows(name: str, rows: int) -> bool:
     """Check that a budget which not even one-bit columns keep is refused."""
     if name == "rate_distortion" and rows < 9:
         with pytest.raises(ConfigError, match="bits per weight cannot be met"):
-            quantize("precision", name, *random_problem(rows, 5, seed=1))
+            quantize("allocation", name, *random_problem(rows, 5, seed=1))
         return True
     return False
 
 
 def quantize(family: str, name: str, weight: torch.Tensor, hessian: torch.Tensor):
+    if family == "allocation":
+        return allocated(RateDistortion(BUDGET, **ALONE), weight, hessian)
     return solve(weight, hessian, recipe_with(family, name))
+
+
+def allocated(rule: RateDistortion, weight: torch.Tensor, hessian: torch.Tensor):
+    """Quantize a matrix that is all that there is of a model."""
+    chosen, problem = recipe(precision=NoPrecision()), LinearProblem(weight, hessian)
+    prepared = chosen.solver.prepare(Moments(hessian))
+    statistics = prepared.statistics(problem)
+    (plan,) = rule.plan_model({"": statistics}, chosen.codebook).values()
+    return quantize_weight(problem, prepared, chosen, plan)
 
 
 def assert_well_formed(result: Payload, rows: int, columns: int) -> None:
@@ -162,11 +173,11 @@ def test_a_weight_that_is_no_number_is_refused_by_its_place(family, name, bad):
 def test_the_bits_that_were_planned_are_the_bits_that_are_used(family, name, rows, columns):
     if refuses_few_rows(name, rows):
         return
-    chosen = recipe_with(family, name)
-    solved = solve(*random_problem(rows, columns, seed=8), chosen)
+    solved = quantize(family, name, *random_problem(rows, columns, seed=8))
     if name == "rate_distortion":  # its widths depend on the weights
         assert solved.quantized.ledger().total <= BUDGET * rows * columns
         return
+    chosen = recipe_with(family, name)
     planned = planned_layout(chosen, rows, columns)
     assert solved.quantized.ledger() == planned.ledger()
     assert solved.quantized.layout().nominal_bits() == planned.nominal_bits()
@@ -192,14 +203,14 @@ def test_the_result_does_not_depend_on_threads(family, name):
 @pytest.mark.parametrize("target_bits", [2.2, 2.6, 3.0, 4.0])
 @pytest.mark.parametrize("count", ["linear", "nominal"])
 def test_a_matrix_planned_by_itself_keeps_the_target_of_rate_distortion(target_bits, count):
-    chosen = recipe(precision=RateDistortion(target_bits, count, min_bits=1))
-    result = solve(*random_problem(192, 40, seed=8), chosen).quantized
+    rule = RateDistortion(target_bits, count, **ALONE)
+    result = allocated(rule, *random_problem(192, 40, seed=8)).quantized
     layout = result.layout()
     bits = layout.ledger().total / layout.weights if count == "linear" else layout.nominal_bits()
     assert target_bits - 0.05 < bits <= target_bits
 
 
-@pytest.mark.parametrize("name", PRECISION)
+@pytest.mark.parametrize("name", FAMILIES["precision"])
 def test_widths_are_one_to_eight_bits_for_every_column(name):
     bits = PRECISION[name]().plan(EqualColumns(300, 64))
     assert bits.dtype == torch.uint8

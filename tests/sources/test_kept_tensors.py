@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from claq_exp.sources.kept import code_of, digest_of, kept_tensors
+from claq_exp.sources.kept import digest_of, kept_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -71,13 +71,3 @@ def test_a_digest_knows_shape_and_type():
     flat = torch.arange(6)
     digests = {digest_of(x) for x in (flat, flat.reshape(2, 3), flat.int(), flat.flip(0))}
     assert len(digests) == 4
-
-
-def test_code_that_changes_is_other_code(tmp_path):
-    files = [tmp_path / "a.py", tmp_path / "b.py"]
-    for file in files:
-        file.write_text("x = 1\n")
-    before = code_of(files)
-    assert code_of(reversed(files)) == before
-    files[1].write_text("x = 2\n")
-    assert code_of(files) != before

@@ -11,24 +11,24 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from claq_exp import inputs
+from claq_exp.allocate import model as allocating
 from claq_exp.cli import main
 from claq_exp.compose import compose_config
 from claq_exp.inputs import fetch, tokenize_inputs
-from claq_exp.models import allocate
+from claq_exp.run import cut
 
 
 @pytest.fixture
 def cuts(monkeypatch) -> list[str]:
     """What is tokenized, one entry a text."""
     seen: list[str] = []
-    cut = inputs._cut_windows
+    cut_windows = cut.cut_windows
 
     def counted(text, draw, *rest):
         seen.append(draw.where)
-        return cut(text, draw, *rest)
+        return cut_windows(text, draw, *rest)
 
-    monkeypatch.setattr(inputs, "_cut_windows", counted)
+    monkeypatch.setattr(cut, "cut_windows", counted)
     return seen
 
 
@@ -119,15 +119,15 @@ def test_recipes_with_one_survey_make_it_once_and_get_what_they_would_have_got(
     tiny_run, tmp_path, monkeypatch
 ):
     surveys = []
-    survey = allocate.survey_model
+    survey = allocating.survey_model
 
     def counted(*args, **options):
         surveys.append(options["gradients"])
         return survey(*args, **options)
 
-    monkeypatch.setattr(allocate, "survey_model", counted)
-    words = [*tiny_run, "precision=rate_distortion", "reservation=none", "threads=1"]
-    words += ["precision.windows=4", "~evaluation.corpora.wikipedia", "budget.bits=13"]
+    monkeypatch.setattr(allocating, "survey_model", counted)
+    words = [*tiny_run, "allocation=rate_distortion", "allocation.reserve=false", "threads=1"]
+    words += ["allocation.windows=4", "~evaluation.corpora.wikipedia", "budget.bits=13"]
 
     def layers(name: str, *more: str) -> str:
         assert main([*words, f"name={name}", *more]) == 0
@@ -137,7 +137,7 @@ def test_recipes_with_one_survey_make_it_once_and_get_what_they_would_have_got(
     layers("one", "budget.bits=14")
     shared = layers("two")
     assert surveys == [True]
-    layers("three", "precision.importance=output")
+    layers("three", "allocation.importance=output")
     layers("four", "solver.damping=0.1")
     layers("five", "seed=9")
     assert surveys == [True, False, True, True]

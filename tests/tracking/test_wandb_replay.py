@@ -13,8 +13,8 @@ import pytest
 from test_wandb_mirror import named, records
 
 from claq_exp.cli import main
+from claq_exp.reporting.replay import read_events
 from claq_exp.run_folder import LOCK_FILE
-from claq_exp.tracking.replay import read_events
 
 OWN = ("_timestamp", "_runtime", "_step", "_wandb")  # of the moment, not of the run
 

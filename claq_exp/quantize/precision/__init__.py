@@ -8,9 +8,9 @@ from claq_exp.quantize.precision.fixed import Fixed
 from claq_exp.quantize.precision.hessian import Hessian
 from claq_exp.quantize.precision.layer_map import LayerMap
 from claq_exp.quantize.precision.magnitude import Magnitude
+from claq_exp.quantize.precision.none import NoPrecision
 from claq_exp.quantize.precision.outlier_order import OutlierOrder
 from claq_exp.quantize.precision.random import Random
-from claq_exp.quantize.precision.rate_distortion import RateDistortion
 
 PRECISION: dict[str, type] = {
     "fixed": Fixed,
@@ -19,6 +19,6 @@ PRECISION: dict[str, type] = {
     "magnitude": Magnitude,
     "random": Random,
     "layer_map": LayerMap,
-    "rate_distortion": RateDistortion,
+    "none": NoPrecision,
     "claq_reference": ClaqReference,
 }

@@ -9,7 +9,6 @@ from claq_exp.quantize.reservation.hessian import Hessian
 from claq_exp.quantize.reservation.none import NoReservation
 from claq_exp.quantize.reservation.outlier_order import OutlierOrder
 from claq_exp.quantize.reservation.random import Random
-from claq_exp.quantize.reservation.rate_distortion import JointReservation
 
 RESERVATION: dict[str, type] = {
     "none": NoReservation,
@@ -17,6 +16,5 @@ RESERVATION: dict[str, type] = {
     "outlier_order": OutlierOrder,
     "hessian": Hessian,
     "random": Random,
-    "rate_distortion": JointReservation,
     "claq_reference": ClaqReference,
 }

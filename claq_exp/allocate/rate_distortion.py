@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from claq_exp.errors import ConfigError, one_of
-from claq_exp.payload.base import Layout
-from claq_exp.payload.stored import MAX_BITS
-from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
-from claq_exp.quantize.codebook.kmeans import KMeans
-from claq_exp.quantize.precision.base import Precision
-from claq_exp.quantize.rate_distortion import (
+from claq_exp.allocate.allocation import Allocation, OnShare, Shapes, Survey
+from claq_exp.allocate.choices import (
     Choices,
     allocate,
     choose_variants,
     column_options,
     measure_choices,
 )
+from claq_exp.errors import ConfigError, one_of
+from claq_exp.payload.base import Layout
+from claq_exp.payload.stored import MAX_BITS
+from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
+from claq_exp.quantize.budget import BudgetConfig, Overhead
+from claq_exp.quantize.codebook import Codebook
+from claq_exp.quantize.codebook.kmeans import KMeans
+from claq_exp.quantize.recipe import Recipe
+from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.statistics import ColumnStatistics
 
 COUNTS = ("linear", "nominal")
-IMPORTANCE = ("fisher", "output")
+FISHER = "fisher"
+IMPORTANCE = (FISHER, "output")
 CODEBOOKS = ("auto", "own", "shared")
 ROW_SCALES = ("auto", "always", "never")
 ATTEMPTS = 8  # to fit matrices and what comes with them into a budget
@@ -33,12 +38,12 @@ SAMPLED = 16  # every so many columns decide on the form of a matrix
 
 
 @dataclass(frozen=True)
-class RateDistortion(Precision):
+class RateDistortion(Allocation):
     """Spend the budget where it lowers the loss of the whole model most.
 
     A survey of the original model gives the price of an error in every column (the GPTQ distortion
     weight 1 / U_jj^2) and, with `importance=fisher`, in every row; trial fits give the error at
-    each width and reserved count; `claq_exp.quantize.rate_distortion` spends the bits.
+    each width and reserved count; `claq_exp.allocate.choices` spends the bits.
 
     target_bits: bits per weight over all quantized matrices; never exceeded.
     count: what they count: linear, everything that is stored, or nominal, as papers print.
@@ -48,15 +53,20 @@ class RateDistortion(Precision):
         column; auto, what is better for each matrix.
     row_scales: divide rows by their root mean square: always, never, or auto, where it is better.
     row_weights: let the importance of rows weight the k-means too (fisher only).
+    reserve: outliers in 16 bits compete with code widths for the same bits.
+    small, large: the shares of a column's entries that it may keep then, beside none.
     windows: calibration windows for the survey.
     """
 
     target_bits: float = 2.6
     count: str = "linear"
-    importance: str = "fisher"
+    importance: str = FISHER
     codebooks: str = "auto"
     row_scales: str = "auto"
     row_weights: bool = False
+    reserve: bool = True
+    small: float = 0.0025
+    large: float = 0.01
     min_bits: int = 1
     max_bits: int = MAX_BITS
     windows: int = 8
@@ -69,51 +79,70 @@ class RateDistortion(Precision):
             ("row_scales", ROW_SCALES),
         ):
             if getattr(self, name) not in known:
-                raise ConfigError(one_of(f"precision.{name}", getattr(self, name), known))
+                raise ConfigError(one_of(f"allocation.{name}", getattr(self, name), known))
         if not 1 <= self.min_bits <= self.max_bits <= MAX_BITS:
             raise ConfigError(
-                f"precision.min_bits={self.min_bits} and max_bits={self.max_bits}; need 1 <= "
+                f"allocation.min_bits={self.min_bits} and max_bits={self.max_bits}; need 1 <= "
                 f"min_bits <= max_bits <= {MAX_BITS}"
             )
         if self.windows < 1:
-            raise ConfigError(f"precision.windows is {self.windows}; give a positive number")
+            raise ConfigError(f"allocation.windows is {self.windows}; give a positive number")
+        if not 0 < self.small < self.large <= 1:
+            raise ConfigError(
+                f"allocation.small={self.small} and large={self.large}; need 0 < small < large <= 1"
+            )
 
-    def plan(self, statistics: ColumnStatistics) -> Tensor:
-        """Return the width of each column when this matrix is all there is: [in] uint8.
+    def check(self, recipe: Recipe) -> None:
+        """Raise ConfigError for another codebook than k-means, or rules that decide beside this."""
+        super().check(recipe)
+        if recipe.reservation != NoReservation():
+            raise ConfigError(
+                "allocation=rate_distortion decides what is reserved too: use reservation=none"
+            )
+        _kmeans(recipe.codebook)
 
-        Every column has a codebook of its own then; `plan_model` decides on other forms too.
-        """
-        alone = replace(self, codebooks="own", row_scales="never")
-        plans = alone.plan_model({"": statistics}, KMeans(), ())
-        return plans[""].columns.column_bits
+    def within(self, budget: BudgetConfig) -> RateDistortion:
+        """Return the rule with a budget as its target."""
+        if budget.bits is None:
+            return self
+        return replace(self, target_bits=budget.bits, count=budget.kind)
+
+    def planned_layouts(
+        self, recipe: Recipe, shapes: Shapes, overhead: Overhead
+    ) -> dict[str, Layout]:
+        """Return about how each matrix will be stored, as if all its columns were alike."""
+        layouts = self._expected_layouts(shapes)
+        if self.count == "nominal":
+            return layouts
+        beside = overhead(layouts) / sum(rows * columns for rows, columns in shapes.values())
+        return replace(self, target_bits=self.target_bits - beside)._expected_layouts(shapes)
+
+    def _expected_layouts(self, shapes: Shapes) -> dict[str, Layout]:
+        alike = {shape: self.expected_layout(*shape) for shape in set(shapes.values())}
+        return {name: alike[shape] for name, shape in shapes.items()}
+
+    def survey(self) -> Survey:
+        """Return what this rule must know of the original."""
+        return Survey(self.windows, gradients=self.importance == FISHER)
 
     def plan_model(
         self,
         statistics: Mapping[str, ColumnStatistics],
-        codebook: KMeans,
-        reserved_shares: tuple[float, ...],
+        codebook: Codebook,
         *,
-        overhead: Callable[[Mapping[str, Layout]], float] = lambda _: 0.0,
-        on_share: Callable[[float, str], None] = lambda _share, _name: None,
+        overhead: Overhead = lambda _: 0.0,
+        on_share: OnShare = lambda _share, _name: None,
     ) -> dict[str, MatrixPlan]:
-        """Return a plan for every matrix of a model.
-
-        reserved_shares: shares of a column's entries that may be reserved.  overhead: bits that
-        a checkpoint with these layouts takes beside them, paid from a linear budget too.
-        on_share: called with (share of the work just done, name).
-        Raises ConfigError when the budget cannot be met.
-        """
+        """Return a plan for every matrix of a surveyed model; see `Allocation`."""
         budget = self.target_bits * sum(s.weight.numel() for s in statistics.values())
-        variants = self._variants(codebook)
+        variants = self._variants(_kmeans(codebook))
         names = list(statistics)
         chosen = dict.fromkeys(names, variants[0])
         if len(variants) > 1:
             samples = []
             for name in names:
                 sample = torch.arange(0, statistics[name].shape[1], SAMPLED)
-                samples.append(
-                    [self._measure(statistics[name], v, reserved_shares, sample) for v in variants]
-                )
+                samples.append([self._measure(statistics[name], v, sample) for v in variants])
                 on_share(0.4 / len(names), name)
             picked = choose_variants(
                 samples, [len(s.weight[0]) for s in statistics.values()], budget
@@ -121,7 +150,7 @@ class RateDistortion(Precision):
             chosen = {name: variants[at] for name, at in zip(names, picked, strict=True)}
         choices = []
         for name in names:
-            choices.append(self._measure(statistics[name], chosen[name], reserved_shares, None))
+            choices.append(self._measure(statistics[name], chosen[name], None))
             on_share((0.6 if len(variants) > 1 else 1.0) / len(names), name)
         plans = self._fit(dict(zip(names, choices, strict=True)), budget, overhead)
         return {
@@ -135,7 +164,7 @@ class RateDistortion(Precision):
         self,
         choices: Mapping[str, Choices],
         budget: float,
-        overhead: Callable[[Mapping[str, Layout]], float],
+        overhead: Overhead,
     ) -> dict[str, ColumnPlan]:
         """Allocate until matrices and what comes with them fit the budget together."""
         beside = 0.0
@@ -150,8 +179,8 @@ class RateDistortion(Precision):
                 return plans
             beside = max(needed, beside * (1 + 1e-3))
         raise ConfigError(
-            f"precision.target_bits={self.target_bits} leaves no room for what a checkpoint stores "
-            "beside its matrices; raise it"
+            f"allocation.target_bits={self.target_bits} leaves no room for what a checkpoint "
+            "stores beside its matrices; raise it"
         )
 
     def expected_layout(self, rows: int, columns: int) -> Layout:
@@ -172,10 +201,17 @@ class RateDistortion(Precision):
         self,
         statistics: ColumnStatistics,
         codebook: KMeans,
-        reserved_shares: tuple[float, ...],
         columns: Tensor | None,
     ) -> Choices:
         widths = range(self.min_bits, self.max_bits + 1)
-        options = column_options(statistics.shape[0], widths, reserved_shares)
+        shares = (self.small, self.large) if self.reserve else ()
+        options = column_options(statistics.shape[0], widths, shares)
         nominal = self.count == "nominal"
         return measure_choices(statistics, codebook, options, nominal=nominal, columns=columns)
+
+
+def _kmeans(codebook: Codebook) -> KMeans:
+    """Return the codebook, whose fits at all widths are what is weighed."""
+    if not isinstance(codebook, KMeans):
+        raise ConfigError("allocation=rate_distortion needs codebook=kmeans or kmeans_exact")
+    return codebook

@@ -223,7 +223,7 @@ def _row_importance(
         mean = held.squares.cpu() / max(held.tokens, 1)
         if not torch.isfinite(mean).all():
             raise CalibrationError(
-                f"the gradients of {name} are not finite; set precision.importance=output, or "
+                f"the gradients of {name} are not finite; set allocation.importance=output, or "
                 "check model.dtype"
             )
         if mean.sum() > 0:

@@ -14,35 +14,46 @@ from safetensors.torch import save
 from claq_exp.checkpoint.files import write_bytes
 from claq_exp.errors import CheckpointError
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
-from claq_exp.quantize.codebook.kmeans import KMeans, KMeansExact
+from claq_exp.quantize.codebook import CODEBOOK
+from claq_exp.quantize.strategy import find_strategy, strategy_name
 
 
-def save_allocation(path: Path, plans: Mapping[str, MatrixPlan]) -> None:
-    """Write the plans of a model's matrices to one file, replacing it whole."""
-    tensors, codebooks = {}, {}
+def save_plans(path: Path, plans: Mapping[str, MatrixPlan]) -> None:
+    """Write the plans of a model's matrices to one file, replacing it whole.
+
+    A codebook is stored by its name, as in a config, and its fields.
+    """
+    tensors, described = {}, {}
     for name, plan in plans.items():
-        exact = isinstance(plan.codebook, KMeansExact)
-        codebooks[name] = {"exact": exact, "fields": asdict(plan.codebook)}  # type: ignore[call-overload]
+        described[name] = {
+            "codebook": strategy_name(CODEBOOK, plan.codebook),
+            "fields": asdict(plan.codebook),  # type: ignore[call-overload]
+            "select": plan.columns.select,
+        }
         tensors[f"{name}.column_bits"] = plan.columns.column_bits
         tensors[f"{name}.reserved_counts"] = plan.columns.reserved_counts
         if plan.row_weights is not None:
             tensors[f"{name}.row_weights"] = plan.row_weights
-    write_bytes(path, save(tensors, {"codebooks": json.dumps(codebooks)}))
+    write_bytes(path, save(tensors, {"plans": json.dumps(described)}))
 
 
-def load_allocation(path: Path) -> dict[str, MatrixPlan]:
-    """Read `save_allocation` back.  Raises CheckpointError when the file is damaged."""
+def load_plans(path: Path) -> dict[str, MatrixPlan]:
+    """Read `save_plans` back.  Raises CheckpointError when the file is damaged."""
     try:
         with safe_open(path, "pt") as file:
-            codebooks = json.loads(file.metadata()["codebooks"])
+            described = json.loads(file.metadata()["plans"])
             tensors: dict[str, torch.Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return {
             name: MatrixPlan(
-                (KMeansExact if codebook["exact"] else KMeans)(**codebook["fields"]),
-                ColumnPlan(tensors[f"{name}.column_bits"], tensors[f"{name}.reserved_counts"]),
+                find_strategy("codebook", CODEBOOK, plan["codebook"])(**plan["fields"]),
+                ColumnPlan(
+                    tensors[f"{name}.column_bits"],
+                    tensors[f"{name}.reserved_counts"],
+                    plan["select"],
+                ),
                 tensors.get(f"{name}.row_weights"),
             )
-            for name, codebook in codebooks.items()
+            for name, plan in described.items()
         }
     except Exception as error:
         raise CheckpointError(

@@ -1,0 +1,1 @@
+"""The flow of one experiment, from config to results."""
