@@ -12,6 +12,7 @@ from torch import Tensor
 
 from claq_exp.errors import ConfigError
 from claq_exp.payload.sign_scales import SignScales, SignScalesLayout
+from claq_exp.payload.stored import HALF_MAX
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.base import Codebook
 from claq_exp.quantize.codebook.columns import PythonColumns
@@ -68,8 +69,8 @@ class SignColumns(PythonColumns):
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Take the signs of a column; see PythonColumns."""
         positive = values >= 0
-        level = self._columns[column]
-        return positive.astype(np.uint8), np.where(positive, level, -level) * self._rows
+        sizes = (self._columns[column] * self._rows).clip(max=HALF_MAX)  # as dequantizing cuts it
+        return positive.astype(np.uint8), np.where(positive, sizes, -sizes)
 
     def payload(self) -> SignScales:
         """Return signs and scales."""
