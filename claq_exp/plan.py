@@ -31,7 +31,6 @@ from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import HALF
 from claq_exp.quantize.activation.rounding import expected_rounding
 from claq_exp.quantize.budget import Overhead, fit_budget
-from claq_exp.quantize.precision import LayerMap
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.resources import free_memory
 from claq_exp.train.window import Cost
@@ -101,8 +100,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     parameters = sum(tensor.numel() for tensor in state.values())
     if not shapes:
         raise ConfigError(f"the blocks of {path} hold no linear layers to quantize")
-    if isinstance(rule := config.recipe().precision, LayerMap):
-        rule.check_names(shapes)
+    config.recipe().precision.check_names(shapes)
     kept = {
         name: t.numel() for name, t in state.items() if name.removesuffix(".weight") not in shapes
     }

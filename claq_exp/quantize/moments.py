@@ -9,6 +9,7 @@ from torch import Tensor
 
 CROSS, OUTPUT_GRADIENTS = "cross", "output_gradients"
 WANTED = (CROSS, OUTPUT_GRADIENTS)  # what a solver may want beside the plain Hessian
+MEASURED = frozenset[str]()  # what of it a run hands to the accumulators of moments
 
 
 @dataclass

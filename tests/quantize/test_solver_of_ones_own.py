@@ -44,10 +44,9 @@ def descended(weight: np.ndarray, hessian: np.ndarray, start: np.ndarray, levels
 def test_coordinate_descent_takes_the_level_that_a_full_search_takes(sweeps):
     weight, hessian = random_problem(rows=6, columns=7, seed=sweeps)
     nearest = solve(weight, hessian, recipe(**GRID, solver=Nearest())).quantized
-    grid = nearest.levels
     levels = [
         [float(scale) * (code - float(zero)) for code in range(4)]
-        for scale, zero in zip(grid.scales[:, 0], grid.zeros[:, 0], strict=True)
+        for scale, zero in zip(nearest.scales[:, 0], nearest.zeros[:, 0], strict=True)
     ]
     expected = nearest.dequantize().double().numpy()
     for _ in range(sweeps):
@@ -78,7 +77,7 @@ def test_it_works_with_every_codebook_and_packs(name):
     weight, hessian = random_problem(rows=30, columns=9, seed=4)
     hessian[2] = 0
     hessian[:, 2] = 0
-    bits = 4 if "fp4" in name else 2
+    bits = {"mxfp4": 4, "nvfp4": 4, "svid": 1}.get(name, 2)
     changes = {"reservation": FixedReservation(0.1)} if codebook.reserves else {}
     chosen = recipe(codebook=codebook, precision=Fixed(bits), solver=CyclicDescent(), **changes)
     solved = solve(weight, hessian, chosen)
@@ -126,4 +125,4 @@ def test_a_solver_that_wants_more_than_runs_measure_is_refused_at_the_door(tiny_
     words = ["solver=nearest", "solver.name=own_solvers:Asymmetric"]
     assert main(["plan", *tiny_run, *words]) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert "solver=own_solvers:Asymmetric wants cross: not measured yet" in line
+    assert "solver Asymmetric wants cross, which no run measures yet" in line

@@ -447,7 +447,7 @@ def test_a_strategy_without_what_its_family_asks_is_refused_with_the_class_to_in
     with pytest.raises(ConfigError) as caught:
         recipe(precision=PlanAlone())
     told = str(caught.value)
-    assert f"precision.name={__name__}:PlanAlone has no plan_key, ranges;" in told
+    assert f"precision.name={__name__}:PlanAlone has no plan_key, check_names, ranges;" in told
     assert "inherit from claq_exp.quantize.precision.base.Precision" in told
 
 

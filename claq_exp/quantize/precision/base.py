@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -21,6 +21,10 @@ class Precision(Protocol):
     def plan_key(self, name: str) -> Hashable:
         """Return what of a layer's name decides how many columns get which width."""
         return None
+
+    def check_names(self, names: Collection[str]) -> None:
+        """Raise ConfigError where a rule that names layers names one that a model has not."""
+        return
 
     def ranges(self) -> Sequence[Range]:
         """Return (lowest, highest, rule at so many bits) of each range of bits without a jump.
