@@ -51,8 +51,14 @@ class Overlay:
     def change(self, name: str, value: Tensor) -> Tensor:
         """Have a tensor changed; return it as it is stored, on the CPU.
 
-        Raises NumericalError for a value that is not finite, or that its stored type cannot hold.
+        Raises NumericalError for a value that is not finite, or that its stored type cannot hold,
+        ValueError for another shape than the original's, and what reading that raises.
         """
+        original = self.original(name)
+        if value.shape != original.shape:
+            raise ValueError(
+                f"{name} is {list(original.shape)}, and cannot be changed to {list(value.shape)}"
+            )
         rounded = self.rounded(value).to("cpu", copy=True)
         if not torch.isfinite(rounded).all():
             raise NumericalError(

@@ -103,16 +103,10 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
                 module, inputs[index], path, index, recipe, plans or {}, strict, ranks, seconds
             )
             block.quantize(store, watcher, share)
-            if TEACHER in streams.names:
-                window = Window(
-                    module,
-                    inputs[index],
-                    streams.leaving(TEACHER),
-                    len(batches),
-                    model.overlay.rounded,
-                    ranks,
-                )
-                block.tune(tune, window, store, model.overlay, watcher)
+            teacher = streams.leaving(TEACHER) if TEACHER in streams.names else ()
+            rounded = model.overlay.rounded
+            window = Window(module, inputs[index], teacher, len(batches), rounded, ranks)
+            block.tune(tune, window, store, model.overlay, watcher)
             streams.keep(STUDENT, _outputs(module, inputs[index], seconds))
         streams.advance()
         inputs[index] = BlockInputs()
@@ -224,6 +218,8 @@ class _Block:
             return
         started = time.perf_counter()
         tuned = strategy.run(window)
+        if not tuned.changed and not tuned.report:
+            return
         dense: dict[str, Tensor] = {}
         with torch.no_grad():
             for name, value in tuned.changed.items():

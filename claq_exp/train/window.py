@@ -18,7 +18,8 @@ class Window:
 
     module: the block; a strategy leaves it as it found it, `Tuned` says what is to change.
     inputs: with the student's hidden states that enter, one [batch, seqlen, width] per batch.
-    teacher: what leaves the original block in the original model, of the same batches.
+    teacher: what leaves the original block in the original model, of the same batches; nothing
+    where the strategy does not want it.
     batches: how many batches all ranks have together; of this rank's, `ranks.number` says which.
     rounded: brings a tensor into the type that the checkpoint stores it in.
     """

@@ -136,6 +136,13 @@ def test_a_value_that_the_checkpoint_cannot_hold_is_refused_by_name(value):
     assert torch.equal(overlay.read(NORM), torch.zeros(1))
 
 
+def test_a_change_that_no_tensor_takes_is_refused(model):
+    with pytest.raises(KeyError, match="norm"):
+        model.overlay.change("model.layers.0.norm", torch.ones(24))
+    with pytest.raises(ValueError, match=r"\[24\], and cannot be changed to \[23\]"):
+        model.overlay.change(NORM, torch.ones(23))
+
+
 def test_a_model_in_memory_takes_over_what_was_changed_and_has_no_original_then():
     model = WholeModel(ARCHITECTURES["llama"].build())
     original = model.read(NORM).clone()
