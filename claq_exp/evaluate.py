@@ -34,15 +34,15 @@ from claq_exp.models.skeleton import dense_parameter_count
 from claq_exp.models.stream import StreamedModel
 from claq_exp.models.towers import text_config
 from claq_exp.needs import GIB, wants_stream
-from claq_exp.reporting.results import (
+from claq_exp.resources import free_memory
+from claq_exp.run.origin import Origin, recorded_origin
+from claq_exp.run.results import (
     average_row,
     kl_rows,
     perplexity_rows,
     text_rows,
     zero_shot_rows,
 )
-from claq_exp.resources import free_memory
-from claq_exp.run.origin import Origin, recorded_origin
 from claq_exp.sources.cache import fetch_log
 from claq_exp.sources.model import fingerprint, model_folder, weight_bytes
 from claq_exp.tracking.progress import RunProgress, noise_to

@@ -16,7 +16,7 @@ from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.evaluation.zero_shot import is_accuracy
 from claq_exp.reporting.older import current
 from claq_exp.reporting.overrides import agree
-from claq_exp.reporting.results import LAYER_FIELDS, SCHEMA
+from claq_exp.run.results import LAYER_FIELDS, SCHEMA
 from claq_exp.run_folder import (
     EVENTS_FILE,
     FAILED,

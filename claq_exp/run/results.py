@@ -22,11 +22,11 @@ from claq_exp.fallbacks import count_fallbacks
 from claq_exp.machine import device_name, git_commit, versions
 from claq_exp.models.original import Original
 from claq_exp.resources import peak_memory
+from claq_exp.run.stages import TIMINGS
 from claq_exp.sources.content import Losses
 from claq_exp.torchrun import place
 
 SCHEMA = 1
-TIMINGS = ("load", "allocate", "calibrate", "hessian", "solve", "export", "evaluate")
 LAYER_FIELDS = (
     "block",
     "name",
