@@ -114,7 +114,7 @@ def evaluate_checkpoint(
         if original
         else None,
         "dtype": subject.config.model.dtype,
-        "evaluation": asdict(config.evaluation),
+        "evaluation": {k: v for k, v in asdict(config.evaluation).items() if k != "after"},
         "runtime": asdict(config.runtime),
     }
     target = Path(config.outputs).expanduser() / config.name / _folder_name(subject, settings)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,14 +23,14 @@ from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.config import ExperimentConfig
 from claq_exp.distributed import Ranks
 from claq_exp.errors import telling_line
-from claq_exp.evaluation.divergence import Comparison
+from claq_exp.evaluation.divergence import Comparison, Divergence
 from claq_exp.evaluation.measure import Measurement
 from claq_exp.fallbacks import count_fallbacks
 from claq_exp.heap import return_at_once
 from claq_exp.inputs import Fetched, Tokens
 from claq_exp.interruption import Interruption
 from claq_exp.machine import versions
-from claq_exp.measuring import Bench, activation_bits, measured_on
+from claq_exp.measuring import QUANTIZED, Bench, activation_bits, measured_on
 from claq_exp.models.activations import observe_inputs
 from claq_exp.models.dispatch import loaded
 from claq_exp.models.load import open_model, stored_dtype
@@ -64,7 +66,8 @@ class Job:
     """The stages of one run; each leaves in the folder what the same command need not do again.
 
     What a stage makes for later ones: `model`, the original; `original`, its measurement; `plans`
-    of matrices; `store`, the quantized blocks; `rounding` of activations; `quantized`.
+    of matrices; `store`, the quantized blocks; `rounding` of activations; `quantized` and `kl`, the
+    measurement of the checkpoint; `after`, those after stages before it.
     """
 
     config: ExperimentConfig
@@ -85,7 +88,8 @@ class Job:
     store: BlockStore = field(init=False)
     original: Measurement = field(init=False)
     quantized: Measurement = field(init=False)
-    comparison: Comparison = field(init=False)
+    kl: dict[str, Divergence] = field(init=False)
+    after: dict[str, tuple[Measurement, dict[str, Divergence]]] = field(default_factory=dict)
 
     @cached_property
     def bench(self) -> Bench:
@@ -115,16 +119,6 @@ class Job:
         for stage in STAGES:
             if stage.name in self.plan.costs:
                 self._go_through(stage)
-        kl = self.comparison.results()
-        for name, row in kl.items():
-            self.events.event(
-                "kl",
-                dataset=name,
-                model="quantized",
-                value=row.mean,
-                top1_agreement=row.top1_agreement,
-                tokens=row.tokens,
-            )
         report = self.store.report()
         layouts = read_layouts(self.folder.checkpoint)
         self._plot(report)
@@ -141,7 +135,8 @@ class Job:
             losses=self.tokens.text_losses,
             original=self.original,
             quantized=self.quantized,
-            kl=kl,
+            kl=self.kl,
+            after=self.after,
             spent=self.events.spent(),
             report=report,
             source=self.source,
@@ -224,23 +219,43 @@ class Job:
         rule = self.config.activation_rule()
         if not needs_text(rule):
             self.rounding = settle_rounding(rule, None)
+        self._write(self.folder.checkpoint, self.rounding)
+
+    def _write(self, folder: Path, rounding: Rounding | None) -> None:
         write_checkpoint(
-            self.folder.checkpoint,
+            folder,
             self.model.model,
             self.tokens.tokenizer,
             self.store.packed(),
             stored_dtype(self.source.config),
             source=self.fetched.model,
             read=self.model.read,
-            rounding=self.rounding,
+            rounding=rounding,
         )
 
     def evaluate_quantized(self) -> None:
         """Measure the checkpoint, loaded back from disk."""
         del self.model
         gc.collect()  # the original model must be gone before the checkpoint is loaded
-        self.comparison = Comparison(self.bench.original_logits())
-        self.quantized = self.bench.measure_checkpoint(self.comparison)
+        self.quantized, self.kl = self._measure(self.folder.checkpoint, QUANTIZED)
+
+    def evaluate_after_quantize(self) -> None:
+        """Measure the model with its quantized weights, before activations are rounded."""
+        folder = self.folder.work / "after_quantize"
+        if not folder.is_dir():
+            self._write(folder, None)
+        self.after[stages.QUANTIZE.name] = self._measure(folder, "after quantize")
+        shutil.rmtree(folder)
+
+    def _measure(self, folder: Path, name: str) -> tuple[Measurement, dict[str, Divergence]]:
+        """Measure a checkpoint, beside the logits of the original where they are compared."""
+        comparison = Comparison(self.bench.original_logits())
+        measured = self.bench.measure_checkpoint(comparison, folder, name)
+        kl = comparison.results()
+        for corpus, row in kl.items():
+            facts = {"top1_agreement": row.top1_agreement, "tokens": row.tokens}
+            self.events.event("kl", dataset=corpus, model=name, value=row.mean, **facts)
+        return measured, kl
 
     def _plot(self, report: list[dict[str, Any]]) -> None:
         """Draw layers.png; a run has its results without it."""
@@ -342,6 +357,7 @@ STEPS = {  # by the name of the stage
     stages.EVALUATE_ORIGINAL.name: Step(Job.evaluate_original),
     stages.ALLOCATE.name: Step(Job.allocate, Job.allocated),
     stages.QUANTIZE.name: Step(Job.quantize),
+    stages.EVALUATE_AFTER_QUANTIZE.name: Step(Job.evaluate_after_quantize),
     stages.ACTIVATIONS.name: Step(Job.observe_activations, Job.exported),
     stages.EXPORT.name: Step(Job.export, Job.exported),
     stages.EVALUATE_QUANTIZED.name: Step(Job.evaluate_quantized),

@@ -269,6 +269,7 @@ def _shape(
         streams=wants_stream(config.stream_choice(), at_once, device, tasks=tasks),
         allocates=plan.survey is not None,
         observes=needs_text(config.activation_rule()),
+        after=tuple(config.evaluation.after),
     )
 
 

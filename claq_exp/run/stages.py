@@ -91,7 +91,7 @@ class Shape:
 
     on_gpu: forward passes run there.  streams: the model is read block by block while it is
     measured.  allocates, observes: an allocation, or the rounding of activations, looks at the
-    original.
+    original.  after: stages after which the model is measured too.
     """
 
     sizes: Sizes
@@ -101,6 +101,7 @@ class Shape:
     streams: bool
     allocates: bool
     observes: bool
+    after: tuple[str, ...] = ()
 
     def cost(
         self, seconds: float, forward: float = 0.0, solved: float = 0.0, **more: float
@@ -169,6 +170,14 @@ def _quantize(shape: Shape) -> Cost:
     return shape.cost(seconds, passed, solved, disk=2 * sizes.kept_hidden + sizes.checkpoint)
 
 
+def _evaluate_after_quantize(shape: Shape) -> Cost | None:
+    if QUANTIZE.name not in shape.after:
+        return None
+    sizes, times = shape.sizes, shape.times
+    taken = sizes.measured(streams=shape.streams)
+    return shape.cost(3 + 2 * times.read + times.evaluate, taken, disk=sizes.checkpoint)
+
+
 def _activations(shape: Shape) -> Cost | None:
     if not shape.observes:
         return None
@@ -209,6 +218,9 @@ LOAD = Stage("load", "model", ("load",), _load)
 EVALUATE_ORIGINAL = Stage("evaluate original", "model", ("evaluate",), _evaluate_original, SMALLER)
 ALLOCATE = Stage("allocate", "model", ("allocate",), _allocate, (OTHER_RULE, OTHER_RULE))
 QUANTIZE = Stage("quantize", "window", ("calibrate", "hessian", "solve"), _quantize)
+EVALUATE_AFTER_QUANTIZE = Stage(
+    "evaluate after quantize", "model", ("evaluate",), _evaluate_after_quantize, SMALLER
+)
 ACTIVATIONS = Stage("activations", "model", ("activations",), _activations)
 EXPORT = Stage("export", "model", ("export",), _export)
 EVALUATE_QUANTIZED = Stage(
@@ -219,6 +231,7 @@ STAGES = (
     EVALUATE_ORIGINAL,
     ALLOCATE,
     QUANTIZE,
+    EVALUATE_AFTER_QUANTIZE,
     ACTIVATIONS,
     EXPORT,
     EVALUATE_QUANTIZED,

@@ -10,6 +10,7 @@ from conftest import tiny_llama
 
 from claq_exp.cli import main
 from claq_exp.compose import compose_config
+from claq_exp.config import CHANGING
 from claq_exp.job import STEPS
 from claq_exp.plan import Plan, make_plan
 from claq_exp.run.stages import STAGES, TIMINGS, Cost, Linear, Shape, Sizes, Times, costs
@@ -44,12 +45,13 @@ def test_every_second_of_a_stage_has_a_field_in_the_results():
 
 
 def test_a_plan_has_the_stages_that_the_run_will_have_in_order():
-    usual = [name for name in NAMES if name not in ("allocate", "activations")]
+    extra = ("allocate", "activations", "evaluate after quantize")
+    usual = [name for name in NAMES if name not in extra]
     assert list(plan().seconds) == usual
     assert list(plan("allocation=rate_distortion", "allocation.target_bits=9").seconds) == [
-        name for name in NAMES if name != "activations"
+        name for name in NAMES if name not in extra[1:]
     ]
-    found = plan(*OBSERVED)
+    found = plan(*OBSERVED, "evaluation.after=[quantize]")
     assert list(found.seconds) == [name for name in NAMES if name != "allocate"]
     assert found.seconds["activations"] > 0
     assert found.needs.host["activations"] > plan().needs.host["evaluate original"] / 2
@@ -78,16 +80,37 @@ def test_seconds_and_disk_add_up():
     assert disk == 2 * sizes.kept_hidden + 2 * sizes.checkpoint + sizes.compared
 
 
+def test_the_stages_to_measure_after_are_those_that_change_the_model():
+    names = {f"evaluate after {stage}" for stage in CHANGING}
+    assert names == {name for name in NAMES if name.startswith("evaluate after ")}
+    assert set(CHANGING) < set(NAMES)
+    assert "evaluate after quantize" in costs(replace(SHAPE, after=("quantize",)))
+
+
 def test_a_stage_that_a_run_does_not_have_costs_nothing():
     found = costs(replace(SHAPE, allocates=False, observes=False))
     assert {"allocate", "activations"}.isdisjoint(found)
     assert all(isinstance(cost, Cost) for cost in found.values())
 
 
-def test_a_look_at_activations_is_timed(tiny_run, tmp_path):
+def test_looks_at_activations_are_timed_and_what_stood_before_is_measured(
+    tiny_run, tmp_path, capfd
+):
     words = ["precision=fixed", "reservation=none", "activation.codebooks=2", "threads=1"]
-    assert main([*tiny_run, *OBSERVED, *words]) == 0
+    after = ["evaluation.after=[quantize]", "evaluation.kl_windows=2"]
+    assert main([*tiny_run, *OBSERVED, *words, *after]) == 0
+    assert "after quantize" in capfd.readouterr().out
     (path,) = (tmp_path / "outputs").rglob("results.json")
-    timings = json.loads(path.read_text())["timings"]
-    assert list(timings) == list(TIMINGS)
-    assert timings["activations"] > 0
+    results = json.loads(path.read_text())
+    assert list(results["timings"]) == list(TIMINGS)
+    assert results["timings"]["activations"] > 0
+    then, end = results["after"]["quantize"], results["perplexity"]["wikipedia"]
+    assert then["kl"]["wikipedia"] != results["kl"]["wikipedia"]["mean"]
+    assert not list(path.parent.glob("work"))
+    plain = [*tiny_run, *words[:2], "threads=1", "name=plain"]  # nothing follows the weights
+    assert main([*plain, "evaluation.after=[quantize]"]) == 0
+    (path,) = (tmp_path / "outputs" / "plain").rglob("results.json")
+    results = json.loads(path.read_text())
+    assert results["perplexity"]["wikipedia"]["quantized"] == then["perplexity"]["wikipedia"]
+    assert results["after"]["quantize"]["perplexity"] == then["perplexity"]
+    assert end["quantized"] != then["perplexity"]["wikipedia"]
