@@ -43,11 +43,12 @@ from claq_exp.run.results import (
     text_rows,
     zero_shot_rows,
 )
+from claq_exp.run.stages import EVALUATE_ORIGINAL, EVALUATE_QUANTIZED
 from claq_exp.sources.cache import fetch_log
 from claq_exp.sources.model import fingerprint, model_folder, weight_bytes
 from claq_exp.tracking.progress import RunProgress, noise_to
 
-STAGES = {"evaluate original": 60.0, "evaluate quantized": 60.0}  # of the same length, about
+EACH = 60.0  # seconds of a measurement: that both are of the same length, about, is what counts
 
 
 @dataclass(frozen=True)
@@ -250,8 +251,8 @@ def _measure(
     """Measure the original, if there is one, and the checkpoint; return their divergences too."""
     work = target / "work"
     work.mkdir(exist_ok=True)
-    stages = STAGES if original else {"evaluate quantized": 60.0}
-    with RunProgress(stages) as progress, noise_to(target / "third_party.log"):
+    stages = (EVALUATE_ORIGINAL.name,) * bool(original) + (EVALUATE_QUANTIZED.name,)
+    with RunProgress(dict.fromkeys(stages, EACH)) as progress, noise_to(target / "third_party.log"):
         bench = Bench(
             subject.config,
             subject.folder,
@@ -268,11 +269,11 @@ def _measure(
         )
         before, comparison = None, None
         if original is not None:
-            progress.stage("evaluate original")
+            progress.stage(EVALUATE_ORIGINAL.name)
             before = _measure_original(bench, original, work)
             gc.collect()  # it must be gone before the checkpoint is loaded
             comparison = Comparison(bench.original_logits())
-        progress.stage("evaluate quantized")
+        progress.stage(EVALUATE_QUANTIZED.name)
         after = bench.measure_checkpoint(comparison)
     return before, after, comparison.results() if comparison else {}
 
