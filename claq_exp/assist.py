@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -22,6 +23,13 @@ from claq_exp.quantize.recipe import Recipe
 from claq_exp.tracking.progress import noise_to
 from claq_exp.train.window import UNTUNED, Tune
 from claq_exp.transform.folding import UNTRANSFORMED, Transform
+
+
+class SharedWork(Protocol):
+    """Work on units of a stage that several processes share; the first one describes it."""
+
+    def take_part(self, ranks: Ranks) -> None:
+        """Do this process' part."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,11 @@ class Quantization:
 def assist(ranks: Ranks) -> int:
     """Take part in what the first process asks for until it is done; return the exit code."""
     with noise_to(Path(os.devnull)):
-        while (work := ranks.tell()) is not None:
-            assert isinstance(work, Quantization)
+        while (work := _told(ranks)) is not None:
             work.take_part(ranks)
     return 0
+
+
+def _told(ranks: Ranks) -> SharedWork | None:
+    work: SharedWork | None = ranks.tell()
+    return work

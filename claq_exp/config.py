@@ -44,6 +44,7 @@ FAMILIES: dict[str, dict[str, type]] = {
 OF_A_MATRIX = ("codebook", "precision", "reservation", "solver")  # what a recipe is made of
 DTYPES = (AUTO, "float32", "float16", "bfloat16")
 RESUME = ("auto", "required", "never")
+CHANGING = ("quantize",)  # stages that change the model
 DEVICE_MAPS = ("auto", "balanced", "sequential")
 
 
@@ -176,6 +177,7 @@ class EvaluationConfig:
         predictions are compared with the original's (0: none, null: all).
     bos: where the beginning-of-text token stands (`claq_exp.models.bos`).
     batch_size: windows or requests at a time, or `auto`.
+    after: stages after which the model as it stands is measured too, e.g. [quantize].
     """
 
     corpora: dict[str, CorpusConfig] = field(default_factory=dict)
@@ -184,8 +186,11 @@ class EvaluationConfig:
     kl_windows: int | None = 0
     bos: str = "auto"
     batch_size: int | str = AUTO
+    after: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for stage in self.after:
+            _check_choice("evaluation.after", stage, CHANGING)
         _check_whole("evaluation.context", self.context, 2, "model")
         _check_whole("evaluation.batch_size", self.batch_size, 1, AUTO)
         _check_choice("evaluation.bos", self.bos, BOS_RULES)

@@ -34,20 +34,21 @@ from claq_exp.models.skeleton import dense_parameter_count
 from claq_exp.models.stream import StreamedModel
 from claq_exp.models.towers import text_config
 from claq_exp.needs import GIB, wants_stream
-from claq_exp.reporting.results import (
+from claq_exp.resources import free_memory
+from claq_exp.run.origin import Origin, recorded_origin
+from claq_exp.run.results import (
     average_row,
     kl_rows,
     perplexity_rows,
     text_rows,
     zero_shot_rows,
 )
-from claq_exp.resources import free_memory
-from claq_exp.run.origin import Origin, recorded_origin
+from claq_exp.run.stages import EVALUATE_ORIGINAL, EVALUATE_QUANTIZED
 from claq_exp.sources.cache import fetch_log
 from claq_exp.sources.model import fingerprint, model_folder, weight_bytes
 from claq_exp.tracking.progress import RunProgress, noise_to
 
-STAGES = {"evaluate original": 60.0, "evaluate quantized": 60.0}  # of the same length, about
+EACH = 60.0  # seconds of a measurement: that both are of the same length, about, is what counts
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def evaluate_checkpoint(
         if original
         else None,
         "dtype": subject.config.model.dtype,
-        "evaluation": asdict(config.evaluation),
+        "evaluation": {k: v for k, v in asdict(config.evaluation).items() if k != "after"},
         "runtime": asdict(config.runtime),
     }
     target = Path(config.outputs).expanduser() / config.name / _folder_name(subject, settings)
@@ -250,8 +251,8 @@ def _measure(
     """Measure the original, if there is one, and the checkpoint; return their divergences too."""
     work = target / "work"
     work.mkdir(exist_ok=True)
-    stages = STAGES if original else {"evaluate quantized": 60.0}
-    with RunProgress(stages) as progress, noise_to(target / "third_party.log"):
+    stages = (EVALUATE_ORIGINAL.name,) * bool(original) + (EVALUATE_QUANTIZED.name,)
+    with RunProgress(dict.fromkeys(stages, EACH)) as progress, noise_to(target / "third_party.log"):
         bench = Bench(
             subject.config,
             subject.folder,
@@ -268,11 +269,11 @@ def _measure(
         )
         before, comparison = None, None
         if original is not None:
-            progress.stage("evaluate original")
+            progress.stage(EVALUATE_ORIGINAL.name)
             before = _measure_original(bench, original, work)
             gc.collect()  # it must be gone before the checkpoint is loaded
             comparison = Comparison(bench.original_logits())
-        progress.stage("evaluate quantized")
+        progress.stage(EVALUATE_QUANTIZED.name)
         after = bench.measure_checkpoint(comparison)
     return before, after, comparison.results() if comparison else {}
 

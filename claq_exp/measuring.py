@@ -25,6 +25,7 @@ from claq_exp.sources.cache import cache_folder
 from claq_exp.sources.code import code_behind
 from claq_exp.sources.model import fingerprint
 
+QUANTIZED = "quantized"
 MEASURING = "claq_exp.evaluation.measure"
 ORIGINAL_CODE = (MEASURING, "claq_exp.models.load", "claq_exp.models.dispatch")
 CHECKPOINT_CODE = (MEASURING, "claq_exp.runtime.load")
@@ -42,16 +43,19 @@ def measured_on(config: ExperimentConfig, device: str, model: str, code: str) ->
 
 
 def checkpoint_subject(
-    config: ExperimentConfig, folder: Path, device: str, *, streams: bool
+    config: ExperimentConfig, folder: Path, device: str, *, streams: bool, name: str = QUANTIZED
 ) -> Subject:
-    """Return a checkpoint as what is to be measured.  config: its `model.dtype` is settled."""
+    """Return a checkpoint as what is to be measured.
+
+    config: its `model.dtype` is settled.  name: of the model in what is told of it.
+    """
     place: dict[str, Any] = {
         "dtype": config.model.dtype,
         "device": device,
         "trust_remote_code": config.model.trust_remote_code,
     }
     return Subject(
-        "quantized",
+        name,
         None if config.device_map else device,
         lambda: load_checkpoint(
             folder, kernel=config.runtime.kernel, device_map=config.device_map, **place
@@ -116,15 +120,19 @@ class Bench:
         subject = Subject("original", device, load, (lambda: model) if self.streams else None)
         return self._measure(subject, store, wanted, logits.record)
 
-    def measure_checkpoint(self, comparison: Comparison | None) -> Measurement:
+    def measure_checkpoint(
+        self, comparison: Comparison | None, folder: Path | None = None, name: str = QUANTIZED
+    ) -> Measurement:
         """Measure the checkpoint as it is on disk.
 
         comparison: what compares its logits with the original's; None where there are none.
+        folder, name: of another one, which a run holds for a while.
         """
+        folder = folder or self.checkpoint
         subject = checkpoint_subject(
-            self.config, self.checkpoint, self.device, streams=self.streams
+            self.config, folder, self.device, streams=self.streams, name=name
         )
-        content = fingerprint(self.checkpoint)
+        content = fingerprint(folder)
         store = self._scores(self.work / "scores", content, CHECKPOINT_CODE)
         if comparison is None:
             return self._measure(subject, store, {}, lambda _corpus, _window, _logits: None)

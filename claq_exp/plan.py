@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from claq_exp.accelerator import is_cpu
 from claq_exp.allocate import Allocation, Survey
 from claq_exp.calibration.streams import streams_for
 from claq_exp.checkpoint.shards import index_bytes
-from claq_exp.checkpoint.writer import Sizes, planned_sizes
+from claq_exp.checkpoint.writer import Sizes as StoredSizes
+from claq_exp.checkpoint.writer import planned_sizes
 from claq_exp.config import AUTO, ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.perplexity import windows_at_once
@@ -25,15 +27,15 @@ from claq_exp.models.experts import expert_lists, place_among_experts
 from claq_exp.models.load import DTYPES, stored_dtype
 from claq_exp.models.skeleton import skeleton, tied_names
 from claq_exp.models.towers import text_config
-from claq_exp.needs import Linear, Needs, needs
-from claq_exp.needs import Sizes as NeededSizes
+from claq_exp.needs import Needs, needs, wants_stream
 from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import HALF
-from claq_exp.quantize.activation.rounding import expected_rounding
+from claq_exp.quantize.activation.rounding import expected_rounding, needs_text
 from claq_exp.quantize.budget import Overhead, fit_budget
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.resources import free_memory
-from claq_exp.train.window import Cost
+from claq_exp.run.stages import Cost, Linear, Shape, Sizes, Times, costs
+from claq_exp.train.window import Cost as TuneCost
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -44,7 +46,6 @@ CALIBRATION_PASSES = 2.5  # forward passes of a block: up to each group, and onc
 COLUMN_SECONDS = 40e-6  # to fit and code one column
 ENTRY_SECONDS = 60e-9  # and for each of its entries
 ROUNDED = 1.5  # forward passes that a pass with rounded activations takes
-TRIALS = 3.0  # fits of an allocation over the model, in column loops
 CORPUS_TOKENS = 300_000  # of a corpus of unknown length, about WikiText-2's test split
 TASK_TOKENS = 90  # of a row of a multiple-choice task, all choices together
 TASK_START = 8.0  # seconds until lm-eval is ready
@@ -58,8 +59,8 @@ class Plan:
 
     recipe, allocation: the experiment's strategies, fitted to its budget.
     description: bits that a checkpoint with given layouts takes beside its matrices, at most.
-    layouts: linear name -> stored form.  sizes: bytes and bits of the checkpoint.  seconds: stage
-    -> estimate.
+    layouts: linear name -> stored form.  sizes: bytes and bits of the checkpoint.  costs: stage
+    -> what it takes, in order.
     needs: memory and disk by stage.  original_bytes: of the model's weights in 16 bits.
     hidden_dtype, hidden_bytes: of the hidden states between two blocks, of all streams.
     activation_bits: of a number that enters a layer, on average; None where they are not rounded.
@@ -70,16 +71,32 @@ class Plan:
     allocation: Allocation
     description: Overhead
     layouts: dict[str, Layout]
-    sizes: Sizes
+    sizes: StoredSizes
     original_bytes: int
     needs: Needs
     hidden_dtype: torch.dtype
     hidden_bytes: int
-    seconds: dict[str, float]
+    costs: dict[str, Cost]
     blocks: int
     parameters: int
     activation_bits: float | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Stage -> estimate."""
+        return {name: cost.seconds for name, cost in self.costs.items()}
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """What is settled of a run before its costs are; checkpoint: its bytes."""
+
+    recipe: Recipe
+    survey: Survey | None
+    layouts: dict[str, Layout]
+    hidden_bytes: int
+    checkpoint: int
 
 
 def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: str) -> Plan:
@@ -90,7 +107,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     model = skeleton(model_config)
     path, blocks = find_blocks(model, config.model.blocks)
     shapes = {
-        f"{path}.{index}.{name}": _shape(linear_weight(module))
+        f"{path}.{index}.{name}": _sides(linear_weight(module))
         for index, block in enumerate(blocks)
         for name, module in linears_of(block).items()
     }
@@ -111,7 +128,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     recipe = fit_budget(config.recipe(), config.budget, shapes, description)
     allocation = config.allocation_rule().within(config.budget)
     layouts = allocation.planned_layouts(recipe, shapes, description)
-    evaluation, survey = config.evaluation, allocation.survey()
+    evaluation = config.evaluation
     context = context_length(evaluation.context, model_config) if evaluation.corpora else 0
     rounding = expected_rounding(config.activation_rule(), layouts)
     sizes = planned_sizes(model, layouts, stored_dtype(model_config), rounding)
@@ -119,6 +136,9 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     hidden = config.calibration.windows * config.calibration.seqlen * model_shape.width
     hidden_dtype = _hidden_dtype(config, hidden, model_config)
     hidden_bytes = hidden * hidden_dtype.itemsize * len(streams_for(config.tuning().wants))
+    planned = _Planned(recipe, allocation.survey(), layouts, hidden_bytes, sizes.bytes)
+    shape = _shape(config, planned, model_shape, mixture, device, context)
+    taken = costs(shape)
     return Plan(
         recipe=recipe,
         allocation=allocation,
@@ -126,10 +146,10 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         layouts=layouts,
         sizes=sizes,
         original_bytes=2 * parameters,
-        needs=_needs(config, survey, model_shape, hidden_bytes, sizes.bytes, device, context),
+        needs=needs(taken, streams=shape.streams),
         hidden_dtype=hidden_dtype,
         hidden_bytes=hidden_bytes,
-        seconds=_seconds(config, recipe, survey, parameters, layouts, mixture, device, context),
+        costs=taken,
         blocks=len(blocks),
         parameters=parameters,
         activation_bits=rounding.bits(w.columns for w in layouts.values()) if rounding else None,
@@ -176,7 +196,7 @@ def _hidden_dtype(
     return stored if stored.itemsize == 2 else torch.float16
 
 
-def _shape(weight: torch.Tensor) -> tuple[int, int]:
+def _sides(weight: torch.Tensor) -> tuple[int, int]:
     return weight.shape[0], weight.shape[1]
 
 
@@ -218,7 +238,7 @@ class _ModelShape:
         for name, module in linears_of(largest).items():
             place = place_among_experts(name, lists)
             experts = len(lists[place.experts]) if place else 1
-            linears.append(Linear(*_shape(linear_weight(module)), experts))
+            linears.append(Linear(*_sides(linear_weight(module)), experts))
         table, last = model.get_input_embeddings(), model.get_output_embeddings()
         return _ModelShape(
             parameters=parameters,
@@ -231,72 +251,85 @@ class _ModelShape:
         )
 
 
-def _needs(
+def _shape(
     config: ExperimentConfig,
-    survey: Survey | None,
-    shape: _ModelShape,
-    hidden_bytes: int,
-    checkpoint: int,
+    plan: _Planned,
+    model: _ModelShape,
+    mixture: _Mixture,
     device: str,
     context: int,
-) -> Needs:
+) -> Shape:
+    sizes = _sizes(config, plan, model, device, context)
+    at_once = sizes.measured(streams=False)
+    tasks = bool(config.evaluation.zero_shot)
+    return Shape(
+        sizes=sizes,
+        times=_times(config, plan, model.parameters, mixture, device, context),
+        threads=config.threads or torch.get_num_threads(),
+        on_gpu=not is_cpu(device),
+        streams=wants_stream(config.stream_choice(), at_once, device, tasks=tasks),
+        allocates=plan.survey is not None,
+        observes=needs_text(config.activation_rule()),
+        after=tuple(config.evaluation.after),
+    )
+
+
+def _sizes(
+    config: ExperimentConfig, plan: _Planned, model: _ModelShape, device: str, context: int
+) -> Sizes:
     size = DTYPES[config.model.dtype].itemsize
     calibration, evaluation = config.calibration, config.evaluation
     measured = max(context, 1) * windows_at_once(
-        evaluation.batch_size, max(context, 1), shape.vocabulary, device
+        evaluation.batch_size, max(context, 1), model.vocabulary, device
     )
     tokens = [
         CORPUS_TOKENS if c.windows is None else c.windows * context
         for c in evaluation.corpora.values()
     ]
     logits = measured if evaluation.corpora else TASK_TOKENS * bool(evaluation.zero_shot)
-    gradients = survey is not None and survey.gradients
-    sizes = NeededSizes(
-        linears=shape.linears,
-        whole=size * shape.parameters if logits and config.device_map is None else 0,
-        block=size * shape.block,
-        head=size * shape.head,
-        hidden=min(hidden_bytes, HIDDEN_SHARE * free_memory(device)),
-        entering=4.0
-        * (1 + _tuning(config).states)
-        * (calibration.batch_size * calibration.seqlen * shape.width),
-        logits=logits * shape.vocabulary,
-        streamed_hidden=min(max(tokens, default=0) * shape.width * size, HIDDEN_BYTES),
-        tasks=bool(evaluation.zero_shot),
-        surveyed=calibration.seqlen * shape.width * shape.blocks if gradients else 0,
-        allocates=survey is not None,
-    )
+    gradients = plan.survey is not None and plan.survey.gradients
     kept = evaluation.kl_windows
     compared = sum(t if kept is None else min(kept * context, t) for t in tokens)
-    disk = 2.0 * hidden_bytes + 2 * checkpoint + 2.0 * compared * shape.vocabulary
-    threads = config.threads or torch.get_num_threads()
-    return needs(sizes, disk, device, threads, config.stream_choice())
+    batch = calibration.seqlen * model.width
+    return Sizes(
+        linears=model.linears,
+        whole=size * model.parameters,
+        loaded=size * model.parameters if logits and config.device_map is None else 0,
+        block=size * model.block,
+        head=size * model.head,
+        hidden=min(plan.hidden_bytes, HIDDEN_SHARE * free_memory(device)),
+        entering=4.0 * calibration.batch_size * batch * (1 + _tuning(config).states),
+        observed=float(size * calibration.windows * batch),
+        logits=logits * model.vocabulary,
+        streamed_hidden=min(max(tokens, default=0) * model.width * size, HIDDEN_BYTES),
+        surveyed=batch * model.blocks if gradients else 0,
+        kept_hidden=plan.hidden_bytes,
+        checkpoint=plan.checkpoint,
+        compared=2.0 * compared * model.vocabulary,
+    )
 
 
-def _tuning(config: ExperimentConfig) -> Cost:
+def _tuning(config: ExperimentConfig) -> TuneCost:
     calibration = config.calibration
     return config.tuning().cost(-(-calibration.windows // calibration.batch_size))
 
 
-def _seconds(
+def _times(
     config: ExperimentConfig,
-    recipe: Recipe,
-    survey: Survey | None,
+    plan: _Planned,
     parameters: int,
-    layouts: dict[str, Layout],
     mixture: _Mixture,
     device: str,
     context: int,
-) -> dict[str, float]:
+) -> Times:
     speed = FORWARD_EFFICIENCY * matmul_speed(device)
     tokens = config.calibration.windows * config.calibration.seqlen
+    layouts = plan.layouts
     weights = sum(mixture.share(name) * layout.weights for name, layout in layouts.items())
     # about half of the layers share their input
     squares = sum(mixture.share(name) * w.columns**2 for name, w in layouts.items()) / 2
     passed = parameters - sum(layout.weights for layout in layouts.values()) + weights
-    passes = CALIBRATION_PASSES + config.rewriting().passes + _tuning(config).passes
-    calibrate = 2 * tokens * (passes * weights + squares) / speed
-    solve = recipe.codebook.relative_cost * sum(
+    solve = plan.recipe.codebook.relative_cost * sum(
         layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
         for layout in layouts.values()
     )
@@ -310,21 +343,17 @@ def _seconds(
     rows = sum((task.rows or 2000) * TASK_TOKENS for task in evaluation.zero_shot.values())
     evaluate = 2 * (scored + rows) * passed / speed
     evaluate += TASK_START * bool(evaluation.zero_shot)
-    rounded = 1.0 if config.activation_rule().block_format() is None else ROUNDED
-    disk = 2 * parameters / 5e8
-    allocate = {}
-    if survey is not None:
-        surveyed = survey.windows * config.calibration.seqlen
-        passes = 2 * surveyed * (4 * passed + squares) / speed
-        allocate = {"allocate": passes + TRIALS * solve}
-    return {
-        "load": 2 + disk,
-        "evaluate original": evaluate,
-        **allocate,
-        "quantize": calibrate + solve,
-        "export": 1 + disk,
-        "evaluate quantized": 2 + disk + rounded * evaluate,
-    }
+    passes = CALIBRATION_PASSES + config.rewriting().passes + _tuning(config).passes
+    surveyed = plan.survey.windows * config.calibration.seqlen if plan.survey else 0
+    return Times(
+        read=2 * parameters / 5e8,
+        forward=2 * tokens * passed / speed,
+        calibrate=2 * tokens * (passes * weights + squares) / speed,
+        solve=solve,
+        survey=2 * surveyed * (4 * passed + squares) / speed,
+        evaluate=evaluate,
+        rounded=1.0 if config.activation_rule().block_format() is None else ROUNDED,
+    )
 
 
 def plan_for(

@@ -10,6 +10,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ NEUTRAL = (
     "stream",
     "check_resources",
 )  # these change no result
-LATER: dict[str, Any] = {"allocation": {"name": "none"}}  # and what stands for none of it
+LATER = {"allocation": {"name": "none"}, "evaluation.after": []}  # and what stands for nothing
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again
 RESULTS_FILE = "results.json"
 SETTINGS_FILE = "settings.json"
@@ -64,11 +65,12 @@ def run_identity(
     contents: hash of every input file.  version: of this package.  Settings that came later are
     left out where they change nothing, so that earlier runs are found.
     """
-    settings = {
-        key: value
-        for key, value in config.as_dict().items()
-        if key not in NEUTRAL and value != LATER.get(key)
-    }
+    settings = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL}
+    for key, nothing in LATER.items():
+        *path, last = key.split(".")
+        place = reduce(dict.__getitem__, path, settings)
+        if place[last] == nothing:
+            del place[last]
     return {"config": settings, "contents": contents, "version": version}
 
 

@@ -16,7 +16,7 @@ from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.evaluation.zero_shot import is_accuracy
 from claq_exp.reporting.older import current
 from claq_exp.reporting.overrides import agree
-from claq_exp.reporting.results import LAYER_FIELDS, SCHEMA
+from claq_exp.run.results import LAYER_FIELDS, SCHEMA
 from claq_exp.run_folder import (
     EVENTS_FILE,
     FAILED,
@@ -66,6 +66,7 @@ class Run:
             return {}
         results = self.results
         found = [*_costs(results), *_perplexities(results), *_scores(results)]
+        found += _after(results, {measure.key: measure for measure in found})
         return {measure.key: measure for measure in found}
 
     @cached_property
@@ -191,6 +192,8 @@ def _check_numbers(run: Run) -> None:
             raise TypeError(f"config.{part}.name is no text")
     results = run.results or {}
     tables = {"ledger": results["bits"].get("ledger", {}), "timings": results.get("timings", {})}
+    for stage, row in results.get("after", {}).items():
+        tables.update({f"after.{stage}.{p}": row[p] for p in ("perplexity", "kl", "zero_shot")})
     for part in ("perplexity", "kl", "zero_shot"):
         tables.update({f"{part}.{name}": row for name, row in results.get(part, {}).items()})
     for name, row in results.get("zero_shot", {}).items():
@@ -323,6 +326,22 @@ def _scores(results: dict[str, Any]) -> Iterator[Measure]:
             digits=1,
             content=f"{' '.join(sorted(_with_accuracy(results)))}:",
         )
+
+
+def _after(results: dict[str, Any], found: dict[str, Measure]) -> Iterator[Measure]:
+    """Yield the measures of the model as it stood after a stage, named beside those of the end."""
+    for stage, row in results.get("after", {}).items():
+        values = {("average", "accuracy"): row["average_accuracy"]}
+        for part in ("perplexity", "kl", "zero_shot"):
+            kinds = ("accuracy", "score") if part == "zero_shot" else (part,)
+            values |= {(kind, n): value for kind in kinds for n, value in row[part].items()}
+        for (kind, name), value in values.items():
+            end = found.get(f"{kind}.{name}")
+            if end is not None:
+                shown = _times(100.0 if kind in ("accuracy", "average") else 1.0, value)
+                label = f"{end.label}, after {stage}"
+                then = replace(end, name=f"{name}_after_{stage}", label=label, stderr=None)
+                yield replace(then, quantized=shown)
 
 
 def _with_accuracy(results: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from claq_exp.reporting.canvas import HATCHES, add_below, new_figure, spread_out, wrapped
 from claq_exp.reporting.collect import Run
 from claq_exp.reporting.lines import run_labels
-from claq_exp.reporting.results import TIMINGS
+from claq_exp.run.stages import TIMINGS
 
 MOST_ROWS = 40
 COLOURS = (
@@ -23,6 +23,7 @@ COLOURS = (
     "#D55E00",
     "#F0E442",
     "#0072B2",
+    "#56B4E9",
     "#BBBBBB",
 )  # Okabe and Ito, one for each stage, so that neighbours differ in lightness
 OTHER = "other"
@@ -64,7 +65,7 @@ def _figure(device: str, runs: Sequence[tuple[str, Run]]) -> Figure:
         left = [start + value for start, value in zip(left, values, strict=True)]
         handles.append(Patch(label=stage, **look))
     peaks = [run.measures["memory.peak"].quantized for _, run in chosen]
-    memory.barh(range(len(chosen)), [peak or 0.0 for peak in peaks], 0.75, color="#56B4E9")
+    memory.barh(range(len(chosen)), [peak or 0.0 for peak in peaks], 0.75, color="#999999")
     time.set_yticks(range(len(chosen)), [wrapped(label, 3.6, 7) for label, _ in chosen], fontsize=7)
     time.set_ylim(len(chosen) - 0.4, -0.6)
     time.set_xlabel(unit)

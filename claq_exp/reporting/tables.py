@@ -31,14 +31,34 @@ FULLEST = 5  # layers that are named for their reserved entries
 
 
 def result_table(results: dict[str, Any]) -> Table:
-    """Return one run as a table: a row per measure, original against quantized."""
+    """Return one run as a table: a row per measure, original against quantized.
+
+    A stage after which the model was measured too has a column between them.
+    """
     table = Table(title=None, header_style="bold")
     table.add_column("")
-    table.add_column("original", justify="right")
-    table.add_column("quantized", justify="right")
-    for row in result_rows(results):
-        table.add_row(*row)
+    stages = results.get("after", {})
+    for heading in ("original", *(f"after {stage}" for stage in stages), "quantized"):
+        table.add_column(heading, justify="right")
+    between = [_after_cells(results, row) for row in stages.values()]
+    for label, original, quantized in result_rows(results):
+        table.add_row(label, original, *(cells.get(label, "") for cells in between), quantized)
     return table
+
+
+def _after_cells(results: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
+    """Return the label of a row of `result_rows` -> its value after a stage."""
+    put: dict[str, Any] = {part: {} for part in ("perplexity", "kl", "zero_shot")}
+    keys = {"perplexity": "quantized", "kl": "mean", "zero_shot": "quantized"}
+    for part, key in keys.items():
+        for name, value in row[part].items():
+            put[part][name] = {**results[part][name], key: value, "stderr": None}
+    average = {"original": None, "quantized": row["average_accuracy"]}
+    then = {**results, **put, "average_accuracy": average if average["quantized"] else None}
+    measured = ("perplexity,", "KL ", "average ", *row["zero_shot"])
+    return {
+        label: cell for label, _, cell in result_rows(then) if label.startswith(tuple(measured))
+    }
 
 
 def result_rows(results: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -106,6 +106,7 @@ VALUES = [
     (["precision.target_bits=1.5"], ["precision.target_bits=1.5", "2 to 4"]),
     (["precision.target_bits=nan"], ["precision.target_bits=nan", "2 to 4"]),
     (["precision.target_bits=abc"], ["target_bits", "abc", "Float"]),
+    (["evaluation.after=[load]"], ["evaluation.after 'load'", "quantize"]),
     (["precision=none"], ["precision=none", "allocation=rate_distortion"]),
     (["experiment=claq_2.12", "allocation=rate_distortion"], ["precision=none reservation=none"]),
     (["allocation=rate_distortion", "codebook=quantile"], ["codebook=kmeans"]),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from claq_exp import runner
+from claq_exp import job
 from claq_exp.cli import main
 from claq_exp.errors import ClaqError
 from claq_exp.run_folder import RunState
@@ -100,7 +100,7 @@ def test_every_failing_job_is_told_from_the_others(run, outputs, capfd):
 
 @pytest.mark.case(80)
 def test_an_error_nobody_expected_stops_no_other_job_either(tiny_run, outputs, monkeypatch, capfd):
-    build = runner.build_results
+    build = job.build_results
     calls = []
 
     def fail_first(**options):
@@ -109,7 +109,7 @@ def test_an_error_nobody_expected_stops_no_other_job_either(tiny_run, outputs, m
             raise RuntimeError("the builder is broken")
         return build(**options)
 
-    monkeypatch.setattr(runner, "build_results", fail_first)
+    monkeypatch.setattr(job, "build_results", fail_first)
     words = [*tiny_run, "experiment=rtn_4bit", "threads=1", "~evaluation.corpora.wikipedia"]
     assert run_sweep([*words, "seed=7,8"], "as typed", run_job=here) == 1
     finished = [json.loads(path.read_text()) for path in outputs.rglob("results.json")]

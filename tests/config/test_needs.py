@@ -103,7 +103,7 @@ def planned(*words: str, layers: int = 3, **sizes: int) -> Plan:
 def test_memory_to_quantize_does_not_grow_with_depth():
     few, many = planned(layers=2), planned(layers=20)
     assert few.needs.host["quantize"] == many.needs.host["quantize"]
-    assert few.needs.host["evaluate"] < many.needs.host["evaluate"]
+    assert few.needs.host["evaluate original"] < many.needs.host["evaluate original"]
 
 
 def test_wide_layers_hidden_states_and_rate_distortion_take_memory():
@@ -114,7 +114,8 @@ def test_wide_layers_hidden_states_and_rate_distortion_take_memory():
     assert long.host["quantize"] > plain["quantize"]
     assert long.disk > planned().needs.disk
     assert set(planned("experiment=linear/rate_distortion_2.6", "budget.bits=9").needs.host) == {
-        "evaluate",
+        "evaluate original",
+        "evaluate quantized",
         "quantize",
         "allocate",
     }
@@ -137,7 +138,7 @@ def test_a_gpu_holds_blocks_and_the_host_the_hessians(monkeypatch):
     monkeypatch.setattr("claq_exp.plan.windows_at_once", lambda *_: 4)
     config = compose_config(["evaluation.context=64", "model.dtype=float16"])
     found = make_plan(config, tiny_llama().config, "cuda").needs
-    assert set(found.device) == {"evaluate", "quantize"}
+    assert set(found.device) == {"evaluate original", "evaluate quantized", "quantize"}
     assert set(found.host) == {"quantize"}
     needs.check_needs(found, "cuda", Path.cwd())
     monkeypatch.setattr(needs, "free_memory", lambda device: 1000)

@@ -37,6 +37,7 @@ def test_run_leaves_results_layers_events_and_a_checkpoint(tiny_run, outputs, dr
     assert set(results["timings"]) == {
         "load",
         "allocate",
+        "activations",
         "calibrate",
         "hessian",
         "solve",

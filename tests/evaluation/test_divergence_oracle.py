@@ -30,7 +30,7 @@ from claq_exp.evaluation.measure import Meter
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore
-from claq_exp.reporting.results import kl_rows
+from claq_exp.run.results import kl_rows
 
 
 def logits(tokens: int, vocabulary: int, scale: float = 3.0, seed: int = 0) -> torch.Tensor:

@@ -24,7 +24,7 @@ from claq_exp.evaluation.perplexity import Corpus, Perplexity, windows_at_once
 from claq_exp.evaluation.perplexity import perplexity as corpus_perplexity
 from claq_exp.evaluation.predict import Subject, in_memory
 from claq_exp.evaluation.scores import ScoreStore
-from claq_exp.reporting.results import perplexity_rows
+from claq_exp.run.results import perplexity_rows
 
 VOCABULARY = 11
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from claq_exp import measuring, runner
+from claq_exp import job, measuring
 from claq_exp.cli import main
 from claq_exp.errors import SourceError
 from claq_exp.evaluation import measure
@@ -35,10 +35,10 @@ def run(tiny_run):
 
 @pytest.fixture
 def failing(monkeypatch):
-    """Make a name of the runner, or of its bench, fail; the returned function repairs it."""
+    """Make a name of the stages, or of its bench, fail; the returned function repairs it."""
 
     def break_(name: str, error: BaseException):
-        owner = runner if hasattr(runner, name) else measuring
+        owner = job if hasattr(job, name) else measuring
         whole = getattr(owner, name)
 
         def fail(*args, **options):

@@ -261,7 +261,9 @@ def test_many_differences_are_counted_and_not_listed(left, tmp_path):
 def test_settings_that_came_later_leave_earlier_runs_their_folders(base):
     plain = run_identity(compose_config(WORDS), {}, "1.0")
     assert "allocation" not in plain["config"]
+    assert "after" not in plain["config"]["evaluation"]
     assert folder_of([*WORDS, "allocation=none"]).hash == base.hash
+    assert folder_of([*WORDS, "evaluation.after=[quantize]"]).hash != base.hash
     words = [*WORDS, "allocation=rate_distortion"]
     assert run_identity(compose_config(words), {}, "1.0")["config"]["allocation"]["target_bits"]
     assert folder_of([*words, "allocation.windows=2"]).hash != folder_of(words).hash

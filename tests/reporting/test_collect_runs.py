@@ -243,3 +243,29 @@ def test_dotted_keys_are_looked_up():
     assert lookup(RESULTS["config"], "precision") == RESULTS["config"]["precision"]
     assert lookup(RESULTS["config"], "precision.bits") is None
     assert lookup(RESULTS["config"], "precision.name.more") is None
+
+
+def test_the_model_after_a_stage_is_measured_beside_the_end(tmp_path):
+    after = {
+        "perplexity": {"words": 23.0},
+        "kl": {"words": 0.1},
+        "zero_shot": {"piqa": 0.66},
+        "average_accuracy": None,
+    }
+    folder = write_runs(tmp_path, result({"after": {"quantize": after}}), result())
+    measures = max((run.measures for run in collect([folder]).runs), key=len)
+    for key, value in {
+        "perplexity.words_after_quantize": 23.0,
+        "kl.words_after_quantize": 0.1,
+        "accuracy.piqa_after_quantize": 66.0,
+    }.items():
+        assert measures[key].quantized == value
+        end = measures[key.removesuffix("_after_quantize")]
+        assert (measures[key].original, measures[key].content) == (end.original, end.content)
+        assert measures[key].label == f"{end.label}, after quantize"
+
+
+def test_damaged_values_after_a_stage_are_told(tmp_path):
+    after = {"perplexity": {"words": "x"}, "kl": {}, "zero_shot": {}, "average_accuracy": None}
+    folder = write_runs(tmp_path, result({"after": {"quantize": after}}), result())
+    assert "damaged" in collect([folder]).notes[0]

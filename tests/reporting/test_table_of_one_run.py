@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from run_samples import RESULTS, result
 
-from claq_exp.reporting.tables import overlap_notes, result_rows
+from claq_exp.reporting.tables import overlap_notes, result_rows, result_table
 
 KL = RESULTS["kl"]
 
@@ -69,3 +69,29 @@ def test_text_that_calibration_has_seen_is_noted():
     assert overlap_notes(result({"perplexity.words": {**row, "overlap": None}})) == []
     (line,) = overlap_notes(result({"perplexity.words.overlap": 0.0525}))
     assert line.startswith("5.2 % of the tokens of words are in passages")
+
+
+AFTER = {
+    "perplexity": {"words": 23.0},
+    "kl": {"words": 0.1},
+    "zero_shot": {"piqa": 0.66},
+    "average_accuracy": None,
+}
+
+
+def test_a_stage_that_was_measured_after_has_a_column():
+    table = result_table(result({"after": {"quantize": AFTER}}))
+    assert [column.header for column in table.columns] == [
+        "",
+        "original",
+        "after quantize",
+        "quantized",
+    ]
+    labels, _, then, end = ([*column.cells] for column in table.columns)
+    found = dict(zip(labels, then, strict=True))
+    assert found["perplexity, words (12,345 tokens)"] == "23.00"
+    assert found["KL from original, words (4,088 tokens)"] == "0.1000"
+    assert found["piqa acc (200 rows)"] == "66.0"
+    assert sum(bool(cell) for cell in then) == 3
+    assert len(result_table(result()).columns) == 3
+    assert "25.25" in end

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from claq_exp import measuring, runner
+from claq_exp import job, measuring
 from claq_exp.run import cut
 from claq_exp.sources import code
 from claq_exp.sources.code import (
@@ -19,7 +19,7 @@ from claq_exp.sources.code import (
 KEYS = {
     "scores of an original": measuring.ORIGINAL_CODE,
     "scores of a checkpoint": measuring.CHECKPOINT_CODE,
-    "a survey": runner.SURVEY_CODE,
+    "a survey": job.SURVEY_CODE,
     "token windows": (cut.__name__,),
 }
 

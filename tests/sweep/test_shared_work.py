@@ -141,6 +141,6 @@ def test_recipes_with_one_survey_make_it_once_and_get_what_they_would_have_got(
     layers("four", "solver.damping=0.1")
     layers("five", "seed=9")
     assert surveys == [True, False, True, True]
-    monkeypatch.setattr("claq_exp.runner.kept_tensors", lambda kind, key, make: make())
+    monkeypatch.setattr("claq_exp.job.kept_tensors", lambda kind, key, make: make())
     assert layers("anew") == shared
     assert len(surveys) == 5

@@ -22,14 +22,11 @@ from claq_exp.fallbacks import count_fallbacks
 from claq_exp.machine import device_name, git_commit, versions
 from claq_exp.models.original import Original
 from claq_exp.resources import peak_memory
+from claq_exp.run.stages import TIMINGS
 from claq_exp.sources.content import Losses
 from claq_exp.torchrun import place
 
 SCHEMA = 1
-TIMINGS = (
-    *("load", "allocate", "transform", "calibrate", "hessian", "solve", "tune"),
-    *("export", "evaluate"),
-)
 LAYER_FIELDS = (
     "block",
     "name",
@@ -67,6 +64,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
     original: Measurement,
     quantized: Measurement,
     kl: dict[str, Divergence],
+    after: Mapping[str, tuple[Measurement, dict[str, Divergence]]],
     spent: dict[str, float],
     report: list[dict[str, Any]],
     source: Original,
@@ -103,6 +101,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
         "kl": kl_rows(kl),
         "zero_shot": zero_shot_rows(original, quantized),
         "average_accuracy": average_row(original, quantized),
+        **after_rows(after),
         "timings": {key: round(spent.get(key, 0.0), 3) for key in TIMINGS},
         "peak_memory_bytes": max(peak_memory(), int(spent.get("peak_memory_bytes", 0))),
         "fallbacks": count_fallbacks(report),
@@ -163,6 +162,22 @@ def average_row(original: Measurement | None, quantized: Measurement) -> dict[st
         return None
     before = average_accuracy(original.zero_shot) if original else None
     return {"original": before, "quantized": after}
+
+
+def after_rows(
+    after: Mapping[str, tuple[Measurement, dict[str, Divergence]]],
+) -> dict[str, dict[str, Any]]:
+    """Return `after`: stage -> values of the model as it stood then; nothing without a stage."""
+    rows = {
+        stage: {
+            "perplexity": {name: finite(p.value) for name, p in measured.perplexity.items()},
+            "kl": {name: finite(row.mean) for name, row in kl.items()},
+            "zero_shot": {name: finite(score.value) for name, score in measured.zero_shot.items()},
+            "average_accuracy": average_accuracy(measured.zero_shot),
+        }
+        for stage, (measured, kl) in after.items()
+    }
+    return {"after": rows} if rows else {}
 
 
 def write_layers(path: Path, report: list[dict[str, Any]]) -> None:

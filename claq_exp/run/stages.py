@@ -1,0 +1,246 @@
+"""The stages of a run, in order: what each works on at a time, and what it takes.
+
+`plan`, the check of memory and disk, the progress bar, the runner and the timings of results.json
+go by this list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+# Rules of thumb, measured on two CPU cores; `claq-exp plan` promises a factor of two for times and
+# 25 % for memory (benchmarks/big_model.py), not less.
+WORK = 2.0  # matrices in float32 while one is quantized: columns, codes, differences
+LOGIT_COPIES = 2.0  # of the logits of a batch: as they come, and in float32 for the loss
+GRADIENTS = 40  # hidden states of a block that a backward pass keeps
+TRIALS = 3.0  # fits of an allocation over the model, in column loops
+FEWER = "use fewer calibration.windows or a smaller calibration.batch_size"
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a block.  experts: how many of its kind gather a Hessian at once."""
+
+    rows: int
+    columns: int
+    experts: int = 1
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What memory and disk are taken by.
+
+    linears: of the largest block.  whole, block, head: bytes in the type of forward passes, of all
+    parameters, those of a block, and embedding and head.  loaded: `whole` where a model in memory
+    is measured on one device.  hidden: bytes of hidden states between
+    blocks in memory; entering: those of one batch in float32; observed: those of all batches as
+    they are computed.  logits: numbers in those of a batch.
+    streamed_hidden: bytes of hidden states while a model is measured block by block.
+    surveyed: hidden numbers of a window, times blocks, where an allocation looks at gradients.
+    kept_hidden, checkpoint, compared: bytes on disk, of hidden states, of the checkpoint and of the
+    original's logits.
+    """
+
+    linears: tuple[Linear, ...]
+    whole: float
+    loaded: float
+    block: float
+    head: float
+    hidden: float
+    entering: float
+    observed: float
+    logits: float
+    streamed_hidden: float
+    surveyed: float
+    kept_hidden: float
+    checkpoint: float
+    compared: float
+
+    def measured(self, *, streams: bool) -> float:
+        """Return the bytes of a model that is measured, whole or block by block."""
+        logits = LOGIT_COPIES * 4 * self.logits
+        if streams:
+            return self.block + self.head + self.streamed_hidden + logits
+        return self.loaded + logits
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of the parts of a run.
+
+    read: all weights, once.  forward: all calibration tokens through the model, once.
+    calibrate: the passes of all blocks, and their Hessians.  solve: factors and column loops.
+    survey: what an allocation asks of the original.  evaluate: all corpora and tasks.
+    rounded: how many times as long it takes with rounded activations.
+    """
+
+    read: float
+    forward: float
+    calibrate: float
+    solve: float
+    survey: float
+    evaluate: float
+    rounded: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that the costs of a run follow from.
+
+    on_gpu: forward passes run there.  streams: the model is read block by block while it is
+    measured.  allocates, observes: an allocation, or the rounding of activations, looks at the
+    original.  after: stages after which the model is measured too.
+    """
+
+    sizes: Sizes
+    times: Times
+    threads: int
+    on_gpu: bool
+    streams: bool
+    allocates: bool
+    observes: bool
+    after: tuple[str, ...] = ()
+
+    def cost(
+        self, seconds: float, forward: float = 0.0, solved: float = 0.0, **more: float
+    ) -> Cost:
+        """Return a cost whose bytes of forward passes are where those run.
+
+        solved: bytes beside them on the CPU, wherever passes run.
+        """
+        if self.on_gpu:
+            return Cost(seconds, host=solved, device=forward, **more)
+        return Cost(seconds, host=forward + solved, **more)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, and bytes of the machine's memory, of a device's, and of disk."""
+
+    seconds: float
+    host: float = 0.0
+    device: float = 0.0
+    disk: float = 0.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a run.
+
+    unit: what a kill costs at most, of this stage: a window of blocks, or the stage on the model.
+    timings: the fields of results.json that its seconds go to; where there are several, its units
+    report them themselves.
+    cost: None where a run has no such stage.  advice: what to do where memory is short; the second
+    where the model is read block by block already.
+    """
+
+    name: str
+    unit: Literal["window", "model"]
+    timings: tuple[str, ...]
+    cost: Callable[[Shape], Cost | None]
+    advice: tuple[str, str] = (FEWER, FEWER)
+
+
+def _load(shape: Shape) -> Cost:
+    return Cost(2 + shape.times.read)
+
+
+def _evaluate_original(shape: Shape) -> Cost:
+    taken = shape.sizes.measured(streams=shape.streams)
+    return shape.cost(shape.times.evaluate, taken, disk=shape.sizes.compared)
+
+
+def _allocate(shape: Shape) -> Cost | None:
+    if not shape.allocates:
+        return None
+    sizes = shape.sizes
+    hessians = sum(8.0 * columns**2 for columns in {li.columns for li in sizes.linears})
+    taken = sizes.whole + hessians + 4.0 * GRADIENTS * sizes.surveyed
+    return shape.cost(shape.times.survey + TRIALS * shape.times.solve, taken)
+
+
+def _quantize(shape: Shape) -> Cost:
+    sizes, seconds = shape.sizes, shape.times.calibrate + shape.times.solve
+    passed = sizes.block + sizes.hidden + sizes.entering
+    if shape.on_gpu:
+        passed += _on_gpu(sizes.linears)
+    solved = _solving(sizes.linears, shape.threads)
+    return shape.cost(seconds, passed, solved, disk=2 * sizes.kept_hidden + sizes.checkpoint)
+
+
+def _evaluate_after_quantize(shape: Shape) -> Cost | None:
+    if QUANTIZE.name not in shape.after:
+        return None
+    sizes, times = shape.sizes, shape.times
+    taken = sizes.measured(streams=shape.streams)
+    return shape.cost(3 + 2 * times.read + times.evaluate, taken, disk=sizes.checkpoint)
+
+
+def _activations(shape: Shape) -> Cost | None:
+    if not shape.observes:
+        return None
+    taken = shape.sizes.block + shape.sizes.observed + shape.sizes.entering
+    return shape.cost(shape.times.read + shape.times.forward, taken)
+
+
+def _export(shape: Shape) -> Cost:
+    return Cost(1 + shape.times.read, disk=shape.sizes.checkpoint)
+
+
+def _evaluate_quantized(shape: Shape) -> Cost:
+    taken = shape.sizes.measured(streams=shape.streams)
+    return shape.cost(2 + shape.times.read + shape.times.rounded * shape.times.evaluate, taken)
+
+
+def _solving(linears: Iterable[Linear], threads: int) -> float:
+    """Return the bytes that Hessians and the linears that share one take on the CPU."""
+    most = 0.0
+    shared: dict[int, list[int]] = {}
+    for linear in linears:
+        shared.setdefault(linear.columns, []).append(linear.rows * linear.columns)
+        most = max(most, 8.0 * linear.columns**2 * linear.experts)
+    for columns, weights in shared.items():
+        together = sorted(weights, reverse=True)[: max(1, threads)]
+        most = max(most, 4.0 * columns**2 + WORK * 4 * sum(together))
+    return most
+
+
+def _on_gpu(linears: Iterable[Linear]) -> float:
+    """Return the bytes of a group on a GPU: Hessian, factor and inverse, and its columns."""
+    return max(24.0 * linear.columns**2 + 12.0 * linear.rows * linear.columns for linear in linears)
+
+
+SMALLER = ("measure no tasks and set stream=true, or evaluation=none", FEWER)
+OTHER_RULE = "use allocation=none with another precision"
+LOAD = Stage("load", "model", ("load",), _load)
+EVALUATE_ORIGINAL = Stage("evaluate original", "model", ("evaluate",), _evaluate_original, SMALLER)
+ALLOCATE = Stage("allocate", "model", ("allocate",), _allocate, (OTHER_RULE, OTHER_RULE))
+QUANTIZE_TIMINGS = ("transform", "calibrate", "hessian", "solve", "tune")
+QUANTIZE = Stage("quantize", "window", QUANTIZE_TIMINGS, _quantize)
+EVALUATE_AFTER_QUANTIZE = Stage(
+    "evaluate after quantize", "model", ("evaluate",), _evaluate_after_quantize, SMALLER
+)
+ACTIVATIONS = Stage("activations", "model", ("activations",), _activations)
+EXPORT = Stage("export", "model", ("export",), _export)
+EVALUATE_QUANTIZED = Stage(
+    "evaluate quantized", "model", ("evaluate",), _evaluate_quantized, SMALLER
+)
+STAGES = (
+    LOAD,
+    EVALUATE_ORIGINAL,
+    ALLOCATE,
+    QUANTIZE,
+    EVALUATE_AFTER_QUANTIZE,
+    ACTIVATIONS,
+    EXPORT,
+    EVALUATE_QUANTIZED,
+)
+TIMINGS = tuple(dict.fromkeys(timing for stage in STAGES for timing in stage.timings))
+
+
+def costs(shape: Shape) -> dict[str, Cost]:
+    """Return what each stage of a run takes, by its name and in order."""
+    found = {stage.name: stage.cost(shape) for stage in STAGES}
+    return {name: cost for name, cost in found.items() if cost is not None}
