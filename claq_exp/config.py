@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from claq_exp.accelerator import is_known
 from claq_exp.allocate import ALLOCATION, Allocation
 from claq_exp.calibration.windows import DRAWS
-from claq_exp.errors import ConfigError, one_line, one_of
+from claq_exp.errors import ConfigError, check_choice, check_positive, check_whole, one_line, one_of
 from claq_exp.models.bos import BOS_RULES
 from claq_exp.quantize.activation import ACTIVATION, Activation
 from claq_exp.quantize.budget import BudgetConfig
@@ -70,7 +70,7 @@ class ModelConfig(ModelSource):
         super().__post_init__()
         if not self.name:
             self.name = source_name(self.source)
-        _check_choice("model.dtype", self.dtype, DTYPES)
+        check_choice("model.dtype", self.dtype, DTYPES)
         check_name("model.name", self.name)
 
 
@@ -89,8 +89,8 @@ class DrawnText(TextSource):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive("a text", self, "documents")
-        _check_choice("draw", self.draw, tuple(DRAWS))
+        check_positive("a text", self, "documents")
+        check_choice("draw", self.draw, tuple(DRAWS))
 
 
 @dataclass
@@ -112,9 +112,9 @@ class CalibrationConfig(DrawnText):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_choice("calibration.keep_in", self.keep_in, DTYPES)
-        _check_positive("calibration", self, "windows", "seqlen", "batch_size")
-        _check_choice("calibration.bos", self.bos, BOS_RULES)
+        check_choice("calibration.keep_in", self.keep_in, DTYPES)
+        check_positive("calibration", self, "windows", "seqlen", "batch_size")
+        check_choice("calibration.bos", self.bos, BOS_RULES)
 
 
 @dataclass
@@ -125,7 +125,7 @@ class CorpusConfig(DrawnText):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_positive("evaluation.corpora.*", self, "windows")
+        check_positive("evaluation.corpora.*", self, "windows")
 
 
 @dataclass
@@ -153,7 +153,7 @@ class TaskConfig:
     columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_positive("evaluation.zero_shot.*", self, "rows")
+        check_positive("evaluation.zero_shot.*", self, "rows")
         if self.shots < 0:
             raise ConfigError("evaluation.zero_shot.*.shots must not be negative")
         if self.data is None and (self.shots_data or self.columns):
@@ -190,10 +190,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         for stage in self.after:
-            _check_choice("evaluation.after", stage, CHANGING)
-        _check_whole("evaluation.context", self.context, 2, "model")
-        _check_whole("evaluation.batch_size", self.batch_size, 1, AUTO)
-        _check_choice("evaluation.bos", self.bos, BOS_RULES)
+            check_choice("evaluation.after", stage, CHANGING)
+        check_whole("evaluation.context", self.context, 2, "model")
+        check_whole("evaluation.batch_size", self.batch_size, 1, AUTO)
+        check_choice("evaluation.bos", self.bos, BOS_RULES)
         if self.kl_windows is not None and self.kl_windows < 0:
             raise ConfigError(
                 f"evaluation.kl_windows is {self.kl_windows}; give a number of windows, 0 for no "
@@ -212,7 +212,7 @@ class RuntimeConfig:
     kernel: str = DENSE
 
     def __post_init__(self) -> None:
-        _check_choice("runtime.kernel", self.kernel, (DENSE, AUTO, *KERNEL))
+        check_choice("runtime.kernel", self.kernel, (DENSE, AUTO, *KERNEL))
 
 
 @dataclass
@@ -230,8 +230,8 @@ class TrackingConfig:
     tags: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        _check_choice("tracking.name", self.name, ("none", "wandb"))
-        _check_choice("tracking.mode", self.mode, ("offline", "online", "disabled"))
+        check_choice("tracking.name", self.name, ("none", "wandb"))
+        check_choice("tracking.mode", self.mode, ("offline", "online", "disabled"))
         check_project("tracking.project", self.project)
         check_group_and_tags(self.group, self.tags)
 
@@ -290,10 +290,10 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         check_name("name", self.name)
-        _check_choice("resume", self.resume, RESUME)
-        _check_positive("", self, "threads")
+        check_choice("resume", self.resume, RESUME)
+        check_positive("", self, "threads")
         if self.device_map is not None:
-            _check_choice("device_map", self.device_map, DEVICE_MAPS)
+            check_choice("device_map", self.device_map, DEVICE_MAPS)
         if not isinstance(self.stream, bool) and self.stream != AUTO:
             raise ConfigError(one_of("stream", self.stream, (AUTO, "true", "false")))
         if self.stream is True and self.runtime.kernel != DENSE:
@@ -386,21 +386,3 @@ def config_from_omegaconf(composed: DictConfig) -> ExperimentConfig:
     config.rewriting()
     config.tuning()
     return config
-
-
-def _check_positive(where: str, config: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            key = f"{where}.{name}".lstrip(".")
-            raise ConfigError(f"{key} is {value}; give a positive whole number")
-
-
-def _check_whole(key: str, value: int | str, least: int, word: str) -> None:
-    if value != word and (not isinstance(value, int) or value < least):
-        raise ConfigError(f"{key} is {value}; give a whole number from {least}, or {word}")
-
-
-def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ConfigError(one_of(key, value, known))

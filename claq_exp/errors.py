@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 MOST_CHARACTERS, MOST_LINES = 500, 5  # of somebody else's message
 _NOISE = re.compile(r"For further information visit|full_key: |object_type=|reference_type=|[~^]+$")
@@ -48,6 +49,27 @@ class CheckpointError(ClaqError):
 def one_of(what: str, value: object, known: object) -> str:
     """Return the sentence that names the alternatives of a wrong choice."""
     return f"{what} '{value}' is not known; choose one of: {', '.join(sorted(map(str, known)))}"  # type: ignore[call-overload]
+
+
+def check_positive(where: str, config: Any, *names: str) -> None:
+    """Raise ConfigError where a field of a config is there and below 1."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            key = f"{where}.{name}".lstrip(".")
+            raise ConfigError(f"{key} is {value}; give a positive whole number")
+
+
+def check_whole(key: str, value: int | str, least: int, word: str) -> None:
+    """Raise ConfigError unless a value is a whole number from `least`, or the word."""
+    if value != word and (not isinstance(value, int) or value < least):
+        raise ConfigError(f"{key} is {value}; give a whole number from {least}, or {word}")
+
+
+def check_choice(key: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ConfigError, with the alternatives, for a value that is not known."""
+    if value not in known:
+        raise ConfigError(one_of(key, value, known))
 
 
 def telling_line(error: BaseException) -> str:

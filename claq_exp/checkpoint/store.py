@@ -13,17 +13,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from claq_exp.checkpoint.files import read_json, sync_folder, write_json
-from claq_exp.checkpoint.tensor_file import write_tensors
+from claq_exp.checkpoint.store_state import Contents, Part, State, StoreFile, read_contents
+from claq_exp.checkpoint.tensor_file import Batches, FileTensors, write_tensors
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import CheckpointError
 from claq_exp.payload import read_layout
@@ -34,100 +33,6 @@ STATE_VERSION = 3
 OVER = "set resume=never to start over"
 WORD = re.compile(r"[a-z_]+")  # of a stage or a stream, which names files
 DENSE = "dense."  # before the name of a tensor that is no part of a packed matrix
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """What the header of a part says.
-
-    layouts: name of a matrix -> its layout as JSON.  dense: names of other tensors.
-    """
-
-    layouts: Mapping[str, Any] = field(default_factory=dict)
-    dense: tuple[str, ...] = ()
-    report: tuple[Mapping[str, Any], ...] = ()
-
-    def keys(self) -> set[tuple[str, str]]:
-        """Return what a later part must hold so that nothing of this one counts any more."""
-        rows = (row["name"] for row in self.report)
-        kinds = {"packed": self.layouts, "dense": self.dense, "row": rows}
-        return {(kind, name) for kind, names in kinds.items() for name in names}
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file of the store, and what it must hash to."""
-
-    name: str
-    sha256: str
-
-    @staticmethod
-    def of(entry: Mapping[str, Any]) -> _File:
-        """Take it from state.json.  Raises ValueError for a name that leads elsewhere."""
-        name, digest = entry["name"], entry["sha256"]
-        if not isinstance(name, str) or Path(name).name != name or name == "..":
-            raise ValueError("it names files outside of its folder")
-        return _File(name, str(digest))
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What a stage has published of a unit.
-
-    unit: number of the first block of a window; None for the whole model.
-    """
-
-    stage: str
-    unit: int | None
-    file: _File
-    contents: _Contents = _Contents()
-
-    @staticmethod
-    def of(entry: Mapping[str, Any]) -> _Part:
-        """Take it from state.json, without its contents."""
-        stage, unit = entry["stage"], entry["unit"]
-        if not isinstance(stage, str) or not (unit is None or (type(unit) is int and unit >= 0)):
-            raise ValueError(f"it has a part of {stage} {unit}")
-        return _Part(stage, unit, _File.of(entry))
-
-    def as_json(self) -> dict[str, Any]:
-        """Return its entry in state.json."""
-        return {"stage": self.stage, "unit": self.unit, **vars(self.file)}
-
-
-@dataclass(frozen=True)
-class _State:
-    """What state.json says.  hidden: stream -> what enters the block after the finished ones."""
-
-    blocks: int = 0
-    parts: tuple[_Part, ...] = ()
-    hidden: Mapping[str, _File] = field(default_factory=dict)
-    snapshot: _Part | None = None
-
-    @staticmethod
-    def of(data: Mapping[str, Any]) -> _State:
-        """Take it from state.json.  Raises KeyError, TypeError or ValueError for another form."""
-        blocks, snapshot = data["blocks"], data["snapshot"]
-        parts = tuple(_Part.of(entry) for entry in data["parts"])
-        units = {part.unit for part in parts}
-        if type(blocks) is not int or blocks < 0 or not units >= set(range(blocks)):
-            raise ValueError(f"{blocks} finished blocks do not fit parts of {len(units)}")
-        hidden = {stream: _File.of(entry) for stream, entry in data["hidden"].items()}
-        return _State(blocks, parts, hidden, None if snapshot is None else _Part.of(snapshot))
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the content of state.json."""
-        return {
-            "blocks": self.blocks,
-            "parts": [part.as_json() for part in self.parts],
-            "hidden": {stream: vars(file) for stream, file in self.hidden.items()},
-            "snapshot": None if self.snapshot is None else self.snapshot.as_json(),
-        }
-
-    def files(self) -> set[str]:
-        """Return the names of all files that count."""
-        parts = self.parts if self.snapshot is None else (*self.parts, self.snapshot)
-        return {part.file.name for part in parts} | {file.name for file in self.hidden.values()}
 
 
 class BlockStore:
@@ -141,8 +46,8 @@ class BlockStore:
         """Name a store.  identity: everything that must be the same to go on from it."""
         self._folder = folder
         self._identity = dict(identity)
-        self._state = _State()
-        self._next: dict[str, _File] = {}  # hidden states that leave the block at hand
+        self._state = State()
+        self._next: dict[str, StoreFile] = {}  # hidden states that leave the block at hand
 
     @property
     def blocks(self) -> int:
@@ -177,7 +82,7 @@ class BlockStore:
             )
         self._check_identity(path, data.get("identity"))
         try:
-            found = _State.of(data)
+            found = State.of(data)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged: {error!r}; {OVER}") from error
         self._state = self._undamaged(found, on_damage)
@@ -193,7 +98,7 @@ class BlockStore:
     def clear(self) -> None:
         """Remove everything."""
         shutil.rmtree(self._folder, ignore_errors=True)
-        self._state, self._next = _State(), {}
+        self._state, self._next = State(), {}
 
     def add(
         self,
@@ -214,14 +119,14 @@ class BlockStore:
         for name, weight in packed.items():
             tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in weight.tensors.items()}
         layouts = {name: weight.layout.to_json() for name, weight in packed.items()}
-        contents = _Contents(layouts, tuple(dense), tuple(report))
+        contents = Contents(layouts, tuple(dense), tuple(report))
         file = self._write_tensors(_numbered(stage, unit), tensors, contents)
-        part = _Part(stage, unit, file, contents)
+        part = Part(stage, unit, file, contents)
         parts = (*self._left(stage, unit, contents), part)
         snapshot = self._state.snapshot
         if snapshot is not None and (snapshot.stage, snapshot.unit) == (stage, unit):
             snapshot = None
-        self._publish(_State(self.blocks, parts, self._state.hidden, snapshot))
+        self._publish(State(self.blocks, parts, self._state.hidden, snapshot))
 
     def keep_hidden(
         self, stream: str, index: int, hidden: Iterable[Tensor], like: Mapping[str, Tensor]
@@ -234,18 +139,18 @@ class BlockStore:
         name = self._hidden_name(stream, index)
         numbered = ((str(batch), tensor) for batch, tensor in enumerate(hidden))
         digest = self._write(name, lambda path: write_tensors(path, like, numbered))
-        self._next[stream] = _File(name, digest)
-        return _Batches(self._folder / name)
+        self._next[stream] = StoreFile(name, digest)
+        return Batches(self._folder / name)
 
     def begin_block(self, index: int) -> None:
         """Have `index` blocks finished; what was kept of the streams enters the next."""
         entering, self._next = self._next, {}
-        self._publish(_State(index, self._state.parts, entering, self._state.snapshot))
+        self._publish(State(index, self._state.parts, entering, self._state.snapshot))
 
     def hidden(self, stream: str) -> Sequence[Tensor] | None:
         """Return what enters the block at hand, read batch by batch; None where nothing is kept."""
         file = self._state.hidden.get(stream)
-        return None if file is None else _Batches(self._folder / file.name)
+        return None if file is None else Batches(self._folder / file.name)
 
     def has(self, stage: str, unit: int | None) -> bool:
         """Tell whether a stage has published anything of a unit."""
@@ -262,7 +167,7 @@ class BlockStore:
                 if name.startswith(within):
                     layout = read_layout(data)
                     names = tuple(layout.stored_tensors())
-                    tensors = _FileTensors(self._folder / part.file.name, f"{name}.", names)
+                    tensors = FileTensors(self._folder / part.file.name, f"{name}.", names)
                     found[name] = PackedWeight(layout, tensors)
         return found
 
@@ -270,7 +175,7 @@ class BlockStore:
         """Return name -> tensor of all that changed beside packed matrices."""
         places = {name: part for part in self._state.parts for name in part.contents.dense}
         return {
-            name: _FileTensors(self._folder / part.file.name, DENSE, (name,))[name]
+            name: FileTensors(self._folder / part.file.name, DENSE, (name,))[name]
             for name, part in places.items()
         }
 
@@ -284,10 +189,10 @@ class BlockStore:
 
         It is gone once the stage has published the unit.
         """
-        file = self._write_tensors(_numbered(f"snapshot_{stage}", unit), tensors, _Contents())
+        file = self._write_tensors(_numbered(f"snapshot_{stage}", unit), tensors, Contents())
         state = self._state
-        snapshot = _Part(stage, unit, file)
-        self._publish(_State(state.blocks, state.parts, state.hidden, snapshot))
+        snapshot = Part(stage, unit, file)
+        self._publish(State(state.blocks, state.parts, state.hidden, snapshot))
 
     def snapshot(self, stage: str, unit: int | None) -> dict[str, Tensor] | None:
         """Return what a stage has kept of a unit that it has begun, or None."""
@@ -309,14 +214,14 @@ class BlockStore:
         self._folder.mkdir(parents=True)
         on_damage(why)
 
-    def _undamaged(self, state: _State, on_damage: Callable[[str], None] | None) -> _State:
+    def _undamaged(self, state: State, on_damage: Callable[[str], None] | None) -> State:
         """Return what can be used of a state, with the contents of its parts."""
-        kept: list[_Part] = []
+        kept: list[Part] = []
         for part in state.parts:
             if self._damaged(part.file, on_damage):
                 break
-            contents = _contents(self._folder / part.file.name)
-            kept.append(_Part(part.stage, part.unit, part.file, contents))
+            contents = read_contents(self._folder / part.file.name)
+            kept.append(Part(part.stage, part.unit, part.file, contents))
         lost = [part.unit for part in state.parts[len(kept) :] if part.unit is not None]
         whole = all(unit >= state.blocks for unit in lost) and not any(
             self._damaged(file, on_damage) for file in state.hidden.values()
@@ -326,9 +231,9 @@ class BlockStore:
         snapshot = state.snapshot
         if snapshot is not None and self._damaged(snapshot.file, on_damage):
             snapshot = None
-        return _State(blocks, tuple(kept), hidden, snapshot)
+        return State(blocks, tuple(kept), hidden, snapshot)
 
-    def _damaged(self, file: _File, on_damage: Callable[[str], None] | None) -> bool:
+    def _damaged(self, file: StoreFile, on_damage: Callable[[str], None] | None) -> bool:
         path = self._folder / file.name
         if path.is_file() and sha256_of(path) == file.sha256:
             return False
@@ -338,7 +243,7 @@ class BlockStore:
         on_damage(message)
         return True
 
-    def _left(self, stage: str, unit: int | None, new: _Contents) -> list[_Part]:
+    def _left(self, stage: str, unit: int | None, new: Contents) -> list[Part]:
         """Return the parts of which something counts beside a new one of a stage and unit.
 
         What another stage has published stays: it is what is gone back to where the new part is
@@ -359,8 +264,8 @@ class BlockStore:
         return f"{stream}_{index:04d}_again.safetensors" if counts else name
 
     def _write_tensors(
-        self, name: str, tensors: Mapping[str, Tensor], contents: _Contents
-    ) -> _File:
+        self, name: str, tensors: Mapping[str, Tensor], contents: Contents
+    ) -> StoreFile:
         facts = {
             "layouts": json.dumps(contents.layouts),
             "dense": json.dumps(contents.dense),
@@ -372,7 +277,7 @@ class BlockStore:
         digest = self._write(
             free, lambda path: write_tensors(path, tensors, tensors.items(), facts)
         )
-        return _File(free, digest)
+        return StoreFile(free, digest)
 
     def _write(self, name: str, write: Callable[[Path], None]) -> str:
         """Write a file beside its place, sync it, rename it; return its sha256."""
@@ -386,7 +291,7 @@ class BlockStore:
         sync_folder(self._folder)
         return digest
 
-    def _publish(self, state: _State) -> None:
+    def _publish(self, state: State) -> None:
         """Have a state count, and remove what does not."""
         about = {"version": STATE_VERSION, "identity": self._identity}
         write_json(self._folder / STATE_FILE, {**about, **state.as_json()})
@@ -417,51 +322,14 @@ class _Follower(BlockStore):
         """Have `hidden` made, for the process that writes."""
         for _ in hidden:
             pass
-        self._next[stream] = _File(self._hidden_name(stream, index), "")
-        return _Batches(self._folder / self._next[stream].name)
+        self._next[stream] = StoreFile(self._hidden_name(stream, index), "")
+        return Batches(self._folder / self._next[stream].name)
 
     def save_snapshot(self, stage: str, unit: int | None, tensors: Mapping[str, Tensor]) -> None:
         """Leave it to the process that writes."""
 
-    def _publish(self, state: _State) -> None:
+    def _publish(self, state: State) -> None:
         self._state = state
-
-
-class _FileTensors(Mapping[str, Tensor]):
-    """Tensors of a file by what follows a prefix, read when they are asked for."""
-
-    def __init__(self, path: Path, prefix: str, names: tuple[str, ...]) -> None:
-        self._path, self._prefix, self._names = path, prefix, names
-
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(self._prefix + name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-class _Batches(Sequence[Tensor]):
-    """The batches of a file of hidden states, mapped."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __getitem__(self, batch: Any) -> Any:
-        with safe_open(self._path, framework="pt") as file:
-            return file.get_tensor(str(range(self._count)[batch]))
-
-    def __len__(self) -> int:
-        return self._count
-
-    @cached_property
-    def _count(self) -> int:
-        with safe_open(self._path, framework="pt") as file:
-            return len(list(file.keys()))
 
 
 def _numbered(stage: str, unit: int | None) -> str:
@@ -469,13 +337,3 @@ def _numbered(stage: str, unit: int | None) -> str:
     if not WORD.fullmatch(stage):
         raise ValueError(f"a stage is called by small letters, not '{stage}'")
     return f"{stage}_model" if unit is None else f"{stage}_{unit:04d}"
-
-
-def _contents(path: Path) -> _Contents:
-    try:
-        with safe_open(path, framework="pt") as file:
-            facts = dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    layouts, dense, report = (json.loads(facts[key]) for key in ("layouts", "dense", "report"))
-    return _Contents(layouts, tuple(dense), tuple(report))

@@ -1,12 +1,15 @@
-"""Writes a safetensors file tensor by tensor, so that its content need never be in memory."""
+"""Safetensors files tensor by tensor, so that their content need never be in memory."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -75,3 +78,40 @@ def _header(like: Mapping[str, Tensor], facts: Mapping[str, str]) -> tuple[bytes
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % LENGTH)
     return len(text).to_bytes(LENGTH, "little") + text, places
+
+
+class FileTensors(Mapping[str, Tensor]):
+    """Tensors of a file by what follows a prefix, read when they are asked for."""
+
+    def __init__(self, path: Path, prefix: str, names: tuple[str, ...]) -> None:
+        self._path, self._prefix, self._names = path, prefix, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(self._prefix + name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class Batches(Sequence[Tensor]):
+    """The batches of a file of hidden states, mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __getitem__(self, batch: Any) -> Any:
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(str(range(self._count)[batch]))
+
+    def __len__(self) -> int:
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
+        with safe_open(self._path, framework="pt") as file:
+            return len(list(file.keys()))
