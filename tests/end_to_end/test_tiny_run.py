@@ -37,10 +37,12 @@ def test_run_leaves_results_layers_events_and_a_checkpoint(tiny_run, outputs, dr
     assert set(results["timings"]) == {
         "load",
         "allocate",
+        "transform",
         "activations",
         "calibrate",
         "hessian",
         "solve",
+        "tune",
         "export",
         "evaluate",
     }
