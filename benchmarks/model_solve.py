@@ -25,7 +25,6 @@ from claq_exp.inputs import fetch, tokenize_inputs
 from claq_exp.models.blocks import BlockInputs, capture_inputs, feed, run_block
 from claq_exp.models.discover import find_stages, linear_weight
 from claq_exp.models.load import load_model
-from claq_exp.models.solve import solve_group
 from claq_exp.models.stream import WholeModel
 from claq_exp.quantize.codebook import KMeans, Uniform
 from claq_exp.quantize.moments import Moments
@@ -34,6 +33,7 @@ from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq
+from claq_exp.run.solve import solve_group
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from claq_exp.distributed import Ranks
 from claq_exp.interruption import graceful
 from claq_exp.machine import choose_device, settle
 from claq_exp.models.load import open_model
-from claq_exp.models.quantize import Watcher, quantize_model
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.recipe import Recipe
+from claq_exp.run.quantize import Watcher, quantize_model
 from claq_exp.tracking.progress import noise_to
 from claq_exp.train.window import UNTUNED, Tune
 from claq_exp.transform.folding import UNTRANSFORMED, Transform

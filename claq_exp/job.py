@@ -36,7 +36,6 @@ from claq_exp.models.activations import observe_inputs
 from claq_exp.models.dispatch import loaded
 from claq_exp.models.load import open_model, stored_dtype
 from claq_exp.models.original import Original, check_strictly
-from claq_exp.models.quantize import QUANTIZE, Watcher, quantize_model
 from claq_exp.models.stream import StreamedModel
 from claq_exp.models.towers import text_config
 from claq_exp.plan import HIDDEN_SHARE, Plan
@@ -44,6 +43,7 @@ from claq_exp.quantize.activation.rounding import Rounding, needs_text, settle_r
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.resources import free_memory, peak_memory, reset_peak
 from claq_exp.run import stages
+from claq_exp.run.quantize import QUANTIZE, Watcher, quantize_model
 from claq_exp.run.results import build_results, text_rows, write_layers
 from claq_exp.run.stages import STAGES, Stage
 from claq_exp.run_folder import (

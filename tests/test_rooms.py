@@ -19,11 +19,11 @@ KNOWN = {
         ("checkpoint", "run_folder"): "in all commands a run's folder stands for its checkpoint",
         ("sources", "checkpoint"): "atomic writes and shards of safetensors are in checkpoint/",
         ("sources", "models"): "a GGUF file is converted by the shapes of its model",
+        ("payload", "quantize"): "the layout of a block format is of a number format",
         ("reporting", "sweep"): "a report lists the jobs of a sweep that are not finished",
     },
     "claq_exp.quantize": {
         ("number_formats", "kernels"): "a kernel rounds blocks to the table of a number format",
-        ("layout", "number_formats"): "the layout of a matrix names the format of its blocks",
     },
     "claq_exp.runtime": {},
 }

@@ -23,8 +23,6 @@ from claq_exp.evaluation.predict import in_memory, streamed
 from claq_exp.interruption import Interrupted
 from claq_exp.models.activations import observe_inputs
 from claq_exp.models.load import open_model
-from claq_exp.models.quantize import Watcher, quantize_model
-from claq_exp.models.solve import solve_linears
 from claq_exp.models.stream import StreamedModel, WholeModel
 from claq_exp.quantize.codebook import KMeans, Uniform
 from claq_exp.quantize.moments import Moments
@@ -36,6 +34,8 @@ from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq, Nearest
 from claq_exp.quantize.solver import device as solver_device
+from claq_exp.run.quantize import Watcher, quantize_model
+from claq_exp.run.solve import solve_linears
 
 TO_NEAREST = Recipe(Uniform(), Fixed(3), NoReservation(), Nearest())
 CLUSTERS = Recipe(KMeans(), Fixed(2), NoReservation(), Gptq())

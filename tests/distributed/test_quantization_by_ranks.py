@@ -17,13 +17,13 @@ from claq_exp.checkpoint.store import BlockStore
 from claq_exp.compose import compose_config
 from claq_exp.distributed import Ranks, together
 from claq_exp.models.load import open_model
-from claq_exp.models.quantize import Watcher, quantize_model
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import OutlierOrder
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import Fixed
 from claq_exp.quantize.solver import Gptq
+from claq_exp.run.quantize import Watcher, quantize_model
 from claq_exp.train.norms import Norms
 from claq_exp.train.window import UNTUNED, Tune
 

@@ -106,7 +106,7 @@ EventLog.__init__ = init
 """
 SLOW_GROUPS = """
 import time
-from claq_exp.models import quantize
+from claq_exp.run import quantize
 whole = quantize.solve_linears
 def solve_linears(*arguments, **options):
     for _ in range(2400):  # two minutes: whoever waits for a group is seen

@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
-from claq_exp.models.quantize import quantize_model
 from claq_exp.models.stream import WholeModel
 from claq_exp.quantize.recipe import Recipe
+from claq_exp.run.quantize import quantize_model
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from claq_exp.evaluation.perplexity import Corpus, perplexity
 from claq_exp.evaluation.predict import in_memory, streamed
 from claq_exp.models.experts import fuse_experts, split_experts
 from claq_exp.models.load import load_model, open_model
-from claq_exp.models.quantize import Watcher, quantize_model
 from claq_exp.models.stream import BlockedModel, StreamedModel, WholeModel
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import OutlierOrder
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import Fixed
 from claq_exp.quantize.solver import Gptq
+from claq_exp.run.quantize import Watcher, quantize_model
 
 RECIPE = Recipe(KMeans(), OutlierOrder(2.5), Fixed(0.02), Gptq())
 BATCHES = [*token_batches(2, size=4), token_batches(1, size=2, seed=1)[0]]

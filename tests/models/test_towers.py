@@ -20,7 +20,6 @@ from claq_exp.checkpoint.writer import checkpoint_sizes, planned_sizes, write_ch
 from claq_exp.evaluation.predict import streamed
 from claq_exp.models.discover import find_blocks, linears_of
 from claq_exp.models.load import load_config, open_model
-from claq_exp.models.quantize import quantize_model
 from claq_exp.models.skeleton import dense_parameter_count, skeleton
 from claq_exp.models.stream import WholeModel
 from claq_exp.models.towers import other_towers, text_tower
@@ -29,6 +28,7 @@ from claq_exp.quantize.precision import OutlierOrder
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import Fixed
 from claq_exp.quantize.solver import Gptq
+from claq_exp.run.quantize import quantize_model
 from claq_exp.runtime.linear import quantized_linears
 
 RECIPE = Recipe(KMeans(), OutlierOrder(2.5), Fixed(0.02), Gptq())

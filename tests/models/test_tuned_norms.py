@@ -19,13 +19,13 @@ from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block
 from claq_exp.models.discover import linear_weight, linears_of
 from claq_exp.models.experts import fuse_experts
 from claq_exp.models.load import open_model
-from claq_exp.models.quantize import Watcher, quantize_model
 from claq_exp.models.stream import BlockedModel, StreamedModel, WholeModel
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq
+from claq_exp.run.quantize import Watcher, quantize_model
 from claq_exp.train import TUNE
 from claq_exp.train.norms import Norms, _gradients, norms_of
 from claq_exp.train.window import Tuned, Window

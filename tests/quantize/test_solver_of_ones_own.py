@@ -15,13 +15,13 @@ from own_solvers import CyclicDescent
 from quantize_references import random_problem, recipe, solve
 
 from claq_exp.cli import main
-from claq_exp.models.solve import solve_linears
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.codebook import CODEBOOK, KMeans, Uniform
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.reservation import Fixed as FixedReservation
 from claq_exp.quantize.solver import Nearest
+from claq_exp.run.solve import solve_linears
 
 GRID = {"codebook": Uniform(), "precision": Fixed(2)}
 

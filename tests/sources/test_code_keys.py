@@ -104,7 +104,7 @@ def test_every_file_that_computes_a_value_changes_its_key():
         assert models <= behind[kind], kind
     assert "claq_exp.evaluation.perplexity" in behind["scores of an original"]
     assert "claq_exp.payload.columns" in behind["scores of a checkpoint"]
-    assert "claq_exp.calibration.hessian" in behind["a survey"]
+    assert "claq_exp.calibration.moments" in behind["a survey"]
     assert {"claq_exp.calibration.windows", "claq_exp.sources.text"} <= behind["token windows"]
 
 

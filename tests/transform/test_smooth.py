@@ -20,13 +20,13 @@ from claq_exp.errors import ConfigError
 from claq_exp.models.blocks import capture_inputs, run_block
 from claq_exp.models.experts import fuse_experts
 from claq_exp.models.load import open_model
-from claq_exp.models.quantize import Watcher, quantize_model
 from claq_exp.models.stream import WholeModel
 from claq_exp.quantize.codebook import Uniform
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Nearest
+from claq_exp.run.quantize import Watcher, quantize_model
 from claq_exp.transform.smooth import Smooth
 
 BATCHES = token_batches(3, size=2)

@@ -28,12 +28,12 @@ from claq_exp.interruption import Interrupted
 from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden, feed, run_block
 from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_weight, linears_of
 from claq_exp.models.overlay import Overlay
-from claq_exp.models.solve import report_row, solve_linears
 from claq_exp.models.stream import BlockedModel
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.recipe import Recipe
+from claq_exp.run.solve import report_row, solve_linears
 from claq_exp.train.window import UNTUNED, Tune, Window
 from claq_exp.transform.folding import UNTRANSFORMED, Transform
 
