@@ -119,7 +119,8 @@ def outcome(use: Callable[[], str]) -> str:
 def _for_memory(error: BaseException | None) -> bool:
     """Tell whether memory ran out somewhere before an error."""
     while error is not None:
-        if isinstance(error, MemoryError) or "alloc" in str(error):
+        words = str(error).replace("allocation", "")  # a config group
+        if isinstance(error, MemoryError) or "alloc" in words:
             return True
         error = error.__cause__ or error.__context__
     return False
