@@ -123,7 +123,7 @@ def _run(arguments: list[str], ranks: Ranks | None) -> int:
     ):
         start_server()  # a launcher's processes have servers of their own
 
-    from claq_exp.compose import compose_config, is_multirun
+    from claq_exp.compose import compose_unless_sweep
     from claq_exp.options import own_folders
 
     words, command = read_words(arguments), _command(arguments)
@@ -132,7 +132,9 @@ def _run(arguments: list[str], ranks: Ranks | None) -> int:
             from claq_exp.sweep.run import print_config
 
             print_config(words)
-        elif words.multirun or is_multirun(words.overrides):
+            return 0
+        config = None if words.multirun else compose_unless_sweep(words.overrides)
+        if config is None:
             if ranks is not None:
                 raise ConfigError(
                     "a sweep takes one process; hydra/launcher= runs jobs side by side"
@@ -140,10 +142,9 @@ def _run(arguments: list[str], ranks: Ranks | None) -> int:
             from claq_exp.sweep.run import run_sweep
 
             return run_sweep(words.overrides, command)
-        else:
-            _run_one(compose_config(words.overrides), command, ranks)
-            if not arguments:
-                Console().print("Next: claq-exp experiment=claq_2.12", highlight=False)
+        _run_one(config, command, ranks)
+        if not arguments:
+            Console().print("Next: claq-exp experiment=claq_2.12", highlight=False)
     return 0
 
 
@@ -306,7 +307,7 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _fetch(arguments: list[str]) -> int:
-    from claq_exp.compose import compose_config, is_multirun
+    from claq_exp.compose import compose_unless_sweep
     from claq_exp.inputs import fetch, reads_the_same
     from claq_exp.models.load import look_at
     from claq_exp.options import own_folders
@@ -317,10 +318,8 @@ def _fetch(arguments: list[str]) -> int:
 
     words, console = read_words(arguments), Console()
     with own_folders(words.folders):
-        if words.multirun or is_multirun(words.overrides):
-            configs = check_grid(words.overrides).configs
-        else:
-            configs = (compose_config(words.overrides),)
+        config = None if words.multirun else compose_unless_sweep(words.overrides)
+        configs = (config,) if config else check_grid(words.overrides).configs
     inputs: dict[str, None] = {}
     remarks: dict[str, None] = {}
     with own_stderr() as stream, noise_to(fetch_log()):

@@ -58,15 +58,35 @@ def compose_config(overrides: list[str]) -> ExperimentConfig:
 
     Raises ConfigError with one line that names the alternatives.
     """
+    _refuse_several(overrides)
+    composed = compose_all(overrides)
+    if is_multirun(composed):
+        chosen = composed.hydra.runtime.choices.get("sweep")
+        word = f"sweep={chosen}" if chosen else "hydra.mode=MULTIRUN"
+        raise ConfigError(f"{word} is many experiments, and this takes one; write one of its jobs")
+    return _checked(composed)
+
+
+def compose_unless_sweep(overrides: list[str]) -> ExperimentConfig | None:
+    """Compose and check one experiment; None where the overrides name a sweep by themselves.
+
+    Raises ConfigError as `compose_config` does.
+    """
+    composed = compose_all([text for text in overrides if not is_swept(text)])
+    if is_multirun(composed):
+        return None
+    _refuse_several(overrides)
+    return _checked(composed)
+
+
+def _refuse_several(overrides: list[str]) -> None:
     if several := [text for text in overrides if is_swept(text)]:
         raise ConfigError(
             f"'{several[0]}' lists several values; add -m to run each of them{_or_one(several[0])}"
         )
-    composed = compose_all(overrides)
-    if composed.hydra.mode is not None and composed.hydra.mode.name == "MULTIRUN":
-        chosen = composed.hydra.runtime.choices.get("sweep")
-        word = f"sweep={chosen}" if chosen else "hydra.mode=MULTIRUN"
-        raise ConfigError(f"{word} is many experiments, and this takes one; write one of its jobs")
+
+
+def _checked(composed: DictConfig) -> ExperimentConfig:
     check_hydra(composed, swept=False)
     return config_from_omegaconf(experiment_part(composed))
 
@@ -78,15 +98,10 @@ def check_words(overrides: list[str]) -> None:
     check_hydra(compose_all(overrides), swept=True)
 
 
-def is_multirun(overrides: list[str]) -> bool:
-    """Tell whether the overrides name a sweep by themselves."""
-    return mode_of(overrides) == "MULTIRUN"
-
-
-def mode_of(overrides: list[str]) -> str | None:
-    """Return what `hydra.mode` is, by the overrides or a file: RUN, MULTIRUN or None."""
-    mode = compose_all([text for text in overrides if not is_swept(text)]).hydra.mode
-    return None if mode is None else str(mode.name)
+def is_multirun(composed: DictConfig) -> bool:
+    """Tell whether a composed config, Hydra's own part included, asks for many experiments."""
+    mode = composed.hydra.mode
+    return mode is not None and mode.name == "MULTIRUN"
 
 
 def compose_all(overrides: list[str]) -> DictConfig:

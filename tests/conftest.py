@@ -31,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import claq_exp.plan
 from claq_exp.machine import drop_stale_kernels
+from claq_exp.reporting import plots
 from claq_exp.sources.cache import cache_folder
 
 with contextlib.suppress(ImportError):  # some checks of a GPU go without
@@ -40,9 +41,9 @@ with contextlib.suppress(ImportError):  # some checks of a GPU go without
     settings.load_profile("same")  # the same examples each time, on every machine
 
 drop_stale_kernels()  # before a test compiles or loads one
-gc.freeze()  # or each run goes through all objects of the libraries above
 atexit.register(gc.unfreeze)
 
+PLOT_LAYERS = plots.plot_layers
 WORDS = ["the", "a", "cat", "dog", "runs", "sees", "small", "big", "red", "house", "tree", "and"]
 
 
@@ -78,6 +79,27 @@ def known_speed() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claq_exp.plan, "matmul_speed", lambda device: 1e11)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_stay() -> None:
+    """A run's search for garbage leaves out what was imported before."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_pictures() -> Iterator[None]:
+    """A run draws no layers.png, which takes longer than all else of a tiny one; see `drawn`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "plot_layers", lambda report, path: path.write_bytes(b""))
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs draw layers.png, as they do for a person."""
+    monkeypatch.setattr(plots, "plot_layers", PLOT_LAYERS)
 
 
 @pytest.fixture(autouse=True)

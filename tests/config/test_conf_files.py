@@ -9,18 +9,22 @@ import re
 import subprocess
 import sys
 import zipfile
+from collections import defaultdict
+from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from claq_exp.compose import compose_all, compose_config, is_multirun
+from claq_exp.compose import compose_all, compose_config, compose_unless_sweep
 from claq_exp.config import (
     FAMILIES,
     CalibrationConfig,
     CorpusConfig,
     EvaluationConfig,
+    ExperimentConfig,
     ModelConfig,
     TrackingConfig,
 )
@@ -43,6 +47,7 @@ EXPERIMENTS = sorted(
     for name in OPTIONS
     if name.startswith("experiment/")
 )
+CORPUS = "evaluation.corpora.wikipedia"
 SWEEP_NAMES = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
 NEEDS = {
     "precision/rate_distortion.yaml": ["reservation=none"],
@@ -73,13 +78,47 @@ def flat(values: dict, prefix: str = "") -> dict:
     return found
 
 
+def choice(file: str) -> str:
+    """The override that chooses a file's option."""
+    group, option = file.removesuffix(".yaml").split("/")
+    return f"corpus@{CORPUS}={option}" if group == "corpus" else f"{group}={option}"
+
+
+APART = [*FAMILIES, "corpus", "experiment"]  # groups whose options have something to go with them
+
+
+@cache
+def composed_with(file: str) -> ExperimentConfig:
+    """An experiment with a file's option; with it go those of other groups, to compose less."""
+    alone = file in NEEDS or file.partition("/")[0] in APART
+    files = (file,) if alone else next(row for row in ROWS if file in row)
+    return composed(files)
+
+
+def rows() -> list[tuple[str, ...]]:
+    """Files that are chosen together, one of a group at most."""
+    groups_of = defaultdict(list)
+    for name in OPTIONS:
+        if name not in NEEDS and name.partition("/")[0] not in APART:
+            groups_of[name.partition("/")[0]].append(name)
+    return [tuple(filter(None, row)) for row in zip_longest(*groups_of.values())]
+
+
+ROWS = rows()
+
+
+@cache
+def composed(files: tuple[str, ...]) -> ExperimentConfig:
+    needs = (word for file in files for word in NEEDS.get(file, []))
+    return compose_config([*map(choice, files), *needs])
+
+
 @pytest.mark.case(77)
 @pytest.mark.parametrize("file", [name for name in OPTIONS if not name.startswith("experiment/")])
 def test_every_option_of_every_group_composes_with_the_values_of_its_file(file):
-    group, option = file.removesuffix(".yaml").split("/")
-    place = "evaluation.corpora.wikipedia" if group == "corpus" else group
-    choice = f"{group}@{place}={option}" if group == "corpus" else f"{group}={option}"
-    config = compose_config([choice, *NEEDS.get(file, [])]).as_dict()
+    group = file.partition("/")[0]
+    place = CORPUS if group == "corpus" else group
+    config = composed_with(file).as_dict()
     given = {text.partition("=")[0] for text in NEEDS.get(file, [])} | {"model.name"}
     for part in place.split("."):
         config = config[part]
@@ -135,7 +174,7 @@ def test_a_model_of_the_hub_is_a_name_and_a_source_on_top_of_hf(option):
     assert yaml.safe_load(text)["defaults"] == ["hf", "_self_"]
     assert set(content(CONF / "model" / f"{option}.yaml")) <= {"name", "source", "dtype"}
     assert re.match(r"# .+: [\d.]+ (million|billion) weights, .*hub.*\.\n", text)
-    model = compose_config([f"model={option}"]).model
+    model = composed_with(f"model/{option}.yaml").model
     assert model.name == option
     assert re.fullmatch(r"[\w-]+/[\w.-]+", model.source)
     assert not model.trust_remote_code
@@ -179,7 +218,6 @@ def test_every_job_of_every_sweep_is_valid_and_its_comment_counts_them(name):
     sweeper = yaml.safe_load(text)["hydra"]["sweeper"]
     lists = [str(values).split(",") for values in sweeper["params"].values()]
     expected = sweeper.get("n_trials") or math.prod(map(len, lists))
-    assert is_multirun([f"sweep={name}"])
     grid = check_grid([f"sweep={name}"])
     assert grid.jobs == expected
     assert grid.search == ("n_trials" in sweeper)
@@ -188,8 +226,9 @@ def test_every_job_of_every_sweep_is_valid_and_its_comment_counts_them(name):
     assert grid.base.name == name
 
 
-def test_a_single_run_is_no_multirun():
-    assert not is_multirun(["precision.target_bits=2.5"])
+def test_a_sweep_is_told_from_a_single_run():
+    assert compose_unless_sweep(["sweep=bit_widths"]) is None
+    assert compose_unless_sweep(["precision.target_bits=2.5"]) is not None
 
 
 @pytest.mark.case(78)

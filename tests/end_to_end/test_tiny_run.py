@@ -25,7 +25,7 @@ def outputs(tmp_path: Path) -> Path:
     return tmp_path / "outputs"
 
 
-def test_run_leaves_results_layers_events_and_a_checkpoint(tiny_run, outputs, capfd):
+def test_run_leaves_results_layers_events_and_a_checkpoint(tiny_run, outputs, drawn, capfd):
     assert main(tiny_run) == 0
     folder = only_run(outputs)
     results = json.loads((folder / "results.json").read_text())

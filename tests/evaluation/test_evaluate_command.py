@@ -21,15 +21,8 @@ WORDS = ["experiment=rtn_4bit", "threads=1", "device=cpu", "calibration.windows=
 SHORT = ["evaluation.corpora.wikipedia.windows=2", "evaluation.kl_windows=1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_picture():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("claq_exp.reporting.plots.plot_layers", lambda *_: None)
-        yield
-
-
 @pytest.fixture(scope="module")
-def words(tiny_model, text_file, tmp_path_factory, no_picture) -> list[str]:
+def words(tiny_model, text_file, tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("evaluated")
     data = write_rows(folder / "rows.jsonl", made_rows("piqa", 3))
     return [

@@ -21,11 +21,6 @@ from claq_exp.sources.cache import cache_folder
 from claq_exp.tracking.events import read_events
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(plots, "plot_layers", lambda report, path: path.write_bytes(b""))
-
-
 @pytest.fixture
 def outputs(tmp_path) -> Path:
     return tmp_path / "outputs"

@@ -13,15 +13,9 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 
 from claq_exp.cli import main
-from claq_exp.reporting import plots
 
 BLOCK = "model.layers.1"
 ATTENTION = [f"{BLOCK}.self_attn.{part}_proj" for part in "qkv"]
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(plots, "plot_layers", lambda report, path: path.write_bytes(b""))
 
 
 @pytest.fixture
