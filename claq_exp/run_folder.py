@@ -34,7 +34,10 @@ NEUTRAL = (
     "stream",
     "check_resources",
 )  # these change no result
-LATER = {"allocation": {"name": "none"}, "evaluation.after": []}  # and what stands for nothing
+LATER = {  # and what stands for nothing
+    **dict.fromkeys(("allocation", "transform", "tune"), {"name": "none"}),
+    "evaluation.after": [],
+}
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again
 RESULTS_FILE = "results.json"
 SETTINGS_FILE = "settings.json"
