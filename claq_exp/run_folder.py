@@ -35,7 +35,9 @@ NEUTRAL = (
     "check_resources",
 )  # these change no result
 LATER = {  # and what stands for nothing
-    **dict.fromkeys(("allocation", "transform", "tune"), {"name": "none"}),
+    "allocation": {"name": "none"},
+    "transform": {"name": "none"},
+    "tune": {"name": "none"},
     "evaluation.after": [],
 }
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again
