@@ -40,6 +40,7 @@ def test_run_leaves_results_layers_events_and_a_checkpoint(tiny_run, outputs, dr
         "calibrate",
         "hessian",
         "solve",
+        "tune",
         "export",
         "evaluate",
     }
