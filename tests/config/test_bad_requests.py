@@ -148,7 +148,7 @@ VALUES = [
     (["codebook=svid", "precision=fixed", "reservation=none"], ["not 4 bits", "precision.bits=1"]),
     (["codebook=svid", "reservation=none"], ["one width", "precision=fixed"]),
     (["experiment=svid_1bit", "reservation=outlier_order"], ["reservation=none"]),
-    (["experiment=svid_1bit", "precision=rate_distortion"], ["codebook=kmeans"]),
+    (["allocation=rate_distortion", "codebook=svid"], ["codebook=kmeans"]),
     (["codebook=lo_bcq", "precision=fixed", "precision.bits=9"], ["precision.bits is 9"]),
     (["calibration.path="], ["a text needs a path"]),
     (["calibration.encoding=klingon"], ["encoding 'klingon' is not known", "cp1252"]),

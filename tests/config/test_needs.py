@@ -60,7 +60,7 @@ def test_a_second_stream_is_planned_for_where_a_strategy_wants_it_alone(tiny_run
     assert tuned.hidden_bytes == 2 * plain.hidden_bytes
     assert tuned.needs.disk == plain.needs.disk + 2 * plain.hidden_bytes
     assert tuned.needs.host["quantize"] > plain.needs.host["quantize"] + plain.hidden_bytes
-    assert tuned.needs.host["evaluate"] == plain.needs.host["evaluate"]
+    assert tuned.needs.host["evaluate original"] == plain.needs.host["evaluate original"]
     assert tuned.sizes == plain.sizes
     longer = planned("tune=norms", "tune.steps=32")
     assert plain.seconds["quantize"] < tuned.seconds["quantize"] < longer.seconds["quantize"]

@@ -97,7 +97,7 @@ def quantize_together(
     )
     form = HiddenForm(torch.float16, on_disk)
     follower = store.follower()
-    ranks.tell(Quantization(config, source, place, batches, RECIPE, follower, {}, form, tune))
+    ranks.tell(Quantization(config, source, place, batches, RECIPE, follower, {}, form, tune=tune))
     linears = 0
 
     def stopping() -> bool:
