@@ -17,6 +17,7 @@ from claq_exp.distributed import Ranks
 from claq_exp.interruption import graceful
 from claq_exp.machine import choose_device, settle
 from claq_exp.models.load import open_model
+from claq_exp.models.stream import BlockedModel
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.run.quantize import Watcher, quantize_model
@@ -67,19 +68,25 @@ class Quantization:
             check=False,
         )
         with graceful() as interruption, interruption.finishing():
-            quantize_model(
-                model,
-                self.batches,
-                self.recipe,
-                self.store,
-                plans=self.plans,
-                hidden_form=self.hidden_form,
-                transform=self.transform,
-                tune=self.tune,
-                watcher=Watcher(stopping=lambda: interruption.asked),
-                strict=config.strict,
-                ranks=ranks,
-            )
+            self.quantize(model, self.store, Watcher(stopping=lambda: interruption.asked), ranks)
+
+    def quantize(
+        self, model: BlockedModel, store: BlockStore, watcher: Watcher, ranks: Ranks
+    ) -> None:
+        """Quantize a model, as every process of the run does; see `quantize_model`."""
+        quantize_model(
+            model,
+            self.batches,
+            self.recipe,
+            store,
+            plans=self.plans,
+            hidden_form=self.hidden_form,
+            transform=self.transform,
+            tune=self.tune,
+            watcher=watcher,
+            strict=self.config.strict,
+            ranks=ranks,
+        )
 
 
 def assist(ranks: Ranks) -> int:

@@ -43,7 +43,7 @@ from claq_exp.quantize.activation.rounding import Rounding, needs_text, settle_r
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.resources import free_memory, peak_memory, reset_peak
 from claq_exp.run import stages
-from claq_exp.run.quantize import QUANTIZE, Watcher, quantize_model
+from claq_exp.run.quantize import QUANTIZE, Watcher
 from claq_exp.run.results import build_results, text_rows, write_layers
 from claq_exp.run.stages import STAGES, Stage
 from claq_exp.run_folder import (
@@ -198,19 +198,7 @@ class Job:
             stopping=lambda: self.interruption.asked,
         )
         with self.interruption.finishing():
-            quantize_model(
-                self.model,
-                shared.batches,
-                shared.recipe,
-                self.store,
-                plans=shared.plans,
-                hidden_form=shared.hidden_form,
-                transform=shared.transform,
-                tune=shared.tune,
-                watcher=watcher,
-                strict=self.config.strict,
-                ranks=self.ranks,
-            )
+            shared.quantize(self.model, self.store, watcher, self.ranks)
         report = self.store.report(QUANTIZE)
         write_layers(self.folder.path / LAYERS_FILE, report)
         if (counts := count_fallbacks(report))["layers"]:

@@ -176,11 +176,18 @@ def run_block(block: nn.Module, inputs: BlockInputs, batch: int) -> Tensor:
 
 
 @contextmanager
-def watched(sinks: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Hand what enters each module to its sink, as long as this is open."""
+def watched(
+    entering: Mapping[nn.Module, Callable[[Tensor], None]],
+    leaving: Mapping[nn.Module, Callable[[Tensor], None]] | None = None,
+) -> Iterator[None]:
+    """Hand what enters and what leaves modules to their sinks, as long as this is open."""
     hooks = [
         module.register_forward_pre_hook(lambda _, args, sink=sink: sink(args[0]))
-        for module, sink in sinks.items()
+        for module, sink in entering.items()
+    ]
+    hooks += [
+        module.register_forward_hook(lambda _, __, output, sink=sink: sink(output))
+        for module, sink in (leaving or {}).items()
     ]
     try:
         yield

@@ -85,7 +85,7 @@ def linears_of(block: nn.Module) -> dict[str, nn.Module]:
 
 
 def norms_of(block: nn.Module) -> dict[str, nn.Module]:
-    """Return name -> norm of a block: modules that hold a vector `weight` and vectors alone.
+    """Return name -> norm of a block: modules that hold vectors and nothing else.
 
     Linear layers and routers hold matrices, so that they and their biases are not among them.
     """
@@ -94,8 +94,8 @@ def norms_of(block: nn.Module) -> dict[str, nn.Module]:
         for name, module in block.named_modules()
         if name
         and not any(module.children())
-        and "weight" in (own := dict(module.named_parameters(recurse=False)))
-        and all(parameter.ndim == 1 for parameter in own.values())
+        and (own := list(module.parameters(recurse=False)))
+        and all(parameter.ndim == 1 for parameter in own)
     }
 
 

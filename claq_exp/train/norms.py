@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from claq_exp.errors import ConfigError, NumericalError
 from claq_exp.models.blocks import run_block
-from claq_exp.models.discover import LINEAR
+from claq_exp.models.discover import norms_of
 from claq_exp.train.window import Cost, Tuned, Window
 
 BACKWARD = 2.0  # forward passes that a backward pass takes
@@ -64,7 +64,7 @@ class Norms:
         Raises NumericalError where the error is not finite.
         """
         started = time.perf_counter()
-        norms = norms_of(window.module)
+        norms = norm_parameters(window.module)
         if not norms:
             return Tuned()
         before = _relative_error(window)
@@ -102,17 +102,12 @@ class Norms:
         return masters
 
 
-def norms_of(block: nn.Module) -> dict[str, nn.Parameter]:
-    """Return name -> parameter of the norms of a block: modules that hold vectors and nothing else.
-
-    Linear layers and routers hold matrices, so that neither they nor their biases are among them.
-    """
+def norm_parameters(block: nn.Module) -> dict[str, nn.Parameter]:
+    """Return name -> parameter of the norms of a block."""
     return {
         f"{path}.{name}": parameter
-        for path, module in block.named_modules()
-        if path and not isinstance(module, LINEAR) and not any(module.children())
+        for path, module in norms_of(block).items()
         for name, parameter in module.named_parameters(recurse=False)
-        if all(p.ndim == 1 for p in module.parameters(recurse=False))
     }
 
 

@@ -144,7 +144,8 @@ def find_folds(block: nn.Module, inputs: BlockInputs) -> list[Fold]:
     made: dict[Key, list[str]] = {}
     taken: dict[Key, list[str]] = {}
     held: list[Tensor] = []  # so that no address is given twice
-    norms, consumers = norms_of(block), _consumers(block)
+    consumers = _consumers(block)
+    norms = {name: norm for name, norm in norms_of(block).items() if "weight" in norm._parameters}
 
     def note(found: dict[Key, list[str]], name: str) -> Callable[[Tensor], None]:
         def sink(tensor: Tensor) -> None:
@@ -155,7 +156,8 @@ def find_folds(block: nn.Module, inputs: BlockInputs) -> list[Fold]:
         return sink
 
     takes = {module: note(taken, name) for name, module in consumers.items()}
-    with watched(takes), outputs({module: note(made, name) for name, module in norms.items()}):
+    makes = {module: note(made, name) for name, module in norms.items()}
+    with watched(takes, makes):
         run_block(block, inputs, 0)
     found = []
     for key, names in made.items():
@@ -255,17 +257,3 @@ def _wide(tensor: Tensor) -> Tensor:
 def _key(tensor: Tensor) -> Key:
     """Tell a tensor by its memory: a view of it with another shape is the same."""
     return tensor.untyped_storage().data_ptr(), int(tensor.storage_offset()), tensor.numel()
-
-
-@contextmanager
-def outputs(sinks: Mapping[nn.Module, Callable[[Tensor], None]]) -> Iterator[None]:
-    """Hand what leaves each module to its sink, as long as this is open."""
-    hooks = [
-        module.register_forward_hook(lambda _, __, output, sink=sink: sink(output))
-        for module, sink in sinks.items()
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from claq_exp.distributed import ALONE, Ranks
 from claq_exp.errors import ConfigError
-from claq_exp.models.blocks import BlockInputs, run_block
+from claq_exp.models.blocks import BlockInputs, run_block, watched
 from claq_exp.models.discover import linear_weight
-from claq_exp.transform.folding import Fold, Move, find_folds, outputs
+from claq_exp.transform.folding import Fold, Move, find_folds
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Smooth:
         maxima = {fold.norm: torch.zeros(len(fold.channels(block))) for fold in folds}
         sinks = {block.get_submodule(name): _largest(kept) for name, kept in maxima.items()}
         for batch in range(len(inputs.hidden) if folds else 0):
-            with outputs(sinks):
+            with watched({}, sinks):
                 run_block(block, inputs, batch)
         for kept in maxima.values():
             ranks.max_(kept)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from claq_exp import job, measuring
+from claq_exp import assist, job, measuring
 from claq_exp.cli import main
 from claq_exp.errors import SourceError
 from claq_exp.evaluation import measure
@@ -38,7 +38,7 @@ def failing(monkeypatch):
     """Make a name of the stages, or of its bench, fail; the returned function repairs it."""
 
     def break_(name: str, error: BaseException):
-        owner = job if hasattr(job, name) else measuring
+        owner = next(owner for owner in (job, assist, measuring) if hasattr(owner, name))
         whole = getattr(owner, name)
 
         def fail(*args, **options):

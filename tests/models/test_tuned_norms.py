@@ -27,7 +27,7 @@ from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq
 from claq_exp.run.quantize import Watcher, quantize_model
 from claq_exp.train import TUNE
-from claq_exp.train.norms import Norms, _gradients, norms_of
+from claq_exp.train.norms import Norms, _gradients, norm_parameters
 from claq_exp.train.window import Tuned, Window
 
 RECIPE = Recipe(KMeans(), Fixed(2), NoReservation(), Gptq())
@@ -64,7 +64,7 @@ def error(window: Window) -> float:
 def test_norms_are_what_is_no_matrix_and_belongs_to_none(name):
     model = ARCHITECTURES[name].build()
     block = WholeModel(model).blocks[0]
-    found = norms_of(block)
+    found = norm_parameters(block)
     assert found
     assert all("norm" in path or "ln_" in path or "layernorm" in path for path in found), found
     held = {f"{path}.{own}" for path in linears_of(block) for own in ("weight", "bias")}
@@ -77,7 +77,7 @@ def test_norms_are_what_is_no_matrix_and_belongs_to_none(name):
 def test_the_gradient_is_the_slope_of_the_error(name):
     model = ARCHITECTURES[name].build().double()
     window, block = window_of(model)
-    norms = norms_of(block)
+    norms = norm_parameters(block)
     path, parameter = next(iter(norms.items()))
     found = _gradients(window, list(norms.values()), {0, 2})[0]
 
@@ -113,7 +113,7 @@ def test_training_lowers_the_error_and_leaves_the_block_alone(name):
         assert torch.equal(tensor, before[path]), path
     assert [parameter.requires_grad for parameter in block.parameters()] == asked
     assert all(parameter.grad is None for parameter in block.parameters())
-    assert tuned.changed.keys() == norms_of(block).keys()
+    assert tuned.changed.keys() == norm_parameters(block).keys()
     block.load_state_dict({**before, **tuned.changed})
     assert tuned.report["error_before"] == pytest.approx(first, rel=1e-4)
     assert tuned.report["error_after"] == pytest.approx(error(window), rel=1e-4)
