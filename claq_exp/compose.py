@@ -8,6 +8,7 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from claq_exp.config import ExperimentConfig, config_from_omegaconf
+from claq_exp.config import FAMILIES, ExperimentConfig, config_from_omegaconf
 from claq_exp.errors import ConfigError, one_line
 from claq_exp.options import PRIMARY, groups, hydra_ready
 
@@ -354,7 +355,15 @@ def _explain_key(key: str, overrides: list[str]) -> str:
         node = child
     known = sorted(map(str, node))
     there = f"there are: {', '.join(known)}" if known else "there is nothing at its place"
-    return f"{key}: no such key{_near(wrong, known)}; {there}"
+    return f"{key}: no such key{_near(wrong, known)}; {there}{_of_others(key)}"
+
+
+def _of_others(key: str) -> str:
+    """Return which options of a strategy's group have a field, if any."""
+    group, _, name = key.partition(".")
+    members = FAMILIES.get(group, {}).items()
+    having = [option for option, rule in members if name in {f.name for f in fields(rule)}]
+    return f"; it is a field of {group}={', '.join(having)}" if having else ""
 
 
 def _near(word: str, known: list[str]) -> str:

@@ -146,6 +146,8 @@ VALUES = [
     (["activation=lo_bcq", "activation.books=no.json"], ["books=no.json", "cannot be read"]),
     (["codebook=mxfp4", "precision=fixed", "precision.bits=3"], ["4 bits", "precision.bits=4"]),
     (["codebook=svid", "precision=fixed", "reservation=none"], ["not 4 bits", "precision.bits=1"]),
+    (["transform.alpha=1"], ["no such key", "a field of transform=smooth"]),
+    (["precision.bits=3"], ["no such key", "a field of precision=fixed"]),
     (["codebook=svid", "reservation=none"], ["one width", "precision=fixed"]),
     (["experiment=svid_1bit", "reservation=outlier_order"], ["reservation=none"]),
     (["allocation=rate_distortion", "codebook=svid"], ["codebook=kmeans"]),
