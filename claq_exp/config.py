@@ -322,16 +322,19 @@ class ExperimentConfig:
     def rewriting(self) -> Transform:
         """Build the rule for what is rewritten of a block; raises as `recipe`."""
         transform: Transform = self._strategy("transform")
+        check_members("transform", transform, Transform)
         return transform
 
     def tuning(self) -> Tune:
         """Build the rule for what is trained of a block; raises as `recipe`."""
         tune: Tune = self._strategy("tune")
+        check_members("tune", tune, Tune)
         return tune
 
     def allocation_rule(self) -> Allocation:
         """Build the rule for the bits of the whole model; raises as `recipe`."""
         rule: Allocation = self._strategy("allocation")
+        check_members("allocation", rule, Allocation)
         rule.check(self.recipe())
         return rule
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -163,3 +164,16 @@ def test_rules_that_look_at_inputs_see_the_smoothed_model(tiny_run, tmp_path):
     for name, before in maxima["none"].items():
         same = name.endswith(("o_proj", "down_proj"))  # no norm feeds them
         assert (maxima["smooth"][name] == pytest.approx(before, rel=0.01)) == same, name
+
+
+@pytest.mark.parametrize("family", ["transform", "tune", "allocation"])
+def test_a_strategy_of_ones_own_that_lacks_something_is_one_line(family, tiny_run, capfd):
+    assert main([*tiny_run, f"{family}.name=test_smooth:Lacking"]) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert f"{family}.name=test_smooth:Lacking has no " in line
+    assert "let it inherit from claq_exp." in line
+
+
+@dataclass(frozen=True)
+class Lacking:
+    """A rule of no family."""
