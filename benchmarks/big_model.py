@@ -22,11 +22,11 @@ from common import command_line, note, parse
 from tiny_model import byte_tokenizer, write_text
 from transformers import LlamaConfig
 
-from claq_exp.checkpoint.files import write_json
-from claq_exp.checkpoint.tensor_file import write_tensors
 from claq_exp.compose import compose_config
 from claq_exp.models.skeleton import skeleton
-from claq_exp.plan import Plan, plan_for
+from claq_exp.run.plan import Plan, plan_for
+from claq_exp.system.files import write_json
+from claq_exp.tensor_files.tensor_file import write_tensors
 
 GIB = 2**30
 FLAT = 0.05  # by how much a later block's peak may differ from the second's

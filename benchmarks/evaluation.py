@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from claq_exp.compose import compose_config
 from claq_exp.evaluation.perplexity import Corpus, perplexity, windows_at_once
 from claq_exp.evaluation.predict import in_memory
-from claq_exp.inputs import corpus_windows, fetch
-from claq_exp.machine import choose_device, device_name, settle
 from claq_exp.models.load import forward_dtype, load_config, load_model, load_tokenizer
+from claq_exp.run.inputs import corpus_windows, fetch
+from claq_exp.system.machine import choose_device, device_name, settle
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ from claq_exp.config import (
     ModelConfig,
     RuntimeConfig,
 )
-from claq_exp.runner import run
+from claq_exp.run.runner import run
 from claq_exp.runtime.load import load_checkpoint
 from claq_exp.tracking.progress import RunProgress
 

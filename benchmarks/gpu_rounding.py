@@ -18,10 +18,10 @@ from common import command_line, device_option, note, parse
 from device_time import Stopwatch, usable
 from torch import Tensor
 
-from claq_exp.quantize.number_formats.encoding import array_maxima, round_values
-from claq_exp.quantize.number_formats.formats import BlockFormat
-from claq_exp.quantize.number_formats.search import round_numbers
-from claq_exp.quantize.number_formats.table import Grid
+from claq_exp.number_formats.encoding import array_maxima, round_values
+from claq_exp.number_formats.formats import BlockFormat
+from claq_exp.number_formats.search import round_numbers
+from claq_exp.number_formats.table import Grid
 
 ROWS, COLUMNS = 2048, 4096
 QUICK_FORMATS = ("2 codebooks", "e2m1, arrays of 16")

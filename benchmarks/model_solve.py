@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from claq_exp.allocate.survey import block_hessians
 from claq_exp.compose import compose_config
-from claq_exp.inputs import fetch, tokenize_inputs
 from claq_exp.models.blocks import BlockInputs, capture_inputs, feed, run_block
 from claq_exp.models.discover import find_stages, linear_weight
 from claq_exp.models.load import load_model
@@ -33,6 +32,7 @@ from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq
+from claq_exp.run.inputs import fetch, tokenize_inputs
 from claq_exp.run.solve import solve_group
 
 

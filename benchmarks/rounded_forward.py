@@ -19,13 +19,13 @@ import torch
 from common import command_line, note, parse, run_words
 
 from claq_exp.compose import compose_config
-from claq_exp.inputs import fetch, tokenize_inputs
-from claq_exp.machine import choose_device, device_name
 from claq_exp.models.activations import round_inputs
 from claq_exp.models.discover import linears_of
 from claq_exp.models.load import forward_dtype, load_config, open_model
 from claq_exp.quantize.activation.rounding import settle_rounding
+from claq_exp.run.inputs import fetch, tokenize_inputs
 from claq_exp.sources.cache import cache_folder
+from claq_exp.system.machine import choose_device, device_name
 
 TARGETS = {"cpu": 2.0, "cuda": 1.3}
 

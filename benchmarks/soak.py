@@ -29,11 +29,11 @@ from rich.console import Console
 from rich.table import Table
 from tiny_model import write_text, write_tiny_model
 
-from claq_exp.checkpoint.files import read_json
 from claq_exp.errors import CheckpointError
-from claq_exp.interruption import EXIT_CODE
 from claq_exp.reporting.collect import Run, collect
 from claq_exp.run_folder import RUNNING, STATE_FILE, run_state
+from claq_exp.system.files import read_json
+from claq_exp.system.interruption import EXIT_CODE
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 MEASURED = ("bits", "size", "perplexity", "kl")  # what a kill must not change

@@ -1,6 +1,6 @@
 """Designs the codebooks that come with the package, on a mix of weights, activations and noise.
 
-    python benchmarks/universal_codebooks.py --out claq_exp/quantize/number_formats/universal.json
+    python benchmarks/universal_codebooks.py --out claq_exp/number_formats/universal.json
 
 A third of the blocks are of weights and a third of activations, in equal parts from each model;
 a third is drawn from distributions (normal, Laplace, Student's t with 5 degrees of freedom, and
@@ -19,17 +19,17 @@ import torch
 from common import command_line, note, parse, run_words
 from torch import Tensor
 
-from claq_exp.checkpoint.files import write_bytes
 from claq_exp.compose import compose_config
-from claq_exp.inputs import fetch, tokenize_inputs
-from claq_exp.machine import versions
 from claq_exp.models.activations import observe_inputs
 from claq_exp.models.discover import linears_of
 from claq_exp.models.load import open_model
-from claq_exp.quantize.number_formats.formats import LEARNED, BlockFormat
-from claq_exp.quantize.number_formats.lo_bcq import design_codebooks, normalized_blocks
-from claq_exp.quantize.number_formats.universal import DIGITS, design_name
+from claq_exp.number_formats.formats import LEARNED, BlockFormat
+from claq_exp.number_formats.lo_bcq import design_codebooks, normalized_blocks
+from claq_exp.number_formats.universal import DIGITS, design_name
+from claq_exp.run.inputs import fetch, tokenize_inputs
 from claq_exp.sources.cache import cache_folder
+from claq_exp.system.files import write_bytes
+from claq_exp.system.machine import versions
 
 BITS, ARRAYS, BLOCK, CODEBOOKS = (2, 3, 4), (32, 64, 128), 8, (2, 4, 8, 16)
 ROWS = 8  # of each weight

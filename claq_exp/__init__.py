@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from claq_exp.hooks import on_import
+from claq_exp.system.hooks import on_import
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -9,11 +9,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from claq_exp.accelerator import is_known
 from claq_exp.allocate import ALLOCATION, Allocation
 from claq_exp.calibration.windows import DRAWS
 from claq_exp.errors import ConfigError, check_choice, check_positive, check_whole, one_line, one_of
 from claq_exp.models.bos import BOS_RULES
+from claq_exp.models.source import ModelSource, check_name, source_name
 from claq_exp.quantize.activation import ACTIVATION, Activation
 from claq_exp.quantize.budget import BudgetConfig
 from claq_exp.quantize.codebook import CODEBOOK
@@ -23,8 +23,8 @@ from claq_exp.quantize.reservation import RESERVATION
 from claq_exp.quantize.solver import SOLVER
 from claq_exp.quantize.strategy import check_members, make_strategy
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
-from claq_exp.sources.model import ModelSource, check_name, source_name
 from claq_exp.sources.text import TextSource
+from claq_exp.system.accelerator import is_known
 from claq_exp.tracking.limits import check_group_and_tags, check_project
 from claq_exp.train import TUNE
 from claq_exp.train.window import Tune
@@ -252,9 +252,10 @@ class ExperimentConfig:
     stream: read the model block by block while it is measured too, slower and in less memory; auto
         where it would not fit as a whole.
     check_resources: refuse to start where memory or disk are less than what is planned.
-    strict: fail at the first layer that cannot be quantized as asked (`claq_exp.fallbacks`), at the
-        first score that is worth less than it looks (`claq_exp.evaluation.caveats`), and for a
-        model whose stored tensors are not all in use (`claq_exp.sources.notes`).
+    strict: fail at the first layer that cannot be quantized as asked
+        (`claq_exp.run_folder.fallbacks`), at the first score that is worth less than it looks
+        (`claq_exp.evaluation.caveats`), and for a model whose stored tensors are not all in use
+        (`claq_exp.sources.notes`).
     outputs: folder of all runs, relative to the working directory.
     resume: auto (continue or start), required (never start over), never (start over).
     checkpoint: an existing checkpoint, for `claq-exp evaluate` and `claq-exp bench runtime`.

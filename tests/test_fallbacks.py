@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 
 from claq_exp.errors import NumericalError
-from claq_exp.fallbacks import FALLBACKS, count_fallbacks, fallback_notes, refuse_fallbacks
-from claq_exp.run.results import LAYER_FIELDS
+from claq_exp.run_folder.fallbacks import (
+    FALLBACKS,
+    count_fallbacks,
+    fallback_notes,
+    refuse_fallbacks,
+)
+from claq_exp.run_folder.layers import LAYER_FIELDS
 
 WELL = {
     "name": "model.layers.0.q_proj",

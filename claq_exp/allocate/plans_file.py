@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from claq_exp.checkpoint.files import write_bytes
 from claq_exp.errors import CheckpointError
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook import CODEBOOK
 from claq_exp.quantize.strategy import find_strategy, strategy_name
+from claq_exp.system.files import write_bytes
 
 
 def save_plans(path: Path, plans: Mapping[str, MatrixPlan]) -> None:

@@ -8,10 +8,10 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from claq_exp.accelerator import free_and_total, is_cpu
 from claq_exp.errors import CalibrationError
 from claq_exp.quantize.moments import CROSS, OUTPUT_GRADIENTS, Moments
 from claq_exp.quantize.symmetric import BAND, bands, mirror_
+from claq_exp.system.accelerator import free_and_total, is_cpu
 
 TOKENS = 2048  # that are multiplied at a time
 SHARE = 1 / 8  # of a device's free memory: the others of a block, and the next batch, take some

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from claq_exp.checkpoint.store import BlockStore
-from claq_exp.distributed import ALONE, Ranks
 from claq_exp.errors import CalibrationError
+from claq_exp.system.distributed import ALONE, Ranks
 
 STUDENT, TEACHER = "student", "teacher"
 

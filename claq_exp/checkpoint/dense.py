@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from claq_exp.checkpoint.files import read_json, sync_folder
 from claq_exp.checkpoint.manifest import MANIFEST
 from claq_exp.checkpoint.reader import load_model
-from claq_exp.checkpoint.shards import INDEX_FILE, SHARD_BYTES
 from claq_exp.errors import ConfigError
 from claq_exp.models.experts import fuse_experts
 from claq_exp.sources.cache import published
 from claq_exp.sources.companions import copy_file
+from claq_exp.system.files import read_json, sync_folder
+from claq_exp.tensor_files.shards import INDEX_FILE, SHARD_BYTES
 
 REWRITTEN = {"config.json", INDEX_FILE}  # the model itself saves these
 

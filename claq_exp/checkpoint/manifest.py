@@ -7,11 +7,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from claq_exp.checkpoint.files import read_json, write_json
-from claq_exp.checkpoint.shards import TensorSpan, read_spans
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.sources.cache import sha256_of
 from claq_exp.sources.companions import PROCESSORS, TEMPLATES, TERMS
+from claq_exp.system.files import read_json, write_json
+from claq_exp.tensor_files.shards import TensorSpan, read_spans
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 22  # bytes read at a time

@@ -10,15 +10,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.manifest import check_harmless, check_manifest
 from claq_exp.checkpoint.older import OLDEST, current_layout
-from claq_exp.checkpoint.shards import open_tensors, read_spans
 from claq_exp.checkpoint.writer import FORMAT_VERSION, QUANT_METHOD
 from claq_exp.errors import CheckpointError, ConfigError, telling_line
 from claq_exp.payload import read_layout, unpack_weight
 from claq_exp.payload.base import Layout, Payload
 from claq_exp.quantize.activation.rounding import Rounding
+from claq_exp.system.files import read_json
+from claq_exp.tensor_files.shards import open_tensors, read_spans
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

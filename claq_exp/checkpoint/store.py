@@ -20,13 +20,13 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from claq_exp.checkpoint.files import read_json, sync_folder, write_json
 from claq_exp.checkpoint.store_state import Contents, Part, State, StoreFile, read_contents
-from claq_exp.checkpoint.tensor_file import Batches, FileTensors, write_tensors
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import CheckpointError
 from claq_exp.payload import read_layout
 from claq_exp.sources.cache import sha256_of
+from claq_exp.system.files import read_json, sync_folder, write_json
+from claq_exp.tensor_files.tensor_file import Batches, FileTensors, write_tensors
 
 STATE_FILE = "state.json"
 STATE_VERSION = 3

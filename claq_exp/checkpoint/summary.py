@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.reader import (
     check_checkpoint,
     read_packed,
@@ -21,6 +20,7 @@ from claq_exp.errors import CheckpointError
 from claq_exp.payload import reserved_counts
 from claq_exp.payload.base import Layout
 from claq_exp.quantize.activation.rounding import Rounding
+from claq_exp.system.files import read_json
 
 FULL_COLUMNS = 0.01  # share of a layer's columns that count as its fullest
 

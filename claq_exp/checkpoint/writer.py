@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from claq_exp.checkpoint.files import read_json, sync_folder, write_json
 from claq_exp.checkpoint.manifest import asking_for_code, check_manifest, write_manifest
-from claq_exp.checkpoint.shards import (
-    INDEX_FILE,
-    SHARD_BYTES,
-    Unit,
-    described_bytes,
-    read_spans,
-    save_units,
-)
 from claq_exp.errors import CheckpointError
 from claq_exp.models.skeleton import tied_names
 from claq_exp.models.towers import runs_own_code
@@ -30,6 +21,15 @@ from claq_exp.quantize.activation.rounding import Rounding
 from claq_exp.sources.cache import published
 from claq_exp.sources.companions import GENERATION, Companions
 from claq_exp.sources.weight_files import NAMED
+from claq_exp.system.files import read_json, sync_folder, write_json
+from claq_exp.tensor_files.shards import (
+    INDEX_FILE,
+    SHARD_BYTES,
+    Unit,
+    described_bytes,
+    read_spans,
+    save_units,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

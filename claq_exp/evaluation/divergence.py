@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from claq_exp.checkpoint.files import sync_folder
 from claq_exp.errors import CheckpointError
+from claq_exp.system.files import sync_folder
 
 CHUNK = 32  # tokens at a time: float64 copies of them are small beside a window's logits
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from claq_exp import accelerator
 from claq_exp.evaluation.predict import Predictor
 from claq_exp.sources.content import Losses
+from claq_exp.system import accelerator
 
 CPU_TOKENS = 2048  # at a time: more gain nothing on a CPU, and their logits take memory
 GPU_TOKENS = 16384

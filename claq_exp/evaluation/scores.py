@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from claq_exp.checkpoint.files import read_json, write_json
 from claq_exp.errors import CheckpointError
+from claq_exp.system.files import read_json, write_json
 
 
 @dataclass(frozen=True)

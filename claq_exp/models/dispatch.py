@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from claq_exp.models.stream import StreamedModel
-from claq_exp.resources import available_memory
+from claq_exp.system.resources import available_memory
 
 DISK, CPU = "disk", "cpu"
 

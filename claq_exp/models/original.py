@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError
 from transformers import PretrainedConfig, PreTrainedModel
 
-from claq_exp.checkpoint.shards import TensorSpan
 from claq_exp.errors import SourceError, telling_line
 from claq_exp.models.experts import split_experts
 from claq_exp.models.skeleton import skeleton, tied_names
@@ -30,6 +29,7 @@ from claq_exp.models.weights import (
 )
 from claq_exp.sources.notes import source_losses, source_notes
 from claq_exp.sources.weight_files import adapter_beside, has_weights, weight_files
+from claq_exp.tensor_files.shards import TensorSpan
 
 Stored = Mapping[str, tuple[Path, TensorSpan]]
 EXAMPLES = 20  # names of unused tensors in results.json

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from claq_exp.checkpoint.shards import TensorSpan
 from claq_exp.errors import ConfigError, NumericalError
 from claq_exp.models.towers import text_config
+from claq_exp.tensor_files.shards import TensorSpan
 
 FLOATS = {
     "F16": torch.float16,

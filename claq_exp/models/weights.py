@@ -19,10 +19,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from claq_exp.checkpoint.shards import TensorSpan, read_header
 from claq_exp.errors import CheckpointError, SourceError
 from claq_exp.models.experts import FUSED, SeparateExperts
 from claq_exp.sources.weight_files import weight_files
+from claq_exp.tensor_files.shards import TensorSpan, read_header
 
 COMPARED = 1 << 22  # numbers of two tensors that are compared at a time
 

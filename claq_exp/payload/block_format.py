@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import CheckpointError, NumericalError
+from claq_exp.number_formats.formats import LEARNED, BlockFormat
+from claq_exp.number_formats.levels import BlockLevels
+from claq_exp.number_formats.table import Grid
 from claq_exp.payload.base import Layout, moved_to
 from claq_exp.payload.columns import ColumnPayload, Lookups, Reserved, bands, coded_tensors
 from claq_exp.payload.packing import pack, unpack
 from claq_exp.payload.stored import StoredTensor
-from claq_exp.quantize.number_formats.formats import LEARNED, BlockFormat
-from claq_exp.quantize.number_formats.levels import BlockLevels
-from claq_exp.quantize.number_formats.table import Grid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,24 +11,25 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from claq_exp.checkpoint.files import read_json
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.evaluation.zero_shot import is_accuracy
 from claq_exp.reporting.older import current
 from claq_exp.reporting.overrides import agree
-from claq_exp.run.results import LAYER_FIELDS, SCHEMA
 from claq_exp.run_folder import (
     EVENTS_FILE,
     FAILED,
     FINISHED,
     LAYERS_FILE,
     RESULTS_FILE,
+    SCHEMA,
     STATE_FILE,
     RunState,
     run_state,
     settings_file,
 )
-from claq_exp.sweep.record import JOBS, Job, read_jobs
+from claq_exp.run_folder.jobs import JOBS, Job, read_jobs
+from claq_exp.run_folder.layers import LAYER_FIELDS
+from claq_exp.system.files import read_json
 
 ORIGINAL_BITS = 16.0
 NUMBER_STARTS = frozenset("0123456789+-.ni")  # nan and inf are numbers too

@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from claq_exp.checkpoint.reader import read_layouts
-from claq_exp.checkpoint.shards import open_tensors
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.payload.packing import unpack
 from claq_exp.reporting.canvas import (
@@ -27,6 +26,7 @@ from claq_exp.reporting.canvas import (
 )
 from claq_exp.reporting.collect import Run
 from claq_exp.reporting.lines import run_labels
+from claq_exp.tensor_files.shards import open_tensors
 
 MOST_BARS = 8  # runs side by side; with more, one stacked bar each
 MOST_ROWS = 40

@@ -8,13 +8,13 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from claq_exp.checkpoint.files import write_bytes
 from claq_exp.errors import ClaqError, ConfigError
 from claq_exp.reporting.compare import compare_runs, comparison_markdown
 from claq_exp.reporting.report import Report, TableOptions, make_report
 from claq_exp.reporting.runs_table import SORT
 from claq_exp.reporting.terminal import slim, to_terminal
 from claq_exp.reporting.wandb_table import log_report
+from claq_exp.system.files import write_bytes
 from claq_exp.tracking.limits import check_project
 
 COMPARISON = "compare.md"

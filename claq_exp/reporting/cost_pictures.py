@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -12,7 +12,6 @@ from matplotlib.patches import Patch
 from claq_exp.reporting.canvas import HATCHES, add_below, new_figure, spread_out, wrapped
 from claq_exp.reporting.collect import Run
 from claq_exp.reporting.lines import run_labels
-from claq_exp.run.stages import TIMINGS
 
 MOST_ROWS = 40
 COLOURS = (
@@ -51,7 +50,7 @@ def _figure(device: str, runs: Sequence[tuple[str, Run]]) -> Figure:
     time, memory = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     left = [0.0] * len(chosen)
     handles = []
-    for place, stage in enumerate([*TIMINGS, OTHER]):
+    for place, stage in enumerate(_in_order(stages)):
         values = [own.get(stage, 0.0) / divisor for own in stages]
         if not any(values):
             continue
@@ -82,11 +81,17 @@ def _figure(device: str, runs: Sequence[tuple[str, Run]]) -> Figure:
 def _stages(run: Run) -> dict[str, float]:
     """Return stage -> seconds, with what the whole run took beyond them."""
     results = run.results or {}
-    stages = {stage: float(results["timings"].get(stage) or 0.0) for stage in TIMINGS}
+    stages = {stage: float(seconds or 0.0) for stage, seconds in results["timings"].items()}
     total = results["run"].get("seconds")
     if total is not None:
         stages[OTHER] = max(0.0, float(total) - sum(stages.values()))
     return stages
+
+
+def _in_order(runs: Sequence[Mapping[str, float]]) -> list[str]:
+    """Return all stages in the order that runs have them; earlier releases had fewer."""
+    known = dict.fromkeys(stage for run in sorted(runs, key=len, reverse=True) for stage in run)
+    return [*(stage for stage in known if stage != OTHER), OTHER]
 
 
 def _notes(runs: int, chosen: int, peaks: Sequence[float | None]) -> list[str]:

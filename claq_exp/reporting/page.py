@@ -15,14 +15,14 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from claq_exp.checkpoint.files import json_safe, write_bytes
 from claq_exp.reporting.canvas import Picture
 from claq_exp.reporting.collect import Collection, Run
 from claq_exp.reporting.grid import Grid
 from claq_exp.reporting.labels import method_label
 from claq_exp.reporting.render import to_html
 from claq_exp.reporting.settings import differing, flatten
-from claq_exp.run.results import LAYER_FIELDS
+from claq_exp.run_folder.layers import LAYER_FIELDS
+from claq_exp.system.files import json_safe, write_bytes
 
 SHARED = ("block", "name", "rows", "cols")  # of layers.csv: the same in most runs, stored once
 NAMED = 12  # values of a setting that a hint names

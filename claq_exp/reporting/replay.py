@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from claq_exp.checkpoint.files import read_json
 from claq_exp.config import TrackingConfig
 from claq_exp.errors import ClaqError, ConfigError
 from claq_exp.run_folder import (
@@ -17,6 +16,7 @@ from claq_exp.run_folder import (
     run_state,
     settings_file,
 )
+from claq_exp.system.files import read_json
 from claq_exp.tracking.events import read_events
 from claq_exp.tracking.wandb import WandbTracker, check_wandb
 

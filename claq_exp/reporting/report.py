@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from claq_exp.checkpoint.files import write_bytes
 from claq_exp.reporting.collect import Collection, Run, collect
 from claq_exp.reporting.grid import Grid
 from claq_exp.reporting.page import write_page
@@ -15,6 +14,7 @@ from claq_exp.reporting.pivot import pivot_grid
 from claq_exp.reporting.render import escaped, to_csv, to_latex, to_markdown
 from claq_exp.reporting.runs_table import SORT, runs_grid, unfinished_grid
 from claq_exp.reporting.terminal import slim
+from claq_exp.system.files import write_bytes
 
 PAGE = "report.html"
 PICTURES = "pictures"

@@ -6,10 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from claq_exp.checkpoint.files import read_json
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.caveats import caveats
-from claq_exp.fallbacks import fallback_notes
 from claq_exp.reporting.cells import (
     Marks,
     mark_best,
@@ -32,6 +30,8 @@ from claq_exp.reporting.settings import (
 )
 from claq_exp.reporting.tables import overlap_notes, text_notes
 from claq_exp.run_folder import settings_file
+from claq_exp.run_folder.fallbacks import fallback_notes
+from claq_exp.system.files import read_json
 
 SORT = "bits.linear"
 COUNTED = "Linear bits count all that is stored for the quantized layers, nominal bits the codes."

@@ -11,8 +11,8 @@ from rich.table import Table
 
 from claq_exp.evaluation.caveats import caveats
 from claq_exp.evaluation.zero_shot import is_accuracy
-from claq_exp.fallbacks import fallback_notes
 from claq_exp.reporting.cells import number
+from claq_exp.run_folder.fallbacks import fallback_notes
 from claq_exp.sources.notes import source_notes
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from claq_exp.checkpoint.summary import LayerSummary, Summary
-    from claq_exp.inputs import Input
-    from claq_exp.plan import Plan
+    from claq_exp.run.inputs import Input
+    from claq_exp.run.plan import Plan
 
 ORIGINAL_BITS = 16.0
 HASH = 12  # digits of a content hash that are shown

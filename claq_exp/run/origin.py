@@ -6,10 +6,10 @@ import contextlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from claq_exp.checkpoint.files import read_json
 from claq_exp.config import ModelConfig
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.run_folder import settings_file
+from claq_exp.system.files import read_json
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,6 @@ from claq_exp.calibration.streams import (
 )
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
-from claq_exp.distributed import ALONE, Ranks, owners
-from claq_exp.fallbacks import refuse_fallbacks
-from claq_exp.heap import trim
-from claq_exp.interruption import Interrupted
 from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden, feed, run_block
 from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_weight, linears_of
 from claq_exp.models.overlay import Overlay
@@ -34,6 +30,10 @@ from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.run.solve import report_row, solve_linears
+from claq_exp.run_folder.fallbacks import refuse_fallbacks
+from claq_exp.system.distributed import ALONE, Ranks, owners
+from claq_exp.system.heap import trim
+from claq_exp.system.interruption import Interrupted
 from claq_exp.train.window import UNTUNED, Tune, Window
 from claq_exp.transform.folding import UNTRANSFORMED, Transform
 
@@ -79,7 +79,8 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     ranks > 0 pass a `follower` of the first one's store.
     batches: token ids [batch, seqlen], all of one length.  store: open.
     plans: name of a linear -> what an allocation over the whole model decided of it.
-    strict: raise NumericalError at the first layer with a fallback, see `claq_exp.fallbacks`.
+    strict: raise NumericalError at the first layer with a fallback, see
+        `claq_exp.run_folder.fallbacks`.
     Raises Interrupted once the group is in the store at which `watcher` wants to stop.
     """
     inputs = block_arguments(model, batches)

@@ -1,52 +1,27 @@
-"""results.json and layers.csv."""
+"""results.json."""
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from claq_exp.checkpoint.files import write_bytes
 from claq_exp.checkpoint.writer import Sizes
 from claq_exp.config import ExperimentConfig
 from claq_exp.evaluation.divergence import Divergence
 from claq_exp.evaluation.measure import Measurement
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.zero_shot import average_accuracy
-from claq_exp.fallbacks import count_fallbacks
-from claq_exp.machine import device_name, git_commit, versions
 from claq_exp.models.original import Original
-from claq_exp.resources import peak_memory
 from claq_exp.run.stages import TIMINGS
+from claq_exp.run_folder import SCHEMA
+from claq_exp.run_folder.fallbacks import count_fallbacks
 from claq_exp.sources.content import Losses
-from claq_exp.torchrun import place
-
-SCHEMA = 1
-LAYER_FIELDS = (
-    "block",
-    "name",
-    "rows",
-    "cols",
-    "nominal_bits",
-    "bits",
-    "reserved",
-    "output_error",
-    "weight_error",
-    "damping",
-    "raised_damping",
-    "dead_columns",
-    "nearest",
-    "clamped",
-    "unconverged",
-    "retreats",
-    "tokens",
-    "seconds",
-)
+from claq_exp.system.machine import device_name, git_commit, versions
+from claq_exp.system.resources import peak_memory
+from claq_exp.system.torchrun import place
 
 
 def build_results(  # noqa: PLR0913 - one argument per part of the file
@@ -180,20 +155,6 @@ def after_rows(
     return {"after": rows} if rows else {}
 
 
-def write_layers(path: Path, report: list[dict[str, Any]]) -> None:
-    """Write layers.csv: one row per linear layer; what is missing is empty."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, LAYER_FIELDS, lineterminator="\n")
-    writer.writeheader()
-    for row in report:
-        writer.writerow({key: "" if row[key] is None else _short(row[key]) for key in LAYER_FIELDS})
-    write_bytes(path, text.getvalue().encode())
-
-
 def finite(value: float) -> float | None:
     """Return the value, or None for what JSON cannot say."""
     return value if math.isfinite(value) else None
-
-
-def _short(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value

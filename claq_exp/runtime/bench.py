@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from claq_exp.accelerator import synchronize
-from claq_exp.checkpoint.find import checkpoint_folder
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.errors import ConfigError
-from claq_exp.machine import choose_device, device_name, settle
 from claq_exp.models.load import forward_dtype, load_config
 from claq_exp.models.towers import text_config
+from claq_exp.run_folder.find import checkpoint_folder
 from claq_exp.runtime.kernels import DENSE, FASTEST, choose_kernel
 from claq_exp.runtime.linear import QuantizedLinear, quantized_linears
 from claq_exp.runtime.load import load_checkpoint
+from claq_exp.system.accelerator import synchronize
+from claq_exp.system.machine import choose_device, device_name, settle
 
 if TYPE_CHECKING:
     from claq_exp.config import ExperimentConfig

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import claq_exp.runtime.huggingface  # noqa: F401 - teaches transformers the format
-from claq_exp.checkpoint.find import checkpoint_folder
 from claq_exp.checkpoint.reader import (
     check_checkpoint,
     check_dtype,
@@ -14,6 +13,7 @@ from claq_exp.checkpoint.reader import (
     open_checkpoint,
 )
 from claq_exp.errors import CheckpointError, ConfigError, one_of, telling_line
+from claq_exp.run_folder.find import checkpoint_folder
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.runtime.linear import quantized_linears
 

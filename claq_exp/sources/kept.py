@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from claq_exp.checkpoint.files import write_bytes
 from claq_exp.sources.cache import cache_folder
+from claq_exp.system.files import write_bytes
 
 
 def kept_tensors(

@@ -22,8 +22,8 @@ def convert_pickled(files: Sequence[Path], target: Path) -> None:
 
     No code of a pickle is run.  Raises SourceError for a file that holds anything but tensors.
     """
-    from claq_exp.checkpoint.files import save_tensors, write_json
-    from claq_exp.checkpoint.shards import INDEX_FILE, WEIGHTS_FILE, shard_name
+    from claq_exp.system.files import save_tensors, write_json
+    from claq_exp.tensor_files.shards import INDEX_FILE, WEIGHTS_FILE, shard_name
 
     places: dict[str, str] = {}
     size = 0

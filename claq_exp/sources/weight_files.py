@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from claq_exp.checkpoint.files import read_json
-from claq_exp.checkpoint.shards import INDEX_FILE, WEIGHTS_FILE
 from claq_exp.errors import CheckpointError, ConfigError, SourceError
+from claq_exp.system.files import read_json
+from claq_exp.tensor_files.shards import INDEX_FILE, WEIGHTS_FILE
 
 PICKLED = "pytorch_model.bin"
 PICKLED_INDEX = "pytorch_model.bin.index.json"

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 from claq_exp.errors import ClaqError, telling_line
-from claq_exp.interruption import graceful
-from claq_exp.sweep.record import JobInterruptedError, JobKilledError
+from claq_exp.run_folder.jobs import JobInterruptedError, JobKilledError
 from claq_exp.sweep.server import process_maker
 from claq_exp.sweep.work import Done, OnShare, Order, run_here
+from claq_exp.system.interruption import graceful
 from claq_exp.tracking.progress import noise_to
 from claq_exp.tracking.quiet import quiet_libraries
 

@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from claq_exp.compose import experiment_part
 from claq_exp.config import ExperimentConfig, config_from_omegaconf
 from claq_exp.run_folder import RUNNING, RunState, this_process
+from claq_exp.run_folder.jobs import Job, JobInterruptedError, JobRecord, recorded_job
 from claq_exp.sweep.apart import run_apart
-from claq_exp.sweep.record import Job, JobInterruptedError, JobRecord, recorded_job
 from claq_exp.sweep.share import one_gpu, threads_of_job
 from claq_exp.sweep.work import WORST, Done, OnShare, Order
 from claq_exp.tracking.limits import NAME

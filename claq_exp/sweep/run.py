@@ -21,17 +21,17 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from claq_exp.compose import check_words, explained
+from claq_exp.compose.options import PRIMARY, VERSION_BASE, prepare_hydra
+from claq_exp.compose.places import packaged_folder
+from claq_exp.compose.words import Words
 from claq_exp.errors import ClaqError, telling_line
-from claq_exp.interruption import Interruption, graceful
-from claq_exp.options import PRIMARY, VERSION_BASE, prepare_hydra
-from claq_exp.places import packaged_folder
 from claq_exp.run_folder import INTERRUPTED, KILLED, RUNNING, RunState
+from claq_exp.run_folder.jobs import read_jobs, write_job
 from claq_exp.sweep.apart import LAST_SECONDS, LOOK_SECONDS, run_apart
 from claq_exp.sweep.grid import Grid, check_grid
 from claq_exp.sweep.job import RunJob, Sweep, run_sweep_job
-from claq_exp.sweep.record import read_jobs, write_job
 from claq_exp.sweep.view import Standing, SweepView, jobs_table
-from claq_exp.words import Words
+from claq_exp.system.interruption import Interruption, graceful
 
 MULTIRUNS = ".multirun"
 COMPOSING = "run|plan|evaluate|fetch|bench runtime"  # commands that take overrides

@@ -13,7 +13,7 @@ from typing import Any
 import filelock
 import torch
 
-from claq_exp.resources import cores
+from claq_exp.system.resources import cores
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 LOOK_SECONDS = 0.5  # between two looks for a free GPU

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from claq_exp.run_folder import FAILED, FINISHED, INTERRUPTED, KILLED, RUNNING
-from claq_exp.sweep.record import Job
+from claq_exp.run_folder.jobs import Job
 from claq_exp.sweep.work import WORST
 
 LOOK_SECONDS = 0.5

@@ -11,7 +11,7 @@ from typing import Any
 
 from claq_exp.config import ExperimentConfig
 from claq_exp.reporting.tables import overlap_notes, text_notes
-from claq_exp.runner import run
+from claq_exp.run.runner import run
 from claq_exp.tracking.progress import RunProgress
 
 WORST = 1e9  # the objective of a job that failed: a sweeper would stop at NaN or infinity

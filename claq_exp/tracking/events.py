@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from claq_exp.checkpoint.files import json_safe
+from claq_exp.system.files import json_safe
 
 TIMED = ("stage", "block")  # events whose numbers are seconds, by kind of work
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from claq_exp.distributed import ALONE, Ranks
 from claq_exp.models.blocks import BlockInputs
+from claq_exp.system.distributed import ALONE, Ranks
 
 
 @dataclass(frozen=True)

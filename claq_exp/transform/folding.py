@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from claq_exp.distributed import ALONE, Ranks
 from claq_exp.models.blocks import BlockInputs, run_block, watched
 from claq_exp.models.discover import find_stages, linears_of, norms_of
 from claq_exp.models.experts import expert_lists, place_among_experts, router_weights
+from claq_exp.system.distributed import ALONE, Ranks
 
 FACTOR = 4.0  # a power of two: scaling by it rounds nothing
 LEAST = 1e-3  # share of a fold's effect that may be left where it is undone

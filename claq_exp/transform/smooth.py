@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from claq_exp.distributed import ALONE, Ranks
 from claq_exp.errors import ConfigError
 from claq_exp.models.blocks import BlockInputs, run_block, watched
 from claq_exp.models.discover import linear_weight
+from claq_exp.system.distributed import ALONE, Ranks
 from claq_exp.transform.folding import Fold, Move, find_folds
 
 

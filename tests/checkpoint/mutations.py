@@ -21,9 +21,9 @@ import damages
 import torch
 
 from claq_exp.checkpoint.manifest import write_manifest
-from claq_exp.checkpoint.shards import read_spans
 from claq_exp.errors import ClaqError
 from claq_exp.runtime.load import load_checkpoint
+from claq_exp.tensor_files.shards import read_spans
 
 TOKENS = torch.arange(12).reshape(1, 12)
 KERNELS = ("dense", "reference")

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
 
-from claq_exp.checkpoint.files import read_json, write_json
 from claq_exp.checkpoint.writer import PackedWeight, write_checkpoint
 from claq_exp.models.load import load_model as load_original
 from claq_exp.quantize.codebook import KMeans
@@ -21,6 +20,7 @@ from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, quantize_weight
 from claq_exp.quantize.reservation import OutlierOrder as ReservedOutliers
 from claq_exp.quantize.solver import Nearest
+from claq_exp.system.files import read_json, write_json
 
 RECIPE = Recipe(KMeans(), OutlierOrder(2.5), ReservedOutliers(0.02), Nearest())
 SHARED = replace(RECIPE, codebook=KMeans(shared=True, row_scales=True))

@@ -20,7 +20,6 @@ from packed_models import (
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from claq_exp.checkpoint.files import write_json
 from claq_exp.checkpoint.manifest import check_manifest, write_manifest
 from claq_exp.checkpoint.reader import (
     check_checkpoint,
@@ -29,12 +28,13 @@ from claq_exp.checkpoint.reader import (
     read_unquantized,
     read_weights,
 )
-from claq_exp.checkpoint.shards import read_header
 from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
 from claq_exp.errors import CheckpointError, ClaqError, ConfigError
 from claq_exp.models.load import load_model as load_original
 from claq_exp.payload.packing import pack, unpack
 from claq_exp.runtime.load import load_checkpoint
+from claq_exp.system.files import write_json
+from claq_exp.tensor_files.shards import read_header
 
 
 @pytest.fixture(scope="module")

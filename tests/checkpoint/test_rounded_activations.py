@@ -11,7 +11,6 @@ from packed_models import Written, change_json
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from claq_exp.checkpoint.files import read_json
 from claq_exp.checkpoint.manifest import write_manifest
 from claq_exp.checkpoint.reader import open_checkpoint, read_rounding
 from claq_exp.checkpoint.writer import PackedWeight, write_checkpoint
@@ -30,6 +29,7 @@ from claq_exp.quantize.recipe import Recipe, quantize_weight
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Nearest
 from claq_exp.runtime.load import load_checkpoint
+from claq_exp.system.files import read_json
 
 TOKENS = torch.arange(24).reshape(2, 12)
 ACTIVATIONS = {

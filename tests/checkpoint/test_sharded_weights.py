@@ -15,9 +15,9 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from claq_exp.checkpoint.manifest import write_manifest
 from claq_exp.checkpoint.reader import load_model, read_layouts, read_unquantized, read_weights
-from claq_exp.checkpoint.shards import index_bytes, read_header, read_spans
 from claq_exp.checkpoint.writer import checkpoint_sizes
 from claq_exp.errors import CheckpointError
+from claq_exp.tensor_files.shards import index_bytes, read_header, read_spans
 
 SHARD_BYTES = 20_000
 INDEX = "model.safetensors.index.json"

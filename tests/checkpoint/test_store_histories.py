@@ -17,8 +17,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from test_block_store import packed as packed_block
 from torch import Tensor
 
-from claq_exp.checkpoint import files, store, tensor_file
+from claq_exp.checkpoint import store
 from claq_exp.checkpoint.store import BlockStore
+from claq_exp.system import files
+from claq_exp.tensor_files import tensor_file
 
 STAGES = ("transform", "quantize", "tune")
 UNITS = (0, 1, 2, None)

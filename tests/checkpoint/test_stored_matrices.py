@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from claq_exp.checkpoint.shards import Unit, open_tensors, read_spans, save_units
 from claq_exp.errors import CheckpointError
 from claq_exp.payload import (
     ColumnCodebooks,
@@ -17,6 +16,7 @@ from claq_exp.payload import (
     unpack_weight,
 )
 from claq_exp.payload.columns import ColumnPayload, Reserved
+from claq_exp.tensor_files.shards import Unit, open_tensors, read_spans, save_units
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8)
 SHAPES = [(1, 1), (1, 576), (49, 1), (49, 31), (7, 576)]  # [rows, columns]

@@ -19,6 +19,8 @@ import yaml
 from omegaconf import OmegaConf
 
 from claq_exp.compose import compose_all, compose_config, compose_unless_sweep
+from claq_exp.compose.options import groups
+from claq_exp.compose.places import packaged_folder
 from claq_exp.config import (
     FAMILIES,
     CalibrationConfig,
@@ -29,8 +31,6 @@ from claq_exp.config import (
     TrackingConfig,
 )
 from claq_exp.errors import ConfigError
-from claq_exp.options import groups
-from claq_exp.places import packaged_folder
 from claq_exp.sweep.grid import check_grid
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -314,7 +314,10 @@ def test_a_built_wheel_finds_its_own_conf_and_sweeps(tmp_path):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "claq_exp").rglob("*.py")}
     assert modules <= names
     assert not [name for name in names if name.startswith(("tests/", "conf/", "sweeps/"))]
-    code = "from claq_exp.places import packaged_folder as f; print(f('conf')); print(f('sweeps'))"
+    code = (
+        "from claq_exp.compose.places import packaged_folder as f\n"
+        "print(f('conf'))\nprint(f('sweeps'))"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code],
         check=True,

@@ -8,12 +8,12 @@ from collections.abc import Callable
 
 import pytest
 
-from claq_exp import job
 from claq_exp.cli import main
 from claq_exp.errors import ClaqError
+from claq_exp.run import job
 from claq_exp.run_folder import RunState
+from claq_exp.run_folder.jobs import read_jobs
 from claq_exp.sweep.grid import check_grid
-from claq_exp.sweep.record import read_jobs
 from claq_exp.sweep.run import run_sweep
 from claq_exp.sweep.work import Done, OnShare, Order, run_here
 

@@ -10,11 +10,11 @@ import pytest
 
 from claq_exp.cli import main
 from claq_exp.compose import compose_config, without_globs
+from claq_exp.compose.options import groups, own_folders
+from claq_exp.compose.places import packaged_folder
+from claq_exp.compose.words import read_words
 from claq_exp.errors import ConfigError
-from claq_exp.options import groups, own_folders
-from claq_exp.places import packaged_folder
 from claq_exp.sweep.grid import check_grid
-from claq_exp.words import read_words
 
 OWN = {
     "experiment/mine.yaml": "# @package _global_\n"

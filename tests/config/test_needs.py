@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from conftest import tiny_llama
 
-from claq_exp import needs, resources
 from claq_exp.cli import main
 from claq_exp.compose import compose_config
-from claq_exp.plan import Plan, make_plan, plan_for
+from claq_exp.run import needs
+from claq_exp.run.plan import Plan, make_plan, plan_for
+from claq_exp.system import resources
 
 GIB = 2**30
 
@@ -134,8 +135,8 @@ def test_a_model_is_streamed_where_it_would_not_fit(monkeypatch):
 
 def test_a_gpu_holds_blocks_and_the_host_the_hessians(monkeypatch):
     monkeypatch.setattr(needs, "free_memory", lambda device: 80 * GIB)
-    monkeypatch.setattr("claq_exp.plan.free_memory", lambda device: 80 * GIB)
-    monkeypatch.setattr("claq_exp.plan.windows_at_once", lambda *_: 4)
+    monkeypatch.setattr("claq_exp.run.plan.free_memory", lambda device: 80 * GIB)
+    monkeypatch.setattr("claq_exp.run.plan.windows_at_once", lambda *_: 4)
     config = compose_config(["evaluation.context=64", "model.dtype=float16"])
     found = make_plan(config, tiny_llama().config, "cuda").needs
     assert set(found.device) == {"evaluate original", "evaluate quantized", "quantize"}

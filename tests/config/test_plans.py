@@ -6,12 +6,12 @@ import pytest
 from conftest import tiny_llama
 from transformers import MixtralConfig
 
-import claq_exp.plan
 import claq_exp.quantize.recipe
+import claq_exp.run.plan
 from claq_exp.compose import compose_config
-from claq_exp.machine import matmul_speed
-from claq_exp.plan import Plan, make_plan
 from claq_exp.quantize.recipe import planned_layout
+from claq_exp.run.plan import Plan, make_plan
+from claq_exp.system.machine import matmul_speed
 
 
 def plan(*words: str) -> Plan:
@@ -75,6 +75,6 @@ def test_times_follow_the_speed_of_the_machine(monkeypatch):
     seconds = []
     for factor in (1, 1000):
         measured = factor * speed
-        monkeypatch.setattr(claq_exp.plan, "matmul_speed", lambda device, found=measured: found)
+        monkeypatch.setattr(claq_exp.run.plan, "matmul_speed", lambda device, found=measured: found)
         seconds.append(plan("evaluation=perplexity").seconds["evaluate original"])
     assert seconds[0] == pytest.approx(1000 * seconds[1])

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from claq_exp.compose import compose_config
+from claq_exp.compose.options import groups
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError
-from claq_exp.options import groups
 from claq_exp.payload.base import Layout
 from claq_exp.quantize.budget import BudgetConfig, fit_budget
 from claq_exp.quantize.recipe import planned_layout, planned_layouts

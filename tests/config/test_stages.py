@@ -11,8 +11,8 @@ from conftest import tiny_llama
 from claq_exp.cli import main
 from claq_exp.compose import compose_config
 from claq_exp.config import CHANGING
-from claq_exp.job import STEPS
-from claq_exp.plan import Plan, make_plan
+from claq_exp.run.job import STEPS
+from claq_exp.run.plan import Plan, make_plan
 from claq_exp.run.stages import STAGES, TIMINGS, Cost, Linear, Shape, Sizes, Times, costs
 
 NAMES = [stage.name for stage in STAGES]

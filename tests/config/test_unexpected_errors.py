@@ -14,11 +14,11 @@ import wandb
 from hydra import compose
 
 from claq_exp import cli
-from claq_exp.bugs import explain_bug
 from claq_exp.cli import main
+from claq_exp.cli.bugs import explain_bug
 from claq_exp.compose import compose_config
+from claq_exp.compose.options import PRIMARY, hydra_ready
 from claq_exp.errors import ConfigError, telling_line
-from claq_exp.options import PRIMARY, hydra_ready
 
 
 @pytest.fixture(autouse=True)
@@ -128,13 +128,13 @@ def broken(*arguments):
 
 @pytest.mark.case(142)
 def test_a_bug_says_what_where_and_what_to_report(monkeypatch, capfd, cache):
-    monkeypatch.setattr("claq_exp.sources.model.fetch_wheel_file", None)
+    monkeypatch.setattr("claq_exp.models.source.fetch_wheel_file", None)
     assert main(["plan", "seed=3"]) == 1
     error = capfd.readouterr().err
     assert "Traceback" not in error
     first, second = error.splitlines()
     assert first.startswith("claq-exp: this is a bug: TypeError: 'NoneType' object is not callable")
-    assert re.search(r"\(in .*claq_exp/sources/model.py, line \d+, model_folder\)$", first)
+    assert re.search(r"\(in .*claq_exp/models/source.py, line \d+, model_folder\)$", first)
     log = Path(re.search(r"attach (\S+) ", second)[1])
     assert log.is_relative_to(cache)
     text = log.read_text(encoding="utf-8")

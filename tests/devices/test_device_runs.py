@@ -82,7 +82,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def test_what_is_rounded_to_nearest_is_the_same_on_every_device(run, pretend, monkeypatch):
-    monkeypatch.setattr("claq_exp.job.HIDDEN_SHARE", 0.0)  # hidden states are kept on disk
+    monkeypatch.setattr("claq_exp.run.job.HIDDEN_SHARE", 0.0)  # hidden states are kept on disk
     words = ["experiment=rtn_4bit", "stream=true"]
     (plain, expected), (checkpoint, found) = run("cpu", *words), run(pretend, *words)
     ours, theirs = tensors(checkpoint), tensors(plain)

@@ -20,15 +20,14 @@ from claq_exp.errors import CalibrationError, NumericalError
 from claq_exp.evaluation.divergence import Comparison, LogitStore
 from claq_exp.evaluation.perplexity import Corpus, perplexity
 from claq_exp.evaluation.predict import in_memory, streamed
-from claq_exp.interruption import Interrupted
 from claq_exp.models.activations import observe_inputs
 from claq_exp.models.load import open_model
 from claq_exp.models.stream import StreamedModel, WholeModel
+from claq_exp.number_formats.encoding import round_values
+from claq_exp.number_formats.formats import E2M1, LEARNED, BlockFormat
+from claq_exp.number_formats.table import Grid
 from claq_exp.quantize.codebook import KMeans, Uniform
 from claq_exp.quantize.moments import Moments
-from claq_exp.quantize.number_formats.encoding import round_values
-from claq_exp.quantize.number_formats.formats import E2M1, LEARNED, BlockFormat
-from claq_exp.quantize.number_formats.table import Grid
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
@@ -36,6 +35,7 @@ from claq_exp.quantize.solver import Gptq, Nearest
 from claq_exp.quantize.solver import device as solver_device
 from claq_exp.run.quantize import Watcher, quantize_model
 from claq_exp.run.solve import solve_linears
+from claq_exp.system.interruption import Interrupted
 
 TO_NEAREST = Recipe(Uniform(), Fixed(3), NoReservation(), Nearest())
 CLUSTERS = Recipe(KMeans(), Fixed(2), NoReservation(), Gptq())

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from claq_exp.number_formats.formats import E2M1, BlockFormat
+from claq_exp.number_formats.levels import encode_weight
+from claq_exp.number_formats.table import Grid
 from claq_exp.payload import (
     BlockCodes,
     ColumnCodebooks,
@@ -18,9 +21,6 @@ from claq_exp.payload import (
 )
 from claq_exp.payload.columns import ColumnPayload, Reserved
 from claq_exp.payload.operand import Operand
-from claq_exp.quantize.number_formats.formats import E2M1, BlockFormat
-from claq_exp.quantize.number_formats.levels import encode_weight
-from claq_exp.quantize.number_formats.table import Grid
 from claq_exp.runtime.kernels import choose_kernel, kernel_name
 from claq_exp.runtime.kernels.reference import dense_rows
 

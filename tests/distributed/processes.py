@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["claq_exp.assist", "claq_exp.runner", "claq_exp.cli"])
+CONTEXT.set_forkserver_preload(["claq_exp.run.assist", "claq_exp.run.runner", "claq_exp.cli"])
 SECONDS = 120  # after which a rank counts as hanging
 
 

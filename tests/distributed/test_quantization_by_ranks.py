@@ -11,11 +11,9 @@ from processes import Rank, start_ranks
 from torch import Tensor
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from claq_exp.assist import Quantization, assist
 from claq_exp.calibration.streams import HiddenForm
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.compose import compose_config
-from claq_exp.distributed import Ranks, together
 from claq_exp.models.load import open_model
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.codebook import KMeans
@@ -23,7 +21,9 @@ from claq_exp.quantize.precision import OutlierOrder
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import Fixed
 from claq_exp.quantize.solver import Gptq
+from claq_exp.run.assist import Quantization, assist
 from claq_exp.run.quantize import Watcher, quantize_model
+from claq_exp.system.distributed import Ranks, together
 from claq_exp.train.norms import Norms
 from claq_exp.train.window import UNTUNED, Tune
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from processes import start_ranks
 
-from claq_exp.distributed import ALONE, Ranks, _transport, owners, together
 from claq_exp.errors import CalibrationError
-from claq_exp.torchrun import Place
+from claq_exp.system.distributed import ALONE, Ranks, _transport, owners, together
+from claq_exp.system.torchrun import Place
 
 TENSORS = {
     "codes": torch.arange(7, dtype=torch.uint8),

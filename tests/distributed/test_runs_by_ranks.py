@@ -125,7 +125,7 @@ def test_a_wrong_request_is_refused_once(command, message, tmp_path):
 
 
 def test_cores_are_divided_among_the_processes_of_a_machine(monkeypatch):
-    from claq_exp import machine
+    from claq_exp.system import machine
 
     chosen = []
     monkeypatch.setattr(machine.torch, "set_num_threads", chosen.append)
@@ -142,7 +142,7 @@ def test_cores_are_divided_among_the_processes_of_a_machine(monkeypatch):
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     from claq_exp.errors import ConfigError
-    from claq_exp.machine import choose_device, torch
+    from claq_exp.system.machine import choose_device, torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

@@ -71,8 +71,8 @@ def test_every_command_of_the_docs_runs(command, place, tiny, monkeypatch, capfd
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.has_overrides], ids=str)
 def test_overrides_of_the_docs_compose_as_they_stand(command, place, monkeypatch):
-    from claq_exp.options import own_folders
-    from claq_exp.words import folders_of
+    from claq_exp.compose.options import own_folders
+    from claq_exp.compose.words import folders_of
 
     monkeypatch.chdir(place)
     with own_folders(folders_of(list(command.words))):

@@ -9,7 +9,7 @@ import pytest
 from claq_exp.cli import main
 from claq_exp.compose import compose_config
 from claq_exp.errors import SourceError
-from claq_exp.inputs import fetch
+from claq_exp.run.inputs import fetch
 
 SMALL = [
     "calibration.windows=4",

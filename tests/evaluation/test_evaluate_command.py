@@ -191,7 +191,7 @@ def test_an_original_that_is_not_wanted_or_does_not_fit_is_left_out(run, evaluat
     found, output = evaluate(run, "original=false")
     assert found["original"] is None
     assert "Note" not in output
-    monkeypatch.setattr("claq_exp.evaluate.free_memory", lambda device: 1000)
+    monkeypatch.setattr("claq_exp.run.evaluate.free_memory", lambda device: 1000)
     found, output = evaluate(run)
     assert "the original is left out: it takes about 0.0 GiB of memory" in output
     assert found["original"] is None

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from claq_exp.evaluation.scores import ScoreStore
-from claq_exp.measuring import measured_on
+from claq_exp.run.measuring import measured_on
 
 SUBJECT = {"model": "abc", "versions": {"torch": "2.0"}, "dtype": "float32"}
 MEASURE = {"perplexity": "def", "seqlen": 512}
@@ -51,7 +51,7 @@ def test_a_score_of_another_processor_or_other_instructions_is_not_found(tmp_pat
     store.keep(MEASURE, SCORE)
     assert here().find(MEASURE) == SCORE
     for what, value in {
-        "claq_exp.machine._processor": lambda: "Another 9000",
+        "claq_exp.system.machine._processor": lambda: "Another 9000",
         "torch.backends.cpu.get_cpu_capability": lambda: "VSX",
     }.items():
         with monkeypatch.context() as patch:

@@ -14,9 +14,9 @@ from transformers import Gemma2Config, LlamaConfig
 
 from claq_exp.compose import compose_config
 from claq_exp.errors import ConfigError
-from claq_exp.inputs import corpus_windows, tokenize_inputs
 from claq_exp.models.bos import bos_rule
 from claq_exp.models.load import load_tokenizer, tokenize
+from claq_exp.run.inputs import corpus_windows, tokenize_inputs
 from claq_exp.sources.text import TextSource, read_documents, read_text
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from claq_exp import assist, job, measuring
 from claq_exp.cli import main
 from claq_exp.errors import SourceError
 from claq_exp.evaluation import measure
 from claq_exp.evaluation.divergence import LogitStore
 from claq_exp.reporting import plots
 from claq_exp.reporting.collect import read_run
+from claq_exp.run import assist, job, measuring
 from claq_exp.run_folder import RunFolder, run_state
 from claq_exp.sources.cache import cache_folder
 from claq_exp.tracking.events import read_events

@@ -35,8 +35,8 @@ from driven_runs import (
 from safetensors.torch import load_file
 
 from claq_exp.cli import main
-from claq_exp.interruption import NOTICE
 from claq_exp.run_folder import RunState, run_state
+from claq_exp.system.interruption import NOTICE
 from claq_exp.tracking.events import read_events
 
 LAYERS = 4

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from claq_exp.interruption import NOTICE, SIGNALS, Interrupted, graceful
+from claq_exp.system.interruption import NOTICE, SIGNALS, Interrupted, graceful
 
 pytestmark = pytest.mark.case(3, 4)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from claq_exp.checkpoint.files import write_json
 from claq_exp.compose import compose_config
 from claq_exp.errors import ClaqError
-from claq_exp.inputs import fetch
+from claq_exp.run.inputs import fetch
 from claq_exp.run_folder import RunFolder, run_identity, unfinished_run_differs
+from claq_exp.system.files import write_json
 
 WORDS = [
     "model=hf",

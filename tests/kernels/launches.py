@@ -7,9 +7,9 @@ import itertools
 import torch
 from ahead_of_time import ARCHITECTURES, Case
 
-from claq_exp.quantize.kernels import block_rounding
-from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
-from claq_exp.quantize.number_formats.table import Grid
+from claq_exp.number_formats import block_rounding
+from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
+from claq_exp.number_formats.table import Grid
 from claq_exp.quantize.solver.device import WIDEST
 from claq_exp.quantize.solver.device_columns import launch_options
 from claq_exp.runtime.kernels import triton as products
@@ -122,7 +122,7 @@ def rounding_case(block_format: BlockFormat, dtype: torch.dtype, columns: int = 
     options = {"num_warps": chosen.pop("num_warps"), "enable_fp_fusion": False}
     width = 1 << (block_format.codebooks - 1).bit_length()
     return Case(
-        "claq_exp.quantize.kernels.block_rounding:round_blocks",
+        "claq_exp.number_formats.block_rounding:round_blocks",
         {"block": block, "books": width, **chosen},
         options,
         {"source_ptr": TYPES[dtype], "target_ptr": TYPES[dtype], "resolution": "fp32"},

@@ -10,13 +10,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from claq_exp.number_formats import block_rounding
+from claq_exp.number_formats.block_rounding import _TABLES, round_on_gpu
+from claq_exp.number_formats.encoding import array_maxima
+from claq_exp.number_formats.formats import BlockFormat
+from claq_exp.number_formats.search import _gpu_kernel, round_numbers
+from claq_exp.number_formats.table import Grid
 from claq_exp.quantize import kernels
-from claq_exp.quantize.kernels import block_rounding
-from claq_exp.quantize.kernels.block_rounding import _TABLES, round_on_gpu
-from claq_exp.quantize.number_formats.encoding import array_maxima
-from claq_exp.quantize.number_formats.formats import BlockFormat
-from claq_exp.quantize.number_formats.search import _gpu_kernel, round_numbers
-from claq_exp.quantize.number_formats.table import Grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
 

@@ -8,7 +8,7 @@ import threading
 import time
 from pathlib import Path
 
-from claq_exp.sweep.record import Job, read_jobs
+from claq_exp.run_folder.jobs import Job, read_jobs
 
 DEADLY = [
     "experiment=kmeans_3bit",

@@ -17,12 +17,12 @@ from pathlib import Path
 import damages
 import torch
 
-import claq_exp.plan
+import claq_exp.run.plan
 from claq_exp.compose import compose_config
-from claq_exp.inputs import fetch, tokenize_inputs
 from claq_exp.models.load import load_config, open_model
+from claq_exp.run.inputs import fetch, tokenize_inputs
 
-claq_exp.plan.matmul_speed = lambda device: 1e11
+claq_exp.run.plan.matmul_speed = lambda device: 1e11
 
 
 def words(model: Path, text: Path) -> list[str]:
@@ -38,7 +38,7 @@ def use(model: Path, text: Path, work: Path) -> str:
     config = compose_config(words(model, text))
     fetched = fetch(config)
     model_config = load_config(fetched.model)
-    claq_exp.plan.make_plan(config, model_config, "cpu")
+    claq_exp.run.plan.make_plan(config, model_config, "cpu")
     tokens = tokenize_inputs(config, fetched.model)
     opened = open_model(fetched.model, work, dtype="float32", device="cpu")
     with torch.inference_mode():

@@ -20,7 +20,6 @@ from claq_exp.checkpoint.reader import load_model
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import write_checkpoint
 from claq_exp.errors import CalibrationError, CheckpointError, NumericalError
-from claq_exp.interruption import Interrupted
 from claq_exp.models.discover import linear_weight
 from claq_exp.models.stream import WholeModel
 from claq_exp.payload import unpack_weight
@@ -33,6 +32,7 @@ from claq_exp.quantize.reservation import Fixed as FixedReservation
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq, Nearest
 from claq_exp.run.quantize import Watcher, quantize_model
+from claq_exp.system.interruption import Interrupted
 
 RECIPE = Recipe(KMeans(), OutlierOrder(2.5), FixedReservation(0.02), Gptq())
 PLAIN = Recipe(KMeans(), Fixed(2), NoReservation(), Gptq())

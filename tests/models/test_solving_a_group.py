@@ -9,7 +9,6 @@ import torch
 
 from claq_exp.calibration.moments import MomentsAccumulator
 from claq_exp.errors import NumericalError
-from claq_exp.fallbacks import count_fallbacks
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
@@ -18,6 +17,7 @@ from claq_exp.quantize.recipe import Recipe, quantize_weight
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq, Nearest
 from claq_exp.run.solve import report_row, solve_linears
+from claq_exp.run_folder.fallbacks import count_fallbacks
 
 MIB = 2**20
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from claq_exp.calibration.streams import STUDENT, TEACHER, HiddenForm
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.errors import ConfigError
-from claq_exp.interruption import Interrupted
 from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block
 from claq_exp.models.discover import linear_weight, linears_of
 from claq_exp.models.experts import fuse_experts
@@ -26,6 +25,7 @@ from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq
 from claq_exp.run.quantize import Watcher, quantize_model
+from claq_exp.system.interruption import Interrupted
 from claq_exp.train import TUNE
 from claq_exp.train.norms import Norms, _gradients, norm_parameters
 from claq_exp.train.window import Tuned, Window

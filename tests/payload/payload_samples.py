@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
+from claq_exp.number_formats.levels import encode_weight
+from claq_exp.number_formats.table import Grid
 from claq_exp.payload import BlockCodes, ColumnCodebooks, RowGrid, SharedCodebooks, SignScales
 from claq_exp.payload.base import Payload
 from claq_exp.payload.columns import Reserved
-from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
-from claq_exp.quantize.number_formats.levels import encode_weight
-from claq_exp.quantize.number_formats.table import Grid
 
 ROWS, COLUMNS = 13, 10
 Coded = tuple[Tensor, Tensor, Reserved]

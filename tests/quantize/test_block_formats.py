@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from claq_exp.errors import ConfigError, NumericalError
+from claq_exp.number_formats.encoding import decode, encode, round_values
+from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
+from claq_exp.number_formats.levels import encode_weight
+from claq_exp.number_formats.scales import SCALES, to_e4m3
+from claq_exp.number_formats.search import search_in_torch
+from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.universal import read_codebooks
 from claq_exp.payload import BlockCodes, unpack_weight
 from claq_exp.quantize.activation import ACTIVATION
-from claq_exp.quantize.number_formats.encoding import decode, encode, round_values
-from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
-from claq_exp.quantize.number_formats.levels import encode_weight
-from claq_exp.quantize.number_formats.scales import SCALES, to_e4m3
-from claq_exp.quantize.number_formats.search import search_in_torch
-from claq_exp.quantize.number_formats.table import Grid
-from claq_exp.quantize.number_formats.universal import read_codebooks
 
 NARROW = [-12, -10, -8, -7, -5, -4, -2, -1, 1, 2, 3, 5, 7, 9, 11, 13]
 WIDE = [-31, -28, -22, -16, -12, -8, -5, -1, 2, 5, 8, 12, 16, 22, 28, 31]

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from claq_exp.errors import ConfigError
-from claq_exp.quantize.codebook.block_formats import LoBcq, NvFp4, Vsq
-from claq_exp.quantize.number_formats.encoding import round_values
-from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
-from claq_exp.quantize.number_formats.lo_bcq import (
+from claq_exp.number_formats.encoding import round_values
+from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
+from claq_exp.number_formats.lo_bcq import (
     STARTS,
     choose_codebooks,
     design_codebooks,
@@ -20,8 +19,9 @@ from claq_exp.quantize.number_formats.lo_bcq import (
     normalized_blocks,
     start_again,
 )
-from claq_exp.quantize.number_formats.table import Grid
-from claq_exp.quantize.number_formats.universal import read_codebooks
+from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.universal import read_codebooks
+from claq_exp.quantize.codebook.block_formats import LoBcq, NvFp4, Vsq
 
 HAND = [
     [0, 1, -1, 2],

@@ -10,7 +10,7 @@ from run_samples import RESULTS, result, write_runs, write_state
 from claq_exp.errors import ConfigError
 from claq_exp.reporting.collect import collect, lookup
 from claq_exp.run_folder import FAILED, FINISHED, KILLED, RunState
-from claq_exp.sweep.record import Job, write_job
+from claq_exp.run_folder.jobs import Job, write_job
 
 
 def one(tmp_path, results):

@@ -9,7 +9,7 @@ import pytest
 from damages import started
 from run_samples import RESULTS, result, write_runs
 
-from claq_exp.run.results import LAYER_FIELDS
+from claq_exp.run_folder.layers import LAYER_FIELDS
 
 ROUNDS = 4
 EVENTS = """\

@@ -17,7 +17,7 @@ from claq_exp.errors import ConfigError
 from claq_exp.reporting.collect import collect
 from claq_exp.reporting.pivot import pivot_grid
 from claq_exp.run_folder import FAILED, RunState
-from claq_exp.sweep.record import Job, write_job
+from claq_exp.run_folder.jobs import Job, write_job
 
 BITS, METHOD = "precision.target_bits", "reservation.name"
 

@@ -19,9 +19,9 @@ from claq_exp.reporting.collect import Run, collect
 from claq_exp.reporting.grid import Cell, Grid, Row
 from claq_exp.reporting.page import write_page
 from claq_exp.reporting.pictures import draw_report
-from claq_exp.run.results import LAYER_FIELDS
 from claq_exp.run_folder import RunState
-from claq_exp.sweep.record import Job, write_job
+from claq_exp.run_folder.jobs import Job, write_job
+from claq_exp.run_folder.layers import LAYER_FIELDS
 
 HOSTILE = "</script><b>\"'&$title ünï<img src=x onerror=alert(1)>"
 in_browser = pytest.mark.skipif(headless.browser() is None, reason="no Chromium on this machine")

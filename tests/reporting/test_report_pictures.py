@@ -16,7 +16,7 @@ from claq_exp.reporting.collect import Run, collect
 from claq_exp.reporting.column_pictures import read_columns
 from claq_exp.reporting.lines import front, line_labels, panels, run_labels
 from claq_exp.reporting.pictures import draw_report, quality_measures
-from claq_exp.run.results import LAYER_FIELDS
+from claq_exp.run_folder.layers import LAYER_FIELDS
 
 HOSTILE = "</script><b>\"'&$x$ ünï"
 

@@ -12,7 +12,7 @@ from claq_exp.reporting.collect import collect
 from claq_exp.reporting.labels import codebook_label, method_label
 from claq_exp.reporting.runs_table import runs_grid, unfinished_grid
 from claq_exp.run_folder import FAILED, RunState
-from claq_exp.sweep.record import Job, write_job
+from claq_exp.run_folder.jobs import Job, write_job
 
 
 @pytest.fixture

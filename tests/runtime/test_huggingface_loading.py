@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import claq_exp
 from claq_exp.errors import CheckpointError, ConfigError
-from claq_exp.hooks import on_import
 from claq_exp.runtime.huggingface import pack_linears
 from claq_exp.runtime.linear import QuantizedLinear, quantized_linears
+from claq_exp.system.hooks import on_import
 
 TOKENS = torch.arange(24).reshape(2, 12)
 
@@ -113,7 +113,9 @@ def test_no_gradients_are_asked_for(checkpoint):
     assert not any(p.requires_grad for p in loaded.model.layers[0].mlp.up_proj.parameters())
 
 
-@pytest.mark.parametrize("first", ["claq_exp", "transformers.quantizers.auto", "claq_exp.runner"])
+@pytest.mark.parametrize(
+    "first", ["claq_exp", "transformers.quantizers.auto", "claq_exp.run.runner"]
+)
 def test_the_order_of_imports_does_not_matter(checkpoint, first):
     program = (
         f"import {first}\nimport claq_exp\nfrom transformers import AutoModelForCausalLM\n"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from claq_exp import job, measuring
-from claq_exp.run import cut
+from claq_exp.run import cut, job, measuring
 from claq_exp.sources import code
 from claq_exp.sources.code import (
     PACKAGE,

@@ -12,9 +12,9 @@ from gguf_files import write_gguf
 from transformers import AutoModelForCausalLM
 
 from claq_exp.cli import main
+from claq_exp.models.source import ModelSource, model_folder
 from claq_exp.run_folder import run_state
 from claq_exp.sources.cache import cached_folder
-from claq_exp.sources.model import ModelSource, model_folder
 
 
 @pytest.fixture

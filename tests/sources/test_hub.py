@@ -41,7 +41,7 @@ for options in json.loads(sys.argv[1]):
 MODEL = """\
 import json, sys
 from claq_exp.errors import ClaqError
-from claq_exp.sources.model import ModelSource, fingerprint, model_folder
+from claq_exp.models.source import ModelSource, fingerprint, model_folder
 for name, revision in json.loads(sys.argv[1]):
     try:
         print(json.dumps(fingerprint(model_folder(ModelSource(name, revision=revision)))))

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from claq_exp.errors import ConfigError, SourceError
+from claq_exp.models.source import ModelSource, fingerprint, model_folder, weight_bytes
 from claq_exp.sources.cache import published, sha256_of
-from claq_exp.sources.model import ModelSource, fingerprint, model_folder, weight_bytes
 
 
 @pytest.fixture

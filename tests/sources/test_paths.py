@@ -12,7 +12,7 @@ from claq_exp.config import ModelConfig, TaskConfig
 from claq_exp.errors import ClaqError, ConfigError, SourceError
 from claq_exp.evaluation.rows import read_rows
 from claq_exp.evaluation.tasks import local_file
-from claq_exp.sources.model import NAME, ModelSource, model_folder, source_name
+from claq_exp.models.source import NAME, ModelSource, model_folder, source_name
 from claq_exp.sources.text import TextSource, text_files
 
 

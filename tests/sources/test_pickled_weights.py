@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForC
 
 from claq_exp.errors import SourceError
 from claq_exp.models.load import load_model, load_tokenizer
+from claq_exp.models.source import ModelSource, model_folder, weight_bytes
 from claq_exp.sources.cache import cache_folder
-from claq_exp.sources.model import ModelSource, model_folder, weight_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +76,7 @@ def test_they_load_as_the_model_that_was_saved(form, opt, request):
 
 def test_they_are_converted_once(single, monkeypatch):
     first = model_folder(ModelSource(str(single)))
-    monkeypatch.setattr("claq_exp.sources.model.convert_pickled", None)
+    monkeypatch.setattr("claq_exp.models.source.convert_pickled", None)
     assert model_folder(ModelSource(str(single))) == first
     assert weight_bytes(first) > 0
 
@@ -115,7 +115,7 @@ def test_a_download_of_the_hub_is_known_by_its_blobs(single, tmp_path, monkeypat
         (snapshot / path.name).symlink_to(blobs / str(number))
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: [])
-    monkeypatch.setattr("claq_exp.sources.model.sha256_of", None)  # no reading of gigabytes
+    monkeypatch.setattr("claq_exp.models.source.sha256_of", None)  # no reading of gigabytes
     folder = model_folder(ModelSource("owner/opt"))
     assert folder.name.startswith("opt-")
     assert not [path for path in folder.iterdir() if path.is_symlink()]

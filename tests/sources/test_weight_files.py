@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from claq_exp.errors import ConfigError, SourceError
 from claq_exp.models.load import load_model
-from claq_exp.sources.model import ModelSource, fingerprint, model_folder, weight_bytes
+from claq_exp.models.source import ModelSource, fingerprint, model_folder, weight_bytes
 from claq_exp.sources.weight_files import weight_files
 
 EMBEDDING = "model.embed_tokens.weight"

@@ -9,7 +9,7 @@ import pytest
 
 from claq_exp.errors import ClaqError
 from claq_exp.run_folder import RunState
-from claq_exp.sweep.record import Job, JobKilledError, read_jobs, recorded_job, write_job
+from claq_exp.run_folder.jobs import Job, JobKilledError, read_jobs, recorded_job, write_job
 from claq_exp.sweep.run import _own_folder
 from claq_exp.sweep.work import WORST, objective
 

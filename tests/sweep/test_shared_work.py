@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from claq_exp.allocate import model as allocating
 from claq_exp.cli import main
 from claq_exp.compose import compose_config
-from claq_exp.inputs import fetch, tokenize_inputs
 from claq_exp.run import cut
+from claq_exp.run.inputs import fetch, tokenize_inputs
 
 
 @pytest.fixture
@@ -141,6 +141,6 @@ def test_recipes_with_one_survey_make_it_once_and_get_what_they_would_have_got(
     layers("four", "solver.damping=0.1")
     layers("five", "seed=9")
     assert surveys == [True, False, True, True]
-    monkeypatch.setattr("claq_exp.job.kept_tensors", lambda kind, key, make: make())
+    monkeypatch.setattr("claq_exp.run.job.kept_tensors", lambda kind, key, make: make())
     assert layers("anew") == shared
     assert len(surveys) == 5

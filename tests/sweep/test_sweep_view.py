@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from claq_exp.run_folder import RunState
-from claq_exp.sweep.record import Job
+from claq_exp.run_folder.jobs import Job
 from claq_exp.sweep.view import Standing, SweepView, clock, jobs_table
 
 FIXED = frozenset({"name"})

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from claq_exp.errors import ConfigError, one_of
-from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
-from claq_exp.quantize.number_formats.universal import LOCAL, UNIVERSAL, read_codebooks
+from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
+from claq_exp.number_formats.universal import LOCAL, UNIVERSAL, read_codebooks
 
 TOKEN, TENSOR, STATIC = "token", "tensor", "static"
 SCOPES = (TOKEN, TENSOR, STATIC)

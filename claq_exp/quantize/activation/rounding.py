@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import CheckpointError, ConfigError
+from claq_exp.number_formats.encoding import round_values
+from claq_exp.number_formats.formats import LEARNED, BlockFormat
+from claq_exp.number_formats.lo_bcq import design_codebooks, normalized_blocks
+from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.universal import LOCAL, read_codebooks
 from claq_exp.quantize.activation import SCOPES, STATIC, TOKEN, Activation
-from claq_exp.quantize.number_formats.encoding import round_values
-from claq_exp.quantize.number_formats.formats import LEARNED, BlockFormat
-from claq_exp.quantize.number_formats.lo_bcq import design_codebooks, normalized_blocks
-from claq_exp.quantize.number_formats.table import Grid
-from claq_exp.quantize.number_formats.universal import LOCAL, read_codebooks
 
 KEYS = {"format", "scope", "codebooks", "maxima"}
 

@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from claq_exp.errors import ConfigError
+from claq_exp.number_formats.encoding import encode
+from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
+from claq_exp.number_formats.levels import BlockLevels
+from claq_exp.number_formats.lo_bcq import design_codebooks, normalized_blocks
+from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.universal import LOCAL, read_codebooks
 from claq_exp.payload.block_format import BlockCodes, BlockFormatLayout
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.base import Codebook
 from claq_exp.quantize.codebook.columns import FixedColumns
 from claq_exp.quantize.codebook.compiled import FormatTask, code_in_format
-from claq_exp.quantize.number_formats.encoding import encode
-from claq_exp.quantize.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
-from claq_exp.quantize.number_formats.levels import BlockLevels
-from claq_exp.quantize.number_formats.lo_bcq import design_codebooks, normalized_blocks
-from claq_exp.quantize.number_formats.table import Grid
-from claq_exp.quantize.number_formats.universal import LOCAL, read_codebooks
 from claq_exp.quantize.statistics import ColumnStatistics
 
 LOCAL_NUMBERS = 1 << 17  # of a matrix that its own codebooks are designed on

@@ -14,10 +14,10 @@ from numba import njit, types, uintp
 from numba.extending import overload
 from numpy.typing import NDArray
 
+from claq_exp.number_formats.compiled import place_of
 from claq_exp.quantize.codebook.affine import fit_scale_and_shift
 from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
-from claq_exp.quantize.number_formats.compiled import place_of
 
 KMEANS, EXACT, QUANTILES, FITTED, RANGE, ABSMAX = range(6)
 SHARED = FITTED  # this rule and those after it stretch a shared codebook
@@ -74,7 +74,7 @@ class FormatTask(NamedTuple):
 
     codes: [in, out] uint8, written.
     table: [places, codebooks] uint8, words: [places, codebooks] float32, resolution and offset: of
-    a lookup table (`claq_exp.quantize.number_formats.table`).
+    a lookup table (`claq_exp.number_formats.table`).
     steps: [arrays, out] float32, for each `array` columns.
     selectors: [blocks, out] uint8, for each `block` columns.
     """

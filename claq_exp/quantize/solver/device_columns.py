@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from claq_exp.accelerator import ROCM
 from claq_exp.errors import ConfigError, NumericalError
 from claq_exp.payload.column_codebooks import ColumnCodebooks
 from claq_exp.payload.columns import Reserved
 from claq_exp.quantize.solver.columns import ColumnSystem
+from claq_exp.system.accelerator import ROCM
 
 SUB_BLOCK = 8  # columns whose errors the kernel gathers itself; a product spreads them further
 LEAST_WARPS = 4

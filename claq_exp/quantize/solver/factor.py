@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import NumericalError
-from claq_exp.heap import forget
 from claq_exp.quantize.symmetric import bands, is_finite, mirror_
+from claq_exp.system.heap import forget
 
 CHUNK = 1 << 20  # numbers that change places at a time
 LADDER = (1.0, 10.0, 100.0)  # multiples of the damping that are tried in turn

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from claq_exp.accelerator import ROCM
 from claq_exp.payload.operand import Operand
 from claq_exp.runtime.kernels.triton_operand import TritonOperand, TritonPart, prepare
+from claq_exp.system.accelerator import ROCM
 
 MOST_LOOKUPS = 4  # inputs; above, tensor cores take fewer instructions
 MOST_ODD_LOOKUPS = 2  # a thread owns 32 rows of odd widths: its registers hold no more sums

@@ -1,0 +1,366 @@
+"""The stages of one run, done one after another."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from claq_exp.allocate.model import allocate_model
+from claq_exp.allocate.plans_file import load_plans, save_plans
+from claq_exp.calibration.streams import HiddenForm
+from claq_exp.checkpoint.reader import read_layouts
+from claq_exp.checkpoint.store import BlockStore
+from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
+from claq_exp.config import ExperimentConfig
+from claq_exp.errors import telling_line
+from claq_exp.evaluation.divergence import Comparison, Divergence
+from claq_exp.evaluation.measure import Measurement
+from claq_exp.models.activations import observe_inputs
+from claq_exp.models.dispatch import loaded
+from claq_exp.models.load import open_model, stored_dtype
+from claq_exp.models.original import Original, check_strictly
+from claq_exp.models.source import weight_bytes
+from claq_exp.models.stream import StreamedModel
+from claq_exp.models.towers import text_config
+from claq_exp.quantize.activation.rounding import Rounding, needs_text, settle_rounding
+from claq_exp.quantize.allocation import MatrixPlan
+from claq_exp.run import stages
+from claq_exp.run.assist import Quantization
+from claq_exp.run.inputs import Fetched, Tokens
+from claq_exp.run.measuring import QUANTIZED, Bench, activation_bits, measured_on
+from claq_exp.run.plan import HIDDEN_SHARE, Plan
+from claq_exp.run.quantize import QUANTIZE, Watcher
+from claq_exp.run.results import build_results, text_rows
+from claq_exp.run.stages import STAGES, Stage
+from claq_exp.run_folder import (
+    LAYERS_FILE,
+    PICTURE_FILE,
+    RunFolder,
+)
+from claq_exp.run_folder.fallbacks import count_fallbacks
+from claq_exp.run_folder.layers import write_layers
+from claq_exp.sources.code import code_behind
+from claq_exp.sources.kept import kept_tensors
+from claq_exp.system.distributed import Ranks
+from claq_exp.system.heap import return_at_once
+from claq_exp.system.interruption import Interruption
+from claq_exp.system.machine import versions
+from claq_exp.system.resources import free_memory, peak_memory, reset_peak
+from claq_exp.tracking.events import EventLog
+from claq_exp.tracking.progress import RunProgress
+
+ALLOCATION = "allocation.safetensors"
+CONVERTED = "converted"
+SURVEY_CODE = ("claq_exp.allocate.survey", "claq_exp.models.load")
+
+
+@dataclass
+class Job:
+    """The stages of one run; each leaves in the folder what the same command need not do again.
+
+    What a stage makes for later ones: `model`, the original; `original`, its measurement; `plans`
+    of matrices; `store`, the quantized blocks; `rounding` of activations; `quantized` and `kl`, the
+    measurement of the checkpoint; `after`, those after stages before it.
+    """
+
+    config: ExperimentConfig
+    folder: RunFolder
+    fetched: Fetched
+    source: Original
+    tokens: Tokens
+    plan: Plan
+    device: str
+    progress: RunProgress
+    events: EventLog
+    ranks: Ranks
+    interruption: Interruption
+    notes: list[str] = field(default_factory=list)
+    plans: dict[str, MatrixPlan] = field(default_factory=dict)
+    rounding: Rounding | None = None
+    model: StreamedModel = field(init=False)
+    store: BlockStore = field(init=False)
+    original: Measurement = field(init=False)
+    quantized: Measurement = field(init=False)
+    kl: dict[str, Divergence] = field(init=False)
+    after: dict[str, tuple[Measurement, dict[str, Divergence]]] = field(default_factory=dict)
+
+    @cached_property
+    def bench(self) -> Bench:
+        """What measures the model before and after."""
+        return Bench(
+            self.config,
+            self.folder.checkpoint,
+            self.folder.work,
+            self.fetched.contents["model"],
+            self.fetched.tasks,
+            self.tokens.tokenizer,
+            self.tokens.corpora,
+            self.device,
+            vocabulary=text_config(self.source.config).vocab_size,
+            streams=self.plan.needs.streams,
+            on_event=self.events.event,
+            on_share=self.progress.advance,
+        )
+
+    def results(self, command: str) -> dict[str, Any]:
+        """Go through all stages and return the content of results.json."""
+        started = datetime.now(UTC)
+        self.events.event("started", run=self.folder.path.name, versions=versions())
+        for text, row in text_rows(self.tokens.text_losses).items():
+            if any(row.values()):
+                self.events.event("text", text=text, **row)
+        for stage in STAGES:
+            if stage.name in self.plan.costs:
+                self._go_through(stage)
+        report = self.store.report(QUANTIZE)
+        layouts = read_layouts(self.folder.checkpoint)
+        self._plot(report)
+        return build_results(
+            config=self.config,
+            hash_=self.folder.hash,
+            command=command,
+            started=started,
+            device=self.device,
+            sizes=checkpoint_sizes(self.folder.checkpoint, layouts, self.plan.parameters),
+            activation_bits=activation_bits(self.folder.checkpoint, layouts),
+            original_bytes=weight_bytes(self.fetched.model),
+            corpora=self.tokens.corpora,
+            losses=self.tokens.text_losses,
+            original=self.original,
+            quantized=self.quantized,
+            kl=self.kl,
+            after=self.after,
+            spent=self.events.spent(),
+            report=report,
+            source=self.source,
+        )
+
+    def _go_through(self, stage: Stage) -> None:
+        """Do a stage under its name in the progress bar, unless an earlier try has left its work.
+
+        What it took is noted; the units of a stage with several timings note their own.
+        """
+        step = STEPS[stage.name]
+        if step.found(self):
+            return
+        self.progress.stage(stage.name)
+        reset_peak()
+        started = time.perf_counter()
+        step.run(self)
+        if len(stage.timings) == 1:
+            spent = {stage.timings[0]: round(time.perf_counter() - started, 3)}
+            self.events.event("stage", stage=stage.name, peak_memory_bytes=peak_memory(), **spent)
+
+    @cached_property
+    def batches(self) -> list[Tensor]:
+        """The calibration windows, so many at a time as go through the model together."""
+        return list(self.tokens.calibration.split(self.config.calibration.batch_size))
+
+    def load(self) -> None:
+        """Open the original and check what is stored of it."""
+        self.model = self._open_original(found=self._note_source)
+
+    def evaluate_original(self) -> None:
+        """Measure the original, and keep its logits."""
+        load = partial(self._open_original, check=False)
+        device_map = self.config.device_map
+        self.original = self.bench.measure_original(self.model, lambda: loaded(load(), device_map))
+
+    def quantize(self) -> None:
+        """Quantize block by block, with the other processes of the run."""
+        self.store = BlockStore(self.folder.work / "blocks", self._store_identity())
+        self.store.open(self._note_damage)
+        return_at_once()
+        shared = Quantization(
+            self.config,
+            self.fetched.model,
+            self.folder.work / CONVERTED,
+            self.batches,
+            self.plan.recipe,
+            self.store.follower(),
+            self.plans,
+            self._hidden_form(),
+            self.config.rewriting(),
+            self.config.tuning(),
+        )
+        self.ranks.tell(shared)
+        watcher = Watcher(
+            event=self._quantize_event,
+            share=self.progress.advance,
+            stopping=lambda: self.interruption.asked,
+        )
+        with self.interruption.finishing():
+            shared.quantize(self.model, self.store, watcher, self.ranks)
+        report = self.store.report(QUANTIZE)
+        write_layers(self.folder.path / LAYERS_FILE, report)
+        if (counts := count_fallbacks(report))["layers"]:
+            self.events.event("fallbacks", **counts)
+
+    def exported(self) -> bool:
+        """Tell whether the checkpoint is there, which is whole then."""
+        return self.folder.checkpoint.is_dir()
+
+    def observe_activations(self) -> None:
+        """Settle how activations are rounded from those of the original model."""
+        opened, names = self._open_original(check=False), list(self.plan.layouts)
+        opened.overlay.update(self.store.dense())
+        observed = observe_inputs(opened, self.batches, names, self.progress.advance)
+        self.rounding = settle_rounding(self.config.activation_rule(), observed)
+
+    def export(self) -> None:
+        """Write the checkpoint."""
+        rule = self.config.activation_rule()
+        if not needs_text(rule):
+            self.rounding = settle_rounding(rule, None)
+        self._write(self.folder.checkpoint, self.rounding)
+
+    def _write(self, folder: Path, rounding: Rounding | None) -> None:
+        write_checkpoint(
+            folder,
+            self.model.model,
+            self.tokens.tokenizer,
+            self.store.packed(),
+            stored_dtype(self.source.config),
+            source=self.fetched.model,
+            read=self.model.read,
+            rounding=rounding,
+        )
+
+    def evaluate_quantized(self) -> None:
+        """Measure the checkpoint, loaded back from disk."""
+        del self.model
+        gc.collect()  # the original model must be gone before the checkpoint is loaded
+        self.quantized, self.kl = self._measure(self.folder.checkpoint, QUANTIZED)
+
+    def evaluate_after_quantize(self) -> None:
+        """Measure the model with its quantized weights, before activations are rounded."""
+        folder = self.folder.work / "after_quantize"
+        if not folder.is_dir():
+            self._write(folder, None)
+        self.after[stages.QUANTIZE.name] = self._measure(folder, "after quantize")
+        shutil.rmtree(folder)
+
+    def _measure(self, folder: Path, name: str) -> tuple[Measurement, dict[str, Divergence]]:
+        """Measure a checkpoint, beside the logits of the original where they are compared."""
+        comparison = Comparison(self.bench.original_logits())
+        measured = self.bench.measure_checkpoint(comparison, folder, name)
+        kl = comparison.results()
+        for corpus, row in kl.items():
+            facts = {"top1_agreement": row.top1_agreement, "tokens": row.tokens}
+            self.events.event("kl", dataset=corpus, model=name, value=row.mean, **facts)
+        return measured, kl
+
+    def _plot(self, report: list[dict[str, Any]]) -> None:
+        """Draw layers.png; a run has its results without it."""
+        try:
+            from claq_exp.reporting.plots import plot_layers  # its library takes memory until here
+
+            plot_layers(report, self.folder.path / PICTURE_FILE)
+        except Exception as error:  # noqa: BLE001 - of whatever library
+            self.notes.append(f"{PICTURE_FILE} could not be drawn: {telling_line(error)}")
+            self.events.event("not_drawn", picture=PICTURE_FILE, error=telling_line(error))
+
+    def _note_damage(self, what: str) -> None:
+        self.notes.append(f"{what}; it was made again")
+        self.events.event("damaged", what=what)
+
+    def _note_source(self, found: Original) -> None:
+        """Keep what is known of the model once its weights are found; see `check_strictly`."""
+        self.source = found
+        if found.remarks():
+            self.events.event("source", **found.as_dict())
+        if self.config.strict:
+            check_strictly(found)
+
+    def _open_original(
+        self, *, check: bool = True, found: Callable[[Original], None] = lambda _: None
+    ) -> StreamedModel:
+        model = self.config.model
+        return open_model(
+            self.fetched.model,
+            self.folder.work / CONVERTED,
+            dtype=model.dtype,
+            device=self.device,
+            blocks_path=model.blocks,
+            trust_remote_code=model.trust_remote_code,
+            check=check,
+            found=found,
+        )
+
+    def _store_identity(self) -> dict[str, str]:
+        """Return what must be the same for a block to go on where another left off."""
+        found = versions()
+        return {
+            "run": self.folder.hash,
+            "device": self.device.partition(":")[0],
+            **{package: found[package] for package in ("torch", "transformers", "numba")},
+        }
+
+    def _hidden_form(self) -> HiddenForm:
+        """Decide where hidden states are kept: in the memory that there is, or on disk."""
+        plan = self.plan
+        on_disk = plan.hidden_bytes > HIDDEN_SHARE * free_memory(self.device)
+        return HiddenForm(plan.hidden_dtype, on_disk)
+
+    def _quantize_event(self, name: str, data: dict[str, Any]) -> None:
+        if name == "block":
+            data = {**data, "peak_memory_bytes": peak_memory()}
+            reset_peak()
+        self.events.event(name, **data)
+
+    def allocated(self) -> bool:
+        """Tell whether every matrix was decided on before, and read what."""
+        path = self.folder.work / ALLOCATION
+        if path.is_file():
+            self.plans = load_plans(path)
+        return path.is_file()
+
+    def allocate(self) -> None:
+        """Decide on every matrix at once."""
+        self.plans = allocate_model(
+            self._open_original(check=False).load(),
+            [batch.to(self.device) for batch in self.batches],
+            self.plan.recipe,
+            self.plan.allocation,
+            blocks_path=self.config.model.blocks,
+            overhead=self.plan.description,
+            keep=self._keep_survey,
+            on_share=self.progress.advance,
+        )
+        save_plans(self.folder.work / ALLOCATION, self.plans)
+
+    def _keep_survey(
+        self, key: dict[str, Any], make: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        model = self.fetched.contents["model"]
+        subject = measured_on(self.config, self.device, model, code_behind(*SURVEY_CODE))
+        return kept_tensors("surveys", {**subject, **key}, make)
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a stage is run.  found: whether an earlier try has left its work."""
+
+    run: Callable[[Job], None]
+    found: Callable[[Job], bool] = lambda _: False
+
+
+STEPS = {  # by the name of the stage
+    stages.LOAD.name: Step(Job.load),
+    stages.EVALUATE_ORIGINAL.name: Step(Job.evaluate_original),
+    stages.ALLOCATE.name: Step(Job.allocate, Job.allocated),
+    stages.QUANTIZE.name: Step(Job.quantize),
+    stages.EVALUATE_AFTER_QUANTIZE.name: Step(Job.evaluate_after_quantize),
+    stages.ACTIVATIONS.name: Step(Job.observe_activations, Job.exported),
+    stages.EXPORT.name: Step(Job.export, Job.exported),
+    stages.EVALUATE_QUANTIZED.name: Step(Job.evaluate_quantized),
+}

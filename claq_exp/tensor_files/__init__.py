@@ -1,0 +1,1 @@
+"""Safetensors: one file or the shards of many, written and read without their content in memory."""
