@@ -29,7 +29,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[2]
 SENSITIVE = {
-    "calibration": "hessian_accumulator",
+    "calibration": "moments_accumulator",
     "quantize": (
         "adaptive_precision block_formats claq_reference column_loop extreme_weights "
         "gptq_solver lo_bcq one_dimensional_clustering outlier_reservation rate_distortion "
