@@ -21,20 +21,20 @@ from torch import Tensor
 from claq_exp.number_formats.encoding import array_maxima, round_values
 from claq_exp.number_formats.formats import BlockFormat
 from claq_exp.number_formats.search import round_numbers
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 
 ROWS, COLUMNS = 2048, 4096
 QUICK_FORMATS = ("2 codebooks", "e2m1, arrays of 16")
 
 
-def learned(codebooks: int) -> Grid:
+def learned(codebooks: int) -> FormatCodebooks:
     """Return random codebooks of 16 integers of 6 bits, for blocks of 8 and arrays of 64."""
     books = torch.stack([torch.randperm(63)[:16].sort().values for _ in range(codebooks)])
     block_format = BlockFormat(4, 64, "e4m3", "learned", 8, codebooks, 6)
-    return Grid(block_format, books.float() - 31)
+    return FormatCodebooks(block_format, books.float() - 31)
 
 
-def grids() -> dict[str, Grid]:
+def grids() -> dict[str, FormatCodebooks]:
     """Return what is timed, by name."""
     fixed = {
         "e2m1, arrays of 16": BlockFormat(4, 16, "e4m3", "e2m1"),
@@ -44,11 +44,11 @@ def grids() -> dict[str, Grid]:
     }
     return {
         **{f"{count} codebooks": learned(count) for count in (2, 4, 8, 16)},
-        **{name: Grid.fixed(block_format) for name, block_format in fixed.items()},
+        **{name: FormatCodebooks.fixed(block_format) for name, block_format in fixed.items()},
     }
 
 
-def steps_of(values: Tensor, grid: Grid) -> Tensor:
+def steps_of(values: Tensor, grid: FormatCodebooks) -> Tensor:
     """Return what codewords are multiplied by: [rows, arrays] float32."""
     maxima, rule, top = array_maxima(values, grid.format.array), grid.format.rule, grid.format.top
     outer = maxima.amax(dim=1, keepdim=True)

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from claq_exp.allocate.survey import block_hessians
 from claq_exp.compose import compose_config
 from claq_exp.models.blocks import BlockInputs, capture_inputs, feed, run_block
-from claq_exp.models.discover import find_stages, linear_weight
+from claq_exp.models.discover import find_waves, linear_weight
 from claq_exp.models.load import load_model
 from claq_exp.models.stream import WholeModel
 from claq_exp.quantize.codebook import KMeans, Uniform
@@ -100,14 +100,14 @@ def measure(asked: argparse.Namespace, words: list[str]) -> None:
 def forward_work(block: torch.nn.Module, inputs: BlockInputs) -> float:
     """Return the operations of a block's calibration, in those of one full forward pass.
 
-    A run feeds a block once for each stage of its linears, and once more for its outputs.
+    A run feeds a block once for each wave of its linears, and once more for its outputs.
     """
     with FlopCounterMode(display=False) as whole:
         run_block(block, inputs, 0)
-    stages = find_stages(block, inputs)
+    waves = find_waves(block, inputs)
     with FlopCounterMode(display=False) as counted:
-        for stage in stages:
-            firsts = [block.get_submodule(group.names[0]) for group in stage]
+        for wave in waves:
+            firsts = [block.get_submodule(group.names[0]) for group in wave]
             feed(block, inputs, 0, dict.fromkeys(firsts, lambda _: None))
         run_block(block, inputs, 0)
     return counted.get_total_flops() / whole.get_total_flops()

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from claq_exp.calibration.moments import MomentsAccumulator
 from claq_exp.errors import CalibrationError, NumericalError
 from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, watched
-from claq_exp.models.discover import Stage, find_stages, linear_weight, linears_of
-from claq_exp.models.experts import Place, expert_lists, place_among_experts
+from claq_exp.models.discover import Wave, find_waves, linear_weight, linears_of
+from claq_exp.models.experts import ExpertPlace, expert_lists, place_among_experts
 from claq_exp.models.stream import WholeModel
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.solver import Solver
@@ -141,12 +141,12 @@ def block_hessians(
 
     An expert that saw no token gets the mean of the others, as if it had seen one.
     """
-    stages = find_stages(block, inputs)
+    waves = find_waves(block, inputs)
     sums: list[list[MomentsAccumulator]] = []
     sinks = {}
-    for stage in stages:
+    for wave in waves:
         sums.append([])
-        for group in stage:
+        for group in wave:
             first = block.get_submodule(group.names[0])
             sums[-1].append(MomentsAccumulator(linear_weight(first).shape[1]))
             sinks[first] = _accumulate(sums[-1][-1], f"{where}.{group.names[0]}")
@@ -155,16 +155,16 @@ def block_hessians(
     tokens = sum(states.shape[:-1].numel() for states in inputs.hidden)
     return hidden, [
         measured
-        for stage, accumulators in zip(stages, sums, strict=True)
-        for measured in _measured(stage, accumulators, tokens)
+        for wave, accumulators in zip(waves, sums, strict=True)
+        for measured in _measured(wave, accumulators, tokens)
     ]
 
 
 def _measured(
-    stage: Stage, accumulators: list[MomentsAccumulator], tokens: int
+    wave: Wave, accumulators: list[MomentsAccumulator], tokens: int
 ) -> Iterator[GroupHessian]:
     seen = sum(accumulator.tokens for accumulator in accumulators)
-    for group, accumulator in zip(stage, accumulators, strict=True):
+    for group, accumulator in zip(wave, accumulators, strict=True):
         if accumulator.tokens:
             hessian = accumulator.moments().single()
         else:
@@ -246,7 +246,7 @@ def _lend_importance(block: nn.Module, where: str, importance: dict[str, Tensor]
 
 
 def _known(
-    place: Place, experts: int, where: str, importance: Mapping[str, Tensor]
+    place: ExpertPlace, experts: int, where: str, importance: Mapping[str, Tensor]
 ) -> list[Tensor]:
     names = (f"{where}.{place.of(index)}" for index in range(experts))
     return [importance[name] for name in names if name in importance]

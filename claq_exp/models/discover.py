@@ -25,7 +25,7 @@ class LinearGroup:
 
 
 # Groups whose inputs do not depend on each other: one, or the same layers of all experts.
-Stage = tuple[LinearGroup, ...]
+Wave = tuple[LinearGroup, ...]
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> tuple[str, nn.ModuleList]:
@@ -107,11 +107,11 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def find_stages(block: nn.Module, inputs: BlockInputs) -> list[Stage]:
+def find_waves(block: nn.Module, inputs: BlockInputs) -> list[Wave]:
     """Run a block on its first batch and group its linears by the tensor that they receive.
 
     Stages come in execution order (Llama: q,k,v - o - gate,up - down), each of one group.  Experts
-    run side by side, so that their gate,up make one stage and their down another; an expert that no
+    run side by side, so that their gate,up make one wave and their down another; an expert that no
     token of the batch was sent to has the groups of the others.  Raises SourceError for a layer
     that received nothing.
     """
@@ -128,34 +128,34 @@ def find_stages(block: nn.Module, inputs: BlockInputs) -> list[Stage]:
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and name not in groups.setdefault(key, []):
             groups[key].append(name)
-    stages = _stages([tuple(names) for names in groups.values()], expert_lists(block))
-    fed = {name for stage in stages for group in stage for name in group.names}
+    waves = _waves([tuple(names) for names in groups.values()], expert_lists(block))
+    fed = {name for wave in waves for group in wave for name in group.names}
     if unfed := sorted(set(linears) - fed):
         raise SourceError(
             f"linear layers {', '.join(unfed)} received no input from the first calibration batch"
         )
-    return stages
+    return waves
 
 
-def _stages(groups: list[tuple[str, ...]], lists: Mapping[str, nn.ModuleList]) -> list[Stage]:
+def _waves(groups: list[tuple[str, ...]], lists: Mapping[str, nn.ModuleList]) -> list[Wave]:
     """Gather the groups of experts that do the same; give it to those that did nothing too."""
-    stages: dict[object, dict[int, LinearGroup]] = {}
+    waves: dict[object, dict[int, LinearGroup]] = {}
     for names in groups:
         places = [place_among_experts(name, lists) for name in names]
         first = places[0]
         if first is None or None in places:
-            stages[names] = {0: LinearGroup(names)}
+            waves[names] = {0: LinearGroup(names)}
             continue
         layers = [place.layer for place in places if place is not None]
         everyone = range(len(lists[first.experts]))
-        stages.setdefault(
+        waves.setdefault(
             (first.experts, *layers),
             {
                 index: LinearGroup(tuple(f"{first.experts}.{index}.{layer}" for layer in layers))
                 for index in everyone
             },
         )
-    return [tuple(stage.values()) for stage in stages.values()]
+    return [tuple(wave.values()) for wave in waves.values()]
 
 
 def _linear_weights(module: nn.Module) -> int:

@@ -92,7 +92,7 @@ def fuse_experts(model: nn.Module) -> None:
 
 
 @dataclass(frozen=True)
-class Place:
+class ExpertPlace:
     """Where a layer stands in a list of experts: the list's name, the expert, the layer in it."""
 
     experts: str
@@ -137,12 +137,12 @@ def router_weights(block: nn.Module) -> set[str]:
     return found
 
 
-def place_among_experts(name: str, lists: Iterable[str]) -> Place | None:
+def place_among_experts(name: str, lists: Iterable[str]) -> ExpertPlace | None:
     """Return where a layer stands among a block's lists of experts, None for one beside them."""
     for experts in lists:
         if name.startswith(f"{experts}."):
             index, _, layer = name.removeprefix(f"{experts}.").partition(".")
-            return Place(experts, int(index), layer)
+            return ExpertPlace(experts, int(index), layer)
     return None
 
 

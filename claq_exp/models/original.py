@@ -21,8 +21,8 @@ from claq_exp.models.stored_types import FLOATS, refuse_quantized
 from claq_exp.models.towers import text_config
 from claq_exp.models.unused import unused_tensors
 from claq_exp.models.weights import (
-    Place,
     StoredWeights,
+    TensorPlace,
     expert_places,
     placed,
     stored_tensors,
@@ -49,7 +49,7 @@ class Original:
 
     folder: Path
     config: PretrainedConfig
-    places: Mapping[str, Place]
+    places: Mapping[str, TensorPlace]
     untied: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     adapter: str | None = None
@@ -125,7 +125,7 @@ def weights_of(original: Original, work: Path, *, trust_remote_code: bool = Fals
     return StoredWeights(places | expert_places(model, places))
 
 
-def _stored_apart(tied: Mapping[str, str], places: Mapping[str, Place]) -> tuple[str, ...]:
+def _stored_apart(tied: Mapping[str, str], places: Mapping[str, TensorPlace]) -> tuple[str, ...]:
     """Return the tied parameters that are stored beside the other one, and unlike it."""
     both = [name for name, other in tied.items() if name in places and other in places]
     return tuple(name for name in both if not places[name].same_as(places[tied[name]]))
@@ -169,7 +169,7 @@ def _converted(
     missing: list[str],
     work: Path,
     trust_remote_code: bool,
-) -> dict[str, Place]:
+) -> dict[str, TensorPlace]:
     """Have transformers bring the tensors into the form of this release, on disk."""
     folder = original.folder
     lacking = f"{folder} lacks {len(missing)} tensors of its model, e.g. {missing[0]}"
@@ -202,6 +202,6 @@ def _converted(
     maps = (getattr(hook, "weights_map", None) for hook in hooks)
     index = next(found.dataset.index for found in maps if found is not None)
     return {
-        name: Place(Path(entry["safetensors_file"]), entry.get("weight_name", name))
+        name: TensorPlace(Path(entry["safetensors_file"]), entry.get("weight_name", name))
         for name, entry in index.items()
     }

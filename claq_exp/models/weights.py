@@ -38,7 +38,7 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """A tensor of a file; of fused experts' tensor only this expert's rows, from `first` on."""
 
     file: Path
@@ -56,7 +56,7 @@ class Place:
             expert: Tensor = file.get_slice(self.key)[self.expert]
             return expert[self.first : self.first + self.rows]
 
-    def same_as(self, other: Place) -> bool:
+    def same_as(self, other: TensorPlace) -> bool:
         """Tell whether two whole tensors hold the same numbers; reads no more than it must."""
         if (self.file, self.key) == (other.file, other.key):
             return True
@@ -78,7 +78,7 @@ class Place:
 class StoredWeights:
     """The weights of a Hugging Face folder."""
 
-    def __init__(self, places: Mapping[str, Place]) -> None:
+    def __init__(self, places: Mapping[str, TensorPlace]) -> None:
         self._places = places
 
     def read(self, name: str) -> Tensor:
@@ -112,7 +112,7 @@ def stored_tensors(folder: Path) -> dict[str, tuple[Path, TensorSpan]]:
 
 def placed(
     model: PreTrainedModel, stored: Mapping[str, tuple[Path, TensorSpan]]
-) -> tuple[dict[str, Place], dict[str, str]]:
+) -> tuple[dict[str, TensorPlace], dict[str, str]]:
     """Find the parameters that are stored as the model holds them, by transformers' own renaming.
 
     Returns parameter -> place, and tensor -> what it would be called in the model, of those that no
@@ -123,7 +123,7 @@ def placed(
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    found: dict[str, Place] = {}
+    found: dict[str, TensorPlace] = {}
     left_over: dict[str, str] = {}
     for key in sorted(stored, key=lambda key: (key not in state, dot_natural_key(key))):
         around = (model.base_model_prefix, state)
@@ -141,11 +141,11 @@ def placed(
                     f"{file} holds tensors of another shape than its config: {key} is "
                     f"{list(span.shape)}, the model's {list(shape)}"
                 )
-            found[name] = Place(file, key)
+            found[name] = TensorPlace(file, key)
     return found, left_over
 
 
-def expert_places(model: nn.Module, fused: Mapping[str, Place]) -> dict[str, Place]:
+def expert_places(model: nn.Module, fused: Mapping[str, TensorPlace]) -> dict[str, TensorPlace]:
     """Return the places of split experts inside the fused tensors."""
     places = {}
     for path, module in model.named_modules():
@@ -158,6 +158,6 @@ def expert_places(model: nn.Module, fused: Mapping[str, Place]) -> dict[str, Pla
                     whole = down if name == "down_proj" else gate_up
                     rows = layer.out_features
                     first = rows if name == "up_proj" else 0
-                    place = Place(whole.file, whole.key, index, first, rows)
+                    place = TensorPlace(whole.file, whole.key, index, first, rows)
                     places[f"{path}.{index}.{name}.weight"] = place
     return places

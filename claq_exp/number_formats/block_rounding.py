@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 
 BLOCKS = 32  # of a program that chooses codebooks, of one warp: nothing waits at a barrier
 NUMBERS, WARPS = 2048, 4  # of a program that does not
@@ -149,7 +149,9 @@ def round_blocks(  # type: ignore[no-untyped-def]
         tl.store(target_ptr + at, rounded.to(target_ptr.dtype.element_ty), mask=inside)
 
 
-def round_on_gpu(values: Tensor, steps: Tensor, grid: Grid, target: Tensor | None = None) -> None:
+def round_on_gpu(
+    values: Tensor, steps: Tensor, grid: FormatCodebooks, target: Tensor | None = None
+) -> None:
     """Replace numbers with known steps by the nearest that the format has.
 
     values: [rows, columns] float32, float16 or bfloat16, contiguous, overwritten.
@@ -187,7 +189,7 @@ def round_on_gpu(values: Tensor, steps: Tensor, grid: Grid, target: Tensor | Non
             )
 
 
-def _launch(grid: Grid, columns: int) -> tuple[int, dict[str, int]]:
+def _launch(grid: FormatCodebooks, columns: int) -> tuple[int, dict[str, int]]:
     """Return the numbers of a block, and how a program goes through its blocks.
 
     Where there is no choice of codebooks, blocks are runs of neighbours with the same step.
@@ -206,7 +208,7 @@ def _launch(grid: Grid, columns: int) -> tuple[int, dict[str, int]]:
 _TABLES: dict[int, dict[torch.device, Tensor]] = {}
 
 
-def _table_on(grid: Grid, device: torch.device) -> Tensor:
+def _table_on(grid: FormatCodebooks, device: torch.device) -> Tensor:
     """Return the codewords of a grid by place, on a device; kept there as long as the grid lives.
 
     [places, a power of two] float32, infinite beyond the codebooks that there are.

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from claq_exp.errors import NumericalError
 from claq_exp.number_formats.search import codewords, find_codes, round_numbers, spread
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Encoded:
     scales: Tensor
     limit: Tensor
 
-    def steps(self, grid: Grid) -> Tensor:
+    def steps(self, grid: FormatCodebooks) -> Tensor:
         """Return what codewords are multiplied by: [rows, arrays] float32."""
         return grid.format.rule.read(self.scales, self.limit, grid.format.top)
 
@@ -44,7 +44,7 @@ def array_maxima(values: Tensor, array: int) -> Tensor:
     return torch.maximum(high, -low).float()
 
 
-def encode(values: Tensor, grid: Grid, *, by_row: bool = False) -> Encoded:
+def encode(values: Tensor, grid: FormatCodebooks, *, by_row: bool = False) -> Encoded:
     """Bring numbers into a block format.
 
     values: [rows, columns] float32.  by_row: outer scales follow from the maximum of a row, and not
@@ -59,7 +59,7 @@ def encode(values: Tensor, grid: Grid, *, by_row: bool = False) -> Encoded:
     return Encoded(*find_codes(values, steps, grid), scales, limit)
 
 
-def decode(encoded: Encoded, grid: Grid) -> Tensor:
+def decode(encoded: Encoded, grid: FormatCodebooks) -> Tensor:
     """Return the numbers that codes stand for: [rows, columns] float32."""
     columns = encoded.codes.shape[1]
     words = codewords(encoded.codes, encoded.selectors, grid)
@@ -67,7 +67,7 @@ def decode(encoded: Encoded, grid: Grid) -> Tensor:
 
 
 def round_values(
-    values: Tensor, grid: Grid, *, by_row: bool = True, limit: float | None = None
+    values: Tensor, grid: FormatCodebooks, *, by_row: bool = True, limit: float | None = None
 ) -> Tensor:
     """Return the nearest numbers that a block format has, of the type of the values.
 

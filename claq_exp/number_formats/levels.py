@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from claq_exp.number_formats.encoding import Encoded, encode
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 
 LIMIT_SLACK = 1e-6  # share by which steps may exceed what the limits allow, by rounding
 
@@ -28,14 +28,14 @@ class BlockLevels:
 
     described: ClassVar[str] = "block formats"
 
-    grid: Grid
+    grid: FormatCodebooks
     selectors: Tensor | None
     scales: Tensor
     limits: Tensor | None
     free_steps: Tensor | None = None
 
     @staticmethod
-    def of(encoded: Encoded, grid: Grid) -> BlockLevels:
+    def of(encoded: Encoded, grid: FormatCodebooks) -> BlockLevels:
         """Return the levels of an encoded matrix."""
         limits = encoded.limit.reshape(-1).contiguous() if grid.format.rule.outer else None
         return BlockLevels(grid, encoded.selectors, encoded.scales, limits)
@@ -99,7 +99,7 @@ class BlockLevels:
         return order.gather(1, places).to(torch.uint8)
 
 
-def encode_weight(weight: Tensor, grid: Grid) -> tuple[Tensor, BlockLevels]:
+def encode_weight(weight: Tensor, grid: FormatCodebooks) -> tuple[Tensor, BlockLevels]:
     """Bring a matrix into a block format: [out, in] float32 -> codes [out, in] uint8, levels.
 
     Outer scales are those of rows where the format has it so, else there is one.

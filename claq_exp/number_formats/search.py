@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from claq_exp.number_formats.compiled import encode_rows, round_rows
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 
 LEAST_NUMBERS = 1 << 14  # of a thread: a twentieth of a millisecond
 
@@ -31,7 +31,9 @@ def spread(values: Tensor, length: int, columns: int) -> Tensor:
     return values.repeat_interleave(stretch, dim=-1)[..., :columns]
 
 
-def find_codes(values: Tensor, steps: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+def find_codes(
+    values: Tensor, steps: Tensor, grid: FormatCodebooks
+) -> tuple[Tensor, Tensor | None]:
     """Return codes and selectors of numbers with known steps.
 
     values: [rows, columns] float32.  steps: [rows, arrays] float32, what a codeword is multiplied
@@ -55,7 +57,7 @@ def find_codes(values: Tensor, steps: Tensor, grid: Grid) -> tuple[Tensor, Tenso
     return codes, selectors if block_format.codebooks > 1 else None
 
 
-def round_numbers(values: Tensor, steps: Tensor, grid: Grid) -> Tensor:
+def round_numbers(values: Tensor, steps: Tensor, grid: FormatCodebooks) -> Tensor:
     """Return those numbers that the codes of numbers with known steps stand for.
 
     values: [rows, columns] of a floating dtype, which the result has too; rounded to it from
@@ -82,7 +84,7 @@ def round_numbers(values: Tensor, steps: Tensor, grid: Grid) -> Tensor:
     return rounded.to(values.dtype)
 
 
-def codewords(codes: Tensor, selectors: Tensor | None, grid: Grid) -> Tensor:
+def codewords(codes: Tensor, selectors: Tensor | None, grid: FormatCodebooks) -> Tensor:
     """Return the codewords of codes [..., columns]: float32."""
     books = grid.codebooks.to(codes.device)
     if selectors is None:
@@ -91,7 +93,9 @@ def codewords(codes: Tensor, selectors: Tensor | None, grid: Grid) -> Tensor:
     return books.reshape(-1)[wide * books.shape[1] + codes]
 
 
-def search_in_torch(values: Tensor, steps: Tensor, grid: Grid) -> tuple[Tensor, Tensor | None]:
+def search_in_torch(
+    values: Tensor, steps: Tensor, grid: FormatCodebooks
+) -> tuple[Tensor, Tensor | None]:
     """Find codes and selectors as `find_codes`, on any device, one codebook after the other.
 
     A block takes the codebook with the smallest sum of squared errors, the first of equals.  The
@@ -132,11 +136,11 @@ def _gpu_kernel() -> ModuleType | None:
     return block_rounding
 
 
-def _wide(steps: Tensor, grid: Grid, columns: int) -> Tensor:
+def _wide(steps: Tensor, grid: FormatCodebooks, columns: int) -> Tensor:
     return spread(steps, grid.format.array, columns)
 
 
-def _sizes(grid: Grid, columns: int) -> tuple[int, int, int]:
+def _sizes(grid: FormatCodebooks, columns: int) -> tuple[int, int, int]:
     """Return the offset of places, the numbers of an array, and of a block (0: one codebook)."""
     block_format = grid.format
     block = block_format.block if block_format.codebooks > 1 else 0

@@ -17,7 +17,7 @@ HALVES = 2  # places of a step between two thresholds: on one, and behind it
 
 
 @dataclass(frozen=True)
-class Grid:
+class FormatCodebooks:
     """A block format with the codewords that its codes stand for.
 
     codebooks: [codebooks, 2**bits] float32, each ascending, multiples of the format's unit.
@@ -27,9 +27,9 @@ class Grid:
     codebooks: Tensor
 
     @staticmethod
-    def fixed(block_format: BlockFormat) -> Grid:
+    def fixed(block_format: BlockFormat) -> FormatCodebooks:
         """Return the grid of a format that does not learn its codewords."""
-        return Grid(block_format, block_format.fixed_codebook())
+        return FormatCodebooks(block_format, block_format.fixed_codebook())
 
     @cached_property
     def table(self) -> LookupTable:
@@ -68,7 +68,7 @@ class LookupTable:
         return padded
 
 
-def _lookup_table(grid: Grid) -> LookupTable:
+def _lookup_table(grid: FormatCodebooks) -> LookupTable:
     books, unit = grid.codebooks.double(), grid.format.unit
     resolution = HALVES / unit
     reach = int(resolution * (float(books.abs().max()) + unit))

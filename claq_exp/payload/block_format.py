@@ -15,7 +15,7 @@ from torch import Tensor
 from claq_exp.errors import CheckpointError, NumericalError
 from claq_exp.number_formats.formats import LEARNED, BlockFormat
 from claq_exp.number_formats.levels import BlockLevels
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 from claq_exp.payload.base import Layout, moved_to
 from claq_exp.payload.columns import ColumnPayload, Lookups, Reserved, bands, coded_tensors
 from claq_exp.payload.packing import pack, unpack
@@ -110,7 +110,7 @@ class BlockCodes(ColumnPayload):
         same = super().with_values(values)
         blocks = replace(self.blocks, free_steps=values.get("steps", self.blocks.free_steps))
         if "codewords" in values:
-            blocks = replace(blocks, grid=Grid(blocks.grid.format, values["codewords"]))
+            blocks = replace(blocks, grid=FormatCodebooks(blocks.grid.format, values["codewords"]))
         return replace(same, blocks=blocks)
 
     def rebuilt(self, values: Mapping[str, Tensor]) -> Self:
@@ -132,11 +132,11 @@ class BlockCodes(ColumnPayload):
         chosen = torch.arange(self.shape[1], device=self.codes.device)
         table = replace(
             blocks,
-            grid=Grid(blocks.grid.format, places.float()),
+            grid=FormatCodebooks(blocks.grid.format, places.float()),
             free_steps=torch.ones_like(blocks.steps),
         )
         codes = table.values(self.codes, chosen).to(torch.uint8)
-        blocks = replace(blocks, grid=Grid(blocks.grid.format, ascending))
+        blocks = replace(blocks, grid=FormatCodebooks(blocks.grid.format, ascending))
         return replace(changed, codes=codes, blocks=blocks)
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
@@ -183,13 +183,13 @@ class BlockCodes(ColumnPayload):
         return Lookups(widest, decoder=moved_to(self.blocks, device))
 
 
-def _grid(form: BlockFormat, tensors: Mapping[str, Tensor]) -> Grid:
+def _grid(form: BlockFormat, tensors: Mapping[str, Tensor]) -> FormatCodebooks:
     if form.codewords != LEARNED:
-        return Grid.fixed(form)
+        return FormatCodebooks.fixed(form)
     entries = 2**form.bits
     count = form.codebooks * entries
     integers = unpack(tensors["block_codebooks"], form.codeword_bits, count) - int(form.top) - 1
     books = integers.reshape(form.codebooks, entries).float()
     if bool((books.diff(dim=1) < 0).any()):
         raise CheckpointError("block_codebooks hold a codebook that does not ascend")
-    return Grid(form, books)
+    return FormatCodebooks(form, books)

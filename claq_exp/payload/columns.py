@@ -15,7 +15,7 @@ from torch import Tensor
 
 from claq_exp.errors import CheckpointError
 from claq_exp.payload.base import Layout, Payload
-from claq_exp.payload.operand import Decoder, Grid, Operand, Part
+from claq_exp.payload.operand import Decoder, Operand, Part, RowScales
 from claq_exp.payload.packing import pack, unpack, unpack_some
 from claq_exp.payload.stored import HALF_MAX, MAX_BITS, StoredTensor, index_width
 
@@ -137,7 +137,7 @@ class Lookups:
 
     widest: float
     levels: Tensor | None = None
-    grid: Grid | None = None
+    grid: RowScales | None = None
     row_scales: Tensor | None = None
     decoder: Decoder | None = None
 

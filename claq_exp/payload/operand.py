@@ -28,7 +28,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Grid:
+class RowScales:
     """A uniform grid per row and group of columns: w = scale * (code - zero).
 
     scales, zeros: [out, groups] float32.
@@ -38,9 +38,9 @@ class Grid:
     zeros: Tensor
     group_size: int
 
-    def to(self, device: torch.device) -> Grid:
+    def to(self, device: torch.device) -> RowScales:
         """Return the same on a device."""
-        return Grid(self.scales.to(device), self.zeros.to(device), self.group_size)
+        return RowScales(self.scales.to(device), self.zeros.to(device), self.group_size)
 
 
 class Decoder(Protocol):
@@ -77,7 +77,7 @@ class Operand:
     rows: int
     columns: int
     parts: tuple[Part, ...]
-    grid: Grid | None
+    grid: RowScales | None
     row_scales: Tensor | None
     reserved_rows: Tensor
     reserved_columns: Tensor

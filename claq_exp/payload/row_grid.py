@@ -21,7 +21,7 @@ from claq_exp.payload.columns import (
     bands,
     coded_tensors,
 )
-from claq_exp.payload.operand import Grid
+from claq_exp.payload.operand import RowScales
 from claq_exp.payload.packing import pack, unpack
 from claq_exp.payload.stored import StoredTensor
 
@@ -117,4 +117,4 @@ class RowGrid(ColumnPayload):
         scales, zeros = self.scales.float(), self.zeros.float()
         top = 2.0 ** int(self.column_bits[0]) - 1
         widest = float((scales * torch.maximum(zeros, top - zeros)).max())
-        return Lookups(widest, grid=Grid(scales, zeros, self.group_size))
+        return Lookups(widest, grid=RowScales(scales, zeros, self.group_size))

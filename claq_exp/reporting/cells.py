@@ -10,7 +10,7 @@ from string import ascii_lowercase
 
 from claq_exp.reporting.collect import Run
 from claq_exp.reporting.columns import GIVEN, Column
-from claq_exp.reporting.grid import Cell, Row
+from claq_exp.reporting.report_table import Cell, Row
 
 NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"

@@ -59,17 +59,17 @@ def _compare(asked: argparse.Namespace) -> int:
             f"report: --compare takes two runs, and nothing else; '{asked.folders[0]}'"
         )
     first, second = (Path(folder).expanduser() for folder in asked.compare)
-    grids = compare_runs(first, second)
+    tables = compare_runs(first, second)
     console = Console()
     for name, folder in (("A", first), ("B", second)):
         _say(f"{name}: {folder}")
-    for grid in grids:
-        console.print(grid.title, highlight=False, style="bold")
-        console.print(*to_terminal(grid, console.width))
+    for table in tables:
+        console.print(table.title, highlight=False, style="bold")
+        console.print(*to_terminal(table, console.width))
     if asked.into:
         into = Path(asked.into).expanduser()
         into.mkdir(parents=True, exist_ok=True)
-        write_bytes(into / COMPARISON, comparison_markdown(first, second, grids).encode())
+        write_bytes(into / COMPARISON, comparison_markdown(first, second, tables).encode())
         _say(str(into / COMPARISON))
     return 0
 
@@ -101,7 +101,7 @@ def _mode(asked: argparse.Namespace) -> str:
 def _show(report: Report) -> None:
     console = Console()
     console.print(
-        *to_terminal(slim(report.grid, without=("run",)), console.width, report.files[0].name)
+        *to_terminal(slim(report.table, without=("run",)), console.width, report.files[0].name)
     )
     if report.unfinished:
         console.print(report.unfinished.title, highlight=False)

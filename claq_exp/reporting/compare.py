@@ -11,8 +11,8 @@ from claq_exp.errors import ConfigError
 from claq_exp.reporting.cells import NOT_FINITE, NOT_MEASURED, Marks, number
 from claq_exp.reporting.collect import Measure, Run, read_run
 from claq_exp.reporting.columns import same_content
-from claq_exp.reporting.grid import Cell, Grid, Row
 from claq_exp.reporting.render import to_markdown
+from claq_exp.reporting.report_table import Cell, ReportTable, Row
 from claq_exp.reporting.settings import flatten
 
 MOST = 10  # layers that are shown
@@ -25,7 +25,7 @@ PER_LAYER = {
 }
 
 
-def compare_runs(first: Path, second: Path) -> list[Grid]:
+def compare_runs(first: Path, second: Path) -> list[ReportTable]:
     """Return tables of settings, circumstances, measures and layers in which two runs differ.
 
     The first run is A, the second B; differences are B - A, ratios B / A.
@@ -35,20 +35,20 @@ def compare_runs(first: Path, second: Path) -> list[Grid]:
     columns = ["", "A", "B"]
     settings = _differences(flatten(one.config), flatten(two.config))
     about = _differences(_about(one), _about(two))
-    grids = [
-        Grid("Settings that differ", columns, [False] * 3, settings),
-        Grid("Made by what differs", columns, [False] * 3, about),
+    tables = [
+        ReportTable("Settings that differ", columns, [False] * 3, settings),
+        ReportTable("Made by what differs", columns, [False] * 3, about),
         _measures(one, two),
         _ledger(one, two),
         *_layers(one, two),
     ]
-    return [grid for grid in grids if grid.rows]
+    return [table for table in tables if table.rows]
 
 
-def comparison_markdown(first: Path, second: Path, grids: list[Grid]) -> str:
+def comparison_markdown(first: Path, second: Path, tables: list[ReportTable]) -> str:
     """Return the tables as one Markdown text."""
     parts = [f"# A and B\n\n* A: `{first}`\n* B: `{second}`\n"]
-    parts += [f"## {grid.title}\n\n{to_markdown(grid)}" for grid in grids]
+    parts += [f"## {table.title}\n\n{to_markdown(table)}" for table in tables]
     return "\n".join(parts)
 
 
@@ -84,7 +84,7 @@ def _about(run: Run) -> dict[str, Any]:
     return flatten({key: about[key] for key in ABOUT if key in about})
 
 
-def _measures(one: Run, two: Run) -> Grid:
+def _measures(one: Run, two: Run) -> ReportTable:
     marks, rows = Marks(), []
     before, after = one.measures, two.measures
     for key in dict.fromkeys([*before, *after]):
@@ -100,7 +100,7 @@ def _measures(one: Run, two: Run) -> Grid:
         else:
             cells += [Cell("", mark=marks.of("measured on different content"))] * 2
         rows.append(Row([Cell(known.label), *cells]))
-    return Grid("Measures", COLUMNS, NUMERIC, rows, marks.footnotes())
+    return ReportTable("Measures", COLUMNS, NUMERIC, rows, marks.footnotes())
 
 
 def _value_cell(measure: Measure | None, marks: Marks) -> Cell:
@@ -122,14 +122,14 @@ def _change(before: float | None, after: float | None, digits: int) -> list[Cell
     return [*cells, Cell(number(ratio, 3), ratio) if math.isfinite(ratio) else Cell("")]
 
 
-def _layers(one: Run, two: Run) -> list[Grid]:
+def _layers(one: Run, two: Run) -> list[ReportTable]:
     """Return, for error and bits, the layers in which runs differ most."""
     before, after = ({row["name"]: row for row in run.layers} for run in (one, two))
     shared = [name for name in before if name in after]
     notes = []
     if alone := len(before) + len(after) - 2 * len(shared):
         notes.append(f"Layers in one of the runs only: {alone}.")
-    grids = []
+    tables = []
     for field, label in PER_LAYER.items():
         pairs: dict[str, tuple[Any, Any]] = {
             name: (before[name].get(field), after[name].get(field)) for name in shared
@@ -138,8 +138,8 @@ def _layers(one: Run, two: Run) -> list[Grid]:
         rows.sort(key=lambda row: -abs(row.cells[3].value or 0.0))
         title = f"Layers that differ most in {label}"
         more = [f"{len(rows) - MOST} more layers differ."] if len(rows) > MOST else []
-        grids.append(Grid(title, COLUMNS, NUMERIC, rows[:MOST], [*more, *notes]))
-    return grids
+        tables.append(ReportTable(title, COLUMNS, NUMERIC, rows[:MOST], [*more, *notes]))
+    return tables
 
 
 def _differ(*pair: Any) -> bool:
@@ -153,7 +153,7 @@ def _numbers(name: str, before: float, after: float, digits: int) -> Row:
     return Row([Cell(name), *values, *_change(before, after, digits)])
 
 
-def _ledger(one: Run, two: Run) -> Grid:
+def _ledger(one: Run, two: Run) -> ReportTable:
     """Return the megabytes by purpose."""
     before, after = ((run.results or {})["bits"].get("ledger", {}) for run in (one, two))
     rows = [
@@ -161,4 +161,4 @@ def _ledger(one: Run, two: Run) -> Grid:
         for account in before
         if account in after and _differ(before[account], after[account])
     ]
-    return Grid("Stored megabytes by purpose", COLUMNS, NUMERIC, rows)
+    return ReportTable("Stored megabytes by purpose", COLUMNS, NUMERIC, rows)

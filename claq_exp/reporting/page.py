@@ -17,9 +17,9 @@ from urllib.parse import quote
 
 from claq_exp.reporting.canvas import Picture
 from claq_exp.reporting.collect import Collection, Run
-from claq_exp.reporting.grid import Grid
 from claq_exp.reporting.labels import method_label
 from claq_exp.reporting.render import to_html
+from claq_exp.reporting.report_table import ReportTable
 from claq_exp.reporting.settings import differing, flatten
 from claq_exp.run_folder.layers import LAYER_FIELDS
 from claq_exp.system.files import json_safe, write_bytes
@@ -31,7 +31,11 @@ NUMBERS = ("linear bits", "seconds")
 
 
 def write_page(
-    path: Path, title: str, collection: Collection, grids: list[Grid], pictures: list[Picture]
+    path: Path,
+    title: str,
+    collection: Collection,
+    tables: list[ReportTable],
+    pictures: list[Picture],
 ) -> None:
     """Write a page that needs no other file and no network, and may make no request at all.
 
@@ -48,7 +52,7 @@ def write_page(
         script_hash=_digest(script),
         summary=html.escape(_summary(collection)),
         notes="\n".join(f'<p class="note">{html.escape(note)}</p>' for note in collection.notes),
-        tables="\n".join(f'<div class="scroll">\n{to_html(grid)}</div>' for grid in grids),
+        tables="\n".join(f'<div class="scroll">\n{to_html(table)}</div>' for table in tables),
         pictures=_gallery(pictures),
         runs=_runs_table(collection.runs),
         commands=_commands(collection.runs),

@@ -9,8 +9,8 @@ from typing import Any
 from claq_exp.reporting.cells import Marks, mark_best, measured_cell, original_cell
 from claq_exp.reporting.collect import Collection, Run
 from claq_exp.reporting.columns import Column, check_same_content, choose_columns
-from claq_exp.reporting.grid import Cell, Grid, Row
 from claq_exp.reporting.overrides import config_of
+from claq_exp.reporting.report_table import Cell, ReportTable, Row
 from claq_exp.reporting.runs_table import (
     SORT,
     finished_runs,
@@ -48,7 +48,7 @@ class _Frame:
         return list(dict.fromkeys(down for down, _ in self.cells))
 
 
-def pivot_grid(
+def pivot_table(
     collection: Collection,
     title: str,
     *,
@@ -56,7 +56,7 @@ def pivot_grid(
     columns: Sequence[str] = (),
     metrics: Sequence[str] = (),
     sort: str = SORT,
-) -> Grid:
+) -> ReportTable:
     """Return a table with a row for each value of `rows` and a group for each of `columns`.
 
     rows, columns: dotted config keys.  Each group shows linear and nominal bits and the metrics.
@@ -97,7 +97,7 @@ def pivot_grid(
         *mixed_notes(cells.values()),
         *table_notes(runs, shown, body),
     ]
-    return Grid(title, labels, numeric, body, notes, groups if column_keys else [])
+    return ReportTable(title, labels, numeric, body, notes, groups if column_keys else [])
 
 
 def _place(

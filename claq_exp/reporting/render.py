@@ -9,7 +9,7 @@ import re
 from itertools import groupby
 from typing import Any
 
-from claq_exp.reporting.grid import Cell, Grid, Row
+from claq_exp.reporting.report_table import Cell, ReportTable, Row
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -31,18 +31,18 @@ LATEX = {
 }
 
 
-def to_markdown(grid: Grid) -> str:
+def to_markdown(table: ReportTable) -> str:
     """Return a GitHub table with its footnotes below; best in bold, marks raised."""
-    lines = [_markdown_line([escaped(heading) for heading in grid.headings()])]
-    lines.append(_markdown_line(["---:" if number else "---" for number in grid.numeric]))
-    lines += [_markdown_line([_markdown_cell(cell) for cell in row.cells]) for row in grid.rows]
-    notes = [line for note in grid.footnotes for line in ("", escaped(note))]
+    lines = [_markdown_line([escaped(heading) for heading in table.headings()])]
+    lines.append(_markdown_line(["---:" if number else "---" for number in table.numeric]))
+    lines += [_markdown_line([_markdown_cell(cell) for cell in row.cells]) for row in table.rows]
+    notes = [line for note in table.footnotes for line in ("", escaped(note))]
     return "\n".join([*lines, *notes]) + "\n"
 
 
-def to_csv(grid: Grid) -> str:
+def to_csv(table: ReportTable) -> str:
     """Return `plain_rows` as CSV: plain numbers, empty where there is none."""
-    header, rows = plain_rows(grid)
+    header, rows = plain_rows(table)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
@@ -51,23 +51,23 @@ def to_csv(grid: Grid) -> str:
     return text.getvalue()
 
 
-def plain_rows(grid: Grid) -> tuple[list[str], list[list[Any]]]:
+def plain_rows(table: ReportTable) -> tuple[list[str], list[list[Any]]]:
     """Return headings and rows for machines: numbers, words, and None where there is no number.
 
     Standard deviations and counts are columns of their own, `HEADING std` and `HEADING n`, where a
     column has any; the last column, `original`, tells the models before quantization.
     """
-    places = range(len(grid.columns))
-    spread = [any(row.cells[place].deviation is not None for row in grid.rows) for place in places]
+    places = range(len(table.columns))
+    spread = [any(row.cells[place].deviation is not None for row in table.rows) for place in places]
     header: list[str] = []
-    for heading, wide in zip(grid.headings(), spread, strict=True):
+    for heading, wide in zip(table.headings(), spread, strict=True):
         header += [heading, f"{heading} std", f"{heading} n"] if wide else [heading]
     rows = []
-    for row in grid.rows:
+    for row in table.rows:
         values: list[Any] = []
         for place in places:
             cell = row.cells[place]
-            values.append(cell.value if grid.numeric[place] else cell.text)
+            values.append(cell.value if table.numeric[place] else cell.text)
             if spread[place]:
                 counts = cell.value is not None and not row.original
                 values += [cell.deviation, cell.count if counts else None]
@@ -75,49 +75,49 @@ def plain_rows(grid: Grid) -> tuple[list[str], list[list[Any]]]:
     return [*header, "original"], rows
 
 
-def to_latex(grid: Grid) -> str:
+def to_latex(table: ReportTable) -> str:
     """Return a table for the package booktabs, footnotes under it, all names escaped."""
-    align = "".join("r" if number else "l" for number in grid.numeric)
-    body = [_latex_row([_latex_cell(cell) for cell in row.cells]) for row in grid.rows]
-    originals = sum(row.original for row in grid.rows)
-    if 0 < originals < len(body) and all(row.original for row in grid.rows[:originals]):
+    align = "".join("r" if number else "l" for number in table.numeric)
+    body = [_latex_row([_latex_cell(cell) for cell in row.cells]) for row in table.rows]
+    originals = sum(row.original for row in table.rows)
+    if 0 < originals < len(body) and all(row.original for row in table.rows[:originals]):
         body.insert(originals, r"\midrule")
     lines = [
         r"% needs \usepackage{booktabs}",
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{_latex(grid.title)}}}",
+        rf"\caption{{{_latex(table.title)}}}",
         rf"\begin{{tabular}}{{{align}}}",
         r"\toprule",
-        *_latex_groups(grid),
-        _latex_row([_latex(heading) for heading in grid.columns]),
+        *_latex_groups(table),
+        _latex_row([_latex(heading) for heading in table.columns]),
         r"\midrule",
         *body,
         r"\bottomrule",
         r"\end{tabular}",
     ]
-    if grid.footnotes:
+    if table.footnotes:
         lines += ["", r"\smallskip", r"\begin{minipage}{\linewidth}", r"\footnotesize"]
-        lines += [rf"{_latex(note)}\par" for note in grid.footnotes]
+        lines += [rf"{_latex(note)}\par" for note in table.footnotes]
         lines.append(r"\end{minipage}")
     return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
-def to_html(grid: Grid) -> str:
+def to_html(table: ReportTable) -> str:
     """Return a <table>: `data-value` for sorting, classes number, best and original.
 
     A row of one run has its name as `data-run`.  Footnotes are the table's foot.
     """
-    rows = "\n".join(_html_row(grid, row) for row in grid.rows)
+    rows = "\n".join(_html_row(table, row) for row in table.rows)
     head = "".join(
         f'<th scope="col"{_html_class(["number"] if number else [])}>{html.escape(heading)}</th>'
-        for heading, number in zip(grid.columns, grid.numeric, strict=True)
+        for heading, number in zip(table.columns, table.numeric, strict=True)
     )
-    notes = "".join(f"<p>{html.escape(note)}</p>" for note in grid.footnotes)
-    foot = f'<tfoot><tr><td colspan="{len(grid.columns)}">{notes}</td></tr></tfoot>\n'
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in table.footnotes)
+    foot = f'<tfoot><tr><td colspan="{len(table.columns)}">{notes}</td></tr></tfoot>\n'
     return (
-        f'<table class="grid">\n<caption>{html.escape(grid.title)}</caption>\n'
-        f"<thead>\n{_html_groups(grid)}<tr>{head}</tr>\n</thead>\n<tbody>\n{rows}\n</tbody>\n"
+        f'<table class="grid">\n<caption>{html.escape(table.title)}</caption>\n'
+        f"<thead>\n{_html_groups(table)}<tr>{head}</tr>\n</thead>\n<tbody>\n{rows}\n</tbody>\n"
         f"{foot if notes else ''}</table>\n"
     )
 
@@ -160,11 +160,11 @@ def _latex_row(cells: list[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
-def _latex_groups(grid: Grid) -> list[str]:
-    if not any(grid.groups):
+def _latex_groups(table: ReportTable) -> list[str]:
+    if not any(table.groups):
         return []
     cells, rules, place = [], [], 1
-    for name, width in _spans(grid):
+    for name, width in _spans(table):
         cells.append(
             rf"\multicolumn{{{width}}}{{c}}{{{_latex(name)}}}" if name else " & " * (width - 1)
         )
@@ -174,26 +174,26 @@ def _latex_groups(grid: Grid) -> list[str]:
     return [_latex_row(cells), "".join(rules)]
 
 
-def _spans(grid: Grid) -> list[tuple[str, int]]:
+def _spans(table: ReportTable) -> list[tuple[str, int]]:
     """Return each group's heading and its number of columns, from the left."""
-    return [(name, len(list(columns))) for name, columns in groupby(grid.groups)]
+    return [(name, len(list(columns))) for name, columns in groupby(table.groups)]
 
 
-def _html_groups(grid: Grid) -> str:
-    if not any(grid.groups):
+def _html_groups(table: ReportTable) -> str:
+    if not any(table.groups):
         return ""
     cells = [
         f'<th scope="colgroup" colspan="{width}">{html.escape(name)}</th>'
         if name
         else f'<td colspan="{width}"></td>'
-        for name, width in _spans(grid)
+        for name, width in _spans(table)
     ]
     return f"<tr>{''.join(cells)}</tr>\n"
 
 
-def _html_row(grid: Grid, row: Row) -> str:
+def _html_row(table: ReportTable, row: Row) -> str:
     cells = []
-    for cell, is_number in zip(row.cells, grid.numeric, strict=True):
+    for cell, is_number in zip(row.cells, table.numeric, strict=True):
         classes = ["number"] * is_number + ["best"] * cell.best
         value = "" if cell.value is None else f' data-value="{cell.value!r}"'
         mark = f"<sup>{cell.mark}</sup>" if cell.mark else ""

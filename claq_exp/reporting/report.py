@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from claq_exp.reporting.collect import Collection, Run, collect
-from claq_exp.reporting.grid import Grid
 from claq_exp.reporting.page import write_page
 from claq_exp.reporting.pictures import Picture, draw_report
-from claq_exp.reporting.pivot import pivot_grid
+from claq_exp.reporting.pivot import pivot_table
 from claq_exp.reporting.render import escaped, to_csv, to_latex, to_markdown
-from claq_exp.reporting.runs_table import SORT, runs_grid, unfinished_grid
+from claq_exp.reporting.report_table import ReportTable
+from claq_exp.reporting.runs_table import SORT, runs_table, unfinished_table
 from claq_exp.reporting.terminal import slim
 from claq_exp.system.files import write_bytes
 
@@ -36,13 +36,13 @@ class TableOptions:
 class Report:
     """What a report shows and has written.
 
-    runs: the finished ones.  grid: the main table.  unfinished: that of the others.  notes: on what
-    was left out.  files: report.*, the Markdown first.
+    runs: the finished ones.  table: of them.  unfinished: that of the others.  notes: on what was
+    left out.  files: report.*, the Markdown first.
     """
 
     runs: list[Run]
-    grid: Grid
-    unfinished: Grid | None
+    table: ReportTable
+    unfinished: ReportTable | None
     notes: list[str]
     files: list[Path]
     pictures: list[Picture]
@@ -55,26 +55,29 @@ def make_report(folders: Sequence[Path], into: Path, options: TableOptions) -> R
     do not compare: other tokens or questions under one name.
     """
     collection = collect(folders)
-    grid = make_grid(collection, " and ".join(_name(folder) for folder in folders), options)
-    unfinished = unfinished_grid(collection)
+    table = make_table(collection, " and ".join(_name(folder) for folder in folders), options)
+    unfinished = unfinished_table(collection)
     (into / PICTURES).mkdir(parents=True, exist_ok=True)
     pictures = draw_report(collection.runs, into / PICTURES)
     contents = {
-        "report.md": _markdown(grid, unfinished, collection.notes, pictures),
-        "report.csv": to_csv(grid),
-        "report.tex": to_latex(slim(grid, without=("run",))),
+        "report.md": _markdown(table, unfinished, collection.notes, pictures),
+        "report.csv": to_csv(table),
+        "report.tex": to_latex(slim(table, without=("run",))),
     }
     for name, text in contents.items():
         write_bytes(into / name, text.encode())
-    write_page(into / PAGE, grid.title, collection, [slim(grid)], pictures)
+    write_page(into / PAGE, table.title, collection, [slim(table)], pictures)
     files = [into / name for name in (*contents, PAGE)]
-    return Report(collection.finished, grid, unfinished, collection.notes, files, pictures)
+    return Report(collection.finished, table, unfinished, collection.notes, files, pictures)
 
 
 def _markdown(
-    grid: Grid, unfinished: Grid | None, notes: Sequence[str], pictures: Sequence[Picture]
+    table: ReportTable,
+    unfinished: ReportTable | None,
+    notes: Sequence[str],
+    pictures: Sequence[Picture],
 ) -> str:
-    parts = [to_markdown(grid)]
+    parts = [to_markdown(table)]
     if unfinished:
         parts.append(f"{unfinished.title}:\n\n{to_markdown(unfinished)}")
     parts += [f"{escaped(note)}\n" for note in notes]
@@ -82,10 +85,10 @@ def _markdown(
     return "\n".join(parts)
 
 
-def make_grid(collection: Collection, title: str, options: TableOptions) -> Grid:
+def make_table(collection: Collection, title: str, options: TableOptions) -> ReportTable:
     """Return the table that was asked for."""
     if options.rows or options.columns:
-        return pivot_grid(
+        return pivot_table(
             collection,
             title,
             rows=options.rows,
@@ -93,7 +96,7 @@ def make_grid(collection: Collection, title: str, options: TableOptions) -> Grid
             metrics=options.metrics,
             sort=options.sort,
         )
-    return runs_grid(
+    return runs_table(
         collection,
         title,
         by=options.by,

@@ -17,9 +17,9 @@ from claq_exp.reporting.cells import (
 )
 from claq_exp.reporting.collect import Collection, Run
 from claq_exp.reporting.columns import Column, check_same_content, choose_columns, known_columns
-from claq_exp.reporting.grid import Cell, Grid, Row
 from claq_exp.reporting.labels import families_of, recipe_labels
 from claq_exp.reporting.overrides import agree
+from claq_exp.reporting.report_table import Cell, ReportTable, Row
 from claq_exp.reporting.settings import (
     check_seeds_only,
     differing,
@@ -38,7 +38,7 @@ COUNTED = "Linear bits count all that is stored for the quantized layers, nomina
 NAMED = 4  # keys that a footnote names
 
 
-def runs_grid(
+def runs_table(
     collection: Collection,
     title: str,
     *,
@@ -46,7 +46,7 @@ def runs_grid(
     metrics: Sequence[str] = (),
     sort: str = SORT,
     seeds: bool = False,
-) -> Grid:
+) -> ReportTable:
     """Return a table of all finished runs, below the original of each model.
 
     by: config keys that become the first columns.  metrics: see `choose_columns`.  sort: a measure,
@@ -83,10 +83,10 @@ def runs_grid(
         *mixed_notes(groups),
         *table_notes(runs, columns, rows),
     ]
-    return Grid(title, [*keys, *own, *labels, *count, "run"], numeric, rows, notes)
+    return ReportTable(title, [*keys, *own, *labels, *count, "run"], numeric, rows, notes)
 
 
-def unfinished_grid(collection: Collection) -> Grid | None:
+def unfinished_table(collection: Collection) -> ReportTable | None:
     """Return a table of the runs and jobs without results, and why; None where there are none.
 
     Jobs without a folder go by the overrides in which they differ, or from finished runs.
@@ -103,7 +103,7 @@ def unfinished_grid(collection: Collection) -> Grid | None:
         own = " ".join(word for word in run.overrides if word not in shared)
         name = own if run.folder is None and own else run.name
         rows.append(Row([Cell(name), Cell(run.state.name), Cell(run.state.reason)], run=run.name))
-    return Grid("Without results", ["run", "state", "reason"], [False] * 3, rows)
+    return ReportTable("Without results", ["run", "state", "reason"], [False] * 3, rows)
 
 
 def finished_runs(collection: Collection) -> list[Run]:

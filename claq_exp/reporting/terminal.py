@@ -8,86 +8,86 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from claq_exp.reporting.grid import Cell, Grid, Row
+from claq_exp.reporting.report_table import Cell, ReportTable, Row
 
 PADDING = 3  # of a column and its border
 LEAST = 4  # columns that are always shown
 SPARE = ("model bits", "checkpoint, MB")  # no one compares runs by these first
 
 
-def slim(grid: Grid, *, without: tuple[str, ...] = ()) -> Grid:
+def slim(table: ReportTable, *, without: tuple[str, ...] = ()) -> ReportTable:
     """Return a table without the words that all rows share, which become a footnote.
 
     without: headings of columns to leave out altogether.
     """
-    rows = [row for row in grid.rows if not row.original]
+    rows = [row for row in table.rows if not row.original]
     kept, same = [], []
-    for place, heading in enumerate(grid.headings()):
+    for place, heading in enumerate(table.headings()):
         texts = {row.cells[place].text for row in rows}
-        is_shared = not grid.numeric[place] and len(rows) > 1 and len(texts) == 1
+        is_shared = not table.numeric[place] and len(rows) > 1 and len(texts) == 1
         if is_shared and any(texts):
             same.append(f"{heading} {next(iter(texts))}")
         if heading not in without and not is_shared:
             kept.append(place)
-    if all(grid.numeric[place] for place in kept) and 0 not in kept:
+    if all(table.numeric[place] for place in kept) and 0 not in kept:
         kept.insert(0, 0)  # the original has to be told from the rest
-    smaller = _select(grid, kept)
+    smaller = _select(table, kept)
     notes = [f"In all rows: {', '.join(same)}."] if same else []
     return replace(_named_original(smaller), footnotes=[*smaller.footnotes, *notes])
 
 
-def to_terminal(grid: Grid, width: int, where: str = "") -> list[Table]:
+def to_terminal(table: ReportTable, width: int, where: str = "") -> list[Table]:
     """Return tables that fit a terminal, one below the other: one for each group of columns.
 
     width: of the terminal, in characters.  where: file that has the columns which do not fit.
     """
-    names = [name for name in dict.fromkeys(grid.groups) if name]
+    names = [name for name in dict.fromkeys(table.groups) if name]
     if not names:
-        return [_table(grid, width, where)]
-    tables = []
+        return [_table(table, width, where)]
+    drawn_all = []
     for name in names:
-        places = [place for place, group in enumerate(grid.groups) if group in ("", name)]
-        notes = grid.footnotes if name == names[-1] else []
-        table = _table(replace(_select(grid, places), groups=[], footnotes=notes), width, where)
-        table.title, table.title_justify, table.title_style = escape(name), "left", "bold"
-        tables.append(table)
-    return tables
+        places = [place for place, group in enumerate(table.groups) if group in ("", name)]
+        notes = table.footnotes if name == names[-1] else []
+        drawn = _table(replace(_select(table, places), groups=[], footnotes=notes), width, where)
+        drawn.title, drawn.title_justify, drawn.title_style = escape(name), "left", "bold"
+        drawn_all.append(drawn)
+    return drawn_all
 
 
-def _table(grid: Grid, width: int, where: str) -> Table:
-    grid = _fitting(grid, width, where)
-    table = Table(header_style="bold", title=None)
-    for place, (heading, is_number) in enumerate(zip(grid.headings(), grid.numeric, strict=True)):
+def _table(table: ReportTable, width: int, where: str) -> Table:
+    table = _fitting(table, width, where)
+    drawn = Table(header_style="bold", title=None)
+    for place, (heading, is_number) in enumerate(zip(table.headings(), table.numeric, strict=True)):
         side: Any = "right" if is_number else "left"
-        least = min(_longest(grid, place), width // 2) if is_number else None
-        table.add_column(escape(heading), justify=side, overflow="fold", width=least)
-    for row in grid.rows:
-        table.add_row(*map(_cell, row.cells), style="dim" if row.original else None)
-    if grid.footnotes:
-        table.caption = escape("\n".join(grid.footnotes))
-        table.caption_justify = "left"
-    return table
+        least = min(_longest(table, place), width // 2) if is_number else None
+        drawn.add_column(escape(heading), justify=side, overflow="fold", width=least)
+    for row in table.rows:
+        drawn.add_row(*map(_cell, row.cells), style="dim" if row.original else None)
+    if table.footnotes:
+        drawn.caption = escape("\n".join(table.footnotes))
+        drawn.caption_justify = "left"
+    return drawn
 
 
-def _fitting(grid: Grid, width: int, where: str) -> Grid:
+def _fitting(table: ReportTable, width: int, where: str) -> ReportTable:
     """Return a table without the columns that do not fit: sizes go first, then the last ones."""
-    widths = [PADDING + _longest(grid, place) for place in range(len(grid.columns))]
+    widths = [PADDING + _longest(table, place) for place in range(len(table.columns))]
     kept = list(range(len(widths)))
-    spare = [place for place in kept if grid.headings()[place] in SPARE]
+    spare = [place for place in kept if table.headings()[place] in SPARE]
     while 1 + sum(widths[place] for place in kept) > width and len(kept) > LEAST:
         kept.remove(spare.pop() if spare else kept[-1])
     left = len(widths) - len(kept)
     if not left:
-        return grid
+        return table
     note = f"{left} more column{'s' * (left > 1)}{f' in {where}' if where else ''}."
-    return replace(_select(grid, kept), footnotes=[*grid.footnotes, note])
+    return replace(_select(table, kept), footnotes=[*table.footnotes, note])
 
 
-def _longest(grid: Grid, place: int) -> int:
+def _longest(table: ReportTable, place: int) -> int:
     """Return the length of a column's longest number, or word of its heading or of its cells."""
-    texts = [row.cells[place].text + row.cells[place].mark for row in grid.rows]
-    words = texts if grid.numeric[place] else [word for text in texts for word in text.split()]
-    return max(map(len, [*grid.headings()[place].split(), *words]), default=0)
+    texts = [row.cells[place].text + row.cells[place].mark for row in table.rows]
+    words = texts if table.numeric[place] else [word for text in texts for word in text.split()]
+    return max(map(len, [*table.headings()[place].split(), *words]), default=0)
 
 
 def _cell(cell: Cell) -> str:
@@ -95,19 +95,19 @@ def _cell(cell: Cell) -> str:
     return text + (f"({cell.mark})" if cell.mark else "")
 
 
-def _select(grid: Grid, places: list[int]) -> Grid:
+def _select(table: ReportTable, places: list[int]) -> ReportTable:
     return replace(
-        grid,
-        columns=[grid.columns[place] for place in places],
-        numeric=[grid.numeric[place] for place in places],
-        groups=[grid.groups[place] for place in places] if grid.groups else [],
-        rows=[replace(row, cells=[row.cells[place] for place in places]) for row in grid.rows],
+        table,
+        columns=[table.columns[place] for place in places],
+        numeric=[table.numeric[place] for place in places],
+        groups=[table.groups[place] for place in places] if table.groups else [],
+        rows=[replace(row, cells=[row.cells[place] for place in places]) for row in table.rows],
     )
 
 
-def _named_original(grid: Grid) -> Grid:
+def _named_original(table: ReportTable) -> ReportTable:
     """Write `original` into the first column of words of its row, where that has gone."""
-    free = next((place for place, number in enumerate(grid.numeric) if not number), None)
+    free = next((place for place, number in enumerate(table.numeric) if not number), None)
 
     def named(row: Row) -> Row:
         if free is None or not row.original or any(c.text == "original" for c in row.cells):
@@ -118,4 +118,4 @@ def _named_original(grid: Grid) -> Grid:
             cells=[*row.cells[:free], replace(row.cells[free], text=text), *row.cells[free + 1 :]],
         )
 
-    return replace(grid, rows=[named(row) for row in grid.rows])
+    return replace(table, rows=[named(row) for row in table.rows])

@@ -35,16 +35,16 @@ def _log(report: Report, folder: Path, project: str, mode: Any) -> None:
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
 
-    header, rows = plain_rows(report.grid)
+    header, rows = plain_rows(report.table)
     columns: list[Any] = [*header]
     data: list[Any] = [*rows]
     run = wandb.init(
         project=project,
-        name=report.grid.title,
+        name=report.table.title,
         mode=mode,
         dir=folder,
         job_type=JOB_TYPE,
-        config={"runs": [run.name for run in report.runs], "footnotes": report.grid.footnotes},
+        config={"runs": [run.name for run in report.runs], "footnotes": report.table.footnotes},
         settings=limits(),
     )
     try:

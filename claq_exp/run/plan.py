@@ -13,8 +13,7 @@ from torch import nn
 
 from claq_exp.allocate import Allocation, Survey
 from claq_exp.calibration.streams import streams_for
-from claq_exp.checkpoint.writer import Sizes as StoredSizes
-from claq_exp.checkpoint.writer import planned_sizes
+from claq_exp.checkpoint.writer import Sizes, planned_sizes
 from claq_exp.config import AUTO, ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.perplexity import windows_at_once
@@ -30,7 +29,7 @@ from claq_exp.quantize.activation.rounding import expected_rounding, needs_text
 from claq_exp.quantize.budget import Overhead, fit_budget
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.run.needs import Needs, needs, wants_stream
-from claq_exp.run.stages import Cost, Linear, Shape, Sizes, Times, costs
+from claq_exp.run.stages import Cost, Footprint, Linear, Shape, Times, costs
 from claq_exp.system.accelerator import is_cpu
 from claq_exp.system.machine import matmul_speed
 from claq_exp.system.resources import free_memory
@@ -71,7 +70,7 @@ class Plan:
     allocation: Allocation
     description: Overhead
     layouts: dict[str, Layout]
-    sizes: StoredSizes
+    sizes: Sizes
     original_bytes: int
     needs: Needs
     hidden_dtype: torch.dtype
@@ -276,7 +275,7 @@ def _shape(
 
 def _sizes(
     config: ExperimentConfig, plan: _Planned, model: _ModelShape, device: str, context: int
-) -> Sizes:
+) -> Footprint:
     size = DTYPES[config.model.dtype].itemsize
     calibration, evaluation = config.calibration, config.evaluation
     measured = max(context, 1) * windows_at_once(
@@ -291,7 +290,7 @@ def _sizes(
     kept = evaluation.kl_windows
     compared = sum(t if kept is None else min(kept * context, t) for t in tokens)
     batch = calibration.seqlen * model.width
-    return Sizes(
+    return Footprint(
         linears=model.linears,
         whole=size * model.parameters,
         loaded=size * model.parameters if logits and config.device_map is None else 0,

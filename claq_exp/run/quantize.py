@@ -22,7 +22,7 @@ from claq_exp.calibration.streams import (
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden, feed, run_block
-from claq_exp.models.discover import LinearGroup, Stage, find_stages, linear_weight, linears_of
+from claq_exp.models.discover import LinearGroup, Wave, find_waves, linear_weight, linears_of
 from claq_exp.models.overlay import Overlay
 from claq_exp.models.stream import BlockedModel
 from claq_exp.payload import unpack_weight
@@ -168,7 +168,7 @@ def _outputs(module: nn.Module, inputs: BlockInputs, seconds: dict[str, float]) 
 
 @dataclass
 class _Block:
-    """One block on its way: its stages are quantized in execution order (true-sequential)."""
+    """One block on its way: its waves are quantized in execution order (true-sequential)."""
 
     module: nn.Module
     inputs: BlockInputs
@@ -185,13 +185,13 @@ class _Block:
         done = store.packed(f"{self.path}.")
         for full_name, packed in done.items():
             self._take_over(full_name, packed)
-        found_here = find_stages(self.module, self.inputs) if self.ranks.is_first else []
-        stages = self.ranks.tell(found_here)
-        groups = [group for stage in stages for group in stage]
+        found_here = find_waves(self.module, self.inputs) if self.ranks.is_first else []
+        waves = self.ranks.tell(found_here)
+        groups = [group for wave in waves for group in wave]
         weights = sum(self._weight(name).numel() for group in groups for name in group.names)
         pending = _Pending(store, self.index)
-        for stage in stages:
-            left = tuple(g for g in stage if not all(f"{self.path}.{n}" in done for n in g.names))
+        for wave in waves:
+            left = tuple(g for g in wave if not all(f"{self.path}.{n}" in done for n in g.names))
             found = self._accumulate(left) if left else {}
             for start in range(0, len(left), self.ranks.size):
                 together = left[start : start + self.ranks.size]
@@ -233,13 +233,13 @@ class _Block:
         watcher.event("tune", row)
 
     @torch.no_grad()
-    def _accumulate(self, stage: Stage) -> dict[LinearGroup, MomentsAccumulator]:
-        """Run every batch once and sum up what enters each group of a stage."""
+    def _accumulate(self, wave: Wave) -> dict[LinearGroup, MomentsAccumulator]:
+        """Run every batch once and sum up what enters each group of a wave."""
         found = {
             group: MomentsAccumulator(
                 self._weight(group.names[0]).shape[1], self.recipe.solver.wants
             )
-            for group in stage
+            for group in wave
         }
         for batch in range(len(self.inputs.hidden)):
             where = f"calibration batch {self.ranks.number(batch)}"

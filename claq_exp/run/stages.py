@@ -29,7 +29,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Footprint:
     """What memory and disk are taken by.
 
     linears: of the largest block.  whole, block, head: bytes in the type of forward passes, of all
@@ -94,7 +94,7 @@ class Shape:
     original.  after: stages after which the model is measured too.
     """
 
-    sizes: Sizes
+    sizes: Footprint
     times: Times
     threads: int
     on_gpu: bool

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from claq_exp.models.blocks import BlockInputs, run_block, watched
-from claq_exp.models.discover import find_stages, linears_of, norms_of
+from claq_exp.models.discover import find_waves, linears_of, norms_of
 from claq_exp.models.experts import expert_lists, place_among_experts, router_weights
 from claq_exp.system.distributed import ALONE, Ranks
 
@@ -187,12 +187,12 @@ def _experts_of(block: nn.Module, inputs: BlockInputs, consumers: list[str]) -> 
     if not fed:
         return
     seen = set()
-    for stage in find_stages(block, inputs):
-        place = place_among_experts(stage[0].names[0], fed)
+    for wave in find_waves(block, inputs):
+        place = place_among_experts(wave[0].names[0], fed)
         if place is None or place.experts in seen:
             continue
         seen.add(place.experts)  # what its experts do first; the rest takes what comes of that
-        for group in stage:
+        for group in wave:
             yield from group.names
 
 

@@ -13,12 +13,12 @@ from claq_exp.compose import compose_config
 from claq_exp.config import CHANGING
 from claq_exp.run.job import STEPS
 from claq_exp.run.plan import Plan, make_plan
-from claq_exp.run.stages import STAGES, TIMINGS, Cost, Linear, Shape, Sizes, Times, costs
+from claq_exp.run.stages import STAGES, TIMINGS, Cost, Footprint, Linear, Shape, Times, costs
 
 NAMES = [stage.name for stage in STAGES]
 OBSERVED = ["activation=lo_bcq", "activation.books=local"]
 SHAPE = Shape(
-    sizes=Sizes((Linear(8, 6),), *(float(2**power) for power in range(20, 33))),
+    sizes=Footprint((Linear(8, 6),), *(float(2**power) for power in range(20, 33))),
     times=Times(1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 1.5),
     threads=1,
     on_gpu=False,

@@ -25,7 +25,7 @@ from claq_exp.models.load import open_model
 from claq_exp.models.stream import StreamedModel, WholeModel
 from claq_exp.number_formats.encoding import round_values
 from claq_exp.number_formats.formats import E2M1, LEARNED, BlockFormat
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 from claq_exp.quantize.codebook import KMeans, Uniform
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
@@ -263,7 +263,11 @@ def test_what_enters_layers_is_looked_at_without_waiting(pretend, stream):
 @pytest.mark.parametrize("limit", [None, 3.0])
 def test_activations_are_rounded_on_the_device_to_the_same_bits(pretend, block_format, limit):
     books = torch.arange(16.0).expand(4, 16) * torch.arange(1, 5)[:, None] // 3 - 10
-    grid = Grid.fixed(block_format) if block_format.codewords == E2M1 else Grid(block_format, books)
+    grid = (
+        FormatCodebooks.fixed(block_format)
+        if block_format.codewords == E2M1
+        else FormatCodebooks(block_format, books)
+    )
     values = gaussian(6, 5, 64)
     expected = round_values(values, grid, limit=limit)
     there = values.to(pretend)

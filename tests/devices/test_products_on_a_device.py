@@ -11,7 +11,7 @@ from torch import Tensor
 
 from claq_exp.number_formats.formats import E2M1, BlockFormat
 from claq_exp.number_formats.levels import encode_weight
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 from claq_exp.payload import (
     BlockCodes,
     ColumnCodebooks,
@@ -35,7 +35,7 @@ def weight(form: str) -> ColumnPayload:
         return torch.randn(*shape, generator=generator).half()
 
     if form == "block format":
-        grid = Grid.fixed(BlockFormat(4, 16, "e4m3", E2M1))
+        grid = FormatCodebooks.fixed(BlockFormat(4, 16, "e4m3", E2M1))
         codes, blocks = encode_weight(normal(ROWS, COLUMNS).float(), grid)
         return BlockCodes.of(codes, blocks)
     widths = (4, 4) if form == "row grid" else (2, 4)

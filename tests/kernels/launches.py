@@ -9,7 +9,7 @@ from ahead_of_time import ARCHITECTURES, Case
 
 from claq_exp.number_formats import block_rounding
 from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 from claq_exp.quantize.solver.device import WIDEST
 from claq_exp.quantize.solver.device_columns import launch_options
 from claq_exp.runtime.kernels import triton as products
@@ -117,7 +117,7 @@ def dense_case(width: int, dtype: torch.dtype, *, grid: bool = False) -> Case:
 def rounding_case(block_format: BlockFormat, dtype: torch.dtype, columns: int = 4096) -> Case:
     """Rounding to a block format."""
     books = torch.zeros(block_format.codebooks, 2**block_format.bits)
-    block, launch = block_rounding._launch(Grid(block_format, books), columns)
+    block, launch = block_rounding._launch(FormatCodebooks(block_format, books), columns)
     chosen = dict(launch)
     options = {"num_warps": chosen.pop("num_warps"), "enable_fp_fusion": False}
     width = 1 << (block_format.codebooks - 1).bit_length()

@@ -15,7 +15,7 @@ from claq_exp.number_formats.block_rounding import _TABLES, round_on_gpu
 from claq_exp.number_formats.encoding import array_maxima
 from claq_exp.number_formats.formats import BlockFormat
 from claq_exp.number_formats.search import _gpu_kernel, round_numbers
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 from claq_exp.quantize import kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
@@ -24,17 +24,17 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
-def learned(codebooks: int, block: int, array: int) -> Grid:
+def learned(codebooks: int, block: int, array: int) -> FormatCodebooks:
     """A grid of random codebooks of 16 integers of 6 bits, the first two the same."""
     generator = torch.Generator().manual_seed(codebooks)
     books = [torch.randperm(63, generator=generator)[:16].sort().values for _ in range(codebooks)]
     books[1:2] = books[:1] * (codebooks > 1)
     block_format = BlockFormat(4, array, "e4m3", "learned", block, codebooks, 6)
-    return Grid(block_format, torch.stack(books).float() - 31)
+    return FormatCodebooks(block_format, torch.stack(books).float() - 31)
 
 
-def fixed(bits: int, array: int, scale: str, codewords: str) -> Grid:
-    return Grid.fixed(BlockFormat(bits, array, scale, codewords))
+def fixed(bits: int, array: int, scale: str, codewords: str) -> FormatCodebooks:
+    return FormatCodebooks.fixed(BlockFormat(bits, array, scale, codewords))
 
 
 GRIDS = {
@@ -65,7 +65,7 @@ def numbers(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-def steps_of(values: Tensor, grid: Grid) -> Tensor:
+def steps_of(values: Tensor, grid: FormatCodebooks) -> Tensor:
     maxima = array_maxima(values, grid.format.array)
     outer = maxima.amax(dim=1, keepdim=True)
     rule, top = grid.format.rule, grid.format.top
@@ -131,7 +131,9 @@ def test_numbers_beyond_the_largest_codeword_are_cut(device):
 
 
 def test_the_least_numbers_are_not_taken_for_zero(device):
-    grid = Grid(BlockFormat(1, 4, "outer", "learned", 4, 1, 2), torch.tensor([[-1.0, 1.0]]))
+    grid = FormatCodebooks(
+        BlockFormat(1, 4, "outer", "learned", 4, 1, 2), torch.tensor([[-1.0, 1.0]])
+    )
     values = torch.tensor([[1.0, -1e-45, 1e-45, 0.0]], device=device)
     round_on_gpu(values, torch.ones(1, 1, device=device), grid)
     assert values.tolist() == [[1.0, -1.0, 1.0, 1.0]]

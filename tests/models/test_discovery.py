@@ -13,7 +13,7 @@ from claq_exp.models.blocks import BlockInputs, capture_inputs, feed, run_block
 from claq_exp.models.discover import (
     LinearGroup,
     find_blocks,
-    find_stages,
+    find_waves,
     linear_weight,
     linears_of,
 )
@@ -29,7 +29,7 @@ def entering(block: nn.Module, inputs: BlockInputs, batch: int, module: nn.Modul
 
 
 def groups_of(block: nn.Module, inputs: BlockInputs) -> list[LinearGroup]:
-    return [group for stage in find_stages(block, inputs) for group in stage]
+    return [group for wave in find_waves(block, inputs) for group in wave]
 
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -107,7 +107,7 @@ def test_capturing_and_grouping_leave_no_hooks_behind():
     model = ARCHITECTURES["llama"].build()
     _, blocks = find_blocks(model)
     inputs = capture_inputs(WholeModel(model), token_batches(2))
-    find_stages(blocks[0], inputs[0])
+    find_waves(blocks[0], inputs[0])
     entering(blocks[0], inputs[0], 0, blocks[0].mlp.down_proj)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -201,4 +201,4 @@ def test_a_state_space_model_is_refused_by_what_is_no_linear():
 
 def test_a_linear_that_receives_nothing_is_refused_by_name():
     with pytest.raises(SourceError, match="idle"):
-        find_stages(ParallelBlock(), BlockInputs([torch.randn(1, 3, 4)], {1: ((), {})}))
+        find_waves(ParallelBlock(), BlockInputs([torch.randn(1, 3, 4)], {1: ((), {})}))

@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from claq_exp.allocate.survey import survey_model
 from claq_exp.errors import ConfigError
 from claq_exp.models.blocks import capture_inputs
-from claq_exp.models.discover import find_blocks, find_stages, linears_of
+from claq_exp.models.discover import find_blocks, find_waves, linears_of
 from claq_exp.models.experts import (
     SeparateExperts,
     expert_lists,
@@ -176,9 +176,9 @@ def test_an_expert_that_the_first_batch_did_not_reach_has_the_groups_of_the_othe
     model = lazy_mixtral()
     _, blocks = find_blocks(model)
     inputs = capture_inputs(WholeModel(model), [TOKENS[:1, :2]])
-    stages = find_stages(blocks[0], inputs[0])
-    assert [len(stage) for stage in stages] == [1, 1, EXPERTS, EXPERTS]
-    assert [group.names for group in stages[2]] == [
+    waves = find_waves(blocks[0], inputs[0])
+    assert [len(wave) for wave in waves] == [1, 1, EXPERTS, EXPERTS]
+    assert [group.names for group in waves[2]] == [
         (f"mlp.experts.{index}.gate_proj", f"mlp.experts.{index}.up_proj")
         for index in range(EXPERTS)
     ]

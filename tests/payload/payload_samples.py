@@ -9,7 +9,7 @@ from torch import Tensor
 
 from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
 from claq_exp.number_formats.levels import encode_weight
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 from claq_exp.payload import BlockCodes, ColumnCodebooks, RowGrid, SharedCodebooks, SignScales
 from claq_exp.payload.base import Payload
 from claq_exp.payload.columns import Reserved
@@ -58,10 +58,12 @@ def grid(dice: torch.Generator, width: int, group_size: int, share: float) -> Pa
 def blocks(dice: torch.Generator, form: BlockFormat) -> Payload:
     weight = torch.randn(ROWS, COLUMNS, generator=dice)
     if form.codewords != LEARNED:
-        return BlockCodes.of(*encode_weight(weight, Grid.fixed(form)))
+        return BlockCodes.of(*encode_weight(weight, FormatCodebooks.fixed(form)))
     top = 2 ** (form.codeword_bits - 1)
     books = torch.randint(-top, top, (form.codebooks, 2**form.bits), generator=dice)
-    return BlockCodes.of(*encode_weight(weight, Grid(form, books.float().sort(dim=1).values)))
+    return BlockCodes.of(
+        *encode_weight(weight, FormatCodebooks(form, books.float().sort(dim=1).values))
+    )
 
 
 def signs(dice: torch.Generator) -> Payload:

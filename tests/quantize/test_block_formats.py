@@ -18,7 +18,7 @@ from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
 from claq_exp.number_formats.levels import encode_weight
 from claq_exp.number_formats.scales import SCALES, to_e4m3
 from claq_exp.number_formats.search import search_in_torch
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 from claq_exp.number_formats.universal import read_codebooks
 from claq_exp.payload import BlockCodes, unpack_weight
 from claq_exp.quantize.activation import ACTIVATION
@@ -39,7 +39,7 @@ def lo_bcq(array=64, codebooks=8, *, scale="e4m3", block=8, bits=4, codeword_bit
 
 def universal(array=64, codebooks=8, **changes):
     block_format = lo_bcq(array, codebooks, **changes)
-    return Grid(block_format, read_codebooks("universal", block_format))
+    return FormatCodebooks(block_format, read_codebooks("universal", block_format))
 
 
 def drawn_books(codebooks, seed=0, top=31):
@@ -53,14 +53,14 @@ GRIDS = {
     "lo_bcq 128/16": universal(128, 16),
     "lo_bcq inverse": universal(scale="e4m3_inverse"),
     "lo_bcq INT8": universal(codeword_bits=8),
-    "lo_bcq blocks of 4": Grid(lo_bcq(32, 3, block=4), drawn_books(3)),
-    "lo_bcq one codebook": Grid(lo_bcq(64, 1), drawn_books(1)),
-    "mxfp4": Grid.fixed(BlockFormat(4, 32, "e8m0", E2M1)),
-    "nvfp4": Grid.fixed(BlockFormat(4, 16, "e4m3", E2M1)),
-    "vsq": Grid.fixed(BlockFormat(4, 16, "integer", INTEGER)),
-    "bfp": Grid.fixed(BlockFormat(4, 16, "e8m0", INTEGER)),
-    "int4 token": Grid.fixed(BlockFormat(4, 0, "outer", INTEGER)),
-    "int8 group": Grid.fixed(BlockFormat(8, 128, "float16", INTEGER)),
+    "lo_bcq blocks of 4": FormatCodebooks(lo_bcq(32, 3, block=4), drawn_books(3)),
+    "lo_bcq one codebook": FormatCodebooks(lo_bcq(64, 1), drawn_books(1)),
+    "mxfp4": FormatCodebooks.fixed(BlockFormat(4, 32, "e8m0", E2M1)),
+    "nvfp4": FormatCodebooks.fixed(BlockFormat(4, 16, "e4m3", E2M1)),
+    "vsq": FormatCodebooks.fixed(BlockFormat(4, 16, "integer", INTEGER)),
+    "bfp": FormatCodebooks.fixed(BlockFormat(4, 16, "e8m0", INTEGER)),
+    "int4 token": FormatCodebooks.fixed(BlockFormat(4, 0, "outer", INTEGER)),
+    "int8 group": FormatCodebooks.fixed(BlockFormat(8, 128, "float16", INTEGER)),
 }
 every_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 
@@ -171,7 +171,9 @@ def test_scales_of_an_array_below_a_maximum_of_two(largest, inverse, direct):
 
 @pytest.mark.parametrize("scale", ["e4m3", "e4m3_inverse"])
 def test_the_worked_example(scale):
-    grid = Grid(lo_bcq(16, 2, scale=scale), torch.tensor([NARROW, WIDE], dtype=torch.float32))
+    grid = FormatCodebooks(
+        lo_bcq(16, 2, scale=scale), torch.tensor([NARROW, WIDE], dtype=torch.float32)
+    )
     values = torch.tensor(VECTOR).reshape(2, 16)
     encoded = encode(values, grid)
     assert encoded.selectors is not None
@@ -248,7 +250,7 @@ def test_any_finite_numbers_come_out_finite_of_their_size_and_alike(name, values
 def test_the_table_finds_the_nearest_codeword_on_and_beyond_every_threshold(codeword_bits):
     top = 2 ** (codeword_bits - 1) - 1
     books = drawn_books(5, seed=2, top=top)
-    table = Grid(lo_bcq(64, 5, codeword_bits=codeword_bits), books).table
+    table = FormatCodebooks(lo_bcq(64, 5, codeword_bits=codeword_bits), books).table
     scaled = torch.arange(-4 * (top + 3), 4 * (top + 3) + 1) / 4.0
     scaled = torch.cat([scaled, torch.tensor([1e9, -1e9, 1e-9, -1e-9])])
     for book in range(5):
@@ -266,7 +268,7 @@ def test_the_table_finds_the_nearest_codeword_on_and_beyond_every_threshold(code
     ],
 )
 def test_four_bit_floats_round_as_ieee_has_it(values, rounded):
-    grid = Grid.fixed(BlockFormat(4, 8, "e8m0", E2M1))
+    grid = FormatCodebooks.fixed(BlockFormat(4, 8, "e8m0", E2M1))
     assert round_values(torch.tensor([values]), grid).tolist() == [rounded]
 
 
@@ -274,7 +276,7 @@ def test_four_bit_floats_agree_with_ml_dtypes():
     generator = torch.Generator().manual_seed(0)
     values = (torch.rand(64, 32, generator=generator) * 12 - 6).to(torch.bfloat16).float()
     values[:, 0] = 6.0  # scales of 1
-    grid = Grid.fixed(BlockFormat(4, 32, "e8m0", E2M1))
+    grid = FormatCodebooks.fixed(BlockFormat(4, 32, "e8m0", E2M1))
     expected = values.numpy().astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
     assert np.array_equal(round_values(values, grid).numpy(), expected)
 
@@ -341,13 +343,13 @@ def test_one_more_codebook_makes_no_block_worse_and_the_same_one_changes_nothing
     values, books = numbers(8, 256, seed=8), drawn_books(7, seed=1)
     before, selectors = None, None
     for count in range(1, 8):
-        grid = Grid(lo_bcq(64, count), books[:count])
+        grid = FormatCodebooks(lo_bcq(64, count), books[:count])
         rounded = round_values(values, grid)
         errors = (values - rounded).square().reshape(-1, 8).sum(dim=1)
         if before is not None:
             assert (errors <= before * (1 + 1e-4) + 1e-9).all()
         before = errors
-        again = Grid(lo_bcq(64, count + 1), torch.cat([books[:count], books[:1]]))
+        again = FormatCodebooks(lo_bcq(64, count + 1), torch.cat([books[:count], books[:1]]))
         assert torch.equal(round_values(values, again), rounded)
         selectors = encode(values, again).selectors
         assert int(selectors.max()) < count  # of equals the first
@@ -355,7 +357,7 @@ def test_one_more_codebook_makes_no_block_worse_and_the_same_one_changes_nothing
 
 def test_codebooks_closed_under_negation_are_odd():
     books = drawn_books(4, seed=3)
-    grid = Grid(lo_bcq(64, 8), torch.cat([books, -books.flip(1)]))
+    grid = FormatCodebooks(lo_bcq(64, 8), torch.cat([books, -books.flip(1)]))
     values = numbers(8, 256, seed=9)
     assert torch.equal(round_values(-values, grid), -round_values(values, grid))
 

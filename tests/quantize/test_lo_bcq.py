@@ -19,7 +19,7 @@ from claq_exp.number_formats.lo_bcq import (
     normalized_blocks,
     start_again,
 )
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 from claq_exp.number_formats.universal import read_codebooks
 from claq_exp.quantize.codebook.block_formats import LoBcq, NvFp4, Vsq
 
@@ -53,7 +53,7 @@ def error_of(values, grid):
 def designed(values, block_format, **options):
     blocks = normalized_blocks(values, block_format)
     design = design_codebooks(blocks, 4, block_format.codebooks, **options)
-    return Grid(block_format, design.rounded(block_format.codeword_bits))
+    return FormatCodebooks(block_format, design.rounded(block_format.codeword_bits))
 
 
 def slow_choice(blocks, books):
@@ -164,10 +164,12 @@ def test_errors_fall_with_codebooks_smaller_arrays_and_smaller_blocks():
 def test_at_equal_bits_it_has_about_half_the_error_of_other_formats(draw):
     values = draw(128, 2048, 11)
     own = error_of(values, designed(draw(64, 2048, 12), lo_bcq(64, 8)))
-    universal = error_of(values, Grid(lo_bcq(64, 8), read_codebooks("universal", lo_bcq(64, 8))))
+    universal = error_of(
+        values, FormatCodebooks(lo_bcq(64, 8), read_codebooks("universal", lo_bcq(64, 8)))
+    )
     others = [
-        error_of(values, Grid.fixed(BlockFormat(4, 16, "e4m3", E2M1))),
-        error_of(values, Grid.fixed(BlockFormat(4, 16, "integer", INTEGER))),
+        error_of(values, FormatCodebooks.fixed(BlockFormat(4, 16, "e4m3", E2M1))),
+        error_of(values, FormatCodebooks.fixed(BlockFormat(4, 16, "integer", INTEGER))),
     ]
     assert max(own, universal) < 0.8 * min(others)
     assert universal < 1.3 * own
@@ -177,7 +179,7 @@ def test_wider_codewords_are_no_worse():
     values, block_format = heavy(64, 2048, 13), lo_bcq(64, 8)
     design = design_codebooks(normalized_blocks(values, block_format), 4, 8)
     errors = [
-        error_of(values, Grid(lo_bcq(64, 8, codeword_bits=bits), design.rounded(bits)))
+        error_of(values, FormatCodebooks(lo_bcq(64, 8, codeword_bits=bits), design.rounded(bits)))
         for bits in (4, 6, 8)
     ]
     assert errors[0] > errors[1] > 0.98 * errors[2]

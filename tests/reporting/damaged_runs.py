@@ -21,8 +21,8 @@ from claq_exp.reporting.compare import compare_runs
 from claq_exp.reporting.page import write_page
 from claq_exp.reporting.pictures import draw_report
 from claq_exp.reporting.render import to_csv, to_latex, to_markdown
-from claq_exp.reporting.report import TableOptions, make_grid
-from claq_exp.reporting.runs_table import unfinished_grid
+from claq_exp.reporting.report import TableOptions, make_table
+from claq_exp.reporting.runs_table import unfinished_table
 from claq_exp.run_folder import RunFolder
 from claq_exp.tracking.events import EventLog
 
@@ -34,8 +34,8 @@ def report(folder: Path, whole: str, *, pictures: bool) -> str:
     """Do what `claq-exp report` does; the undamaged run must be in it."""
     collection = collect([folder])
     drawn = draw_report(collection.runs, folder) if pictures else []
-    grid = make_grid(collection, "title", TableOptions())
-    unfinished = unfinished_grid(collection)
+    grid = make_table(collection, "title", TableOptions())
+    unfinished = unfinished_table(collection)
     for table in (grid, *([unfinished] if unfinished else [])):
         for form in (to_markdown, to_csv, to_latex):
             form(table)

@@ -15,7 +15,7 @@ from run_samples import RESULTS, seeded, write_runs, write_state
 
 from claq_exp.errors import ConfigError
 from claq_exp.reporting.collect import collect
-from claq_exp.reporting.pivot import pivot_grid
+from claq_exp.reporting.pivot import pivot_table
 from claq_exp.run_folder import FAILED, RunState
 from claq_exp.run_folder.jobs import Job, write_job
 
@@ -40,19 +40,19 @@ def run(target, reservation, value, seed=0, **changes):
 
 def pivot(folder, *runs, rows=(BITS,), columns=(METHOD,), **options):
     write_runs(folder, *runs)
-    return pivot_grid(collect([folder]), "title", rows=rows, columns=columns, **options)
+    return pivot_table(collect([folder]), "title", rows=rows, columns=columns, **options)
 
 
-def cell(grid, row, group, label):
+def cell(table, row, group, label):
     """The cell in the row that begins with a text, below a group."""
-    groups = grid.groups or [""] * len(grid.columns)
-    place = list(zip(groups, grid.columns, strict=True)).index((group, label))
-    (found,) = [line for line in grid.rows if line.cells[0].text == row]
+    groups = table.groups or [""] * len(table.columns)
+    place = list(zip(groups, table.columns, strict=True)).index((group, label))
+    (found,) = [line for line in table.rows if line.cells[0].text == row]
     return found.cells[place]
 
 
 def test_rows_and_columns_are_settings_with_bits_beside_each_metric(tmp_path):
-    grid = pivot(
+    table = pivot(
         tmp_path,
         run(2.5, "none", 50.0),
         run(2.5, "outlier_order", 40.0),
@@ -60,47 +60,47 @@ def test_rows_and_columns_are_settings_with_bits_beside_each_metric(tmp_path):
         run(3, "outlier_order", 25.0),
         metrics=["perplexity"],
     )
-    assert grid.columns == [BITS, *["linear bits", "nominal bits", "words perplexity"] * 2]
+    assert table.columns == [BITS, *["linear bits", "nominal bits", "words perplexity"] * 2]
     groups = ["reservation none"] * 3 + ["reservation outlier_order"] * 3
-    assert grid.groups == ["", *groups]
-    assert [[cell.text for cell in row.cells] for row in grid.rows] == [
+    assert table.groups == ["", *groups]
+    assert [[cell.text for cell in row.cells] for row in table.rows] == [
         ["original", "16.00", "16.00", "20.00", "16.00", "16.00", "20.00"],
         ["2.5", "2.75", "2.50", "50.00", "2.75", "2.50", "40.00"],
         ["3", "3.25", "3.00", "30.00", "3.25", "3.00", "25.00"],
     ]
     best = [False, False, False, True, False, False, True]
-    assert [cell.best for cell in grid.rows[2].cells] == best
-    assert grid.headings()[3] == "reservation none: words perplexity"
-    assert grid.rows[0].original
+    assert [cell.best for cell in table.rows[2].cells] == best
+    assert table.headings()[3] == "reservation none: words perplexity"
+    assert table.rows[0].original
 
 
 @pytest.mark.case(99)
 def test_one_run_of_a_cell_shows_no_deviation_and_several_show_it_with_their_number(tmp_path):
     values = [50.0, 53.0, 49.5]
-    grid = pivot(
+    table = pivot(
         tmp_path,
         *(run(2.5, "none", value, seed) for seed, value in enumerate(values)),
         run(2.5, "outlier_order", 40.0),
     )
-    merged = cell(grid, "2.5", "reservation none", "words perplexity")
+    merged = cell(table, "2.5", "reservation none", "words perplexity")
     assert merged.text == "50.83 ± 1.89"
     assert merged.value == pytest.approx(statistics.mean(values))
     assert merged.deviation == pytest.approx(statistics.stdev(values))
-    assert cell(grid, "2.5", "reservation none", "n").text == "3"
-    assert cell(grid, "2.5", "reservation none", "linear bits").text == "2.75"
-    alone = cell(grid, "2.5", "reservation outlier_order", "words perplexity")
+    assert cell(table, "2.5", "reservation none", "n").text == "3"
+    assert cell(table, "2.5", "reservation none", "linear bits").text == "2.75"
+    alone = cell(table, "2.5", "reservation outlier_order", "words perplexity")
     assert (alone.text, alone.deviation, alone.count) == ("40.00", None, 1)
-    assert cell(grid, "2.5", "reservation outlier_order", "n").text == "1"
+    assert cell(table, "2.5", "reservation outlier_order", "n").text == "1"
 
 
 def test_a_measure_that_only_some_seeds_have_shows_how_many(tmp_path):
-    grid = pivot(
+    table = pivot(
         tmp_path,
         run(2.5, "none", 50.0, 0),
         run(2.5, "none", 52.0, 1),
         run(2.5, "none", 54.0, 2, **{"kl": None}),
     )
-    assert cell(grid, "2.5", "reservation none", "words KL").text == "0.123 ± 0.000 (n=2)"
+    assert cell(table, "2.5", "reservation none", "words KL").text == "0.123 ± 0.000 (n=2)"
 
 
 def test_a_strategy_that_draws_with_the_seed_still_differs_in_seeds_only(tmp_path):
@@ -108,8 +108,8 @@ def test_a_strategy_that_draws_with_the_seed_still_differs_in_seeds_only(tmp_pat
         run(2.5, "none", 50.0 + s, s, **{"config.codebook": {"name": "sklearn", "seed": s}})
         for s in range(2)
     ]
-    grid = pivot(tmp_path, *runs)
-    assert cell(grid, "2.5", "reservation none", "n").text == "2"
+    table = pivot(tmp_path, *runs)
+    assert cell(table, "2.5", "reservation none", "n").text == "2"
 
 
 def test_runs_that_differ_in_more_than_seeds_are_refused_with_what_to_add(tmp_path):
@@ -121,8 +121,8 @@ def test_runs_that_differ_in_more_than_seeds_are_refused_with_what_to_add(tmp_pa
         "calibration.windows; only seeds are merged, so add one of these, "
         "e.g. --rows precision.target_bits,calibration.windows"
     )
-    grid = pivot(tmp_path, rows=(BITS, "calibration.windows"))
-    assert [row.cells[1].text for row in grid.rows] == ["", "8", "16"]
+    table = pivot(tmp_path, rows=(BITS, "calibration.windows"))
+    assert [row.cells[1].text for row in table.rows] == ["", "8", "16"]
 
 
 def test_another_draw_of_the_evaluation_text_is_no_seed(tmp_path):
@@ -135,8 +135,8 @@ def test_another_draw_of_the_evaluation_text_is_no_seed(tmp_path):
 
 def test_neutral_settings_do_not_keep_seeds_apart(tmp_path):
     more = {"config.name": "again", "config.tracking": {"name": "wandb"}}
-    grid = pivot(tmp_path, run(2.5, "none", 50.0, 0), run(2.5, "none", 51.0, 1, **more))
-    assert cell(grid, "2.5", "reservation none", "n").text == "2"
+    table = pivot(tmp_path, run(2.5, "none", 50.0, 0), run(2.5, "none", 51.0, 1, **more))
+    assert cell(table, "2.5", "reservation none", "n").text == "2"
 
 
 def test_the_same_draw_twice_is_refused_and_its_name_keeps_it_apart(tmp_path):
@@ -152,20 +152,20 @@ def test_an_empty_cell_says_whether_its_run_failed_or_never_was(tmp_path):
     write_runs(tmp_path, run(2.5, "none", 50.0), run(3.0, "outlier_order", 40.0))
     config = run(3.0, "none", 1.0)["config"]
     write_state(tmp_path / "name" / "bad", {"state": "failed", "reason": "no memory"}, config)
-    grid = pivot(tmp_path)
-    blank = cell(grid, "3", "reservation none", "words perplexity")
+    table = pivot(tmp_path)
+    blank = cell(table, "3", "reservation none", "words perplexity")
     assert (blank.text, blank.value, blank.mark) == ("", None, "b")
-    assert cell(grid, "2.5", "reservation outlier_order", "linear bits").mark == "a"
-    assert grid.footnotes[:2] == ["a: no run.", "b: failed: no memory."]
+    assert cell(table, "2.5", "reservation outlier_order", "linear bits").mark == "a"
+    assert table.footnotes[:2] == ["a: no run.", "b: failed: no memory."]
 
 
 def test_a_job_that_failed_without_a_folder_is_the_reason_of_its_cell(tmp_path):
     write_runs(tmp_path, run(2.5, "none", 50.0), run(3.0, "outlier_order", 40.0))
     words = ("precision.target_bits=3.0", "reservation=none")
     write_job(tmp_path / "name", Job(0, words, RunState(FAILED, "killed it")))
-    grid = pivot(tmp_path)
-    blank = cell(grid, "3", "reservation none", "words perplexity")
-    assert f"{blank.mark}: failed: killed it." in grid.footnotes
+    table = pivot(tmp_path)
+    blank = cell(table, "3", "reservation none", "words perplexity")
+    assert f"{blank.mark}: failed: killed it." in table.footnotes
 
 
 def test_a_job_that_does_not_tell_its_place_gives_no_cell_a_reason(tmp_path):
@@ -176,15 +176,15 @@ def test_a_job_that_does_not_tell_its_place_gives_no_cell_a_reason(tmp_path):
 
 def test_several_models_become_rows_with_an_original_each(tmp_path):
     other = {"config.model.name": "other"}
-    grid = pivot(
+    table = pivot(
         tmp_path,
         run(2.5, "none", 50.0),
         run(3.0, "none", 30.0),
         run(2.5, "none", 9.0, **other),
         run(3.0, "none", 8.0, **other),
     )
-    assert grid.columns[:2] == ["model.name", BITS]
-    assert [[cell.text for cell in row.cells[:2]] for row in grid.rows] == [
+    assert table.columns[:2] == ["model.name", BITS]
+    assert [[cell.text for cell in row.cells[:2]] for row in table.rows] == [
         ["other", "original"],
         ["small", "original"],
         ["other", "2.5"],
@@ -192,58 +192,58 @@ def test_several_models_become_rows_with_an_original_each(tmp_path):
         ["small", "2.5"],
         ["small", "3"],
     ]
-    place = grid.columns.index("words perplexity")
-    assert [row.cells[place].best for row in grid.rows] == [False] * 3 + [True, False, True]
+    place = table.columns.index("words perplexity")
+    assert [row.cells[place].best for row in table.rows] == [False] * 3 + [True, False, True]
 
 
 def test_models_across_share_one_original_row(tmp_path):
     words = {**RESULTS["perplexity"]["words"], "original": 8.0, "quantized": 9.0}
     other = {"config.model.name": "other", "perplexity": {"words": words}}
-    grid = pivot(
+    table = pivot(
         tmp_path,
         run(2.5, "none", 50.0),
         run(3.0, "none", 30.0),
         run(2.5, "none", 9.0, **other),
         columns=("model",),
     )
-    assert cell(grid, "original", "model other", "words perplexity").text == "8.00"
-    assert cell(grid, "original", "model small", "words perplexity").text == "20.00"
-    assert cell(grid, "3", "model small", "words perplexity").best
-    assert sum(row.original for row in grid.rows) == 1
+    assert cell(table, "original", "model other", "words perplexity").text == "8.00"
+    assert cell(table, "original", "model small", "words perplexity").text == "20.00"
+    assert cell(table, "3", "model small", "words perplexity").best
+    assert sum(row.original for row in table.rows) == 1
 
 
 def test_a_setting_that_some_runs_lack_is_blank_in_rows_and_named_in_columns(tmp_path):
     fixed = {"config.precision": {"name": "fixed", "bits": 4}}
     runs = (run(2.5, "none", 50.0), run(4.0, "none", 22.0, **fixed))
-    grid = pivot(tmp_path, *runs, rows=("precision",), columns=("precision.bits",))
-    assert list(dict.fromkeys(grid.groups)) == ["", "no bits", "bits 4"]
-    grid = pivot(tmp_path, rows=("precision.bits",), columns=())
-    assert [row.cells[0].text for row in grid.rows] == ["original", "", "4"]
-    assert grid.groups == []
+    table = pivot(tmp_path, *runs, rows=("precision",), columns=("precision.bits",))
+    assert list(dict.fromkeys(table.groups)) == ["", "no bits", "bits 4"]
+    table = pivot(tmp_path, rows=("precision.bits",), columns=())
+    assert [row.cells[0].text for row in table.rows] == ["original", "", "4"]
+    assert table.groups == []
 
 
 def test_columns_alone_make_one_row(tmp_path):
-    grid = pivot(tmp_path, run(2.5, "none", 5.0), run(3.0, "none", 4.0), rows=(), columns=(BITS,))
-    assert len(grid.rows) == 2
-    assert list(dict.fromkeys(grid.groups)) == ["target_bits 2.5", "target_bits 3"]
+    table = pivot(tmp_path, run(2.5, "none", 5.0), run(3.0, "none", 4.0), rows=(), columns=(BITS,))
+    assert len(table.rows) == 2
+    assert list(dict.fromkeys(table.groups)) == ["target_bits 2.5", "target_bits 3"]
 
 
 def test_rows_go_by_linear_bits_or_as_asked(tmp_path):
     runs = (run(10, "none", 5.0), run(2.5, "none", 50.0), run(3.0, "none", 60.0))
     assert [row.cells[0].text for row in pivot(tmp_path, *runs).rows[1:]] == ["2.5", "3", "10"]
-    grid = pivot(tmp_path, sort="perplexity.words")
-    assert [row.cells[0].text for row in grid.rows[1:]] == ["10", "2.5", "3"]
-    grid = pivot(tmp_path, sort="precision.target_bits")
-    assert [row.cells[0].text for row in grid.rows[1:]] == ["2.5", "3", "10"]
+    table = pivot(tmp_path, sort="perplexity.words")
+    assert [row.cells[0].text for row in table.rows[1:]] == ["10", "2.5", "3"]
+    table = pivot(tmp_path, sort="precision.target_bits")
+    assert [row.cells[0].text for row in table.rows[1:]] == ["2.5", "3", "10"]
 
 
 def test_means_over_different_machines_are_told(tmp_path):
-    grid = pivot(
+    table = pivot(
         tmp_path,
         run(2.5, "none", 50.0, 0),
         run(2.5, "none", 51.0, 1, **{"run.device": "GPU"}),
     )
-    assert "Some means are over runs that differ in device." in grid.footnotes
+    assert "Some means are over runs that differ in device." in table.footnotes
     for number in (0, 1):
         content = json.dumps({"contents": {"calibration": f"hash {number}"}})
         (tmp_path / "name" / f"run-{number}" / "settings.json").write_text(content)
@@ -268,7 +268,7 @@ DESIGNS = st.dictionaries(
 def test_every_run_is_in_one_cell_and_means_agree_with_pandas(design):
     runs = [run(target, name, value, seed) for (target, name, seed), value in design.items()]
     with tempfile.TemporaryDirectory() as folder:
-        grid = pivot(Path(folder), *runs, metrics=["perplexity"])
+        table = pivot(Path(folder), *runs, metrics=["perplexity"])
     frame = pd.DataFrame(
         [(target, name, value) for (target, name, _), value in design.items()],
         columns=["bits", "name", "value"],
@@ -276,8 +276,8 @@ def test_every_run_is_in_one_cell_and_means_agree_with_pandas(design):
     expected = frame.groupby(["bits", "name"])["value"].agg(["mean", "std", "count"])
     cells = {
         (row.cells[0].value, group.removeprefix("reservation ")): own
-        for row in grid.rows[1:]
-        for group, label, own in zip(grid.groups, grid.columns, row.cells, strict=True)
+        for row in table.rows[1:]
+        for group, label, own in zip(table.groups, table.columns, row.cells, strict=True)
         if label == "words perplexity"
     }
     filled = {place: own for place, own in cells.items() if own.value is not None}

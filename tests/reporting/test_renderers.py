@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lxml import html
 
-from claq_exp.reporting.grid import Cell, Grid, Row
 from claq_exp.reporting.render import to_csv, to_html, to_latex, to_markdown
+from claq_exp.reporting.report_table import Cell, ReportTable, Row
 from claq_exp.reporting.terminal import slim, to_terminal
 
-GRID = Grid(
+TABLE = ReportTable(
     title="bits & names_",
     columns=["recipe", "linear bits", "words perplexity", "linear bits", "words perplexity"],
     numeric=[False, True, True, True, True],
@@ -45,7 +45,7 @@ GRID = Grid(
 
 
 def test_markdown_is_a_table_of_one_width_with_bold_marks_and_escapes():
-    lines = to_markdown(GRID).splitlines()
+    lines = to_markdown(TABLE).splitlines()
     assert lines[0] == (
         "| recipe | no OR: linear bits | no OR: words perplexity | OR 0.5\\_%: linear bits | "
         "OR 0.5\\_%: words perplexity |"
@@ -62,16 +62,16 @@ def test_markdown_is_a_table_of_one_width_with_bold_marks_and_escapes():
 def test_markdown_reads_back_through_a_markdown_parser():
     from markdown_it import MarkdownIt
 
-    text = MarkdownIt("gfm-like", {"linkify": False}).render(to_markdown(GRID))
+    text = MarkdownIt("gfm-like", {"linkify": False}).render(to_markdown(TABLE))
     table = html.fragment_fromstring(text, create_parent="div").find("table")
     rows = [[cell.text_content() for cell in row] for row in table.iter("tr")]
-    assert rows[0] == GRID.headings()
+    assert rows[0] == TABLE.headings()
     assert [row[0] for row in rows[1:]] == ["original", "k_means|a <b> & 50% #1", "x"]
     assert [cell.text for cell in table.iter("strong")] == ["25.25 ± 0.50"]
 
 
 def test_csv_reads_back_as_numbers_with_deviation_and_count_apart():
-    frame = pd.read_csv(io.StringIO(to_csv(GRID)))
+    frame = pd.read_csv(io.StringIO(to_csv(TABLE)))
     assert list(frame.columns) == [
         "recipe",
         "no OR: linear bits",
@@ -93,10 +93,10 @@ def test_csv_reads_back_as_numbers_with_deviation_and_count_apart():
 
 
 def test_a_word_in_a_column_of_numbers_stays_out_of_csv():
-    grid = Grid(
+    table = ReportTable(
         "t", ["bits"], [True], [Row([Cell("original")], original=True), Row([Cell("3", 3)])]
     )
-    assert to_csv(grid) == "bits,original\n,true\n3,false\n"
+    assert to_csv(table) == "bits,original\n,true\n3,false\n"
 
 
 def latex_cells(line: str) -> list[str]:
@@ -134,7 +134,7 @@ def check_latex(text: str) -> list[str]:
 
 
 def test_latex_has_booktabs_rules_groups_bold_marks_and_footnotes():
-    text = to_latex(GRID)
+    text = to_latex(TABLE)
     check_latex(text)
     lines = text.splitlines()
     assert r"\caption{bits \& names\_}" in lines
@@ -161,7 +161,7 @@ def test_latex_has_booktabs_rules_groups_bold_marks_and_footnotes():
 @pytest.mark.case(100)
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX here")
 def test_latex_compiles_whatever_names_hold(tmp_path):
-    odd = Grid(
+    odd = ReportTable(
         f"all of {string.printable.strip()}",
         ["[x]", "*", "n"],
         [False, False, True],
@@ -171,7 +171,7 @@ def test_latex_compiles_whatever_names_hold(tmp_path):
         ],
         ["a: [x]."],
     )
-    text = "".join(to_latex(grid) for grid in (GRID, odd))
+    text = "".join(to_latex(table) for table in (TABLE, odd))
     (tmp_path / "all.tex").write_text(
         "\\documentclass{article}\n\\usepackage{booktabs}\n\\begin{document}\n"
         f"{text}\\end{{document}}\n"
@@ -184,12 +184,12 @@ def test_latex_compiles_whatever_names_hold(tmp_path):
 
 @pytest.mark.case(100)
 def test_html_has_values_to_sort_by_classes_and_everything_escaped():
-    text = to_html(GRID)
+    text = to_html(TABLE)
     table = html.fragment_fromstring(text)
     assert table.tag == "table"
     assert "<b>" not in text
     head = [[cell.text_content() for cell in row] for row in table.find("thead")]
-    assert head == [["", "no OR", "OR 0.5_%"], GRID.columns]
+    assert head == [["", "no OR", "OR 0.5_%"], TABLE.columns]
     assert [cell.get("colspan") for cell in table.find("thead")[0]] == ["1", "2", "2"]
     original, first, second = table.find("tbody")
     assert original.get("class") == "original"
@@ -205,7 +205,7 @@ def test_html_has_values_to_sort_by_classes_and_everything_escaped():
     ]
     assert first[0].text == "k_means|a <b> & 50% #1"
     assert first[3].find("sup").text == "a"
-    assert [note.text for note in table.find("tfoot").iter("p")] == GRID.footnotes
+    assert [note.text for note in table.find("tfoot").iter("p")] == TABLE.footnotes
 
 
 WORDS = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12)
@@ -215,18 +215,18 @@ WORDS = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12)
 @given(st.lists(WORDS, min_size=3, max_size=3), st.floats(allow_nan=False, allow_infinity=False))
 def test_any_words_and_any_number_survive_every_form(words, value):
     name, other, note = words
-    grid = Grid(
+    table = ReportTable(
         name, [f"h{other}", "n"], [False, True], [Row([Cell(other), Cell("1", value)])], [note]
     )
-    check_latex(to_latex(grid))
-    table = html.fragment_fromstring(to_html(grid))
-    cells = list(table.find("tbody")[0])
+    check_latex(to_latex(table))
+    parsed = html.fragment_fromstring(to_html(table))
+    cells = list(parsed.find("tbody")[0])
     assert (cells[0].text or "").split() == other.split()
     assert float(cells[1].get("data-value")) == value
-    frame = pd.read_csv(io.StringIO(to_csv(grid)), keep_default_na=False, dtype=str)
+    frame = pd.read_csv(io.StringIO(to_csv(table)), keep_default_na=False, dtype=str)
     assert frame.iloc[0, 0] == other
     assert float(frame.iloc[0, 1]) == value
-    lines = to_markdown(grid).splitlines()
+    lines = to_markdown(table).splitlines()
     assert len({len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in lines[:3]}) == 1
 
 
@@ -239,7 +239,7 @@ def lines_of(tables, width) -> list[str]:
 
 
 def test_the_terminal_shows_one_table_for_each_group_with_the_notes_last():
-    lines = lines_of(to_terminal(GRID, 100), 100)
+    lines = lines_of(to_terminal(TABLE, 100), 100)
     assert [line.strip() for line in lines if line[:2] in ("no", "OR")] == ["no OR", "OR 0.5_%"]
     assert sum("Bold: best" in line for line in lines) == 1
     assert max(map(len, lines)) <= 100
@@ -248,8 +248,8 @@ def test_the_terminal_shows_one_table_for_each_group_with_the_notes_last():
 @pytest.mark.parametrize("width", [30, 60, 100])
 def test_columns_that_do_not_fit_are_counted(width):
     columns = [f"measure {number}" for number in range(9)]
-    grid = Grid("t", columns, [True] * 9, [Row([Cell("12.34", 12.34)] * 9)])
-    lines = lines_of(to_terminal(grid, width, "report.md"), width)
+    table = ReportTable("t", columns, [True] * 9, [Row([Cell("12.34", 12.34)] * 9)])
+    lines = lines_of(to_terminal(table, width, "report.md"), width)
     shown = sum(f"{number}" in lines[2] for number in range(9))
     assert shown >= 4 or width < 60
     assert max(map(len, lines)) <= width
@@ -260,12 +260,12 @@ def test_columns_that_do_not_fit_are_counted(width):
 def test_quality_stays_in_a_narrow_terminal_and_sizes_go():
     columns = ["run", "linear bits", "nominal bits", "model bits", "checkpoint, MB", "a perplexity"]
     row = Row([Cell("one"), *(Cell("12.34", 12.34) for _ in columns[1:])])
-    grid = Grid("t", columns, [False] + [True] * 5, [row])
-    text = " ".join(lines_of(to_terminal(grid, 50, "f"), 50))
+    table = ReportTable("t", columns, [False] + [True] * 5, [row])
+    text = " ".join(lines_of(to_terminal(table, 50, "f"), 50))
     assert "perplexity" in text
     assert "checkpoint" not in text
     assert "1 more column in f" in text
-    text = " ".join(lines_of(to_terminal(grid, 44, "f"), 44))
+    text = " ".join(lines_of(to_terminal(table, 44, "f"), 44))
     assert "perplexity" in text
     assert "model" not in text
     assert "2 more columns in f" in text
@@ -278,9 +278,9 @@ def test_words_that_all_rows_share_go_below_and_the_original_is_still_told():
         Row([Cell("m"), Cell("kmeans"), Cell("b"), Cell("3", 3)]),
     ]
     columns = ["model", "codebook", "precision", "bits"]
-    grid = slim(Grid("t", columns, [False] * 3 + [True], rows))
-    assert grid.columns == ["precision", "bits"]
-    assert [row.cells[0].text for row in grid.rows] == ["original", "a", "b"]
-    assert grid.footnotes == ["In all rows: model m, codebook kmeans."]
-    alone = slim(Grid("t", columns, [False] * 3 + [True], rows[:2]), without=("precision",))
+    table = slim(ReportTable("t", columns, [False] * 3 + [True], rows))
+    assert table.columns == ["precision", "bits"]
+    assert [row.cells[0].text for row in table.rows] == ["original", "a", "b"]
+    assert table.footnotes == ["In all rows: model m, codebook kmeans."]
+    alone = slim(ReportTable("t", columns, [False] * 3 + [True], rows[:2]), without=("precision",))
     assert alone.columns == ["model", "codebook", "bits"]

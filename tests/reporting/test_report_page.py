@@ -16,9 +16,9 @@ import pytest
 from run_samples import result, write_runs, write_state
 
 from claq_exp.reporting.collect import Run, collect
-from claq_exp.reporting.grid import Cell, Grid, Row
 from claq_exp.reporting.page import write_page
 from claq_exp.reporting.pictures import draw_report
+from claq_exp.reporting.report_table import Cell, ReportTable, Row
 from claq_exp.run_folder import RunState
 from claq_exp.run_folder.jobs import Job, write_job
 from claq_exp.run_folder.layers import LAYER_FIELDS
@@ -38,7 +38,7 @@ def write_layers(folder: Path, blocks: int = 3) -> None:
     (folder / "layers.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def grid_of(runs: list[Run]) -> Grid:
+def table_of(runs: list[Run]) -> ReportTable:
     original = Row([Cell("original"), Cell("16.00", 16.0), Cell("20.0", 20.0)], original=True)
     values = [(run, 30.5 if place == 0 else 9.25) for place, run in enumerate(runs)]
     rows = [
@@ -47,7 +47,7 @@ def grid_of(runs: list[Run]) -> Grid:
     ]
     blank = Row([Cell("no value"), Cell("", mark="a"), Cell("")])
     columns = ["run", "linear bits", "perplexity"]
-    return Grid(
+    return ReportTable(
         f"Table {HOSTILE}", columns, [False, True, True], [original, *rows, blank], ["a: why."]
     )
 
@@ -71,9 +71,9 @@ def page(tmp_path_factory) -> Path:
     collection = collect([folder])
     pictures = draw_report(collection.runs, folder)
     path = folder / "report.html"
-    write_page(path, f"Report of {HOSTILE}", collection, [grid_of(collection.finished)], pictures)
+    write_page(path, f"Report of {HOSTILE}", collection, [table_of(collection.finished)], pictures)
     again = folder / "again.html"
-    write_page(again, f"Report of {HOSTILE}", collection, [grid_of(collection.finished)], pictures)
+    write_page(again, f"Report of {HOSTILE}", collection, [table_of(collection.finished)], pictures)
     assert path.read_bytes() == again.read_bytes()
     return path
 

@@ -10,7 +10,7 @@ from run_samples import RESULTS, result, seeded, write_runs, write_state
 from claq_exp.errors import ConfigError
 from claq_exp.reporting.collect import collect
 from claq_exp.reporting.labels import codebook_label, method_label
-from claq_exp.reporting.runs_table import runs_grid, unfinished_grid
+from claq_exp.reporting.runs_table import runs_table, unfinished_table
 from claq_exp.run_folder import FAILED, RunState
 from claq_exp.run_folder.jobs import Job, write_job
 
@@ -20,7 +20,7 @@ def table(tmp_path):
     """Return the table of runs with these results, as a function."""
 
     def make(*runs, **options):
-        return runs_grid(collect([write_runs(tmp_path, *runs)]), "title", **options)
+        return runs_table(collect([write_runs(tmp_path, *runs)]), "title", **options)
 
     return make
 
@@ -338,15 +338,15 @@ def test_without_a_finished_run_the_refusal_says_what_there_is(tmp_path):
         ConfigError,
         match=r"no finished run \(1 failed, 1 interrupted\), the first is one, failed: no memory",
     ):
-        runs_grid(collect([tmp_path]), "title")
+        runs_table(collect([tmp_path]), "title")
 
 
 def test_runs_without_results_are_listed_with_state_and_reason(tmp_path):
     write_runs(tmp_path, result())
-    assert unfinished_grid(collect([tmp_path])) is None
+    assert unfinished_table(collect([tmp_path])) is None
     write_state(tmp_path / "a" / "one", {"state": "failed", "reason": "no memory"})
     write_state(tmp_path / "a" / "two", {"state": "running", "process": "process 1 on vm"})
-    grid = unfinished_grid(collect([tmp_path]))
+    grid = unfinished_table(collect([tmp_path]))
     assert [[cell.text for cell in row.cells] for row in grid.rows] == [
         ["one", "failed", "no memory"],
         ["two", "killed", "process 1 on vm"],
@@ -356,11 +356,11 @@ def test_runs_without_results_are_listed_with_state_and_reason(tmp_path):
 def test_jobs_without_a_folder_go_by_what_tells_them_apart(tmp_path):
     words = ("model=hf", "seed=0", "budget.bits=1")
     write_job(tmp_path / "a", Job(0, words, RunState(FAILED, "x")))
-    assert unfinished_grid(collect([tmp_path])).rows[0].cells[0].text == " ".join(words)
+    assert unfinished_table(collect([tmp_path])).rows[0].cells[0].text == " ".join(words)
     write_job(tmp_path / "a", Job(1, ("model=hf", "seed=1", "budget.bits=1"), RunState(FAILED)))
 
     def names():
-        return [row.cells[0].text for row in unfinished_grid(collect([tmp_path])).rows]
+        return [row.cells[0].text for row in unfinished_table(collect([tmp_path])).rows]
 
     assert names() == ["seed=0", "seed=1"]
     write_runs(tmp_path, result({"config.budget": {"bits": 2}}))

@@ -14,7 +14,7 @@ from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.number_formats.encoding import round_values
 from claq_exp.number_formats.formats import LEARNED, BlockFormat
 from claq_exp.number_formats.lo_bcq import design_codebooks, normalized_blocks
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 from claq_exp.number_formats.universal import LOCAL, read_codebooks
 from claq_exp.quantize.activation import SCOPES, STATIC, TOKEN, Activation
 
@@ -40,7 +40,7 @@ class Rounding:
     maxima: linear -> the maximum that its outer scale follows from (static).
     """
 
-    grid: Grid
+    grid: FormatCodebooks
     scope: str = TOKEN
     maxima: Mapping[str, float] = field(default_factory=dict)
 
@@ -101,18 +101,18 @@ class Rounding:
         return Rounding(grid, scope, maxima)
 
 
-def _grid(block_format: BlockFormat, codebooks: Any) -> Grid:
+def _grid(block_format: BlockFormat, codebooks: Any) -> FormatCodebooks:
     if block_format.codewords != LEARNED:
         if codebooks is not None:
             raise ValueError("codebooks for a format that has none of its own")
-        return Grid.fixed(block_format)
+        return FormatCodebooks.fixed(block_format)
     books = torch.tensor(codebooks, dtype=torch.float32)
     if books.shape != (block_format.codebooks, 2**block_format.bits):
         raise ValueError(f"codebooks of the shape {tuple(books.shape)}")
     fits = bool((books.abs() <= block_format.top).all()) and bool((books == books.round()).all())
     if not fits or bool((books.diff(dim=1) < 0).any()):
         raise ValueError("codebooks must be ascending whole numbers of codeword_bits")
-    return Grid(block_format, books)
+    return FormatCodebooks(block_format, books)
 
 
 def needs_text(activation: Activation) -> bool:
@@ -131,13 +131,13 @@ def settle_rounding(activation: Activation, observed: Observed | None) -> Roundi
         return None
     scope, books = activation.scope, activation.books
     if block_format.codewords != LEARNED:
-        grid = Grid.fixed(block_format)
+        grid = FormatCodebooks.fixed(block_format)
     elif books == LOCAL and observed is not None:
         parts = [normalized_blocks(sample, block_format) for sample in observed.samples]
         design = design_codebooks(torch.cat(parts), block_format.bits, block_format.codebooks)
-        grid = Grid(block_format, design.rounded(block_format.codeword_bits))
+        grid = FormatCodebooks(block_format, design.rounded(block_format.codeword_bits))
     else:
-        grid = Grid(block_format, read_codebooks(books, block_format))
+        grid = FormatCodebooks(block_format, read_codebooks(books, block_format))
     maxima = observed.maxima if observed is not None and scope == STATIC else {}
     return Rounding(grid, scope, maxima)
 
@@ -150,4 +150,4 @@ def expected_rounding(activation: Activation, linears: Iterable[str]) -> Roundin
     books = torch.zeros(block_format.codebooks, 2**block_format.bits)
     scope = activation.scope
     maxima = dict.fromkeys(linears, 10.123456789012345) if scope == STATIC else {}
-    return Rounding(Grid(block_format, books - 10.0), scope, maxima)
+    return Rounding(FormatCodebooks(block_format, books - 10.0), scope, maxima)

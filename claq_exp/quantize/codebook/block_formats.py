@@ -16,7 +16,7 @@ from claq_exp.number_formats.encoding import encode
 from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
 from claq_exp.number_formats.levels import BlockLevels
 from claq_exp.number_formats.lo_bcq import design_codebooks, normalized_blocks
-from claq_exp.number_formats.table import Grid
+from claq_exp.number_formats.table import FormatCodebooks
 from claq_exp.number_formats.universal import LOCAL, read_codebooks
 from claq_exp.payload.block_format import BlockCodes, BlockFormatLayout
 from claq_exp.quantize.allocation import ColumnPlan
@@ -53,9 +53,9 @@ class BlockCodebook(Codebook, ABC):
             )
         self.block_format(bits)
 
-    def grid(self, weight: Tensor, bits: int) -> Grid:
+    def grid(self, weight: Tensor, bits: int) -> FormatCodebooks:
         """Return the format with its codewords, for a weight [out, in] float32."""
-        return Grid.fixed(self.block_format(bits))
+        return FormatCodebooks.fixed(self.block_format(bits))
 
     def layout(self, rows: int, plan: ColumnPlan) -> BlockFormatLayout:
         """Return how a matrix of so many rows is stored with a plan."""
@@ -154,12 +154,12 @@ class LoBcq(BlockCodebook):
         if self.books != LOCAL:
             read_codebooks(self.books, block_format)
 
-    def grid(self, weight: Tensor, bits: int) -> Grid:
+    def grid(self, weight: Tensor, bits: int) -> FormatCodebooks:
         """Return the format with its codebooks."""
         block_format = self.block_format(bits)
         if self.books != LOCAL:
-            return Grid(block_format, read_codebooks(self.books, block_format))
-        return Grid(block_format, local_codebooks(weight, block_format))
+            return FormatCodebooks(block_format, read_codebooks(self.books, block_format))
+        return FormatCodebooks(block_format, local_codebooks(weight, block_format))
 
 
 def local_codebooks(weight: Tensor, block_format: BlockFormat) -> Tensor:
@@ -179,7 +179,7 @@ def local_codebooks(weight: Tensor, block_format: BlockFormat) -> Tensor:
 class BlockColumns(FixedColumns):
     """The codes found so far in a block format."""
 
-    def __init__(self, weight: Tensor, plan: ColumnPlan, grid: Grid) -> None:
+    def __init__(self, weight: Tensor, plan: ColumnPlan, grid: FormatCodebooks) -> None:
         rows, columns = weight.shape
         super().__init__(rows, plan)
         encoded = encode(weight, grid, by_row=grid.format.rule.by_row)

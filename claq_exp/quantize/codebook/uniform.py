@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from claq_exp.errors import ConfigError
-from claq_exp.payload.operand import Grid
+from claq_exp.payload.operand import RowScales
 from claq_exp.payload.row_grid import RowGrid, RowGridLayout
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.base import Codebook
@@ -63,14 +63,14 @@ class Uniform(Codebook):
             scale = ((high - low) / top).clamp(min=SMALLEST_SCALE).half()
             scales.append(scale)
             zeros.append((-low / scale.float()).round().clamp(0, top).to(torch.uint8))
-        grid = Grid(torch.stack(scales, dim=1), torch.stack(zeros, dim=1), group_size)
+        grid = RowScales(torch.stack(scales, dim=1), torch.stack(zeros, dim=1), group_size)
         return UniformColumns(plan, top, grid)
 
 
 class UniformColumns(FixedColumns):
     """The codes found so far on a fixed grid."""
 
-    def __init__(self, plan: ColumnPlan, top: int, grid: Grid) -> None:
+    def __init__(self, plan: ColumnPlan, top: int, grid: RowScales) -> None:
         super().__init__(grid.scales.shape[0], plan)
         self._grid = grid
         self._task = GridTask(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from claq_exp.payload.operand import Grid, Operand, Part, reserved_by_row
+from claq_exp.payload.operand import Operand, Part, RowScales, reserved_by_row
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _prepare_part(part: Part) -> TritonPart:
     )
 
 
-def _prepare_grid(grid: Grid) -> TritonGrid:
+def _prepare_grid(grid: RowScales) -> TritonGrid:
     scales, zeros = grid.scales.t().contiguous(), grid.zeros.t().contiguous()
     return TritonGrid(scales, zeros, scales * zeros, grid.group_size)
 

@@ -36,7 +36,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Grid:
+class ReportTable:
     """A table.
 
     columns: headings.  numeric: whether a column holds numbers.  footnotes: sentences below it; one
