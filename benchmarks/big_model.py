@@ -22,7 +22,7 @@ from common import command_line, note, parse
 from tiny_model import byte_tokenizer, write_text
 from transformers import LlamaConfig
 
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.models.skeleton import skeleton
 from claq_exp.run.plan import Plan, plan_for
 from claq_exp.system.files import write_json

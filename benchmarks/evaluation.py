@@ -19,7 +19,7 @@ import torch
 from common import command_line, note, parse, run_words
 from torch import Tensor, nn
 
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.evaluation.perplexity import Corpus, perplexity, windows_at_once
 from claq_exp.evaluation.predict import in_memory
 from claq_exp.models.load import forward_dtype, load_config, load_model, load_tokenizer

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from common import command_line, note, parse
 
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import Ledger
 from claq_exp.quantize.recipe import planned_layouts

@@ -20,7 +20,7 @@ from common import command_line, note, parse, run_words
 from torch.utils.flop_counter import FlopCounterMode
 
 from claq_exp.allocate.survey import block_hessians
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.models.blocks import BlockInputs, capture_inputs, feed, run_block
 from claq_exp.models.discover import find_waves, linear_weight
 from claq_exp.models.load import load_model

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from common import command_line, note, parse, run_words
 
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.models.activations import round_inputs
 from claq_exp.models.discover import linears_of
 from claq_exp.models.load import forward_dtype, load_config, open_model

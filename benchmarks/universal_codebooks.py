@@ -19,7 +19,7 @@ import torch
 from common import command_line, note, parse, run_words
 from torch import Tensor
 
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.models.activations import observe_inputs
 from claq_exp.models.discover import linears_of
 from claq_exp.models.load import open_model

@@ -124,7 +124,7 @@ def _run(arguments: list[str], ranks: Ranks | None) -> int:
     ):
         start_server()  # a launcher's processes have servers of their own
 
-    from claq_exp.compose import compose_unless_sweep
+    from claq_exp.compose.experiment import compose_unless_sweep
     from claq_exp.compose.options import own_folders
 
     words, command = read_words(arguments), _command(arguments)
@@ -183,7 +183,7 @@ def _print_notes(console: Console, notes: Iterable[str]) -> None:
 
 def _composed(command: str, arguments: list[str]) -> ExperimentConfig:
     """Compose the one experiment that a command is about."""
-    from claq_exp.compose import compose_config
+    from claq_exp.compose.experiment import compose_config
     from claq_exp.compose.options import own_folders
 
     words = only_overrides(command, arguments)
@@ -308,7 +308,7 @@ def _bench(arguments: list[str]) -> int:
 
 
 def _fetch(arguments: list[str]) -> int:
-    from claq_exp.compose import compose_unless_sweep
+    from claq_exp.compose.experiment import compose_unless_sweep
     from claq_exp.compose.options import own_folders
     from claq_exp.models.load import look_at
     from claq_exp.reporting.tables import input_lines

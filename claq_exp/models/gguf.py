@@ -8,9 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from claq_exp.errors import SourceError, telling_line
-from claq_exp.models.experts import fuse_experts, split_experts
-from claq_exp.models.skeleton import dense_parameter_shapes, tied_names
-from claq_exp.models.stored_types import fits_float16
 from claq_exp.sources.cache import cached_folder, sha256_of
 
 
@@ -34,6 +31,10 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from claq_exp.models.experts import fuse_experts, split_experts  # they import transformers
+    from claq_exp.models.skeleton import dense_parameter_shapes, tied_names
+    from claq_exp.models.stored_types import fits_float16
 
     named = folder / "source.gguf"  # transformers knows a GGUF file by this ending alone
     named.symlink_to(gguf.resolve())

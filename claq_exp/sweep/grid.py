@@ -11,7 +11,7 @@ from decimal import Decimal
 from hydra.core.override_parser.types import Override, RangeSweep
 from omegaconf import DictConfig, OmegaConf
 
-from claq_exp.compose import (
+from claq_exp.compose.experiment import (
     check_hydra,
     compose_all,
     experiment_part,

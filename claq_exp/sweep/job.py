@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from claq_exp.compose import experiment_part
+from claq_exp.compose.experiment import experiment_part
 from claq_exp.config import ExperimentConfig, config_from_omegaconf
 from claq_exp.run_folder import RUNNING, RunState, this_process
 from claq_exp.run_folder.jobs import Job, JobInterruptedError, JobRecord, recorded_job

@@ -20,7 +20,7 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from claq_exp.compose import check_words, explained
+from claq_exp.compose.experiment import check_words, explained
 from claq_exp.compose.options import PRIMARY, VERSION_BASE, prepare_hydra
 from claq_exp.compose.places import packaged_folder
 from claq_exp.compose.words import Words

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from claq_exp.compose import compose_all, compose_config, compose_unless_sweep
+from claq_exp.compose.experiment import compose_all, compose_config, compose_unless_sweep
 from claq_exp.compose.options import groups
 from claq_exp.compose.places import packaged_folder
 from claq_exp.config import (

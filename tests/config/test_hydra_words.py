@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from claq_exp.cli import main
-from claq_exp.compose import compose_config, without_globs
+from claq_exp.compose.experiment import compose_config, without_globs
 from claq_exp.compose.options import groups, own_folders
 from claq_exp.compose.places import packaged_folder
 from claq_exp.compose.words import read_words

@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_llama
 
 from claq_exp.cli import main
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.run import needs
 from claq_exp.run.plan import Plan, make_plan, plan_for
 from claq_exp.system import resources

@@ -8,7 +8,7 @@ from transformers import MixtralConfig
 
 import claq_exp.quantize.recipe
 import claq_exp.run.plan
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.quantize.recipe import planned_layout
 from claq_exp.run.plan import Plan, make_plan
 from claq_exp.system.machine import matmul_speed

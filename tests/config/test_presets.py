@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.compose.options import groups
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import ConfigError

@@ -9,7 +9,7 @@ import pytest
 from conftest import tiny_llama
 
 from claq_exp.cli import main
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.config import CHANGING
 from claq_exp.run.job import STEPS
 from claq_exp.run.plan import Plan, make_plan

@@ -16,7 +16,7 @@ from hydra import compose
 from claq_exp import cli
 from claq_exp.cli import main
 from claq_exp.cli.bugs import explain_bug
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.compose.options import PRIMARY, hydra_ready
 from claq_exp.errors import ConfigError, telling_line
 

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from claq_exp.calibration.streams import HiddenForm
 from claq_exp.checkpoint.store import BlockStore
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.models.load import open_model
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.codebook import KMeans

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from claq_exp.cli import main
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.errors import SourceError
 from claq_exp.run.inputs import fetch
 

@@ -12,7 +12,7 @@ import torch
 from conftest import WORDS, byte_tokenizer
 from transformers import Gemma2Config, LlamaConfig
 
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.errors import ConfigError
 from claq_exp.models.bos import bos_rule
 from claq_exp.models.load import load_tokenizer, tokenize

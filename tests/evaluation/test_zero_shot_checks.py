@@ -13,7 +13,7 @@ import pytest
 from conftest import byte_tokenizer, tiny_llama
 from task_rows import FILES, REAL, made_rows, write_rows
 
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.config import TaskConfig
 from claq_exp.errors import ConfigError, SourceError
 from claq_exp.evaluation import definitions

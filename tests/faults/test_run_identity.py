@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.errors import ClaqError
 from claq_exp.run.inputs import fetch
 from claq_exp.run_folder import RunFolder, run_identity, unfinished_run_differs

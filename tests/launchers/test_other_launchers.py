@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from sweeps_of_rules import by_how, signal_when, words_for
 
 from claq_exp.cli import main
-from claq_exp.compose import compose_all
+from claq_exp.compose.experiment import compose_all
 from claq_exp.run_folder import run_state
 from claq_exp.run_folder.jobs import read_jobs
 from claq_exp.sweep.grid import check_grid

@@ -18,7 +18,7 @@ import damages
 import torch
 
 import claq_exp.run.plan
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.models.load import load_config, open_model
 from claq_exp.run.inputs import fetch, tokenize_inputs
 

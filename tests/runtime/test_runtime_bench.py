@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.cli import main
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.reporting.bench import generation_table, linear_table
 from claq_exp.runtime import bench
 from claq_exp.runtime.bench import GenerationRow, bench_checkpoint, kernels_for

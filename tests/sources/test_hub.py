@@ -16,7 +16,7 @@ from conftest import byte_tokenizer, tiny_llama
 from fake_hub import Hub, Repository, folder_files, running_hub
 from paper_texts import DOCUMENTS, RAW, SENTENCES, c4, c4_shard, ptb, wikitext
 
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.sources.text import TextSource, read_documents
 
 RUN = """\

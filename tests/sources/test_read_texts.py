@@ -11,7 +11,7 @@ import pytest
 from conftest import byte_tokenizer, tiny_llama
 
 from claq_exp.cli import main
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.errors import ConfigError, SourceError
 from claq_exp.models.chat import chat_writer
 from claq_exp.run.inputs import fetch, tokenize_inputs

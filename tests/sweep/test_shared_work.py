@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from claq_exp.allocate import model as allocating
 from claq_exp.cli import main
-from claq_exp.compose import compose_config
+from claq_exp.compose.experiment import compose_config
 from claq_exp.run import cut
 from claq_exp.run.inputs import fetch, tokenize_inputs
 
