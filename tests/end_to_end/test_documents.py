@@ -23,6 +23,7 @@ from documented import (
     shrunk,
     write_options,
 )
+from own_strategies import forget_strategies, write_strategies
 
 from claq_exp.cli import main
 
@@ -44,18 +45,24 @@ def tiny(tiny_model, text_file) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tiny, tmp_path_factory):
-    """A working directory with a default run, codebooks as docs/bcq.md makes them, own options."""
+    """A working directory with a default run, and what docs say how to make.
+
+    Codebooks as docs/bcq.md makes them, own options, own strategies.
+    """
     folder = tmp_path_factory.mktemp("documents")
     write_options(folder / "mine")
+    own = write_strategies(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
         assert main(shrunk([], tiny)) == 0
         script = ROOT / "benchmarks" / "universal_codebooks.py"
         patch.setattr(sys, "argv", [str(script), "--quick", "--out", BOOKS, "--models"])
         patch.syspath_prepend(str(script.parent))
         with pytest.raises(SystemExit, match="0"):
             runpy.run_path(str(script), run_name="__main__")
-    return folder
+        yield folder
+    forget_strategies(own)
 
 
 def test_docs_hold_the_commands_that_are_tested():
