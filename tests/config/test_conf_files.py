@@ -313,6 +313,7 @@ def test_a_built_wheel_finds_its_own_conf_and_sweeps(tmp_path):
     assert shipped <= names
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "claq_exp").rglob("*.py")}
     assert modules <= names
+    assert "claq_exp/py.typed" in names  # type checkers read our annotations only with this file
     assert not [name for name in names if name.startswith(("tests/", "conf/", "sweeps/"))]
     code = (
         "from claq_exp.compose.places import packaged_folder as f\n"
