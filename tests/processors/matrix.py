@@ -48,8 +48,8 @@ SENSITIVE = {
         "triton_kernel"
     ),
     "checkpoint": (
-        "checkpoint_commands golden_checkpoint golden_matrices packed_checkpoint rounded_activations "
-        "stored_matrices"
+        "checkpoint_commands golden_checkpoint golden_matrices packed_checkpoint "
+        "rounded_activations stored_matrices"
     ),
     "evaluation": "divergence_oracle perplexity_oracle zero_shot_tasks",
     "distributed": "quantization_by_ranks runs_by_ranks",
