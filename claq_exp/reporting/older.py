@@ -20,3 +20,12 @@ def current(config: dict[str, Any]) -> dict[str, Any]:
     reserve = reservation.get("name") == RATE_DISTORTION
     allocation = {**precision, "reserve": reserve, **shares}
     return {**config, "precision": NONE, "reservation": NONE, "allocation": allocation}
+
+
+def current_words(said: dict[str, Any]) -> dict[str, Any]:
+    """Return what overrides say of a config (`config_of`) as today's words would say it."""
+    precision = said.get("precision")
+    if not isinstance(precision, dict) or precision.get("name") != RATE_DISTORTION:
+        return said
+    left = {key: value for key, value in said.items() if key not in ("precision", "reservation")}
+    return {**left, "allocation": precision}
