@@ -7,14 +7,18 @@ LoRA adapters on their layers.
 from __future__ import annotations
 
 import importlib
+import shlex
 from typing import TYPE_CHECKING
 
 from claq_exp.system.hooks import on_import
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
+
+    from claq_exp.run.runner import Outcome
 
 __version__ = "0.1.0"
 
@@ -26,6 +30,22 @@ def load(
     from claq_exp.runtime.load import load_checkpoint  # torch is only imported when it is needed
 
     return load_checkpoint(folder, dtype=dtype, device=device, kernel=kernel)
+
+
+def run_experiment(*words: str, settings: Mapping[str, object] | None = None) -> Outcome:
+    """Run one experiment, as `claq-exp run` does: quantize a model and measure it.
+
+    words: as on the command line, e.g. "model=hf", "precision.target_bits=2.5".
+    settings: KEY -> value in place of a word, for any value, e.g. {"model.source": folder}.
+    Returns the run's folder, the content of its results.json, and whether the run was found
+    finished.  Raises ConfigError, in one line, for words that cannot be carried out.
+    """
+    from claq_exp.compose.experiment import compose_config
+    from claq_exp.compose.words import word_of
+    from claq_exp.run.runner import run
+
+    overrides = [*words, *(word_of(key, value) for key, value in (settings or {}).items())]
+    return run(compose_config(overrides), shlex.join(["claq-exp", *overrides]))
 
 
 on_import(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -64,6 +66,19 @@ def read_words(arguments: list[str]) -> Words:
         found.multirun,
         printed,
     )
+
+
+def word_of(key: str, value: object) -> str:
+    """Return the override that sets a key to a Python value: text and paths are quoted."""
+    if not isinstance(value, str | Path):
+        return f"{key}={json.dumps(value)}"
+    escaped = re.sub(r'(\\*)("|\Z)', _escaped, str(value))
+    return f'{key}="{escaped}"'
+
+
+def _escaped(end: re.Match[str]) -> str:
+    """Escape a quote, and the backslashes before a quote: Hydra takes all others as they are."""
+    return 2 * end[1] + ('\\"' if end[2] else "")
 
 
 def folders_of(arguments: list[str]) -> tuple[Path, ...]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -16,7 +19,7 @@ from claq_exp.errors import ConfigError, one_line, one_of, telling_line
 def find_strategy(family: str, members: Mapping[str, type], name: str) -> type:
     """Return the class called `name`: a key of `members` or `package.module:Class`.
 
-    Raises ConfigError that lists the members when there is no such class.
+    Raises ConfigError that lists the members if there is no such class.
     """
     if ":" not in name:
         if name not in members:
@@ -25,13 +28,37 @@ def find_strategy(family: str, members: Mapping[str, type], name: str) -> type:
         return members[name]
     module_name, _, class_name = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
+        found = getattr(_imported(module_name), class_name)
     except Exception as error:  # a person's own module can do anything
         reason = f"{type(error).__name__}: {telling_line(error)}"
         raise ConfigError(f"{family}.name '{name}' cannot be imported: {reason}") from error
     if not isinstance(found, type):
         raise ConfigError(f"{family}.name '{name}' is not a class")
     return found
+
+
+def _imported(name: str) -> ModuleType:
+    """Import a module that is installed, or that lies in the working directory.
+
+    An installed command does not look into the working directory by itself, as `python -m` does.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        here = str(Path.cwd())
+        if error.name != name.partition(".")[0] or here in sys.path:
+            raise
+        sys.path.append(here)  # last: nothing that is installed is hidden
+        importlib.invalidate_caches()
+        return importlib.import_module(name)
+
+
+def code_file(name: str) -> Path | None:
+    """Return the source file of a strategy `package.module:Class`; None for a short name."""
+    if ":" not in name:
+        return None
+    path = _imported(name.partition(":")[0]).__file__
+    return None if path is None else Path(path)
 
 
 def strategy_name(members: Mapping[str, type], strategy: object) -> str:

@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from claq_exp.calibration.overlap import shared_share
 from claq_exp.calibration.windows import Draw
 from claq_exp.checkpoint.manifest import asking_for_code
-from claq_exp.config import DrawnText, ExperimentConfig, TaskConfig
+from claq_exp.config import FAMILIES, DrawnText, ExperimentConfig, TaskConfig
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.tasks import check_tasks, local_file, task_content
 from claq_exp.models.bos import bos_rule
@@ -25,6 +25,7 @@ from claq_exp.models.source import (
     tokenizer_fingerprint,
 )
 from claq_exp.number_formats.universal import codebook_file
+from claq_exp.quantize.strategy import code_file
 from claq_exp.run.cut import Origin, kept_windows
 from claq_exp.sources.cache import sha256_of
 from claq_exp.sources.content import Losses
@@ -49,7 +50,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Fetched:
-    """The folder of the model and all inputs: calibration, corpora.*, zero_shot.* and model."""
+    """The folder of the model, and all inputs.
+
+    Keys: calibration, corpora.*, zero_shot.*, model; *.books and *.code of strategies.
+    """
 
     model: Path
     inputs: dict[str, Input]
@@ -108,6 +112,10 @@ def fetch(
     for family in ("codebook", "activation"):
         if path := codebook_file(getattr(config, family).get("books")):
             inputs[f"{family}.books"] = Input(str(path), sha256_of(path), (path,))
+    for family in FAMILIES:
+        name = getattr(config, family).get("name", "")
+        if path := code_file(name):  # a changed strategy makes another run
+            inputs[f"{family}.code"] = Input(name, sha256_of(path), (path,))
     note(f"model {config.model.name}: {config.model.source}")
     folder = model_folder(config.model, say=say)
     asking_for_code(folder)  # reads what the checkpoint will hold a copy of, and must be readable

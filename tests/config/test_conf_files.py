@@ -296,6 +296,17 @@ def test_a_strategy_of_ones_own_is_found_by_its_dotted_name(tmp_path, monkeypatc
     assert strategy.offset == 1
 
 
+def test_hooks_are_commands_of_the_environment_and_need_no_network():
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    (hooks,) = [repo["hooks"] for repo in repos if repo["repo"] == "local"]
+    assert len(repos) == 1
+    assert all(hook["language"] == "system" for hook in hooks)
+    programs = {hook["entry"].split()[0] for hook in hooks}
+    assert programs == {"ruff", "mypy"}
+    pyproject = (ROOT / "pyproject.toml").read_text()
+    assert all(f'"{program}>=' in pyproject for program in programs)
+
+
 def test_a_built_wheel_finds_its_own_conf_and_sweeps(tmp_path):
     pytest.importorskip("hatchling", reason="the build backend, to build without a network")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
@@ -313,6 +324,7 @@ def test_a_built_wheel_finds_its_own_conf_and_sweeps(tmp_path):
     assert shipped <= names
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "claq_exp").rglob("*.py")}
     assert modules <= names
+    assert "claq_exp/py.typed" in names  # type checkers read our annotations only with this file
     assert not [name for name in names if name.startswith(("tests/", "conf/", "sweeps/"))]
     code = (
         "from claq_exp.compose.places import packaged_folder as f\n"

@@ -12,7 +12,7 @@ from claq_exp.cli import main
 from claq_exp.compose.experiment import compose_config, without_globs
 from claq_exp.compose.options import groups, own_folders
 from claq_exp.compose.places import packaged_folder
-from claq_exp.compose.words import read_words
+from claq_exp.compose.words import read_words, word_of
 from claq_exp.errors import ConfigError
 from claq_exp.sweep.grid import check_grid
 
@@ -58,6 +58,25 @@ def complaint(capfd):
         return line
 
     return read
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a,b (1)", 'say "no"', "back\\slash", "ends\\", 'a\\"b', "it's = [x]", "", "ünï=ü", "1.5"],
+)
+def test_any_text_is_a_word(text):
+    config = compose_config(["model=hf", word_of("model.source", text or "x"), word_of("seed", 7)])
+    assert config.model.source == (text or "x")
+    assert config.seed == 7
+
+
+def test_numbers_lists_and_nothing_are_words():
+    assert word_of("evaluation.kl_windows", None) == "evaluation.kl_windows=null"
+    words = {"strict": True, "evaluation.after": ["quantize"], "reservation.ratio": 0.25}
+    config = compose_config([word_of(key, value) for key, value in words.items()])
+    assert config.strict is True
+    assert config.evaluation.after == ["quantize"]
+    assert config.reservation["ratio"] == 0.25
 
 
 @pytest.mark.case(138)

@@ -1,4 +1,4 @@
-"""Every command of docs/ that is one run, on a tiny model, and every script that pages name.
+"""Every command of docs/ that is one run, on a tiny model; scripts and links of all pages.
 
 test_documented_sweeps.py has the sweeps and reports.
 """
@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import tiny_words
@@ -23,12 +24,14 @@ from documented import (
     shrunk,
     write_options,
 )
+from own_strategies import forget_strategies, write_strategies
 
 from claq_exp.cli import main
 
 COMMANDS = [c for c in commands_of(README, *DOCS) if c.page != "README.md"]
 RUNS = [c for c in COMMANDS if not c.is_sweep and c.words[0] != "report"]
 BOOKS = "noise.json"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 INLINE = {  # in the middle of a sentence; what is no command has dots or a word in capitals
     words: page
     for page in [README, *DOCS]
@@ -44,18 +47,24 @@ def tiny(tiny_model, text_file) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tiny, tmp_path_factory):
-    """A working directory with a default run, codebooks as docs/bcq.md makes them, own options."""
+    """A working directory with a default run, and what docs say how to make.
+
+    Codebooks as docs/bcq.md makes them, own options, own strategies.
+    """
     folder = tmp_path_factory.mktemp("documents")
     write_options(folder / "mine")
+    own = write_strategies(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
         assert main(shrunk([], tiny)) == 0
         script = ROOT / "benchmarks" / "universal_codebooks.py"
         patch.setattr(sys, "argv", [str(script), "--quick", "--out", BOOKS, "--models"])
         patch.syspath_prepend(str(script.parent))
         with pytest.raises(SystemExit, match="0"):
             runpy.run_path(str(script), run_name="__main__")
-    return folder
+        yield folder
+    forget_strategies(own)
 
 
 def test_docs_hold_the_commands_that_are_tested():
@@ -91,6 +100,23 @@ def test_torchrun_starts_what_composes():
         head, _, words = line.partition(" -m claq_exp ")
         assert head == "torchrun --nproc-per-node 2"  # tests/distributed runs it
         assert jobs_of(shlex.split(words)) == 1
+
+
+def anchors(page: Path) -> set[str]:
+    """The names that headings have in links, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.M)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
+    return {re.sub(r"[^\w -]", "", text.lower()).strip().replace(" ", "-") for text in plain}
+
+
+@pytest.mark.parametrize("page", [README, CONTRIBUTING, *DOCS], ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        if target.startswith("http"):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("page", [README, *DOCS], ids=lambda page: page.name)
