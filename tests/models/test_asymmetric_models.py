@@ -150,7 +150,7 @@ def test_hidden_states_come_nearer_to_the_originals_than_plain_gptqs(tmp_path):
         quantize_model(WholeModel(model), BATCHES, recipe(solver), store, tune=tune)
         for own, other in zip(store.hidden(STUDENT), store.hidden(TEACHER), strict=True):
             distances[share] += ((own - other).square().sum() / other.square().sum()).item()
-    assert distances[1.0] < 0.95 * distances[0.0]
+    assert distances[1.0] < 0.8 * distances[0.0]
 
 
 @pytest.fixture(scope="module", params=["llama", "mixtral"])
