@@ -174,6 +174,12 @@ def expert_lists(block: nn.Module) -> dict[str, nn.ModuleList]:
     }
 
 
+def unrouted_experts(block: nn.Module) -> list[str]:
+    """Return the lists of experts of which it is not known where tokens are sent."""
+    lists = expert_lists(block)
+    return [name for name, experts in lists.items() if not isinstance(experts, SeparateExperts)]
+
+
 def router_weights(block: nn.Module) -> set[str]:
     """Return the names of the matrices that weigh experts; they stay in 16 bits.
 

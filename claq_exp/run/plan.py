@@ -31,6 +31,7 @@ from claq_exp.quantize.moments import CROSS
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.run.needs import Needs, needs, wants_stream
 from claq_exp.run.stages import Cost, Footprint, Linear, Shape, Times, costs
+from claq_exp.run.teacher import check_routes
 from claq_exp.system.accelerator import is_cpu
 from claq_exp.system.machine import matmul_speed
 from claq_exp.system.resources import free_memory
@@ -118,6 +119,9 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     if not shapes:
         raise ConfigError(f"the blocks of {path} hold no linear layers to quantize")
     config.recipe().precision.check_names(shapes)
+    if CROSS in config.recipe().solver.wants:
+        for index, block in enumerate(blocks):
+            check_routes(block, f"{path}.{index}")
     kept = {
         name: t.numel() for name, t in state.items() if name.removesuffix(".weight") not in shapes
     }

@@ -95,14 +95,7 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
         watcher.share(streams.block * share, f"after block {streams.block - 1}")
     for index in range(streams.block, len(model.blocks)):
         path, seconds = f"{model.path}.{index}", {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
-        teacher = None
-        if TEACHER in streams.names:
-            original = replace(inputs[index], hidden=streams.entering(TEACHER))
-            if CROSS in wants:
-                teacher = TeacherBlock.of(model, index, original)
-            else:
-                with model.block(index, original=True) as module:
-                    streams.keep(TEACHER, _outputs(module, original, seconds))
+        teacher = _teacher(model, index, inputs[index], streams, seconds, beside=CROSS in wants)
         inputs[index].hidden = streams.entering(STUDENT)
         _rewrite(model, index, inputs[index], transform, store, seconds, watcher, ranks)
         packed = {f"{path}.{name}.weight" for name in linears_of(model.blocks[index])}
@@ -122,6 +115,29 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
         streams.advance()
         inputs[index] = BlockInputs()
         watcher.event("block", {"block": index, **seconds})
+
+
+def _teacher(
+    model: BlockedModel,
+    index: int,
+    inputs: BlockInputs,
+    streams: Streams,
+    seconds: dict[str, float],
+    *,
+    beside: bool,
+) -> TeacherBlock | None:
+    """Let the teacher's hidden states through an original block, where there are any.
+
+    beside: have the block ready in place of that, to be run beside the student's.
+    """
+    if TEACHER not in streams.names:
+        return None
+    original = replace(inputs, hidden=streams.entering(TEACHER))
+    if beside:
+        return TeacherBlock.of(model, index, original)
+    with model.block(index, original=True) as module:
+        streams.keep(TEACHER, _outputs(module, original, seconds))
+    return None
 
 
 @torch.no_grad()

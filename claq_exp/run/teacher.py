@@ -10,12 +10,7 @@ from torch import Tensor, nn
 
 from claq_exp.errors import ConfigError
 from claq_exp.models.blocks import BlockInputs, feed
-from claq_exp.models.experts import (
-    SeparateExperts,
-    expert_lists,
-    following_routes,
-    noting_routes,
-)
+from claq_exp.models.experts import following_routes, noting_routes, unrouted_experts
 from claq_exp.models.overlay import Overlay
 from claq_exp.models.stream import BlockedModel
 
@@ -40,16 +35,11 @@ class TeacherBlock:
     def of(model: BlockedModel, index: int, inputs: BlockInputs) -> TeacherBlock:
         """Copy a block that nothing was changed of yet.
 
-        Raises ConfigError for experts whose tokens cannot be told.
+        Raises ConfigError as `check_routes`.
         """
         path = f"{model.path}.{index}"
         with model.block(index, original=True) as module:
-            for name, experts in expert_lists(module).items():
-                if not isinstance(experts, SeparateExperts):
-                    raise ConfigError(
-                        f"solver.asymmetric compares inputs token by token, and which tokens go to "
-                        f"each of {path}.{name} is not known; set solver.asymmetric=0"
-                    )
+            check_routes(module, path)
             return TeacherBlock(copy.deepcopy(module), inputs, model.overlay, path)
 
     def entering(
@@ -76,6 +66,15 @@ class TeacherBlock:
         """
         factor = self.overlay.factor(f"{self.path}.{name}.weight")
         return entering if factor is None else entering / factor.reshape(-1).to(entering.device)
+
+
+def check_routes(block: nn.Module, path: str) -> None:
+    """Raise ConfigError for experts of which it is not known which tokens they get."""
+    for name in unrouted_experts(block):
+        raise ConfigError(
+            "an asymmetric solver compares inputs token by token, and which tokens go to each of "
+            f"{path}.{name} is not known; set solver.asymmetric=0"
+        )
 
 
 def _sinks(

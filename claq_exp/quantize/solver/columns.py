@@ -43,8 +43,8 @@ def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuan
     2210.17323, eq. 3 and Algorithm 1).  A column gathers the errors inside its block when its turn
     comes; a finished block's errors reach the next block at once and those behind it while the next
     is being quantized.  Where the system has a correction, the loop starts from `shift_`ed columns.
-    Returns the sum of e_j^2 over all rows and columns, dead ones left out, which is tr(D H D^T) of
-    the damped Hessian under GPTQ, D = Q - W less the shift.
+    Returns the sum of e_j^2 over all rows and columns, dead ones left out.  Under GPTQ that is
+    tr(D H D^T) of the damped Hessian, D the difference to the columns that the loop starts from.
     """
     order, dead = system.order.numpy(), system.dead[system.order]
     work = weight.t().index_select(0, system.order)  # a column is one stretch

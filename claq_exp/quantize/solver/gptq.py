@@ -122,7 +122,7 @@ def correction_of(cross: Tensor, order: Tensor, factor: Tensor) -> Tensor:
         matrix's own order; D is the same in visiting order.
     order: [in] int64.  factor: U, [in, in] float32 upper, U^T U = the damped inverse Hessian.
     Row j is D[j, F] H_F^-1 on the columns F behind j: the weights of F that come nearest to what
-    input j has lost, per unit of weight (GPTAQ, arXiv 2504.02692, section 4.3).
+    input j has lost, per unit of weight (GPTAQ, arXiv 2504.02692).
     """
     correction = torch.zeros_like(factor, memory_format=torch.contiguous_format)
     for band in bands(len(order), ROWS):
