@@ -67,7 +67,6 @@ def test_a_second_stream_is_planned_for_where_a_strategy_wants_it_alone(tiny_run
     assert plain.seconds["quantize"] < tuned.seconds["quantize"] < longer.seconds["quantize"]
 
 
-@pytest.mark.case(104)
 def test_what_an_asymmetric_solver_takes_is_planned_for(tiny_run):
     def planned(*words: str) -> Plan:
         return plan_for(compose_config([*tiny_run, *words]), "cpu")

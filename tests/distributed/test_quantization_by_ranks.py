@@ -234,7 +234,6 @@ def asymmetric_until(layers: int, source: Path, place: Path, batches: list[Tenso
         return quantize_together(ranks, source, place, batches, **options)
 
 
-@pytest.mark.case(3)
 def test_ranks_have_the_teachers_inputs_of_their_own_batches(source, alone, batches, tmp_path):
     """Of a mixture too, whose experts get other numbers of tokens on each rank."""
     threads = torch.get_num_threads()

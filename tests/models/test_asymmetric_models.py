@@ -187,7 +187,6 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 OPTIONS = {"plain": {}, "smooth": {"transform": Smooth()}, "tuned": {"tune": Norms(steps=2)}}
 
 
-@pytest.mark.case(150)
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_streamed_or_whole_in_memory_or_on_disk_it_is_the_same_bytes(kind, folder, tmp_path):
     options = OPTIONS[kind]
@@ -207,7 +206,6 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.case(150)
 @pytest.mark.parametrize(("event", "count"), [("layer", 5), ("tune", 1), ("block", 1)])
 @pytest.mark.parametrize("whole", [True, False])
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(event, count, whole, folder, tmp_path):
