@@ -44,6 +44,10 @@ class Overlay:
         value = self.original(name) if changed is None else changed
         return value if factor is None else value.float() * factor.to(value.device)
 
+    def factor(self, name: str) -> Tensor | None:
+        """Return what a parameter is multiplied by, float32; None where it is not."""
+        return self.factors.get(self._tied.get(name, name))
+
     def original(self, name: str) -> Tensor:
         """Return a parameter of the source."""
         return self._source(self._tied.get(name, name))

@@ -14,6 +14,9 @@ def current(config: dict[str, Any]) -> dict[str, Any]:
     precision, reservation = config.get("precision"), config.get("reservation")
     if not isinstance(precision, dict) or not isinstance(reservation, dict):
         return config
+    solver = config.get("solver")
+    if isinstance(solver, dict) and solver.get("name") == "gptq":
+        config = {**config, "solver": {"asymmetric": 0.0, **solver}}
     if precision.get("name") != RATE_DISTORTION:
         return {**config, "allocation": config.get("allocation", NONE)}
     shares = {key: reservation.get(key, value) for key, value in SHARES.items()}

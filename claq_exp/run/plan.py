@@ -27,9 +27,11 @@ from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import HALF
 from claq_exp.quantize.activation.rounding import expected_rounding, needs_text
 from claq_exp.quantize.budget import Overhead, fit_budget
+from claq_exp.quantize.moments import CROSS
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.run.needs import Needs, needs, wants_stream
 from claq_exp.run.stages import Cost, Footprint, Linear, Shape, Times, costs
+from claq_exp.run.teacher import check_routes
 from claq_exp.system.accelerator import is_cpu
 from claq_exp.system.machine import matmul_speed
 from claq_exp.system.resources import free_memory
@@ -117,6 +119,9 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     if not shapes:
         raise ConfigError(f"the blocks of {path} hold no linear layers to quantize")
     config.recipe().precision.check_names(shapes)
+    if CROSS in config.recipe().solver.wants:
+        for index, block in enumerate(blocks):
+            check_routes(block, f"{path}.{index}")
     kept = {
         name: t.numel() for name, t in state.items() if name.removesuffix(".weight") not in shapes
     }
@@ -134,7 +139,8 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     model_shape = _ModelShape.of(model, blocks, parameters, model_config)
     hidden = config.calibration.windows * config.calibration.seqlen * model_shape.width
     hidden_dtype = _hidden_dtype(config, hidden, model_config)
-    hidden_bytes = hidden * hidden_dtype.itemsize * len(streams_for(config.tuning().wants))
+    streams = streams_for(recipe.solver.wants | config.tuning().wants)
+    hidden_bytes = hidden * hidden_dtype.itemsize * len(streams)
     planned = _Planned(recipe, allocation.survey(), layouts, hidden_bytes, sizes.bytes)
     shape = _shape(config, planned, model_shape, mixture, device, context)
     taken = costs(shape)
@@ -299,6 +305,7 @@ def _sizes(
         hidden=min(plan.hidden_bytes, HIDDEN_SHARE * free_memory(device)),
         entering=4.0 * calibration.batch_size * batch * (1 + _tuning(config).states),
         observed=float(size * calibration.windows * batch),
+        beside=_beside(config, plan, model),
         logits=logits * model.vocabulary,
         streamed_hidden=min(max(tokens, default=0) * model.width * size, HIDDEN_BYTES),
         surveyed=batch * model.blocks if gradients else 0,
@@ -306,6 +313,16 @@ def _sizes(
         checkpoint=plan.checkpoint,
         compared=2.0 * compared * model.vocabulary,
     )
+
+
+def _beside(config: ExperimentConfig, plan: _Planned, model: _ModelShape) -> float:
+    """Return the bytes of an original block, and of what enters a linear of both, if wanted."""
+    if CROSS not in plan.recipe.solver.wants:
+        return 0.0
+    tokens = config.calibration.batch_size * config.calibration.seqlen
+    widest = max(linear.columns for linear in model.linears)
+    size = DTYPES[config.model.dtype].itemsize
+    return float(size * model.block + 2 * size * tokens * widest)
 
 
 def _tuning(config: ExperimentConfig) -> TuneCost:
@@ -334,6 +351,9 @@ def _times(
     )
     # factors of the Hessians, and errors that go from each column to those behind it
     solve += sum(w.columns**3 / 2 + w.rows * w.columns**2 for w in layouts.values()) / speed
+    crossed = CROSS in plan.recipe.solver.wants
+    if crossed:  # corrections, shifts and losses
+        solve += sum(w.columns**3 + 2 * w.rows * w.columns**2 for w in layouts.values()) / speed
     evaluation = config.evaluation
     scored = sum(
         context * corpus.windows if corpus.windows else CORPUS_TOKENS
@@ -343,11 +363,13 @@ def _times(
     evaluate = 2 * (scored + rows) * passed / speed
     evaluate += TASK_START * bool(evaluation.zero_shot)
     passes = CALIBRATION_PASSES + config.rewriting().passes + _tuning(config).passes
+    passes += CALIBRATION_PASSES * crossed  # the original block goes the same ways
+    moments = squares * (3 if crossed else 1)  # a cross moment is not symmetric
     surveyed = plan.survey.windows * config.calibration.seqlen if plan.survey else 0
     return Times(
         read=2 * parameters / 5e8,
         forward=2 * tokens * passed / speed,
-        calibrate=2 * tokens * (passes * weights + squares) / speed,
+        calibrate=2 * tokens * (passes * weights + moments) / speed,
         solve=solve,
         survey=2 * surveyed * (4 * passed + squares) / speed,
         evaluate=evaluate,

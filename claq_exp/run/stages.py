@@ -36,7 +36,8 @@ class Footprint:
     parameters, those of a block, and embedding and head.  loaded: `whole` where a model in memory
     is measured on one device.  hidden: bytes of hidden states between
     blocks in memory; entering: those of one batch in float32; observed: those of all batches as
-    they are computed.  logits: numbers in those of a batch.
+    they are computed.  beside: bytes of an original block and of what enters its linears, where a
+    solver compares them with the quantized block's.  logits: numbers in those of a batch.
     streamed_hidden: bytes of hidden states while a model is measured block by block.
     surveyed: hidden numbers of a window, times blocks, where an allocation looks at gradients.
     kept_hidden, checkpoint, compared: bytes on disk, of hidden states, of the checkpoint and of the
@@ -51,6 +52,7 @@ class Footprint:
     hidden: float
     entering: float
     observed: float
+    beside: float
     logits: float
     streamed_hidden: float
     surveyed: float
@@ -163,10 +165,11 @@ def _allocate(shape: Shape) -> Cost | None:
 
 def _quantize(shape: Shape) -> Cost:
     sizes, seconds = shape.sizes, shape.times.calibrate + shape.times.solve
-    passed = sizes.block + sizes.hidden + sizes.entering
+    passed = sizes.block + sizes.hidden + sizes.entering + sizes.beside
+    crossed = sizes.beside > 0
     if shape.on_gpu:
-        passed += _on_gpu(sizes.linears)
-    solved = _solving(sizes.linears, shape.threads)
+        passed += _on_gpu(sizes.linears, crossed=crossed)
+    solved = _solving(sizes.linears, shape.threads, crossed=crossed)
     return shape.cost(seconds, passed, solved, disk=2 * sizes.kept_hidden + sizes.checkpoint)
 
 
@@ -194,22 +197,31 @@ def _evaluate_quantized(shape: Shape) -> Cost:
     return shape.cost(2 + shape.times.read + shape.times.rounded * shape.times.evaluate, taken)
 
 
-def _solving(linears: Iterable[Linear], threads: int) -> float:
-    """Return the bytes that Hessians and the linears that share one take on the CPU."""
-    most = 0.0
+def _solving(linears: Iterable[Linear], threads: int, *, crossed: bool) -> float:
+    """Return the bytes that Hessians and the linears that share one take on the CPU.
+
+    crossed: there is a cross moment beside each, and then a correction beside its factor.
+    """
+    most, matrices = 0.0, 1 + crossed
     shared: dict[int, list[int]] = {}
     for linear in linears:
         shared.setdefault(linear.columns, []).append(linear.rows * linear.columns)
-        most = max(most, 8.0 * linear.columns**2 * linear.experts)
+        most = max(most, 8.0 * matrices * linear.columns**2 * linear.experts)
     for columns, weights in shared.items():
         together = sorted(weights, reverse=True)[: max(1, threads)]
-        most = max(most, 4.0 * columns**2 + WORK * 4 * sum(together))
+        most = max(most, 4.0 * matrices * columns**2 + WORK * 4 * sum(together))
     return most
 
 
-def _on_gpu(linears: Iterable[Linear]) -> float:
-    """Return the bytes of a group on a GPU: Hessian, factor and inverse, and its columns."""
-    return max(24.0 * linear.columns**2 + 12.0 * linear.rows * linear.columns for linear in linears)
+def _on_gpu(linears: Iterable[Linear], *, crossed: bool) -> float:
+    """Return the bytes of a group on a GPU: Hessian, factor and inverse, and its columns.
+
+    crossed: as of `_solving`.
+    """
+    square = 36.0 if crossed else 24.0
+    return max(
+        square * linear.columns**2 + 12.0 * linear.rows * linear.columns for linear in linears
+    )
 
 
 SMALLER = ("measure no tasks and set stream=true, or evaluation=none", FEWER)

@@ -54,6 +54,16 @@ def test_without_outliers_it_did_not_reserve():
     assert found["allocation"] == {"name": "rate_distortion", **FIELDS, "reserve": False, **SHARES}
 
 
+def test_gptq_of_old_was_not_asymmetric(tmp_path):
+    new = result({"config.solver": {"name": "gptq", "damping": 0.01, "asymmetric": 0.0}})
+    old = result({"config.solver": {"name": "gptq", "damping": 0.01}})
+    found = collect([write_runs(tmp_path, new, old)]).runs
+    assert differing(found) == []
+    asymmetric = {**found[0].config, "solver": {"name": "gptq", "asymmetric": 0.5}}
+    assert method_label(asymmetric).startswith("kmeans + asymmetric 0.5 + ")
+    assert recipe_labels(asymmetric)["solver"] == "gptq asymmetric 0.5"
+
+
 @pytest.mark.parametrize("config", [{}, {"precision": 3}, {"precision": {}, "reservation": None}])
 def test_damaged_settings_stay_as_they_are(config):
     assert current(config) == config
