@@ -390,4 +390,8 @@ def config_from_omegaconf(composed: DictConfig) -> ExperimentConfig:
     config.activation_rule()
     config.rewriting()
     config.tuning()
+    for family in FAMILIES:
+        name = getattr(config, family)["name"]
+        if ":" in name:  # its group still has the fields of the default
+            setattr(config, family, {"name": name, **asdict(config._strategy(family))})
     return config

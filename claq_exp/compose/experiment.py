@@ -314,6 +314,8 @@ def _explain_missing(group: str, option: str, overrides: list[str]) -> str:
         return f"{group}={option} is now {instead}"
     options = groups(_places(overrides)).get(group, [])
     there = f"there are: {', '.join(options)}"
+    if group in FAMILIES and ":" in option:
+        there = f"a class of your own is {group}.name={option}"
     return f"{group}={option}: no such option{_near(option, options)}; {there}"
 
 
@@ -355,6 +357,8 @@ def _explain_key(key: str, overrides: list[str]) -> str:
         node = child
     known = sorted(map(str, node))
     there = f"there are: {', '.join(known)}" if known else "there is nothing at its place"
+    if any(text.startswith(f"{key.partition('.')[0]}.name=") and ":" in text for text in others):
+        there = f"a field of your own class needs a plus: +{key}=..."
     return f"{key}: no such key{_near(wrong, known)}; {there}{_of_others(key)}"
 
 

@@ -31,6 +31,11 @@ def find_strategy(family: str, members: Mapping[str, type], name: str) -> type:
         found = getattr(_imported(module_name), class_name)
     except Exception as error:  # a person's own module can do anything
         reason = f"{type(error).__name__}: {telling_line(error)}"
+        if isinstance(error, ModuleNotFoundError) and error.name == module_name.partition(".")[0]:
+            reason = (
+                f"no module {error.name} is installed or in {Path.cwd()}; type the command where "
+                f"{error.name}.py is"
+            )
         raise ConfigError(f"{family}.name '{name}' cannot be imported: {reason}") from error
     if not isinstance(found, type):
         raise ConfigError(f"{family}.name '{name}' is not a class")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 from claq_exp.errors import ConfigError
@@ -79,7 +79,7 @@ def runs_table(
     notes = [
         *marks.footnotes(),
         *notes,
-        *_alike(groups),
+        *_alike(groups, keys),
         *mixed_notes(groups),
         *table_notes(runs, columns, rows),
     ]
@@ -256,8 +256,8 @@ def _original_row(
     return Row([*blank, *recipe, *measured, *[Cell("")] * (counted + 1)], original=True)
 
 
-def _alike(groups: Sequence[Sequence[Run]]) -> list[str]:
-    """Say in what runs differ whose rows show the same recipe."""
+def _alike(groups: Sequence[Sequence[Run]], shown: Container[str]) -> list[str]:
+    """Say in what runs differ whose rows show the same recipe.  shown: keys with a column."""
     found: dict[Any, list[Run]] = {}
     families = families_of(group[0].config for group in groups)
     for group in groups:
@@ -268,7 +268,8 @@ def _alike(groups: Sequence[Sequence[Run]]) -> list[str]:
         key
         for runs in found.values()
         for key in differing(runs)
-        if not key.startswith("evaluation.")  # blank cells tell what was not measured
+        if key not in shown
+        and not key.startswith("evaluation.")  # blank cells tell what was not measured
     )
     if not keys:
         return []

@@ -294,6 +294,9 @@ def test_a_strategy_of_ones_own_is_found_by_its_dotted_name(tmp_path, monkeypatc
     strategy = compose_config([*words, "+precision.offset=1"]).recipe().precision
     assert type(strategy).__name__ == "Threes"
     assert strategy.offset == 1
+    config = compose_config(["precision.name=my_rules:Threes"])  # over the default's fields
+    assert config.precision == {"name": "my_rules:Threes", "offset": 0}
+    assert "my_rules_Threes-reserve" in config.recipe_name()
 
 
 def test_hooks_are_commands_of_the_environment_and_need_no_network():

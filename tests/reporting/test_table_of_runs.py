@@ -218,6 +218,8 @@ def test_rows_that_read_alike_say_in_what_they_differ(table):
         "Rows of the same recipe differ in calibration.windows (--by calibration.windows shows it)."
         in grid.footnotes
     )
+    shown = table(by=["calibration.windows"])
+    assert not any("differ in" in note for note in shown.footnotes)
 
 
 def test_runs_of_other_seeds_say_that_they_can_be_merged(table):
