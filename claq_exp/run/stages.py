@@ -32,11 +32,11 @@ class Linear:
 class Footprint:
     """What memory and disk are taken by.
 
-    linears: of the largest block.  whole, block, head: bytes in the type of forward passes, of all
-    parameters, those of a block, and embedding and head.  loaded: `whole` where a model in memory
-    is measured on one device.  hidden: bytes of hidden states between
-    blocks in memory; entering: those of one batch in float32; observed: those of all batches as
-    they are computed.  logits: numbers in those of a batch.
+    linears: of the largest block.  ends: embedding and head, where they are quantized.
+    whole, block, head: bytes in the type of forward passes, of all parameters, those of a block,
+    and embedding and head.  loaded: `whole` where a model in memory is measured on one device.
+    hidden: bytes of hidden states between blocks in memory; entering: those of a batch in float32;
+    observed: those of all batches as they are computed.  logits: numbers in those of a batch.
     streamed_hidden: bytes of hidden states while a model is measured block by block.
     surveyed: hidden numbers of a window, times blocks, where an allocation looks at gradients.
     kept_hidden, checkpoint, compared: bytes on disk, of hidden states, of the checkpoint and of the
@@ -44,6 +44,7 @@ class Footprint:
     """
 
     linears: tuple[Linear, ...]
+    ends: tuple[Linear, ...]
     whole: float
     loaded: float
     block: float
@@ -166,7 +167,7 @@ def _quantize(shape: Shape) -> Cost:
     passed = sizes.block + sizes.hidden + sizes.entering
     if shape.on_gpu:
         passed += _on_gpu(sizes.linears)
-    solved = _solving(sizes.linears, shape.threads)
+    solved = max(_solving(sizes.linears, shape.threads), _solving(sizes.ends, 1))
     return shape.cost(seconds, passed, solved, disk=2 * sizes.kept_hidden + sizes.checkpoint)
 
 
