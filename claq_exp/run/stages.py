@@ -44,7 +44,6 @@ class Footprint:
     """
 
     linears: tuple[Linear, ...]
-    ends: tuple[Linear, ...]
     whole: float
     loaded: float
     block: float
@@ -58,6 +57,7 @@ class Footprint:
     kept_hidden: float
     checkpoint: float
     compared: float
+    ends: tuple[Linear, ...] = ()
 
     def measured(self, *, streams: bool) -> float:
         """Return the bytes of a model that is measured, whole or block by block."""

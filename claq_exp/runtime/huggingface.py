@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -143,10 +142,8 @@ def pack_ends(model: nn.Module, layouts: Mapping[str, Layout]) -> None:
             pack_linears(model, {name: layout})
         elif module is not None:
             raise CheckpointError(f"{name} is neither an embedding nor a head of the model")
-    if layouts:
-        for part in model.modules():
-            if isinstance(part, PreTrainedModel):
-                part.resize_token_embeddings = _refuse_resizing  # type: ignore[method-assign]
+    for part in _models(model).values() if layouts else ():
+        part.resize_token_embeddings = _refuse_resizing
 
 
 def _share(model: nn.Module, name: str, embedding: QuantizedEmbedding) -> None:
@@ -166,11 +163,17 @@ def _share(model: nn.Module, name: str, embedding: QuantizedEmbedding) -> None:
             shared=embedding,
         )
         _replace(model, place, shared)
-    for path, part in model.named_modules():
-        if isinstance(part, PreTrainedModel):  # each has a list, by names of its own
-            own = part.all_tied_weights_keys
-            left = {k: v for k, v in own.items() if f"{path}.{k}".lstrip(".") not in weights}
-            part.all_tied_weights_keys = part._tied_weights_keys = left
+    for path, part in _models(model).items():  # each has a list, by names of its own
+        own = part.all_tied_weights_keys
+        left = {k: v for k, v in own.items() if f"{path}.{k}".lstrip(".") not in weights}
+        part.all_tied_weights_keys = part._tied_weights_keys = left
+
+
+def _models(model: nn.Module) -> dict[str, Any]:
+    """Return the models of transformers that a model consists of, itself included, by name."""
+    from transformers import PreTrainedModel  # not before it is asked for: see `_register`
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, PreTrainedModel)}
 
 
 def _refuse_resizing(*_: Any, **__: Any) -> NoReturn:
