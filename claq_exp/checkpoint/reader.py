@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ from claq_exp.checkpoint.older import OLDEST, current_layout
 from claq_exp.checkpoint.writer import FORMAT_VERSION, QUANT_METHOD
 from claq_exp.errors import CheckpointError, ConfigError, telling_line
 from claq_exp.models.ends import in_blocks, is_end
-from claq_exp.payload import read_layout, unpack_weight
+from claq_exp.payload import operand_of, read_layout, unpack_weight
 from claq_exp.payload.base import Layout, Payload
+from claq_exp.payload.gather import gathered
 from claq_exp.quantize.activation.rounding import Rounding
 from claq_exp.system.files import read_json
 from claq_exp.tensor_files.shards import open_tensors, read_spans
@@ -185,6 +187,18 @@ class PackedWeights:
         except CheckpointError as error:
             raise CheckpointError(f"{self._folder}: {linear}: {error}") from error
         return weight.t() if linear in self._transposed else weight
+
+    def table(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Return what looks rows of a parameter up: its codes stay packed.  Raises as `read`."""
+        module = name.removesuffix(".weight")
+        layout = self._layouts.get(module)
+        if layout is None:
+            return self.read(name).__getitem__
+        tensors = {s: self._get(f"{module}.{s}") for s in layout.stored_tensors()}
+        try:
+            return partial(gathered, operand_of(layout, tensors))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._folder}: {module}: {error}") from error
 
     def _get(self, tensor: str) -> Tensor:
         if tensor not in self._files:

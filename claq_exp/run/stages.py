@@ -13,6 +13,8 @@ from typing import Literal
 # Rules of thumb, measured on two CPU cores; `claq-exp plan` promises a factor of two for times and
 # 25 % for memory (benchmarks/big_model.py), not less.
 WORK = 2.0  # matrices in float32 while one is quantized: columns, codes, differences
+COPY = 1.0  # and the weight itself, of an embedding or head
+UNPACKED = 5.0  # bytes of a weight while an embedding or head is dequantized: float32, and codes
 LOGIT_COPIES = 2.0  # of the logits of a batch: as they come, and in float32 for the loss
 GRADIENTS = 40  # hidden states of a block that a backward pass keeps
 TRIALS = 3.0  # fits of an allocation over the model, in column loops
@@ -62,9 +64,10 @@ class Footprint:
     def measured(self, *, streams: bool) -> float:
         """Return the bytes of a model that is measured, whole or block by block."""
         logits = LOGIT_COPIES * 4 * self.logits
+        unpacked = UNPACKED * max((end.rows * end.columns for end in self.ends), default=0)
         if streams:
-            return self.block + self.head + self.streamed_hidden + logits
-        return self.loaded + logits
+            return self.block + self.head + self.streamed_hidden + max(logits, unpacked)
+        return self.loaded + max(logits, unpacked if self.loaded else 0.0)
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,8 @@ def _quantize(shape: Shape) -> Cost:
     sizes, seconds = shape.sizes, shape.times.calibrate + shape.times.solve
     passed = sizes.block + sizes.hidden + sizes.entering
     if shape.on_gpu:
-        passed += _on_gpu(sizes.linears)
-    solved = max(_solving(sizes.linears, shape.threads), _solving(sizes.ends, 1))
+        passed += _on_gpu([*sizes.linears, *sizes.ends])
+    solved = max(_solving(sizes.linears, shape.threads), _solving(sizes.ends, 1, COPY))
     return shape.cost(seconds, passed, solved, disk=2 * sizes.kept_hidden + sizes.checkpoint)
 
 
@@ -195,8 +198,11 @@ def _evaluate_quantized(shape: Shape) -> Cost:
     return shape.cost(2 + shape.times.read + shape.times.rounded * shape.times.evaluate, taken)
 
 
-def _solving(linears: Iterable[Linear], threads: int) -> float:
-    """Return the bytes that Hessians and the linears that share one take on the CPU."""
+def _solving(linears: Iterable[Linear], threads: int, copies: float = 0.0) -> float:
+    """Return the bytes that Hessians and the linears that share one take on the CPU.
+
+    copies: in float32, of weights that are not in memory for a forward pass.
+    """
     most = 0.0
     shared: dict[int, list[int]] = {}
     for linear in linears:
@@ -204,7 +210,7 @@ def _solving(linears: Iterable[Linear], threads: int) -> float:
         most = max(most, 8.0 * linear.columns**2 * linear.experts)
     for columns, weights in shared.items():
         together = sorted(weights, reverse=True)[: max(1, threads)]
-        most = max(most, 4.0 * columns**2 + WORK * 4 * sum(together))
+        most = max(most, 4.0 * columns**2 + (WORK + copies) * 4 * sum(together))
     return most
 
 

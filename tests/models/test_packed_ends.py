@@ -19,6 +19,7 @@ from claq_exp.checkpoint.dense import write_dense
 from claq_exp.checkpoint.reader import open_checkpoint, read_layouts, read_weights
 from claq_exp.checkpoint.summary import summarize
 from claq_exp.checkpoint.writer import checkpoint_sizes, planned_sizes, write_checkpoint
+from claq_exp.compose.experiment import compose_config
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.predict import streamed
 from claq_exp.models.ends import Ends, find_ends, in_blocks, is_end
@@ -46,13 +47,17 @@ RULES: dict[str, tuple[EndRule, EndRule]] = {
 }
 
 
+TIED = ("llama_tied_biased", "gpt2", "opt", "opt_350m", "gpt_neox", "gemma2", "gemma3", "qwen3_moe")
+UNTIED = ("llama", "phi", "opt_350m", "gpt_neox", "gemma3", "mixtral")  # phi's head has a bias
+
+
 def variants() -> dict[str, tuple[Architecture, str]]:
-    """Every architecture, tied and not; all rules on one of them."""
+    """Architectures, tied and not, and the rules for each; all rules on one of them."""
     found = {}
-    for name, architecture in ARCHITECTURES.items():
-        for tied in (False, True):
-            options = {**architecture.options, "tie_word_embeddings": tied}
-            own = replace(architecture, options=options)
+    for names, tied in ((TIED, True), (UNTIED, False)):
+        for name in names:
+            options = {**ARCHITECTURES[name].options, "tie_word_embeddings": tied}
+            own = replace(ARCHITECTURES[name], options=options)
             found[f"{name}, {'tied' if tied else 'untied'}"] = own, "tied" if tied else "both"
     llama = found["llama, untied"][0]
     return found | {f"llama, {rule}": (llama, rule) for rule in ("each", "embedding", "head")}
@@ -154,9 +159,6 @@ def test_a_packed_embedding_or_head_cannot_be_resized(written, size):
         loaded.resize_token_embeddings(size)
 
 
-TIED = ARCHITECTURES["llama_tied_biased"]
-
-
 @pytest.mark.parametrize(
     ("rules", "told"),
     [
@@ -167,11 +169,25 @@ TIED = ARCHITECTURES["llama_tied_biased"]
 )
 def test_a_tied_model_has_one_matrix_and_one_rule(rules, told):
     with pytest.raises(ConfigError, match=told):
-        chosen_ends(TIED.build(), *rules)
+        chosen_ends(ARCHITECTURES["llama_tied_biased"].build(), *rules)
+
+
+@dataclass(frozen=True)
+class Halves(EndRule):
+    """A rule of one's own: signs of columns."""
+
+    def recipe(self) -> Recipe:
+        return Recipe(KMeans(), FixedBits(1), NoReservation(), Gptq())
+
+
+def test_a_rule_of_ones_own_is_found_by_its_path():
+    config = compose_config([f"embedding.name={__name__}:Halves"])
+    (end,) = chosen_ends(ARCHITECTURES["llama_tied_biased"].build(), *config.end_rules())
+    assert end.layout().widths() == {1: 24}
 
 
 def test_nothing_is_chosen_without_a_rule():
-    assert chosen_ends(TIED.build(), NoEnd(), SameEnd()) == ()
+    assert chosen_ends(ARCHITECTURES["llama_tied_biased"].build(), NoEnd(), SameEnd()) == ()
     assert chosen_ends(ARCHITECTURES["llama"].build(), NoEnd(), SameEnd()) == ()
 
 
