@@ -125,6 +125,23 @@ def test_inspect_and_plan_name_the_embedding(run, tiny_run, capsys):
     assert "model.embed_tokens" in capsys.readouterr().out
 
 
+def test_pictures_and_reports_are_about_blocks_and_evaluate_counts_the_same(
+    run, tiny_run, tmp_path, drawn, capsys
+):
+    folder, results = run("embedding=kmeans")
+    assert (folder / "layers.png").stat().st_size > 1000
+    assert main(["report", str(tmp_path / "outputs"), "--into", str(tmp_path / "report")]) == 0
+    words = [word for word in tiny_run if not word.startswith(("model", "calibration"))]
+    words = [*words, *SMALL[1:], f"checkpoint={folder}", "original=false"]
+    assert main(["evaluate", *words, f"outputs={tmp_path / 'evaluated'}"]) == 0
+    (found,) = (tmp_path / "evaluated").rglob("results.json")
+    again = json.loads(found.read_text())
+    assert again["bits"] == results["bits"]
+    assert again["perplexity"]["wikipedia"]["quantized"] == pytest.approx(
+        results["perplexity"]["wikipedia"]["quantized"]
+    )
+
+
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_run_that_ends_at_the_embedding_goes_on_to_the_same_bytes(
     moment, run, tiny_run, tmp_path, monkeypatch
