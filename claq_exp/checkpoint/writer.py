@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,10 +142,7 @@ def planned_sizes(
 ) -> Sizes:
     """Return what a checkpoint with these layouts will take; `model` may be on the meta device."""
     packed = {name: PackedWeight(layout, {}) for name, layout in layouts.items()}
-    kept = sum(
-        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
-        for tensor in unquantized_state(model, packed).values()
-    )
+    kept = kept_bytes(model, packed, dtype)
     config = checkpoint_config(model, layouts, dtype, rounding).to_json_string().encode()
     described = len(config) + described_bytes(_units(model, packed, dtype, None), SHARD_BYTES)
     ledger = Ledger.sum([_quantized(layouts), Ledger(other=8 * described, unquantized=8 * kept)])
@@ -205,12 +202,18 @@ def _forget_code(path: Path) -> None:
     write_json(path, data)
 
 
-def unquantized_state(
-    model: PreTrainedModel, packed: Mapping[str, PackedWeight]
-) -> dict[str, Tensor]:
+def unquantized_state(model: PreTrainedModel, packed: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors that a checkpoint keeps as they are; tied ones once."""
     left_out = {f"{name}.weight" for name in packed} | set(tied_names(model))
     return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+
+
+def kept_bytes(model: PreTrainedModel, packed: Collection[str], dtype: torch.dtype) -> int:
+    """Return the bytes of what a checkpoint keeps as it is.  packed: names of the others."""
+    return sum(
+        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+        for tensor in unquantized_state(model, packed).values()
+    )
 
 
 def checkpoint_sizes(folder: Path, layouts: Mapping[str, Layout], parameters: int) -> Sizes:

@@ -13,7 +13,7 @@ from torch import nn
 
 from claq_exp.allocate import Allocation, Survey
 from claq_exp.calibration.streams import streams_for
-from claq_exp.checkpoint.writer import Sizes, planned_sizes
+from claq_exp.checkpoint.writer import Sizes, kept_bytes, planned_sizes
 from claq_exp.config import AUTO, ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.perplexity import windows_at_once
@@ -131,13 +131,17 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     def description(layouts: Mapping[str, Layout]) -> float:
         return 8.0 * _description_bytes({**layouts, **packed_ends}, kept)
 
-    recipe = fit_budget(config.recipe(), config.budget, shapes, description)
-    allocation = config.allocation_rule().within(config.budget)
+    stored = stored_dtype(model_config)
+    beside = 8.0 * kept_bytes(model, {*shapes, *packed_ends}, stored)
+    beside += sum(layout.ledger().total for layout in packed_ends.values())
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    budget = config.budget.for_layers(parameters, beside, weights)
+    recipe = fit_budget(config.recipe(), budget, shapes, description)
+    allocation = config.allocation_rule().within(budget)
     layouts = allocation.planned_layouts(recipe, shapes, description)
     evaluation = config.evaluation
     context = context_length(evaluation.context, model_config) if evaluation.corpora else 0
     rounding = expected_rounding(config.activation_rule(), layouts)
-    stored = stored_dtype(model_config)
     sizes = planned_sizes(model, {**layouts, **packed_ends}, stored, rounding)
     model_shape = _ModelShape.of(model, blocks, parameters, model_config)
     hidden = config.calibration.windows * config.calibration.seqlen * model_shape.width
