@@ -29,6 +29,7 @@ from claq_exp.payload import unpack_weight
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.moments import CROSS, Moments
 from claq_exp.quantize.recipe import Recipe
+from claq_exp.run.ends import EMBEDDING, End, quantize_ends
 from claq_exp.run.solve import report_row, solve_linears
 from claq_exp.run.teacher import TeacherBlock
 from claq_exp.run_folder.fallbacks import refuse_fallbacks
@@ -47,7 +48,7 @@ class Watcher:
     """Who follows a quantization.
 
     event: called with ("transform", what moved in a block), ("layer", report row), ("tune", what
-    was trained of a block) and ("block", seconds by kind of work).
+    was trained of a block), ("block", seconds by kind of work) and ("stage", the same of the ends).
     share: called with (share of all work just done, where).
     stopping: asked after each group of linears whether to stop there.
     """
@@ -67,11 +68,12 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     hidden_form: HiddenForm = AS_COMPUTED,
     transform: Transform = UNTRANSFORMED,
     tune: Tune = UNTUNED,
+    ends: Sequence[End] = (),
     watcher: Watcher = Watcher(),
     strict: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Quantize all linear layers of all decoder blocks into a store.
+    """Quantize all linear layers of all decoder blocks into a store, and then the model's ends.
 
     Each block is rewritten before as `transform` says, and trained afterwards as `tune` says.
 
@@ -115,6 +117,12 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
         streams.advance()
         inputs[index] = BlockInputs()
         watcher.event("block", {"block": index, **seconds})
+    own = ranks.share(batches)
+    report, seconds = quantize_ends(model, own, ends, streams, store, strict=strict, ranks=ranks)
+    for row in report:
+        watcher.event("layer", row)
+    if report:
+        watcher.event("stage", {"stage": EMBEDDING, **seconds})
 
 
 def _teacher(

@@ -38,6 +38,8 @@ LATER = {  # and what stands for nothing
     "allocation": {"name": "none"},
     "transform": {"name": "none"},
     "tune": {"name": "none"},
+    "embedding": {"name": "none"},
+    "head": {"name": "same"},
     "evaluation.after": [],
     "solver.asymmetric": 0,
 }

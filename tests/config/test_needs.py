@@ -35,8 +35,9 @@ def unmeasured(words: list[str]) -> list[str]:
         ["experiment=gptq_4bit_g64", "solver=nearest"],
         ["codebook.shared=true", "codebook.row_scales=true", "precision.target_bits=2.5"],
         ["experiment=linear/or_2.6", "budget.bits=7"],
+        ["embedding=uniform", "budget.bits=11.5", "budget.kind=model"],
     ],
-    ids=["columns", "blocks", "grid", "shared", "budget"],
+    ids=["columns", "blocks", "grid", "shared", "budget", "budget of the model"],
 )
 def test_the_planned_bytes_are_those_of_the_checkpoint(words, tiny_run, only_folder):
     words = [*unmeasured(tiny_run), *words, "calibration.windows=2"]
