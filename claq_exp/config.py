@@ -17,6 +17,7 @@ from claq_exp.models.source import ModelSource, check_name, source_name
 from claq_exp.quantize.activation import ACTIVATION, Activation
 from claq_exp.quantize.budget import BudgetConfig
 from claq_exp.quantize.codebook import CODEBOOK
+from claq_exp.quantize.ends import EMBEDDING, HEAD, EndRule
 from claq_exp.quantize.precision import PRECISION
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import RESERVATION
@@ -35,6 +36,8 @@ FAMILIES: dict[str, dict[str, type]] = {
     "activation": ACTIVATION,
     "allocation": ALLOCATION,
     "codebook": CODEBOOK,
+    "embedding": EMBEDDING,
+    "head": HEAD,
     "precision": PRECISION,
     "reservation": RESERVATION,
     "solver": SOLVER,
@@ -268,6 +271,8 @@ class ExperimentConfig:
     precision: dict[str, Any] = field(default_factory=dict)
     reservation: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
+    embedding: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
+    head: dict[str, Any] = field(default_factory=lambda: {"name": "same"})
     activation: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     allocation: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     transform: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
@@ -332,6 +337,14 @@ class ExperimentConfig:
         check_members("tune", tune, Tune)
         return tune
 
+    def end_rules(self) -> tuple[EndRule, EndRule]:
+        """Build the rules for the embedding and for a head of its own; raises as `recipe`."""
+        embedding: EndRule = self._strategy("embedding")
+        head: EndRule = self._strategy("head")
+        for family, rule in (("embedding", embedding), ("head", head)):
+            check_members(family, rule, EndRule)
+        return embedding, head
+
     def allocation_rule(self) -> Allocation:
         """Build the rule for the bits of the whole model; raises as `recipe`."""
         rule: Allocation = self._strategy("allocation")
@@ -360,11 +373,15 @@ class ExperimentConfig:
         parts = [*before, self.codebook["name"], f"{widths['name']}{bits}"]
         if self.reservation["name"] != "none":
             parts.append(f"reserve_{self.reservation['name']}{self.reservation.get('ratio', '')}")
-        parts.append(self.solver["name"])
+        share = self.solver.get("asymmetric", 0) if self.solver["name"] == "gptq" else 0
+        parts.append(f"{self.solver['name']}{f'_asymmetric{share:g}' if share else ''}")
         if self.activation["name"] != "none":
             parts.append(f"a_{self.activation['name']}{self.activation.get('bits', '')}")
         if self.tune["name"] != "none":
             parts.append(f"tune_{self.tune['name']}")
+        for letter, end, usual in (("e", self.embedding, "none"), ("h", self.head, "same")):
+            if end["name"] != usual:
+                parts.append(f"{letter}_{end['name']}{end.get('bits', '')}")
         return "-".join([re.sub(r"[^A-Za-z0-9._]+", "_", part) for part in parts])
 
     def as_dict(self) -> dict[str, Any]:
@@ -389,6 +406,7 @@ def config_from_omegaconf(composed: DictConfig) -> ExperimentConfig:
     config.activation_rule()
     config.rewriting()
     config.tuning()
+    config.end_rules()
     for family in FAMILIES:
         name = getattr(config, family)["name"]
         if ":" in name:  # its group still has the fields of the default

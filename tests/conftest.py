@@ -33,6 +33,7 @@ import claq_exp.run.plan
 from claq_exp.quantize.stale_kernels import drop_stale_kernels
 from claq_exp.reporting import plots
 from claq_exp.sources.cache import cache_folder
+from claq_exp.system.resources import cores
 
 with contextlib.suppress(ImportError):  # some checks of a GPU go without
     from hypothesis import settings
@@ -53,6 +54,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="compile every launch of every Triton kernel for every architecture",
     )
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than cores: tests that wait for processes of their own leave a core idle."""
+    return cores() + 1
 
 
 @pytest.fixture(scope="session", autouse=True)

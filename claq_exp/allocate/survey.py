@@ -17,7 +17,7 @@ from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, watch
 from claq_exp.models.discover import Wave, find_waves, linear_weight, linears_of
 from claq_exp.models.experts import ExpertPlace, expert_lists, place_among_experts
 from claq_exp.models.stream import WholeModel
-from claq_exp.quantize.moments import Moments
+from claq_exp.quantize.moments import CROSS, Moments
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.statistics import ColumnStatistics
 
@@ -74,7 +74,7 @@ def survey_model(
             inputs[index + 1].hidden = hidden
         for measured in hessians:
             try:
-                prepared = solver.prepare(Moments(measured.hessian))
+                prepared = solver.prepare(_moments(measured.hessian, solver))
             except NumericalError as error:
                 raise NumericalError(f"{path}.{index}.{measured.names[0]}: {error}") from error
             for name in measured.names:
@@ -89,6 +89,11 @@ def survey_model(
                 )
         on_share(share, f"{path}.{index}")
     return statistics
+
+
+def _moments(hessian: Tensor, solver: Solver) -> Moments:
+    """Return the moments of the original model, which differs nowhere from itself."""
+    return Moments(hessian, torch.zeros_like(hessian) if CROSS in solver.wants else None)
 
 
 def statistics_tensors(statistics: Mapping[str, ColumnStatistics]) -> dict[str, Tensor]:

@@ -16,14 +16,18 @@ from torch import Tensor
 
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.errors import CalibrationError
+from claq_exp.quantize.moments import CROSS
 from claq_exp.system.distributed import ALONE, Ranks
 
 STUDENT, TEACHER = "student", "teacher"
 
 
 def streams_for(wants: Iterable[str]) -> tuple[str, ...]:
-    """Return the streams of a run whose strategies want these things."""
-    return (STUDENT, TEACHER) if TEACHER in wants else (STUDENT,)
+    """Return the streams of a run whose strategies want these things.
+
+    wants: of the rule that trains blocks, and of the solver.
+    """
+    return (STUDENT,) if {TEACHER, CROSS}.isdisjoint(wants) else (STUDENT, TEACHER)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from claq_exp.checkpoint.manifest import check_harmless, check_manifest
 from claq_exp.checkpoint.older import OLDEST, current_layout
 from claq_exp.checkpoint.writer import FORMAT_VERSION, QUANT_METHOD
 from claq_exp.errors import CheckpointError, ConfigError, telling_line
-from claq_exp.payload import read_layout, unpack_weight
+from claq_exp.models.ends import in_blocks, is_end
+from claq_exp.payload import operand_of, read_layout, unpack_weight
 from claq_exp.payload.base import Layout, Payload
+from claq_exp.payload.gather import gathered
 from claq_exp.quantize.activation.rounding import Rounding
 from claq_exp.system.files import read_json
 from claq_exp.tensor_files.shards import open_tensors, read_spans
@@ -29,7 +32,7 @@ CONFIG_KEYS = {"quant_method", "format_version", "modules"}
 
 
 def read_layouts(folder: Path) -> dict[str, Layout]:
-    """Return linear name -> layout from config.json.
+    """Return name -> layout from config.json: linears of blocks, and embedding and head if packed.
 
     Raises ConfigError when the folder is no checkpoint of ours, CheckpointError when it cannot be
     understood.
@@ -50,7 +53,7 @@ def _parse(folder: Path) -> tuple[dict[str, Layout], Rounding | None]:
         raise ConfigError(f"checkpoint '{folder}' is not quantized by claq_exp")
     try:
         layouts = parse_layouts(quantization)
-        return layouts, parse_rounding(quantization, layouts)
+        return layouts, parse_rounding(quantization, in_blocks(layouts))
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from error
 
@@ -185,6 +188,18 @@ class PackedWeights:
             raise CheckpointError(f"{self._folder}: {linear}: {error}") from error
         return weight.t() if linear in self._transposed else weight
 
+    def table(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Return what looks rows of a parameter up: its codes stay packed.  Raises as `read`."""
+        module = name.removesuffix(".weight")
+        layout = self._layouts.get(module)
+        if layout is None:
+            return self.read(name).__getitem__
+        tensors = {s: self._get(f"{module}.{s}") for s in layout.stored_tensors()}
+        try:
+            return partial(gathered, operand_of(layout, tensors))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self._folder}: {module}: {error}") from error
+
     def _get(self, tensor: str) -> Tensor:
         if tensor not in self._files:
             raise CheckpointError(f"{self._folder} lacks the tensor {tensor}")
@@ -234,7 +249,7 @@ def open_checkpoint(
     layouts = check_checkpoint(folder, trust_remote_code=trust_remote_code)
     model = check_model(folder, layouts, DTYPES[dtype], trust_remote_code=trust_remote_code)
     check_dtype(folder, layouts, dtype)
-    round_inputs(model, read_rounding(folder), layouts)
+    round_inputs(model, read_rounding(folder), in_blocks(layouts))
     weights = PackedWeights(folder, layouts, _transposed(model))
     return StreamedModel(model, weights, device, blocks_path)
 
@@ -322,8 +337,12 @@ def _check_shapes(
     from claq_exp.models.skeleton import tied_names
 
     modules = dict(model.named_modules())
-    if wrong := [name for name in layouts if not isinstance(modules.get(name), LINEAR)]:
-        raise CheckpointError(f"the model has no linear layer '{wrong[0]}'")
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name in layouts:
+        if is_end(name) and (name not in modules or modules[name] not in ends):
+            raise CheckpointError(f"'{name}' is neither embedding nor head of the model")
+        if not is_end(name) and not isinstance(modules.get(name), LINEAR):
+            raise CheckpointError(f"the model has no linear layer '{name}'")
     packed = {f"{name}.weight": (w.rows, w.columns) for name, w in layouts.items()}
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     places = own | {f"{name}.weight": tuple(linear_weight(modules[name]).shape) for name in layouts}

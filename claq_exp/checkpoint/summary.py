@@ -17,6 +17,7 @@ from claq_exp.checkpoint.reader import (
 )
 from claq_exp.checkpoint.writer import Sizes, checkpoint_sizes
 from claq_exp.errors import CheckpointError
+from claq_exp.models.ends import is_end
 from claq_exp.payload import reserved_counts
 from claq_exp.payload.base import Layout
 from claq_exp.quantize.activation.rounding import Rounding
@@ -58,7 +59,8 @@ class LayerSummary:
 class Summary:
     """A checkpoint: its sizes and its quantized layers.
 
-    parameters: of the model, tied ones once.  rounding: of activations, or None.
+    parameters: of the model, tied ones once.  layers: linear ones of blocks.  rounding: of
+    activations, or None.  ends: embedding and head, where they are packed.
     """
 
     folder: Path
@@ -67,10 +69,11 @@ class Summary:
     sizes: Sizes
     layers: tuple[LayerSummary, ...]
     rounding: Rounding | None
+    ends: tuple[LayerSummary, ...] = ()
 
     @property
     def weights(self) -> int:
-        """Number of quantized weights."""
+        """Number of quantized weights in linear layers of blocks."""
         return sum(layer.layout.weights for layer in self.layers)
 
     @property
@@ -103,13 +106,15 @@ def summarize(folder: Path) -> Summary:
             raise CheckpointError(f"{folder}: {name}: {error}") from error
         full = counts.topk(math.ceil(FULL_COLUMNS * layout.columns)).values
         layers.append(LayerSummary(name, layout, int(full.sum())))
+    layers.sort(key=lambda layer: _natural(layer.name))
     return Summary(
         folder=folder,
         model_type=str(read_json(folder / "config.json").get("model_type", "unknown")),
         parameters=parameters,
         sizes=checkpoint_sizes(folder, layouts, parameters),
-        layers=tuple(sorted(layers, key=lambda layer: _natural(layer.name))),
+        layers=tuple(layer for layer in layers if not is_end(layer.name)),
         rounding=read_rounding(folder),
+        ends=tuple(layer for layer in layers if is_end(layer.name)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from claq_exp.checkpoint.manifest import asking_for_code, check_manifest, write_manifest
 from claq_exp.errors import CheckpointError
+from claq_exp.models.ends import in_blocks, is_end
 from claq_exp.models.skeleton import tied_names
 from claq_exp.models.towers import runs_own_code
 from claq_exp.payload.base import Layout
@@ -62,7 +63,8 @@ class Sizes:
 
     bytes: weights, their index and config.json (tokenizer files are the original's, the manifest
     only checks).  ledger: the same in bits by purpose.
-    nominal, linear, model: bits per weight as defined in the README.
+    nominal, linear, model: bits per weight as defined in the README; nominal and linear ones count
+    the layers of blocks, and no packed embedding or head.
     """
 
     bytes: int
@@ -86,8 +88,8 @@ def write_checkpoint(  # noqa: PLR0913 - every one has a default, but what is wr
 ) -> None:
     """Write a checkpoint (docs/format.md) and publish it by rename.
 
-    packed: name of the linear layer -> its packed weight.  dtype: of the tensors that stay
-    unquantized.
+    packed: name of the linear layer, embedding or head -> its packed weight.  dtype: of the tensors
+    that stay unquantized.
     source: folder of the original, whose tokenizer files, settings of processors and of generation,
     chat templates and licence come along byte by byte (`Companions`); what it lacks, the tokenizer
     and the model write.
@@ -140,18 +142,10 @@ def planned_sizes(
 ) -> Sizes:
     """Return what a checkpoint with these layouts will take; `model` may be on the meta device."""
     packed = {name: PackedWeight(layout, {}) for name, layout in layouts.items()}
-    kept = sum(
-        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
-        for tensor in unquantized_state(model, packed).values()
-    )
+    kept = kept_bytes(model, packed, dtype)
     config = checkpoint_config(model, layouts, dtype, rounding).to_json_string().encode()
     described = len(config) + described_bytes(_units(model, packed, dtype, None), SHARD_BYTES)
-    ledger = Ledger.sum(
-        [
-            *(layout.ledger() for layout in layouts.values()),
-            Ledger(other=8 * described, unquantized=8 * kept),
-        ]
-    )
+    ledger = Ledger.sum([_quantized(layouts), Ledger(other=8 * described, unquantized=8 * kept)])
     state = model.state_dict()
     parameters = sum(t.numel() for n, t in state.items() if n not in tied_names(model))
     return _sizes(ledger, layouts, parameters)
@@ -208,12 +202,18 @@ def _forget_code(path: Path) -> None:
     write_json(path, data)
 
 
-def unquantized_state(
-    model: PreTrainedModel, packed: Mapping[str, PackedWeight]
-) -> dict[str, Tensor]:
+def unquantized_state(model: PreTrainedModel, packed: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors that a checkpoint keeps as they are; tied ones once."""
     left_out = {f"{name}.weight" for name in packed} | set(tied_names(model))
     return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+
+
+def kept_bytes(model: PreTrainedModel, packed: Collection[str], dtype: torch.dtype) -> int:
+    """Return the bytes of what a checkpoint keeps as it is.  packed: names of the others."""
+    return sum(
+        tensor.numel() * (dtype if tensor.is_floating_point() else tensor.dtype).itemsize
+        for tensor in unquantized_state(model, packed).values()
+    )
 
 
 def checkpoint_sizes(folder: Path, layouts: Mapping[str, Layout], parameters: int) -> Sizes:
@@ -222,7 +222,7 @@ def checkpoint_sizes(folder: Path, layouts: Mapping[str, Layout], parameters: in
     parameters: of the original model, tied ones once.  `other` in the ledger is config.json, where
     the layouts stand, the index, and the headers of the weights files.
     """
-    quantized = Ledger.sum(layout.ledger() for layout in layouts.values())
+    quantized = _quantized(layouts)
     shards = read_spans(folder)
     described = [folder / name for name in ("config.json", INDEX_FILE)]
     beside = sum(path.stat().st_size for path in described if path.is_file())
@@ -234,13 +234,22 @@ def checkpoint_sizes(folder: Path, layouts: Mapping[str, Layout], parameters: in
     return _sizes(ledger, layouts, parameters)
 
 
+def _quantized(layouts: Mapping[str, Layout]) -> Ledger:
+    """Return the bits of all packed matrices, those of embedding and head in their own account."""
+    return Ledger.sum(
+        Ledger(embedding=layout.ledger().total) if is_end(name) else layout.ledger()
+        for name, layout in layouts.items()
+    )
+
+
 def _sizes(ledger: Ledger, layouts: Mapping[str, Layout], parameters: int) -> Sizes:
-    weights = sum(layout.weights for layout in layouts.values())
-    nominal = sum(layout.nominal_bits() * layout.weights for layout in layouts.values())
+    linears = in_blocks(layouts).values()
+    weights = sum(layout.weights for layout in linears)
+    nominal = sum(layout.nominal_bits() * layout.weights for layout in linears)
     return Sizes(
         bytes=ledger.total // 8,
         ledger=ledger,
         nominal=nominal / weights,
-        linear=(ledger.total - ledger.unquantized) / weights,
+        linear=(ledger.total - ledger.unquantized - ledger.embedding) / weights,
         model=ledger.total / parameters,
     )

@@ -252,7 +252,7 @@ def _inspect(arguments: list[str]) -> int:
     for table in summary_tables(summary):
         console.print(table)
     if "--layers" in words:
-        console.print(layers_table(summary.layers))
+        console.print(layers_table([*summary.layers, *summary.ends]))
     if picture:
         plot_columns([layer.row() for layer in summary.layers], picture)
         console.print(str(picture), highlight=False, markup=False, soft_wrap=True)

@@ -155,6 +155,34 @@ def finish(model: BlockedModel, batches: list[Tensor], hidden: Iterable[Tensor])
             yield output
 
 
+@_recording
+def entering_head(
+    model: BlockedModel, batches: list[Tensor], hidden: Iterable[Tensor]
+) -> Iterator[Tensor]:
+    """Yield what enters the head for each batch of token ids, given what leaves the last block.
+
+    Weights behind the blocks are in memory, those of the head are not: [batch, seqlen, width].
+    """
+    wrap = _wrapper(model, batches[0])
+    found: list[Tensor] = []
+
+    def note(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append(args[0])
+        raise StopForward
+
+    with model.outside(head=False) as whole:
+        hook = whole.get_output_embeddings().register_forward_pre_hook(note)
+        try:
+            for batch, states in zip(batches, hidden, strict=True):
+                entering = states.to(model.device, whole.dtype)
+                done = [lambda *_, states=entering, **__: wrap(states)] * len(model.blocks)
+                with suppress(StopForward), replaced(model.blocks, done):
+                    whole(batch.to(model.device), use_cache=False)
+                yield found.pop()
+        finally:
+            hook.remove()
+
+
 @contextmanager
 def replaced(blocks: nn.ModuleList, forwards: list[Callable[..., Any]]) -> Iterator[None]:
     """Have other functions compute the blocks, as long as this is open."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +93,56 @@ def fuse_experts(model: nn.Module) -> None:
             model.set_submodule(name, module.fuse())
 
 
+Routes = dict[str, dict[str, Any]]  # name of experts -> which of them take each token, and how much
+
+
+@contextmanager
+def noting_routes(block: nn.Module) -> Iterator[Routes]:
+    """Note where the experts of a block are sent tokens, as long as this is open."""
+    found: Routes = {}
+
+    def note(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], keyword: dict[str, Any]) -> None:
+            found[name] = {key: _named(args, keyword)[key] for key in ARGUMENTS[1:]}
+
+        return hook
+
+    with _hooked(block, note):
+        yield found
+
+
+@contextmanager
+def following_routes(block: nn.Module, routes: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """Send tokens to the same experts as was noted of another block, as long as this is open."""
+
+    def lead(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], keyword: dict[str, Any]) -> Any:
+            return (), {**_named(args, keyword), **routes[name]}
+
+        return hook
+
+    with _hooked(block, lead):
+        yield
+
+
+@contextmanager
+def _hooked(block: nn.Module, hook: Any) -> Iterator[None]:
+    handles = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in block.named_modules()
+        if isinstance(module, SeparateExperts)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _named(args: tuple[Any, ...], keyword: Mapping[str, Any]) -> dict[str, Any]:
+    return {**dict(zip(ARGUMENTS, args, strict=False)), **keyword}
+
+
 @dataclass(frozen=True)
 class ExpertPlace:
     """Where a layer stands in a list of experts: the list's name, the expert, the layer in it."""
@@ -120,6 +172,12 @@ def expert_lists(block: nn.Module) -> dict[str, nn.ModuleList]:
             or (len(experts) > 1 and _gates(parent, experts, len(experts)))
         )
     }
+
+
+def unrouted_experts(block: nn.Module) -> list[str]:
+    """Return the lists of experts of which it is not known where tokens are sent."""
+    lists = expert_lists(block)
+    return [name for name, experts in lists.items() if not isinstance(experts, SeparateExperts)]
 
 
 def router_weights(block: nn.Module) -> set[str]:

@@ -44,6 +44,19 @@ class Overlay:
         value = self.original(name) if changed is None else changed
         return value if factor is None else value.float() * factor.to(value.device)
 
+    def factor(self, name: str) -> Tensor | None:
+        """Return what a parameter is multiplied by, float32; None where it is not."""
+        return self.factors.get(self.stored_name(name))
+
+    def stored_name(self, name: str) -> str:
+        """Return the name that the source has a parameter under."""
+        return self._tied.get(name, name)
+
+    def changes(self, name: str) -> bool:
+        """Tell whether a parameter is another than the source's."""
+        own = self.stored_name(name)
+        return own in self._changed or own in self.factors
+
     def original(self, name: str) -> Tensor:
         """Return a parameter of the source."""
         return self._source(self._tied.get(name, name))

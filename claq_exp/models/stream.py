@@ -113,6 +113,7 @@ class StreamedModel:
         self.path, self.blocks = find_blocks(model, blocks_path)
         self.device = torch.device(device)
         self.overlay = Overlay(weights.read, stored, tied_names(model))
+        self._weights = weights
         kept = model.state_dict().keys()
         for path, module in model.named_modules():
             for name, buffer in module._buffers.items():
@@ -191,17 +192,23 @@ class StreamedModel:
             for module, name, _, empty in parameters:
                 setattr(module, name, empty)
 
+    def _table(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Return what looks rows of a parameter up, as `read` has them; ids on the CPU."""
+        if self.overlay.changes(name):
+            return self.read(name).cpu().__getitem__
+        return self._weights.table(self.overlay.stored_name(name))
+
     @contextmanager
     def _looked_up(self, table: nn.Module) -> Iterator[None]:
         """Have an embedding read the rows that a batch needs, as it needs them."""
         assert isinstance(table, nn.Embedding)
         name = next(name for name, module in self.model.named_modules() if module is table)
-        stored = self.read(f"{name}.weight")
+        rows_of = self._table(f"{name}.weight")
         empty, padding, forward = table.weight, table.padding_idx, table.forward
 
         def look_up(tokens: Tensor) -> Tensor:
             ids, places = tokens.unique(return_inverse=True)
-            rows = stored[ids.to(stored.device)].to(self.device, empty.dtype)
+            rows = rows_of(ids.cpu()).to(self.device, empty.dtype)
             table.weight = nn.Parameter(rows, requires_grad=False)
             return forward(places)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,12 @@ class Weights(Protocol):
         """Return a parameter as the model holds it, in its stored type, on the CPU.
 
         It may be mapped from a file: only what is touched is read.
+        """
+
+    def table(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Return what looks rows of a parameter up, as `read` has them: [n] int64 -> [n, width].
+
+        The others are not decoded.
         """
 
 
@@ -84,6 +90,10 @@ class StoredWeights:
     def read(self, name: str) -> Tensor:
         """Return a parameter, mapped.  Raises SourceError when its file cannot be read."""
         return self._places[name].read()
+
+    def table(self, name: str) -> Callable[[Tensor], Tensor]:
+        """Return what looks rows of a parameter up, see Weights."""
+        return self.read(name).__getitem__
 
     def __iter__(self) -> Iterator[str]:
         """Go over the names of all tensors as they are stored, experts in one piece."""

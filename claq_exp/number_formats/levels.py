@@ -49,10 +49,10 @@ class BlockLevels:
         block_format = self.grid.format
         return block_format.rule.read(self.scales, limit[:, None], block_format.top)
 
-    def values(self, codes: Tensor, columns: Tensor, rows: slice = slice(None)) -> Tensor:
+    def values(self, codes: Tensor, columns: Tensor, rows: slice | Tensor = slice(None)) -> Tensor:
         """Return what the codes of some rows and columns stand for: [rows, k] -> float32.
 
-        columns: [k] int64, their places in the matrix.
+        columns: [k] int64, their places in the matrix.  rows: a stretch of them, or [n] int64.
         """
         books = self.grid.codebooks
         words = codes.long()

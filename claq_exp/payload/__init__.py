@@ -55,3 +55,8 @@ def operand_of(layout: Layout, tensors: Mapping[str, Tensor]) -> Operand:
 def reserved_counts(layout: Layout, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the reserved entries of every column, [in] int64; raises as above."""
     return PAYLOAD[layout.kind].reserved_counts(layout, tensors)
+
+
+def rows_of(layout: Layout, tensors: Mapping[str, Tensor], index: Tensor) -> Tensor:
+    """Return some rows of a matrix, [n, in] float32, without the others; see `Payload.rows`."""
+    return PAYLOAD[layout.kind].rows(layout, tensors, index)

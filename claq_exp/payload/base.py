@@ -174,6 +174,15 @@ class Payload(ABC):
         """Return the matrix as kernels read it, on the device of its codes; raises as `unpack`."""
 
     @classmethod
+    def rows(cls, layout: Any, tensors: Mapping[str, Tensor], index: Tensor) -> Tensor:
+        """Return some rows of the matrix: [n, in] float32, the same bits as of `dequantize`.
+
+        index: [n] int64, on the device of the codes.  The others stay packed where a form can read
+        single rows.  Raises as `unpack`, and IndexError for a row that is not there.
+        """
+        return cls.unpack(layout, tensors).dequantize()[index.cpu()].to(index.device)
+
+    @classmethod
     def reserved_counts(cls, layout: Any, tensors: Mapping[str, Tensor]) -> Tensor:
         """Return the reserved entries of every column, [in] int64; raises as `unpack`."""
         cls.unpack(layout, tensors)

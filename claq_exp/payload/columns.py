@@ -15,6 +15,7 @@ from torch import Tensor
 
 from claq_exp.errors import CheckpointError
 from claq_exp.payload.base import Layout, Payload
+from claq_exp.payload.gather import gathered
 from claq_exp.payload.operand import Decoder, Operand, Part, RowScales
 from claq_exp.payload.packing import pack, unpack, unpack_some
 from claq_exp.payload.stored import HALF_MAX, MAX_BITS, StoredTensor, index_width
@@ -279,6 +280,11 @@ class ColumnPayload(Payload):
             clamps=found.widest > HALF_MAX,
             decoder=found.decoder,
         )
+
+    @classmethod
+    def rows(cls, layout: Any, tensors: Mapping[str, Tensor], index: Tensor) -> Tensor:
+        """Return some rows of the matrix, see Payload; the other codes stay packed."""
+        return gathered(cls.operand(layout, tensors), index)
 
     @classmethod
     def _without_codes(cls, layout: Any, tensors: Mapping[str, Tensor]) -> Self:

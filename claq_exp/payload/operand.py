@@ -53,10 +53,10 @@ class Decoder(Protocol):
     def described(self) -> str:
         """Name such matrices, in the plural."""
 
-    def values(self, codes: Tensor, columns: Tensor, rows: slice) -> Tensor:
+    def values(self, codes: Tensor, columns: Tensor, rows: slice | Tensor) -> Tensor:
         """Return what the codes of some rows and columns stand for: [rows, k] -> float32.
 
-        columns: [k] int64, their places in the matrix.
+        columns: [k] int64, their places in the matrix.  rows: a stretch of them, or [n] int64.
         """
 
     def tensors(self) -> list[Tensor | None]:

@@ -15,7 +15,11 @@ HALF_MAX = 65504.0  # the largest float16
 
 @dataclass(frozen=True)
 class Ledger:
-    """Bits by purpose; the accounts add up to everything that is stored."""
+    """Bits by purpose; the accounts add up to everything that is stored.
+
+    codes to scales: of packed layers of blocks.  embedding: of a packed embedding and head, all in
+    one.  unquantized: of tensors that stay as they are.  other: headers, index, config.json.
+    """
 
     codes: int = 0
     codebooks: int = 0
@@ -24,6 +28,7 @@ class Ledger:
     reserved_positions: int = 0
     scales: int = 0
     other: int = 0
+    embedding: int = 0
     unquantized: int = 0
 
     @property

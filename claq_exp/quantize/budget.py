@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,9 @@ from claq_exp.payload.base import Layout
 from claq_exp.quantize.recipe import Recipe, planned_layouts
 from claq_exp.quantize.statistics import EqualColumns
 
-KINDS = ("linear", "nominal")
+LINEAR, NOMINAL, MODEL = "linear", "nominal", "model"
+KINDS = (LINEAR, NOMINAL, MODEL)
+MOST = 16.0  # bits of a weight that is not quantized
 STEPS = 40  # halvings of a range of target bits
 
 Overhead = Callable[[Mapping[str, Layout]], float]
@@ -20,19 +23,37 @@ Overhead = Callable[[Mapping[str, Layout]], float]
 class BudgetConfig:
     """What a whole model may take, in place of the precision's own bits.
 
-    bits: bits per weight over all quantized matrices, never exceeded; null: the precision decides.
-    kind: what they count: linear, everything that is stored (codebooks, maps, reserved values and
-        positions, header), or nominal, as papers print.
+    bits: bits per weight, never exceeded; null: the precision decides.
+    kind: what they count: linear, everything that is stored of the layers of blocks (codebooks,
+        maps, reserved values and positions, header); nominal, as papers print; model, the whole
+        checkpoint over all parameters.
     """
 
     bits: float | None = None
-    kind: str = "linear"
+    kind: str = LINEAR
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(one_of("budget.kind", self.kind, KINDS))
         if self.bits is not None and not 0 < self.bits < 16:
             raise ConfigError(f"budget.bits is {self.bits}; give bits per weight between 0 and 16")
+
+    def for_layers(self, parameters: int, beside: float, weights: int) -> BudgetConfig:
+        """Return the budget of the layers of blocks: of a model's bits, what is left for them.
+
+        parameters: of the model.  beside: bits of everything but those layers and headers.
+        weights: of those layers.  Raises ConfigError where nothing is left.
+        """
+        if self.bits is None or self.kind != MODEL:
+            return self
+        left = (self.bits * parameters - beside) / weights
+        if left <= 0:
+            raise ConfigError(
+                f"budget.bits={self.bits} model bits cannot be met: all that is not in layers of "
+                f"blocks takes {beside / parameters:.3f} alone; quantize the embedding too "
+                "(embedding=kmeans), or give more"
+            )
+        return BudgetConfig(min(left, math.nextafter(MOST, 0.0)), LINEAR)
 
 
 def fit_budget(
@@ -48,7 +69,7 @@ def fit_budget(
     """
     if budget.bits is None or recipe.allocated:
         return recipe
-    model = _Model(budget.kind == "nominal", shapes, overhead)
+    model = _Model(budget.kind == NOMINAL, shapes, overhead)
     best: Recipe | None = None
     reached: list[float] = []
     for low, high, at in _ranges(recipe):

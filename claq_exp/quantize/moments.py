@@ -9,7 +9,7 @@ from torch import Tensor
 
 CROSS, OUTPUT_GRADIENTS = "cross", "output_gradients"
 WANTED = (CROSS, OUTPUT_GRADIENTS)  # what a solver may want beside the plain Hessian
-MEASURED = frozenset[str]()  # what of it a run hands to the accumulators of moments
+MEASURED = frozenset({CROSS})  # what of it a run hands to the accumulators of moments
 
 
 @dataclass
@@ -61,6 +61,12 @@ class Moments:
         With one group it is that group's own memory.
         """
         return self.hessian[0] if self.groups == 1 else self.hessian.mean(dim=0)
+
+    def single_cross(self) -> Tensor | None:
+        """Return one cross moment for all rows, as `single`; None where there is none."""
+        if self.cross is None:
+            return None
+        return self.cross[0] if self.groups == 1 else self.cross.mean(dim=0)
 
     def to(self, device: torch.device) -> Moments:
         """Return these on a device; a copy there is disposable."""

@@ -86,6 +86,11 @@ class Run:
             return []
         return rows
 
+    @property
+    def block_layers(self) -> list[dict[str, Any]]:
+        """The rows of the layers of blocks, without embedding and head."""
+        return [row for row in self.layers if row.get("block") is not None]
+
 
 @dataclass(frozen=True)
 class Measure:

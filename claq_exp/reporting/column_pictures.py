@@ -15,6 +15,7 @@ from matplotlib.patches import Patch
 
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.errors import CheckpointError, ConfigError
+from claq_exp.models.ends import in_blocks
 from claq_exp.payload.packing import unpack
 from claq_exp.reporting.canvas import (
     COLOURS,
@@ -34,7 +35,7 @@ MOST_ROWS = 40
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns of all quantized matrices: how many of each width, and with each reserved count."""
+    """Columns of all matrices of blocks: how many of each width, and with each reserved count."""
 
     widths: Mapping[int, int]
     reserved: Mapping[int, int]
@@ -45,7 +46,7 @@ def read_columns(checkpoint: Path) -> Columns:
 
     Raises ConfigError for a folder that is no checkpoint, CheckpointError for a damaged one.
     """
-    layouts = read_layouts(checkpoint)
+    layouts = in_blocks(read_layouts(checkpoint))
     widths: Counter[int] = Counter()
     reserved: Counter[int] = Counter()
     with open_tensors(checkpoint) as get:

@@ -30,7 +30,7 @@ def recipe_labels(config: dict[str, Any], families: Sequence[str] = RECIPE) -> d
         "codebook": codebook_label(config["codebook"]),
         "precision": _widths_label(config, "precision"),
         "reservation": _described(config["reservation"], "ratio"),
-        "solver": str(config["solver"]["name"]),
+        "solver": solver_label(config["solver"]),
         ALLOCATION: _widths_label(config, ALLOCATION),
         ACTIVATION: activation_label(_beside(config, ACTIVATION)),
         TRANSFORM: _described(_beside(config, TRANSFORM), "alpha"),
@@ -50,6 +50,17 @@ def activation_label(activation: dict[str, Any]) -> str:
     return label
 
 
+def solver_label(solver: dict[str, Any]) -> str:
+    """Return a solver's name, with how asymmetric it is."""
+    name = str(solver["name"])
+    return f"{name} {_asymmetric(solver)}".strip()
+
+
+def _asymmetric(solver: dict[str, Any]) -> str:
+    share = solver.get("asymmetric", 0) if solver["name"] == "gptq" else 0
+    return f"asymmetric {share:g}" if share else ""
+
+
 def _beside(config: dict[str, Any], family: str) -> dict[str, Any]:
     return config.get(family) or {"name": KEPT}
 
@@ -58,6 +69,8 @@ def method_label(config: dict[str, Any]) -> str:
     """Return a recipe's name without its number of bits, for the line of a plot."""
     codebook, solver = codebook_label(config["codebook"]), config["solver"]["name"]
     parts = [codebook if solver != "nearest" else f"{codebook}, nearest"]
+    if asymmetric := _asymmetric(config["solver"]):
+        parts.append(asymmetric)
     if (transform := _beside(config, TRANSFORM))["name"] != KEPT:
         parts.insert(0, str(transform["name"]))
     precision, reservation = config["precision"]["name"], config["reservation"]["name"]

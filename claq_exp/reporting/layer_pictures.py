@@ -48,7 +48,7 @@ def layer_figures(runs: Sequence[Run]) -> Iterator[tuple[str, str, Figure]]:
     """Yield, for each model: errors over blocks with a line per run, then maps of a few runs."""
     models: dict[str, list[Layered]] = defaultdict(list)
     for run, label in zip(runs, run_labels(runs), strict=True):
-        if rows := run.layers:
+        if rows := run.block_layers:
             model = str(run.config["model"]["name"])
             models[model].append(Layered(label.removeprefix(f"{model}: "), _values(rows)))
     for model, own in list(models.items())[:MOST_MODELS]:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from claq_exp.reporting.labels import ACTIVATION, ALLOCATION, RECIPE, TRANSFORM, TUNE
+from claq_exp.reporting.older import current_words
 
 STRATEGIES = (  # groups whose options are called like what they choose
     *RECIPE,
@@ -44,8 +45,9 @@ def agree(overrides: Sequence[str], config: dict[str, Any]) -> bool:
     """Tell whether a config may come from overrides: no value contradicts them.
 
     Options that are no strategies, e.g. an experiment, say nothing here.
+    config: in the words of today.
     """
-    return _agree(config_of(overrides), config)
+    return _agree(current_words(config_of(overrides)), config)
 
 
 def _agree(said: Any, found: Any) -> bool:

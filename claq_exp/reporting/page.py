@@ -220,7 +220,7 @@ def _facts(run: Run) -> list[list[str]]:
 
 def _layers(run: Run, shared: dict[str, int]) -> dict[str, Any] | None:
     """Return the columns of layers.csv, those that runs have in common by number."""
-    rows = run.layers
+    rows = run.block_layers
     if not rows:
         return None
     columns = {

@@ -17,7 +17,8 @@ def plot_layers(report: list[dict[str, Any]], path: Path) -> None:
         "output_error": "relative output error on the calibration text",
         "bits": "stored bits per weight",
     }
-    _heat_maps(report, panels, path, {"output_error": LogNorm()})
+    of_blocks = [row for row in report if row["block"] is not None]
+    _heat_maps(of_blocks, panels, path, {"output_error": LogNorm()})
 
 
 def plot_columns(rows: list[dict[str, Any]], path: Path) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from claq_exp.checkpoint.summary import LayerSummary, Summary
+    from claq_exp.payload.base import Layout
     from claq_exp.run.inputs import Input
     from claq_exp.run.plan import Plan
 
@@ -174,6 +175,7 @@ def plan_table(plan: Plan) -> Table:
     rows = [
         ("parameters", f"{plan.parameters:,}"),
         ("linear layers", f"{len(plan.layouts)} in {plan.blocks} blocks"),
+        *((escape(end.name), _end(end.layout())) for end in plan.ends),
         ("nominal bits per weight", f"{sizes.nominal:.3f}"),
         ("linear bits per weight", f"{sizes.linear:.3f}"),
         ("model bits per weight", f"{sizes.model:.3f}"),
@@ -240,6 +242,8 @@ def _sizes_table(summary: Summary) -> Table:
     table.add_row("parameters", f"{summary.parameters:,}")
     table.add_row("linear layers", f"{len(summary.layers)} with {summary.weights:,} weights")
     table.add_row("payload", _payloads(summary.layers))
+    for end in summary.ends:
+        table.add_row(escape(end.name), _end(end.layout))
     if summary.rounding is not None:
         table.add_row("activations", summary.rounding.describe())
     for kind in ("nominal", "linear", "model"):
@@ -253,7 +257,8 @@ def _ledger_table(summary: Summary) -> Table:
     table = _right_table("ledger", "MB", "% of checkpoint", "bits per linear weight")
     ledger = summary.sizes.ledger
     for account, bits in ledger.as_dict().items():
-        share = "" if account == "unquantized" else f"{bits / summary.weights:.4f}"
+        apart = account in ("unquantized", "embedding")
+        share = "" if apart else f"{bits / summary.weights:.4f}"
         if bits:
             size = f"{bits / 8e6:.2f}"
             table.add_row(account, size, f"{100 * bits / ledger.total:.2f}", share)
@@ -322,6 +327,14 @@ def _payloads(layers: Sequence[LayerSummary]) -> str:
     if len(kinds) == 1:
         return next(iter(kinds))
     return "\n".join(f"{number} x {kind}" for kind, number in kinds.items())
+
+
+def _end(layout: Layout) -> str:
+    """Describe a packed embedding or head."""
+    widths = "/".join(map(str, layout.widths()))
+    stored = layout.ledger().total / layout.weights
+    shape = f"{layout.rows} x {layout.columns}"
+    return f"{shape}, {layout.describe()}, {widths} bits ({stored:.3f} stored)"
 
 
 def _right_table(first: str, *others: str) -> Table:

@@ -18,6 +18,7 @@ from claq_exp.models.stream import BlockedModel
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.stale_kernels import drop_stale_kernels
+from claq_exp.run.ends import End
 from claq_exp.run.quantize import Watcher, quantize_model
 from claq_exp.system.distributed import Ranks
 from claq_exp.system.interruption import graceful
@@ -53,6 +54,7 @@ class Quantization:
     hidden_form: HiddenForm
     transform: Transform = UNTRANSFORMED
     tune: Tune = UNTUNED
+    ends: tuple[End, ...] = ()
 
     def take_part(self, ranks: Ranks) -> None:
         """Do this process' part; where it is asked to end, so that all end after the same group."""
@@ -85,6 +87,7 @@ class Quantization:
             hidden_form=self.hidden_form,
             transform=self.transform,
             tune=self.tune,
+            ends=self.ends,
             watcher=watcher,
             strict=self.config.strict,
             ranks=ranks,

@@ -35,6 +35,7 @@ from claq_exp.quantize.activation.rounding import Rounding, needs_text, settle_r
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.run import stages
 from claq_exp.run.assist import Quantization
+from claq_exp.run.ends import EMBEDDING
 from claq_exp.run.inputs import Fetched, Tokens
 from claq_exp.run.measuring import QUANTIZED, Bench, activation_bits, measured_on
 from claq_exp.run.plan import HIDDEN_SHARE, Plan
@@ -121,7 +122,7 @@ class Job:
         for stage in STAGES:
             if stage.name in self.plan.costs:
                 self._go_through(stage)
-        report = self.store.report(QUANTIZE)
+        report = self._report()
         layouts = read_layouts(self.folder.checkpoint)
         self._plot(report)
         return build_results(
@@ -191,6 +192,7 @@ class Job:
             self._hidden_form(),
             self.config.rewriting(),
             self.config.tuning(),
+            self.plan.ends,
         )
         self.ranks.tell(shared)
         watcher = Watcher(
@@ -200,10 +202,14 @@ class Job:
         )
         with self.interruption.finishing():
             shared.quantize(self.model, self.store, watcher, self.ranks)
-        report = self.store.report(QUANTIZE)
+        report = self._report()
         write_layers(self.folder.path / LAYERS_FILE, report)
         if (counts := count_fallbacks(report))["layers"]:
             self.events.event("fallbacks", **counts)
+
+    def _report(self) -> list[dict[str, Any]]:
+        """Return the rows of layers.csv: of the layers of blocks, then of embedding and head."""
+        return [*self.store.report(QUANTIZE), *self.store.report(EMBEDDING)]
 
     def exported(self) -> bool:
         """Tell whether the checkpoint is there, which is whole then."""

@@ -17,6 +17,7 @@ from claq_exp.evaluation.measure import Measurement, Meter
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore
+from claq_exp.models.ends import in_blocks
 from claq_exp.models.source import fingerprint
 from claq_exp.models.stream import StreamedModel
 from claq_exp.payload.base import Layout
@@ -74,7 +75,7 @@ def activation_bits(folder: Path, layouts: Mapping[str, Layout]) -> float | None
     rounding = read_rounding(folder)
     if rounding is None:
         return None
-    return rounding.bits(layout.columns for layout in layouts.values())
+    return rounding.bits(layout.columns for layout in in_blocks(layouts).values())
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from claq_exp.allocate import Allocation, Survey
 from claq_exp.calibration.streams import streams_for
-from claq_exp.checkpoint.writer import Sizes, planned_sizes
+from claq_exp.checkpoint.writer import Sizes, kept_bytes, planned_sizes
 from claq_exp.config import AUTO, ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.perplexity import windows_at_once
@@ -27,9 +27,12 @@ from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import HALF
 from claq_exp.quantize.activation.rounding import expected_rounding, needs_text
 from claq_exp.quantize.budget import Overhead, fit_budget
+from claq_exp.quantize.moments import CROSS
 from claq_exp.quantize.recipe import Recipe
+from claq_exp.run.ends import End, chosen_ends
 from claq_exp.run.needs import Needs, needs, wants_stream
 from claq_exp.run.stages import Cost, Footprint, Linear, Shape, Times, costs
+from claq_exp.run.teacher import check_routes
 from claq_exp.system.accelerator import is_cpu
 from claq_exp.system.machine import matmul_speed
 from claq_exp.system.resources import free_memory
@@ -58,8 +61,8 @@ class Plan:
 
     recipe, allocation: the experiment's strategies, fitted to its budget.
     description: bits that a checkpoint with given layouts takes beside its matrices, at most.
-    layouts: linear name -> stored form.  sizes: bytes and bits of the checkpoint.  costs: stage
-    -> what it takes, in order.
+    layouts: linear name -> stored form.  ends: embedding and head, where they are quantized.
+    sizes: bytes and bits of the checkpoint.  costs: stage -> what it takes, in order.
     needs: memory and disk by stage.  original_bytes: of the model's weights in 16 bits.
     hidden_dtype, hidden_bytes: of the hidden states between two blocks, of all streams.
     activation_bits: of a number that enters a layer, on average; None where they are not rounded.
@@ -80,6 +83,7 @@ class Plan:
     parameters: int
     activation_bits: float | None = None
     notes: tuple[str, ...] = ()
+    ends: tuple[End, ...] = ()
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -96,6 +100,7 @@ class _Planned:
     layouts: dict[str, Layout]
     hidden_bytes: int
     checkpoint: int
+    ends: tuple[End, ...]
 
 
 def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: str) -> Plan:
@@ -117,25 +122,38 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     if not shapes:
         raise ConfigError(f"the blocks of {path} hold no linear layers to quantize")
     config.recipe().precision.check_names(shapes)
+    if CROSS in config.recipe().solver.wants:
+        for index, block in enumerate(blocks):
+            check_routes(block, f"{path}.{index}")
+    ends = chosen_ends(model, *config.end_rules())
+    packed_ends = {end.name: end.layout() for end in ends}
     kept = {
-        name: t.numel() for name, t in state.items() if name.removesuffix(".weight") not in shapes
+        name: t.numel()
+        for name, t in state.items()
+        if name.removesuffix(".weight") not in {*shapes, *packed_ends}
     }
 
     def description(layouts: Mapping[str, Layout]) -> float:
-        return 8.0 * _description_bytes(layouts, kept)
+        return 8.0 * _description_bytes({**layouts, **packed_ends}, kept)
 
-    recipe = fit_budget(config.recipe(), config.budget, shapes, description)
-    allocation = config.allocation_rule().within(config.budget)
+    stored = stored_dtype(model_config)
+    beside = 8.0 * kept_bytes(model, {*shapes, *packed_ends}, stored)
+    beside += sum(layout.ledger().total for layout in packed_ends.values())
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    budget = config.budget.for_layers(parameters, beside, weights)
+    recipe = fit_budget(config.recipe(), budget, shapes, description)
+    allocation = config.allocation_rule().within(budget)
     layouts = allocation.planned_layouts(recipe, shapes, description)
     evaluation = config.evaluation
     context = context_length(evaluation.context, model_config) if evaluation.corpora else 0
     rounding = expected_rounding(config.activation_rule(), layouts)
-    sizes = planned_sizes(model, layouts, stored_dtype(model_config), rounding)
+    sizes = planned_sizes(model, {**layouts, **packed_ends}, stored, rounding)
     model_shape = _ModelShape.of(model, blocks, parameters, model_config)
     hidden = config.calibration.windows * config.calibration.seqlen * model_shape.width
     hidden_dtype = _hidden_dtype(config, hidden, model_config)
-    hidden_bytes = hidden * hidden_dtype.itemsize * len(streams_for(config.tuning().wants))
-    planned = _Planned(recipe, allocation.survey(), layouts, hidden_bytes, sizes.bytes)
+    streams = streams_for(recipe.solver.wants | config.tuning().wants)
+    hidden_bytes = hidden * hidden_dtype.itemsize * len(streams)
+    planned = _Planned(recipe, allocation.survey(), layouts, hidden_bytes, sizes.bytes, ends)
     shape = _shape(config, planned, model_shape, mixture, device, context)
     taken = costs(shape)
     return Plan(
@@ -152,6 +170,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         blocks=len(blocks),
         parameters=parameters,
         activation_bits=rounding.bits(w.columns for w in layouts.values()) if rounding else None,
+        ends=ends,
     )
 
 
@@ -292,6 +311,7 @@ def _sizes(
     batch = calibration.seqlen * model.width
     return Footprint(
         linears=model.linears,
+        ends=tuple(Linear(end.rows, end.columns) for end in plan.ends),
         whole=size * model.parameters,
         loaded=size * model.parameters if logits and config.device_map is None else 0,
         block=size * model.block,
@@ -299,6 +319,7 @@ def _sizes(
         hidden=min(plan.hidden_bytes, HIDDEN_SHARE * free_memory(device)),
         entering=4.0 * calibration.batch_size * batch * (1 + _tuning(config).states),
         observed=float(size * calibration.windows * batch),
+        beside=_beside(config, plan, model),
         logits=logits * model.vocabulary,
         streamed_hidden=min(max(tokens, default=0) * model.width * size, HIDDEN_BYTES),
         surveyed=batch * model.blocks if gradients else 0,
@@ -306,6 +327,16 @@ def _sizes(
         checkpoint=plan.checkpoint,
         compared=2.0 * compared * model.vocabulary,
     )
+
+
+def _beside(config: ExperimentConfig, plan: _Planned, model: _ModelShape) -> float:
+    """Return the bytes of an original block, and of what enters a linear of both, if wanted."""
+    if CROSS not in plan.recipe.solver.wants:
+        return 0.0
+    tokens = config.calibration.batch_size * config.calibration.seqlen
+    widest = max(linear.columns for linear in model.linears)
+    size = DTYPES[config.model.dtype].itemsize
+    return float(size * model.block + 2 * size * tokens * widest)
 
 
 def _tuning(config: ExperimentConfig) -> TuneCost:
@@ -332,8 +363,18 @@ def _times(
         layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
         for layout in layouts.values()
     )
+    solve += sum(
+        end.columns
+        * (COLUMN_SECONDS + ENTRY_SECONDS * end.rows)
+        * end.recipe.codebook.relative_cost
+        for end in plan.ends
+    )
     # factors of the Hessians, and errors that go from each column to those behind it
-    solve += sum(w.columns**3 / 2 + w.rows * w.columns**2 for w in layouts.values()) / speed
+    compensated = [*layouts.values(), *(end.layout() for end in plan.ends if end.head)]
+    solve += sum(w.columns**3 / 2 + w.rows * w.columns**2 for w in compensated) / speed
+    crossed = CROSS in plan.recipe.solver.wants
+    if crossed:  # corrections, shifts and losses
+        solve += sum(w.columns**3 + 2 * w.rows * w.columns**2 for w in layouts.values()) / speed
     evaluation = config.evaluation
     scored = sum(
         context * corpus.windows if corpus.windows else CORPUS_TOKENS
@@ -342,12 +383,15 @@ def _times(
     rows = sum((task.rows or 2000) * TASK_TOKENS for task in evaluation.zero_shot.values())
     evaluate = 2 * (scored + rows) * passed / speed
     evaluate += TASK_START * bool(evaluation.zero_shot)
+    squares += sum(end.columns**2 for end in plan.ends if end.head)
     passes = CALIBRATION_PASSES + config.rewriting().passes + _tuning(config).passes
+    passes += CALIBRATION_PASSES * crossed  # the original block goes the same ways
+    moments = squares * (3 if crossed else 1)  # a cross moment is not symmetric
     surveyed = plan.survey.windows * config.calibration.seqlen if plan.survey else 0
     return Times(
         read=2 * parameters / 5e8,
         forward=2 * tokens * passed / speed,
-        calibrate=2 * tokens * (passes * weights + squares) / speed,
+        calibrate=2 * tokens * (passes * weights + moments) / speed,
         solve=solve,
         survey=2 * surveyed * (4 * passed + squares) / speed,
         evaluate=evaluate,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,9 +27,11 @@ from claq_exp.models.overlay import Overlay
 from claq_exp.models.stream import BlockedModel
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.moments import Moments
+from claq_exp.quantize.moments import CROSS, Moments
 from claq_exp.quantize.recipe import Recipe
+from claq_exp.run.ends import EMBEDDING, End, quantize_ends
 from claq_exp.run.solve import report_row, solve_linears
+from claq_exp.run.teacher import TeacherBlock
 from claq_exp.run_folder.fallbacks import refuse_fallbacks
 from claq_exp.system.distributed import ALONE, Ranks, owners
 from claq_exp.system.heap import trim
@@ -46,7 +48,7 @@ class Watcher:
     """Who follows a quantization.
 
     event: called with ("transform", what moved in a block), ("layer", report row), ("tune", what
-    was trained of a block) and ("block", seconds by kind of work).
+    was trained of a block), ("block", seconds by kind of work) and ("stage", the same of the ends).
     share: called with (share of all work just done, where).
     stopping: asked after each group of linears whether to stop there.
     """
@@ -66,15 +68,17 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     hidden_form: HiddenForm = AS_COMPUTED,
     transform: Transform = UNTRANSFORMED,
     tune: Tune = UNTUNED,
+    ends: Sequence[End] = (),
     watcher: Watcher = Watcher(),
     strict: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Quantize all linear layers of all decoder blocks into a store.
+    """Quantize all linear layers of all decoder blocks into a store, and then the model's ends.
 
     Each block is rewritten before as `transform` says, and trained afterwards as `tune` says.
 
-    One block is in memory at a time, and what enters it; what the store holds is taken over.
+    One block is in memory at a time, and what enters it; what the store holds is taken over.  Where
+    the solver wants the cross moment, the original of the block is in memory beside it.
     Several ranks share the batches, and solve linears side by side; every rank calls this, and
     ranks > 0 pass a `follower` of the first one's store.
     batches: token ids [batch, seqlen], all of one length.  store: open.
@@ -85,17 +89,15 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     """
     inputs = block_arguments(model, batches)
     model.overlay.update(store.dense())
-    streams = Streams(streams_for(tune.wants), batches, store, hidden_form, ranks)
+    wants = recipe.solver.wants | tune.wants
+    streams = Streams(streams_for(wants), batches, store, hidden_form, ranks)
     streams.start(lambda own: entering_hidden(model, own), model.device)
     share = 1 / len(model.blocks)
     if streams.block:
         watcher.share(streams.block * share, f"after block {streams.block - 1}")
     for index in range(streams.block, len(model.blocks)):
         path, seconds = f"{model.path}.{index}", {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
-        if TEACHER in streams.names:
-            inputs[index].hidden = streams.entering(TEACHER)
-            with model.block(index, original=True) as module:
-                streams.keep(TEACHER, _outputs(module, inputs[index], seconds))
+        teacher = _teacher(model, index, inputs[index], streams, seconds, beside=CROSS in wants)
         inputs[index].hidden = streams.entering(STUDENT)
         _rewrite(model, index, inputs[index], transform, store, seconds, watcher, ranks)
         packed = {f"{path}.{name}.weight" for name in linears_of(model.blocks[index])}
@@ -103,15 +105,47 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
             block = _Block(
                 module, inputs[index], path, index, recipe, plans or {}, strict, ranks, seconds
             )
-            block.quantize(store, watcher, share)
-            teacher = streams.leaving(TEACHER) if TEACHER in streams.names else ()
+            block.quantize(store, watcher, share, teacher)
+            if teacher is not None:
+                streams.keep(TEACHER, _outputs(teacher.module, teacher.inputs, seconds))
+                teacher = None  # its weights are in memory no longer than they are needed
+            targets = streams.leaving(TEACHER) if TEACHER in streams.names else ()
             rounded = model.overlay.rounded
-            window = Window(module, inputs[index], teacher, len(batches), rounded, ranks)
+            window = Window(module, inputs[index], targets, len(batches), rounded, ranks)
             block.tune(tune, window, store, model.overlay, watcher)
             streams.keep(STUDENT, _outputs(module, inputs[index], seconds))
         streams.advance()
         inputs[index] = BlockInputs()
         watcher.event("block", {"block": index, **seconds})
+    own = ranks.share(batches)
+    report, seconds = quantize_ends(model, own, ends, streams, store, strict=strict, ranks=ranks)
+    for row in report:
+        watcher.event("layer", row)
+    if report:
+        watcher.event("stage", {"stage": EMBEDDING, **seconds})
+
+
+def _teacher(
+    model: BlockedModel,
+    index: int,
+    inputs: BlockInputs,
+    streams: Streams,
+    seconds: dict[str, float],
+    *,
+    beside: bool,
+) -> TeacherBlock | None:
+    """Let the teacher's hidden states through an original block, where there are any.
+
+    beside: have the block ready in place of that, to be run beside the student's.
+    """
+    if TEACHER not in streams.names:
+        return None
+    original = replace(inputs, hidden=streams.entering(TEACHER))
+    if beside:
+        return TeacherBlock.of(model, index, original)
+    with model.block(index, original=True) as module:
+        streams.keep(TEACHER, _outputs(module, original, seconds))
+    return None
 
 
 @torch.no_grad()
@@ -180,8 +214,13 @@ class _Block:
     ranks: Ranks
     seconds: dict[str, float]
 
-    def quantize(self, store: BlockStore, watcher: Watcher, share: float) -> None:
-        """Quantize what the store does not hold yet of the block, and take over what it does."""
+    def quantize(
+        self, store: BlockStore, watcher: Watcher, share: float, teacher: TeacherBlock | None
+    ) -> None:
+        """Quantize what the store does not hold yet of the block, and take over what it does.
+
+        teacher: where the solver wants the cross moment.
+        """
         done = store.packed(f"{self.path}.")
         for full_name, packed in done.items():
             self._take_over(full_name, packed)
@@ -192,7 +231,7 @@ class _Block:
         pending = _Pending(store, self.index)
         for wave in waves:
             left = tuple(g for g in wave if not all(f"{self.path}.{n}" in done for n in g.names))
-            found = self._accumulate(left) if left else {}
+            found = self._accumulate(left, teacher) if left else {}
             for start in range(0, len(left), self.ranks.size):
                 together = left[start : start + self.ranks.size]
                 for packed, row in self._solve(together, found):
@@ -233,7 +272,9 @@ class _Block:
         watcher.event("tune", row)
 
     @torch.no_grad()
-    def _accumulate(self, wave: Wave) -> dict[LinearGroup, MomentsAccumulator]:
+    def _accumulate(
+        self, wave: Wave, teacher: TeacherBlock | None
+    ) -> dict[LinearGroup, MomentsAccumulator]:
         """Run every batch once and sum up what enters each group of a wave."""
         found = {
             group: MomentsAccumulator(
@@ -243,22 +284,26 @@ class _Block:
         }
         for batch in range(len(self.inputs.hidden)):
             where = f"calibration batch {self.ranks.number(batch)}"
-            sinks = {
-                self.module.get_submodule(group.names[0]): self._sink(
-                    accumulator, f"{self.path}.{group.names[0]} ({where})"
-                )
+            adds = {
+                group.names[0]: self._adding(accumulator, f"{self.path}.{group.names[0]} ({where})")
                 for group, accumulator in found.items()
             }
             started, before = time.perf_counter(), self.seconds["hessian"]
-            feed(self.module, self.inputs, batch, sinks)
+            if teacher is None:
+                sinks = {self.module.get_submodule(name): add for name, add in adds.items()}
+                feed(self.module, self.inputs, batch, sinks)
+            else:
+                pairs = teacher.entering(self.module, self.inputs, batch, list(adds))
+                for name, pair in pairs.items():
+                    adds[name](*pair)
             within = self.seconds["hessian"] - before
             self.seconds["calibrate"] += time.perf_counter() - started - within
         return found
 
-    def _sink(self, accumulator: MomentsAccumulator, where: str) -> Callable[[Tensor], None]:
-        def add(entering: Tensor) -> None:
+    def _adding(self, accumulator: MomentsAccumulator, where: str) -> Callable[..., None]:
+        def add(entering: Tensor, original: Tensor | None = None) -> None:
             started = time.perf_counter()
-            accumulator.add(entering, where=where)
+            accumulator.add(entering, original, where=where)
             self.seconds["hessian"] += time.perf_counter() - started
 
         return add

@@ -120,11 +120,12 @@ def solve_group(
 
 
 def report_row(
-    index: int, name: str, solved: Solved, tokens: int, seconds: float
+    index: int | None, name: str, solved: Solved, tokens: int | None, seconds: float
 ) -> dict[str, Any]:
     """Return the row of layers.csv of a linear; what did not happen is None.
 
-    index: of its block.
+    index: of its block; None for the embedding and the head.  tokens: that it saw; None for an
+    embedding, which is not multiplied.
     """
     layout = solved.quantized.layout()
     return {

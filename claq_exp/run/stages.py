@@ -13,6 +13,8 @@ from typing import Literal
 # Rules of thumb, measured on two CPU cores; `claq-exp plan` promises a factor of two for times and
 # 25 % for memory (benchmarks/big_model.py), not less.
 WORK = 2.0  # matrices in float32 while one is quantized: columns, codes, differences
+COPY = 1.0  # and the weight itself, of an embedding or head
+UNPACKED = 5.0  # bytes of a weight while an embedding or head is dequantized: float32, and codes
 LOGIT_COPIES = 2.0  # of the logits of a batch: as they come, and in float32 for the loss
 GRADIENTS = 40  # hidden states of a block that a backward pass keeps
 TRIALS = 3.0  # fits of an allocation over the model, in column loops
@@ -32,11 +34,13 @@ class Linear:
 class Footprint:
     """What memory and disk are taken by.
 
-    linears: of the largest block.  whole, block, head: bytes in the type of forward passes, of all
-    parameters, those of a block, and embedding and head.  loaded: `whole` where a model in memory
-    is measured on one device.  hidden: bytes of hidden states between
-    blocks in memory; entering: those of one batch in float32; observed: those of all batches as
-    they are computed.  logits: numbers in those of a batch.
+    linears: of the largest block.  ends: embedding and head, where they are quantized.
+    whole, block, head: bytes in the type of forward passes, of all parameters, those of a block,
+    and embedding and head.  loaded: `whole` where a model in memory is measured on one device.
+    hidden: bytes of hidden states between blocks in memory; entering: those of a batch in float32;
+    observed: those of all batches as they are computed.
+    beside: bytes of an original block and of what enters its linears, where a solver compares them
+    with the quantized block's.  logits: numbers in those of a batch.
     streamed_hidden: bytes of hidden states while a model is measured block by block.
     surveyed: hidden numbers of a window, times blocks, where an allocation looks at gradients.
     kept_hidden, checkpoint, compared: bytes on disk, of hidden states, of the checkpoint and of the
@@ -51,19 +55,22 @@ class Footprint:
     hidden: float
     entering: float
     observed: float
+    beside: float
     logits: float
     streamed_hidden: float
     surveyed: float
     kept_hidden: float
     checkpoint: float
     compared: float
+    ends: tuple[Linear, ...] = ()
 
     def measured(self, *, streams: bool) -> float:
         """Return the bytes of a model that is measured, whole or block by block."""
         logits = LOGIT_COPIES * 4 * self.logits
+        unpacked = UNPACKED * max((end.rows * end.columns for end in self.ends), default=0)
         if streams:
-            return self.block + self.head + self.streamed_hidden + logits
-        return self.loaded + logits
+            return self.block + self.head + self.streamed_hidden + max(logits, unpacked)
+        return self.loaded + max(logits, unpacked if self.loaded else 0.0)
 
 
 @dataclass(frozen=True)
@@ -163,10 +170,14 @@ def _allocate(shape: Shape) -> Cost | None:
 
 def _quantize(shape: Shape) -> Cost:
     sizes, seconds = shape.sizes, shape.times.calibrate + shape.times.solve
-    passed = sizes.block + sizes.hidden + sizes.entering
+    passed = sizes.block + sizes.hidden + sizes.entering + sizes.beside
+    crossed = sizes.beside > 0
     if shape.on_gpu:
-        passed += _on_gpu(sizes.linears)
-    solved = _solving(sizes.linears, shape.threads)
+        passed += max(_on_gpu(sizes.linears, crossed=crossed), _on_gpu(sizes.ends, crossed=False))
+    solved = max(
+        _solving(sizes.linears, shape.threads, crossed=crossed),
+        _solving(sizes.ends, 1, copies=COPY),
+    )
     return shape.cost(seconds, passed, solved, disk=2 * sizes.kept_hidden + sizes.checkpoint)
 
 
@@ -194,22 +205,33 @@ def _evaluate_quantized(shape: Shape) -> Cost:
     return shape.cost(2 + shape.times.read + shape.times.rounded * shape.times.evaluate, taken)
 
 
-def _solving(linears: Iterable[Linear], threads: int) -> float:
-    """Return the bytes that Hessians and the linears that share one take on the CPU."""
-    most = 0.0
+def _solving(
+    linears: Iterable[Linear], threads: int, *, crossed: bool = False, copies: float = 0.0
+) -> float:
+    """Return the bytes that Hessians and the linears that share one take on the CPU.
+
+    crossed: there is a cross moment beside each, and then a correction beside its factor.
+    copies: in float32, of weights that are not in memory for a forward pass.
+    """
+    most, matrices = 0.0, 1 + crossed
     shared: dict[int, list[int]] = {}
     for linear in linears:
         shared.setdefault(linear.columns, []).append(linear.rows * linear.columns)
-        most = max(most, 8.0 * linear.columns**2 * linear.experts)
+        most = max(most, 8.0 * matrices * linear.columns**2 * linear.experts)
     for columns, weights in shared.items():
         together = sorted(weights, reverse=True)[: max(1, threads)]
-        most = max(most, 4.0 * columns**2 + WORK * 4 * sum(together))
+        most = max(most, 4.0 * matrices * columns**2 + (WORK + copies) * 4 * sum(together))
     return most
 
 
-def _on_gpu(linears: Iterable[Linear]) -> float:
-    """Return the bytes of a group on a GPU: Hessian, factor and inverse, and its columns."""
-    return max(24.0 * linear.columns**2 + 12.0 * linear.rows * linear.columns for linear in linears)
+def _on_gpu(linears: Iterable[Linear], *, crossed: bool) -> float:
+    """Return the bytes of a group on a GPU: Hessian, factor and inverse, and its columns.
+
+    crossed: as of `_solving`.
+    """
+    square = 36.0 if crossed else 24.0
+    taken = (square * li.columns**2 + 12.0 * li.rows * li.columns for li in linears)
+    return max(taken, default=0.0)
 
 
 SMALLER = ("measure no tasks and set stream=true, or evaluation=none", FEWER)

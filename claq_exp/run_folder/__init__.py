@@ -38,7 +38,10 @@ LATER = {  # and what stands for nothing
     "allocation": {"name": "none"},
     "transform": {"name": "none"},
     "tune": {"name": "none"},
+    "embedding": {"name": "none"},
+    "head": {"name": "same"},
     "evaluation.after": [],
+    "solver.asymmetric": 0,
 }
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again
 RESULTS_FILE = "results.json"
@@ -75,7 +78,7 @@ def run_identity(
     for key, nothing in LATER.items():
         *path, last = key.split(".")
         place = reduce(dict.__getitem__, path, settings)
-        if place[last] == nothing:
+        if last in place and place[last] == nothing:
             del place[last]
     return {"config": settings, "contents": contents, "version": version}
 

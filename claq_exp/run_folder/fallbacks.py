@@ -61,7 +61,7 @@ FALLBACKS = (
         "layers_with_few_tokens",
         "tokens",
         "saw fewer calibration tokens than there are inputs",
-        lambda row: row["tokens"] < row["cols"],
+        lambda row: row["tokens"] is not None and row["tokens"] < row["cols"],
         "more calibration.windows help",
     ),
     Fallback(

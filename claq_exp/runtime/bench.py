@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.errors import ConfigError
+from claq_exp.models.ends import in_blocks
 from claq_exp.models.load import forward_dtype, load_config
 from claq_exp.models.towers import text_config
 from claq_exp.run_folder.find import checkpoint_folder
@@ -207,7 +208,7 @@ def _generation_seconds(model: Any) -> float:
 def _linear_bytes(model: nn.Module, folder: Path) -> int:
     """Return the bytes that the quantized layers take in memory, what kernels derived included."""
     total = 0
-    for name in read_layouts(folder):
+    for name in in_blocks(read_layouts(folder)):
         module = model.get_submodule(name)
         if isinstance(module, QuantizedLinear):
             total += module.resident_bytes()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 from transformers.quantizers.auto import (
@@ -17,11 +17,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from claq_exp.checkpoint.reader import parse_layouts, parse_rounding
 from claq_exp.checkpoint.writer import QUANT_METHOD
-from claq_exp.errors import CheckpointError
+from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.models.activations import round_inputs
 from claq_exp.models.discover import LINEAR, linear_weight
+from claq_exp.models.ends import in_blocks, is_end
 from claq_exp.models.experts import split_experts
 from claq_exp.payload.base import Layout
+from claq_exp.runtime.embedding import QuantizedEmbedding
 from claq_exp.runtime.linear import QuantizedLinear
 
 
@@ -40,7 +42,7 @@ class ClaqConfig(QuantizationConfigMixin):
     ) -> None:
         described = {"format_version": format_version, "modules": modules, **others}
         self.layouts = parse_layouts(described)
-        self.rounding = parse_rounding(described, self.layouts)
+        self.rounding = parse_rounding(described, in_blocks(self.layouts))
         self._others = others
         self.quant_method = quant_method  # type: ignore[assignment]  # not one of theirs
         self.format_version = format_version
@@ -64,10 +66,12 @@ class ClaqQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         split_experts(model)
-        config = self.quantization_config
-        places = places_of(model, config.layouts)
-        pack_linears(model, {place: config.layouts[name] for name, place in places.items()})
-        round_inputs(model, config.rounding, places, places)
+        layouts = self.quantization_config.layouts
+        places = places_of(model, in_blocks(layouts))
+        pack_linears(model, {place: layouts[name] for name, place in places.items()})
+        round_inputs(model, self.quantization_config.rounding, places, places)
+        ends = {name: layout for name, layout in layouts.items() if is_end(name)}
+        pack_ends(model, {place: ends[name] for name, place in places_of(model, ends).items()})
 
     def is_serializable(self) -> bool:
         """A loaded model can be saved again."""
@@ -107,20 +111,88 @@ def pack_linears(model: nn.Module, layouts: Mapping[str, Layout]) -> None:
             linear = None
         if not isinstance(linear, LINEAR):
             raise CheckpointError(f"the model has no linear layer '{name}'")
-        shape = tuple(linear_weight(linear).shape)
-        if shape != (layout.rows, layout.columns):
-            raise CheckpointError(
-                f"{name} is {layout.rows} x {layout.columns}, the model's layer {shape[0]} x "
-                f"{shape[1]}"
-            )
+        _check_shape(name, layout, tuple(linear_weight(linear).shape))
         packed = QuantizedLinear(
             layout,
             bias=linear.bias is not None,
             dtype=linear.weight.dtype,
             device=linear.weight.device,
         )
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, packed)
+        _replace(model, name, packed)
+
+
+def pack_ends(model: nn.Module, layouts: Mapping[str, Layout]) -> None:
+    """Replace an embedding and a head by packed ones, their tensors yet to be filled.
+
+    A head that is tied to a packed embedding multiplies by its table.  A head that the model has
+    not, as with another one, is left out.
+    layouts: name of each -> layout.  Raises CheckpointError for an embedding that is not there, or
+    for another shape.
+    """
+    modules = dict(model.named_modules())
+    for name, layout in layouts.items():
+        module = modules.get(name)
+        if isinstance(module, nn.Embedding):
+            _check_shape(name, layout, tuple(module.weight.shape))
+            dtype, device = module.weight.dtype, module.weight.device
+            packed = QuantizedEmbedding(layout, module, dtype=dtype, device=device)
+            _replace(model, name, packed)
+            _share(model, name, packed)
+        elif isinstance(module, LINEAR):
+            pack_linears(model, {name: layout})
+        elif module is not None:
+            raise CheckpointError(f"{name} is neither an embedding nor a head of the model")
+    for part in _models(model).values() if layouts else ():
+        part.resize_token_embeddings = _refuse_resizing
+
+
+def _share(model: nn.Module, name: str, embedding: QuantizedEmbedding) -> None:
+    """Have the heads that are tied to an embedding multiply by its table, and untie them."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    weights = [key for key, source in tied.items() if source == f"{name}.weight"]
+    for weight in weights:
+        place = weight.removesuffix(".weight")
+        head = model.get_submodule(place)
+        if not isinstance(head, nn.Linear):
+            raise CheckpointError(f"{place} shares the packed {name}, and is no linear layer")
+        shared = QuantizedLinear(
+            embedding.layout,
+            bias=head.bias is not None,
+            dtype=head.weight.dtype,
+            device=head.weight.device,
+            shared=embedding,
+        )
+        _replace(model, place, shared)
+    for path, part in _models(model).items():  # each has a list, by names of its own
+        own = part.all_tied_weights_keys
+        left = {k: v for k, v in own.items() if f"{path}.{k}".lstrip(".") not in weights}
+        part.all_tied_weights_keys = part._tied_weights_keys = left
+
+
+def _models(model: nn.Module) -> dict[str, Any]:
+    """Return the models of transformers that a model consists of, itself included, by name."""
+    from transformers import PreTrainedModel  # not before it is asked for: see `_register`
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, PreTrainedModel)}
+
+
+def _refuse_resizing(*_: Any, **__: Any) -> NoReturn:
+    raise ConfigError(
+        "a packed embedding or head cannot be resized; write dense ones with claq-exp dequantize, "
+        "and resize those"
+    )
+
+
+def _check_shape(name: str, layout: Layout, shape: tuple[int, ...]) -> None:
+    if shape != (layout.rows, layout.columns):
+        raise CheckpointError(
+            f"{name} is {layout.rows} x {layout.columns}, the model's layer {shape[0]} x {shape[1]}"
+        )
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
 
 
 def _register() -> None:

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from claq_exp.payload import operand_of
 from claq_exp.payload.base import Layout
 from claq_exp.payload.operand import Operand
-from claq_exp.payload.stored import STORED_DTYPES
 from claq_exp.runtime.kernels import AUTO, REFERENCE, Kernel, choose_kernel, kernel_name
-from claq_exp.runtime.kernels.reference import dense_rows, multiply_back
+from claq_exp.runtime.kernels.reference import multiply_back
+from claq_exp.runtime.packed import PackedMatrix
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """What was worked out for a layer.  name: of the kernel that was asked for."""
+class _Chosen:
+    """The kernel that was chosen for an operand.  name: that was asked for."""
 
     name: str
-    stored: dict[str, Tensor]
     operand: Operand
     kernel: Kernel
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(PackedMatrix):
     """y = x @ weight^T + bias, with the weight as a checkpoint stores it.
 
-    Buffers are the stored tensors under their suffixes (docs/format.md).  They keep their types
-    when the model is cast, for a float16 codebook must not be rounded to bfloat16.
-
     layout: of the weight.  bias: whether there is one, of type `dtype`.  kernel: a name of
-    `claq_exp.runtime.kernels.KERNEL` or "auto".
+    `claq_exp.runtime.kernels.KERNEL` or "auto".  shared: as of PackedMatrix.
     """
 
     def __init__(
@@ -45,59 +39,31 @@ class QuantizedLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
         kernel: str = AUTO,
+        shared: PackedMatrix | None = None,
     ) -> None:
-        super().__init__()
-        self.layout = layout
+        super().__init__(layout, dtype=dtype, device=device, shared=shared)
         self.kernel = kernel
         self.in_features, self.out_features = layout.columns, layout.rows
-        for suffix, spec in layout.stored_tensors().items():
-            stored = torch.empty(spec.shape, dtype=STORED_DTYPES[spec.dtype], device=device)
-            self.register_buffer(suffix, stored)
-        empty = torch.empty(0, dtype=dtype, device=device)
-        self.register_buffer("_stand_in", empty, persistent=False)
         self.bias: nn.Parameter | None = None
         if bias:
             values = torch.empty(layout.rows, dtype=dtype, device=device)
             self.bias = nn.Parameter(values, requires_grad=False)
-        self._ready: _Ready | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """Nothing, of the type and on the device that models ask their linear layers' weights for.
-
-        Models that initialize a weight by name (GPT-2) are told that this was done.
-        """
-        stand_in = self.get_buffer("_stand_in")
-        stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
-        return stand_in
-
-    def stored_tensors(self) -> dict[str, Tensor]:
-        """Return the stored tensors by suffix."""
-        return {suffix: self.get_buffer(suffix) for suffix in self.layout.stored_tensors()}
+        self._chosen: _Chosen | None = None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Multiply: [..., in] -> [..., out], in the type of the inputs; differentiable in them."""
         operand, kernel = self._prepared()
         rows = inputs.reshape(-1, self.in_features)
+        if self.shared is not None:
+            rows = rows.to(operand.device)  # an embedding may lie on another device than its head
         if kernel.most_inputs is not None and len(rows) > kernel.most_inputs:
             kernel = REFERENCE
         outputs = _product(operand, kernel, rows.contiguous())
+        if self.shared is not None:
+            outputs = outputs.to(inputs.device)
         if self.bias is not None:
             outputs = outputs + self.bias.to(outputs.dtype)
         return outputs.reshape(*inputs.shape[:-1], self.out_features)
-
-    def operand(self) -> Operand:
-        """Return the weight as kernels read it."""
-        return self._prepared()[0]
-
-    def dequantize(self) -> Tensor:
-        """Return the dense weight: [out, in] float32."""
-        return dense_rows(self.operand(), 0, self.out_features)
-
-    def resident_bytes(self) -> int:
-        """Return the bytes of the stored tensors, and of what the operand decoded of them."""
-        held = [*self.stored_tensors().values(), *self.operand().derived_tensors()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def chosen_kernel(self) -> Kernel:
         """Return the kernel that serves few rows of activations, chosen now if it was not before.
@@ -115,31 +81,14 @@ class QuantizedLinear(nn.Module):
         )
 
     def _prepared(self) -> tuple[Operand, Kernel]:
-        stored, ready = self.stored_tensors(), self._ready
-        if ready is not None and any(ready.stored[name] is not t for name, t in stored.items()):
-            ready = None
-        if ready is None or ready.name != self.kernel:
-            operand = ready.operand if ready else operand_of(self.layout, stored)
+        operand, chosen = self.operand(), self._chosen
+        if chosen is None or chosen.operand is not operand or chosen.name != self.kernel:
             kernel = choose_kernel(self.kernel, operand)
-            ready = self._ready = _Ready(self.kernel, stored, operand, kernel)
-        return ready.operand, ready.kernel
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        stored = {suffix: self._buffers[suffix] for suffix in self.layout.stored_tensors()}
-        super()._apply(fn, recurse)
-        for suffix, tensor in stored.items():
-            moved = self._buffers[suffix]
-            if tensor is not None and moved is not None and moved.dtype != tensor.dtype:
-                self._buffers[suffix] = tensor.to(moved.device)
-        self._ready = None
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._ready = None  # numbers may have changed in place
+            chosen = self._chosen = _Chosen(self.kernel, operand, kernel)
+        return operand, chosen.kernel
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_ready": None}
+        return {**super().__getstate__(), "_chosen": None}
 
 
 class _Product(torch.autograd.Function):

@@ -16,6 +16,7 @@ from claq_exp.errors import CheckpointError, ConfigError, one_of, telling_line
 from claq_exp.run_folder.find import checkpoint_folder
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.runtime.linear import quantized_linears
+from claq_exp.runtime.packed import packed_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,11 +58,10 @@ def load_checkpoint(
     empty = check_model(folder, layouts, trust_remote_code=trust_remote_code)
     check_dtype(folder, layouts, dtype)
     model = _from_pretrained(type(empty), folder, dtype, device_map, trust_remote_code)
-    layers = quantized_linears(model)
-    if set(layers) != set(layouts):
+    if set(packed_modules(model)) != set(layouts):
         raise CheckpointError(f"{folder} did not load as packed; its config.json does not fit")
     model = (model if device_map else model.to(device)).eval()
-    for name, layer in layers.items():
+    for name, layer in quantized_linears(model).items():
         layer.kernel = kernel
         try:
             layer.chosen_kernel()

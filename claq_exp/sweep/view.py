@@ -192,9 +192,9 @@ class SweepView:
 
 
 def jobs_table(standing: Standing, measure: str) -> Table:
-    """Return a row for each job.  measure: what the objective is."""
+    """Return a row for each job.  measure: what the objective is; empty where there is none."""
     table = Table()
-    for column in ("#", "job", "state", measure, "time"):
+    for column in ("#", "job", "state", *([measure] if measure else []), "time"):
         right = column in ("#", measure, "time")
         table.add_column(column, justify="right" if right else "left", overflow="fold")
     names, best = standing.names(), standing.best
@@ -205,7 +205,8 @@ def jobs_table(standing: Standing, measure: str) -> Table:
         reason = f": {job.state.reason}" if job.state.reason and job.state.name in BROKEN else ""
         style = "bold" if best is not None and job.key == best.key else ""
         time_ = "" if job.found else clock(job.seconds or 0)
-        cells = (str(job.number), names[job.key], f"{state}{reason}", shown, time_)
+        measured = [shown] if measure else []
+        cells = (str(job.number), names[job.key], f"{state}{reason}", *measured, time_)
         table.add_row(*map(Text, cells), style=style)  # no cell is markup
     return table
 

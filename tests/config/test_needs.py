@@ -35,8 +35,9 @@ def unmeasured(words: list[str]) -> list[str]:
         ["experiment=gptq_4bit_g64", "solver=nearest"],
         ["codebook.shared=true", "codebook.row_scales=true", "precision.target_bits=2.5"],
         ["experiment=linear/or_2.6", "budget.bits=7"],
+        ["embedding=uniform", "budget.bits=11.5", "budget.kind=model"],
     ],
-    ids=["columns", "blocks", "grid", "shared", "budget"],
+    ids=["columns", "blocks", "grid", "shared", "budget", "budget of the model"],
 )
 def test_the_planned_bytes_are_those_of_the_checkpoint(words, tiny_run, only_folder):
     words = [*unmeasured(tiny_run), *words, "calibration.windows=2"]
@@ -65,6 +66,23 @@ def test_a_second_stream_is_planned_for_where_a_strategy_wants_it_alone(tiny_run
     assert tuned.sizes == plain.sizes
     longer = planned("tune=norms", "tune.steps=32")
     assert plain.seconds["quantize"] < tuned.seconds["quantize"] < longer.seconds["quantize"]
+
+
+def test_what_an_asymmetric_solver_takes_is_planned_for(tiny_run):
+    def planned(*words: str) -> Plan:
+        return plan_for(compose_config([*tiny_run, *words]), "cpu")
+
+    plain, asymmetric = planned(), planned("solver.asymmetric=0.25")
+    assert planned("solver.asymmetric=0").costs == plain.costs
+    assert asymmetric.hidden_bytes == planned("tune=norms").hidden_bytes == 2 * plain.hidden_bytes
+    assert planned("solver.asymmetric=1", "tune=norms").hidden_bytes == 2 * plain.hidden_bytes
+    assert asymmetric.needs.disk == plain.needs.disk + 2 * plain.hidden_bytes
+    block = 4 * (2 * 48 * 48 + 2 * 48 * 24 + 3 * 48 * 72 + 2 * 48)  # of the original, beside
+    more = asymmetric.needs.host["quantize"] - plain.needs.host["quantize"]
+    assert plain.hidden_bytes + block < more < plain.hidden_bytes + 4 * block
+    assert asymmetric.needs.host["evaluate original"] == plain.needs.host["evaluate original"]
+    assert asymmetric.sizes == plain.sizes
+    assert 1.0 < asymmetric.seconds["quantize"] / plain.seconds["quantize"] < 4
 
 
 @pytest.mark.case(102)

@@ -18,7 +18,7 @@ from claq_exp.run.stages import STAGES, TIMINGS, Cost, Footprint, Linear, Shape,
 NAMES = [stage.name for stage in STAGES]
 OBSERVED = ["activation=lo_bcq", "activation.books=local"]
 SHAPE = Shape(
-    sizes=Footprint((Linear(8, 6),), *(float(2**power) for power in range(20, 33))),
+    sizes=Footprint((Linear(8, 6),), *(float(2**power) for power in range(20, 34))),
     times=Times(1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 1.5),
     threads=1,
     on_gpu=False,

@@ -101,6 +101,9 @@ RUNS = {
         *("codebook=lo_bcq", *ONE_WIDTH, "runtime.kernel=auto"),
         *("activation=lo_bcq", "activation.books=local", "activation.scope=static"),
     ],
+    "an embedding, by the kernel": [
+        *("experiment=claq_2.12", "embedding=kmeans", "embedding.bits=4", "runtime.kernel=auto"),
+    ],
     "a shared codebook, spread over devices": [
         *("codebook=kmeans", "codebook.shared=true", "codebook.row_scales=true", *ONE_WIDTH),
         *("runtime.kernel=reference", "device_map=auto"),

@@ -17,11 +17,13 @@ from claq_exp.compose.experiment import compose_config
 from claq_exp.models.load import open_model
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.codebook import KMeans
+from claq_exp.quantize.ends import EMBEDDING, SameEnd
 from claq_exp.quantize.precision import OutlierOrder
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import Fixed
 from claq_exp.quantize.solver import Gptq
 from claq_exp.run.assist import Quantization, assist
+from claq_exp.run.ends import chosen_ends
 from claq_exp.run.quantize import Watcher, quantize_model
 from claq_exp.system.distributed import Ranks, together
 from claq_exp.train.norms import Norms
@@ -85,6 +87,8 @@ def quantize_together(
     on_disk: bool = False,
     stop_after: int | None = None,
     tune: Tune = UNTUNED,
+    recipe: Recipe = RECIPE,
+    embedding: str = "none",
 ) -> int:
     torch.set_num_threads(1)
     if not ranks.is_first:
@@ -97,7 +101,12 @@ def quantize_together(
     )
     form = HiddenForm(torch.float16, on_disk)
     follower = store.follower()
-    ranks.tell(Quantization(config, source, place, batches, RECIPE, follower, {}, form, tune=tune))
+    ends = chosen_ends(model.model, EMBEDDING[embedding](), SameEnd())
+    ranks.tell(
+        Quantization(
+            config, source, place, batches, recipe, follower, {}, form, tune=tune, ends=ends
+        )
+    )
     linears = 0
 
     def stopping() -> bool:
@@ -111,10 +120,11 @@ def quantize_together(
     quantize_model(
         model,
         batches,
-        RECIPE,
+        recipe,
         store,
         hidden_form=form,
         tune=tune,
+        ends=ends,
         watcher=watcher,
         ranks=ranks,
     )
@@ -217,6 +227,54 @@ def test_a_stopped_run_goes_on_with_any_number_of_ranks(dense_source, batches, b
     assert list(found) == list(expected)
     for name, weight in expected.items():
         assert (weight - found[name]).norm() < 0.05 * weight.norm(), name
+
+
+ASYMMETRIC = Recipe(KMeans(), OutlierOrder(2.5), Fixed(0.02), Gptq(asymmetric=1.0))
+
+
+def asymmetric(source: Path, place: Path, batches: list[Tensor]) -> int:
+    return quantize(source, place, batches, recipe=ASYMMETRIC)
+
+
+def asymmetric_until(layers: int, source: Path, place: Path, batches: list[Tensor]) -> int:
+    with together() as ranks:
+        stop_after = layers if ranks.is_first else None
+        options = {"recipe": ASYMMETRIC, "on_disk": True, "stop_after": stop_after}
+        return quantize_together(ranks, source, place, batches, **options)
+
+
+def test_ranks_have_the_teachers_inputs_of_their_own_batches(source, alone, batches, tmp_path):
+    """Of a mixture too, whose experts get other numbers of tokens on each rank."""
+    threads = torch.get_num_threads()
+    asymmetric(source, tmp_path / "alone", batches)
+    torch.set_num_threads(threads)
+    two, parts = tmp_path / "two", tmp_path / "parts"
+    finished(start_ranks(asymmetric, two, source, two, batches, size=2))
+    stopped = start_ranks(asymmetric_until, parts, 9, source, parts, batches, size=2)
+    assert [rank.exit_code() for rank in stopped] == [99, 75]
+    finished(start_ranks(asymmetric, parts, source, parts, batches, size=2))
+    assert_same_bytes(parts, two)
+    one, several, plain = weights(tmp_path / "alone"), weights(two), weights(alone)
+    for name, weight in one.items():
+        assert (weight - several[name]).norm() < 0.05 * weight.norm(), name
+    assert any((weight - plain[name]).norm() > 0.1 * weight.norm() for name, weight in one.items())
+
+
+def with_ends(source: Path, place: Path, batches: list[Tensor]) -> int:
+    with together() as ranks:
+        return quantize_together(ranks, source, place, batches, embedding="kmeans")
+
+
+def test_an_embedding_that_ranks_quantize_is_that_of_one_process(dense_source, batches, tmp_path):
+    with_ends(dense_source, tmp_path / "alone", batches)
+    finished(
+        start_ranks(with_ends, tmp_path / "two", dense_source, tmp_path / "two", batches, size=2)
+    )
+    name = "model.embed_tokens"
+    one, two = weights(tmp_path / "alone")[name], weights(tmp_path / "two")[name]
+    assert (one - two).norm() < 0.01 * one.norm()
+    (row,) = stored(tmp_path / "two").report("embedding")
+    assert (row["name"], row["tokens"]) == (name, 10 * 24)
 
 
 FEW = Norms(steps=6, learning_rate=0.01, batch=2)

@@ -152,3 +152,16 @@ def test_an_impossible_budget_is_refused_before_any_work(tiny_run, outputs, capf
     error = capfd.readouterr().err
     assert "cannot be met; this recipe reaches from" in error
     assert not list(outputs.rglob("work"))
+
+
+def test_an_asymmetric_solver_goes_with_an_allocation_and_all_that_changes_a_block(
+    tiny_run, outputs
+):
+    """The plan is made on the original alone; the solver is told of both models."""
+    words = ["allocation=rate_distortion", "allocation.target_bits=9", "solver.asymmetric=0.5"]
+    assert main([*tiny_run, *words, "transform=smooth", "tune=norms", "tune.steps=1"]) == 0
+    folder = only_run(outputs)
+    assert "gptq_asymmetric0.5" in folder.name
+    results = json.loads((folder / "results.json").read_text())
+    assert math.isfinite(results["perplexity"]["wikipedia"]["quantized"])
+    assert results["config"]["solver"]["asymmetric"] == 0.5

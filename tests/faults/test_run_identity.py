@@ -264,6 +264,12 @@ def test_settings_that_came_later_leave_earlier_runs_their_folders(base):
     assert "after" not in plain["config"]["evaluation"]
     assert folder_of([*WORDS, "allocation=none"]).hash == base.hash
     assert folder_of([*WORDS, "evaluation.after=[quantize]"]).hash != base.hash
+    assert "asymmetric" not in plain["config"]["solver"]
+    assert folder_of([*WORDS, "solver.asymmetric=0"]).hash == base.hash
+    assert folder_of([*WORDS, "solver.asymmetric=0.0"]).hash == base.hash
+    assert folder_of([*WORDS, "solver.asymmetric=0.5"]).hash != base.hash
+    assert "gptq_asymmetric0.5" in folder_of([*WORDS, "solver.asymmetric=0.5"]).path.name
+    assert run_identity(compose_config([*WORDS, "solver=nearest"]), {}, "1.0")
     words = [*WORDS, "allocation=rate_distortion"]
     assert run_identity(compose_config(words), {}, "1.0")["config"]["allocation"]["target_bits"]
     assert folder_of([*words, "allocation.windows=2"]).hash != folder_of(words).hash

@@ -10,13 +10,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import claq_exp.number_formats
 from claq_exp.number_formats import block_rounding
 from claq_exp.number_formats.block_rounding import _TABLES, round_on_gpu
 from claq_exp.number_formats.encoding import array_maxima
 from claq_exp.number_formats.formats import BlockFormat
 from claq_exp.number_formats.search import _gpu_kernel, round_numbers
 from claq_exp.number_formats.table import FormatCodebooks
-from claq_exp.quantize import kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow):RuntimeWarning")
 
@@ -141,7 +141,7 @@ def test_the_least_numbers_are_not_taken_for_zero(device):
 
 def test_without_triton_torch_searches(monkeypatch):
     assert _gpu_kernel.__wrapped__() is block_rounding
-    monkeypatch.delattr(kernels, "block_rounding")
+    monkeypatch.delattr(claq_exp.number_formats, "block_rounding")
     monkeypatch.setitem(sys.modules, block_rounding.__name__, None)
     assert _gpu_kernel.__wrapped__() is None
 

@@ -180,9 +180,11 @@ BITS = [widths(COLUMNS, 2), torch.tensor([2, 4, 3, 1] * 5, dtype=torch.uint8)]
 RESERVED = [counts(COLUMNS, 0), torch.tensor([3, 0, 1, 40] * 5)]
 
 
-def small_group(device: str, block_size: int = 128):
+def small_group(device: str, block_size: int = 128, asymmetric: float = 0.0):
     """Two linears of different heights, widths and reservations, solved together."""
-    system = Gptq(block_size=block_size).prepare(Moments(correlated_hessian(COLUMNS, seed=1)))
+    hessian = correlated_hessian(COLUMNS, seed=1)
+    cross = 0.3 * gaussian(COLUMNS, COLUMNS, seed=17).double() @ hessian
+    system = Gptq(block_size=block_size, asymmetric=asymmetric).prepare(Moments(hessian, cross))
     weights = [gaussian(64, COLUMNS, seed=2), gaussian(100, COLUMNS, seed=3)]
     return weights, system, quantize_group_on_device(weights, system, BITS, RESERVED, device)
 
@@ -192,8 +194,18 @@ def group(device):
     return small_group(device)
 
 
-def test_a_group_comes_out_as_from_the_cpu_loop(group):
-    weights, system, results = group
+@pytest.fixture(scope="module")
+def asymmetric_group(device):
+    return small_group(device, block_size=11, asymmetric=1.0)
+
+
+@pytest.fixture(params=["group", "asymmetric_group"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+def test_a_group_comes_out_as_from_the_cpu_loop(either):
+    weights, system, results = either
     hessian = correlated_hessian(COLUMNS, seed=1)
     first = int(system.order[0])
     for weight, bits, reserved, result in zip(weights, BITS, RESERVED, results, strict=True):
@@ -209,12 +221,15 @@ def test_a_group_comes_out_as_from_the_cpu_loop(group):
         assert torch.equal(again.dequantize(), result.dequantize())
 
 
-def test_every_step_is_right_in_float64(group):
+def test_every_step_is_right_in_float64(either):
     """Replay: from the values that were chosen, each compensated column follows in float64."""
-    weights, system, results = group
+    weights, system, results = either
     order, factor = system.order.tolist(), system.inverse_factor.double().numpy()
+    correction = system.correction
+    made_up = np.zeros_like(factor) if correction is None else correction.double().numpy()
     for weight, reserved, result in zip(weights, RESERVED, results, strict=True):
         work = weight.double().numpy()[:, order].copy()
+        original = work.copy()
         chosen = result.dequantize().double().numpy()[:, order]
         for position, column in enumerate(order):
             values = work[:, position]
@@ -234,6 +249,7 @@ def test_every_step_is_right_in_float64(group):
             assert (distance**2).sum() <= 1.03 * squared_error(values[others], best) + 1e-6
             error = (values - chosen[:, position]) / factor[position, position]
             work[:, position + 1 :] -= np.outer(error, factor[position, position + 1 :])
+            work += np.outer(original[:, position], made_up[position])
 
 
 def test_a_block_size_changes_only_rounding(device, group):

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.moments import CROSS, Moments
+from claq_exp.quantize.moments import CROSS, OUTPUT_GRADIENTS, Moments
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.solver.base import Prepared, Solved, Solver, describe
 
@@ -65,3 +65,14 @@ class Asymmetric(CyclicDescent):
     """One that would follow the original's outputs."""
 
     wants: ClassVar[frozenset[str]] = frozenset({CROSS})
+
+    def prepare(self, moments: Moments) -> Curvature:
+        assert moments.cross is not None
+        return super().prepare(moments)
+
+
+@dataclass(frozen=True)
+class Weighted(CyclicDescent):
+    """One that would weigh outputs."""
+
+    wants: ClassVar[frozenset[str]] = frozenset({OUTPUT_GRADIENTS})

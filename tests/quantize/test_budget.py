@@ -128,5 +128,29 @@ def test_a_budget_that_is_none_is_refused(bits):
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match="linear, nominal"):
+    with pytest.raises(ConfigError, match="linear, model, nominal"):
         BudgetConfig(2.0, "honest")
+
+
+@QUICK
+@given(st.floats(2.5, 9), st.integers(0, 10**6))
+def test_a_budget_of_a_model_leaves_the_layers_what_others_do_not_take(bits, others):
+    weights = sum(rows * columns for rows, columns in SHAPES.values())
+    parameters, beside_them = weights + others, 5.0 * others
+    try:
+        own = BudgetConfig(bits, "model").for_layers(parameters, beside_them, weights)
+        layouts = planned_layouts(fit_budget(recipe(), own, SHAPES, beside), SHAPES)
+    except ConfigError:
+        return
+    stored = sum(layout.ledger().total for layout in layouts.values()) + beside(layouts)
+    assert (stored + beside_them) / parameters <= bits * (1 + 1e-12)
+
+
+def test_a_budget_that_the_rest_of_the_model_uses_up_is_refused():
+    with pytest.raises(ConfigError, match=r"takes 8\.000 alone; quantize the embedding too"):
+        BudgetConfig(3.0, "model").for_layers(200, 1600.0, 100)
+
+
+def test_other_kinds_of_budget_are_those_of_the_layers():
+    for budget in (BudgetConfig(), BudgetConfig(3.0), BudgetConfig(3.0, "nominal")):
+        assert budget.for_layers(200, 1600.0, 100) is budget

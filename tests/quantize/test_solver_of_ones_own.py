@@ -122,7 +122,13 @@ def test_a_whole_run_takes_it_by_its_dotted_name(tiny_run, tmp_path):
 
 
 def test_a_solver_that_wants_more_than_runs_measure_is_refused_at_the_door(tiny_run, capfd):
-    words = ["solver=nearest", "solver.name=own_solvers:Asymmetric"]
+    words = ["solver=nearest", "solver.name=own_solvers:Weighted"]
     assert main(["plan", *tiny_run, *words]) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert "solver Asymmetric wants cross, which no run measures yet" in line
+    assert "solver Weighted wants output_gradients, which no run measures yet" in line
+
+
+def test_a_solver_that_wants_the_cross_moment_gets_it(tiny_run):
+    words = ["codebook=uniform", "precision=fixed", "precision.bits=3", "reservation=none"]
+    own = ["solver=nearest", "solver.name=own_solvers:Asymmetric", "+solver.sweeps=1"]
+    assert main([*tiny_run, *words, *own, "threads=1"]) == 0

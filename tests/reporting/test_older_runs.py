@@ -9,6 +9,7 @@ from claq_exp.cli import main
 from claq_exp.reporting.collect import collect
 from claq_exp.reporting.labels import families_of, method_label, recipe_labels
 from claq_exp.reporting.older import current
+from claq_exp.reporting.overrides import agree
 from claq_exp.reporting.settings import differing
 
 FIELDS = {"target_bits": 2.6, "count": "linear", "importance": "fisher", "windows": 8}
@@ -53,6 +54,16 @@ def test_without_outliers_it_did_not_reserve():
     assert found["allocation"] == {"name": "rate_distortion", **FIELDS, "reserve": False, **SHARES}
 
 
+def test_gptq_of_old_was_not_asymmetric(tmp_path):
+    new = result({"config.solver": {"name": "gptq", "damping": 0.01, "asymmetric": 0.0}})
+    old = result({"config.solver": {"name": "gptq", "damping": 0.01}})
+    found = collect([write_runs(tmp_path, new, old)]).runs
+    assert differing(found) == []
+    asymmetric = {**found[0].config, "solver": {"name": "gptq", "asymmetric": 0.5}}
+    assert method_label(asymmetric).startswith("kmeans + asymmetric 0.5 + ")
+    assert recipe_labels(asymmetric)["solver"] == "gptq asymmetric 0.5"
+
+
 @pytest.mark.parametrize("config", [{}, {"precision": 3}, {"precision": {}, "reservation": None}])
 def test_damaged_settings_stay_as_they_are(config):
     assert current(config) == config
@@ -68,3 +79,17 @@ def test_a_folder_of_both_is_reported(tmp_path):
     assert main(["report", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert text.count("rate_distortion, 2.6 linear") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        (["precision=rate_distortion", "precision.target_bits=2.6"], True),
+        (["precision=rate_distortion", "reservation=rate_distortion"], True),
+        (["precision=rate_distortion", "precision.target_bits=2.3"], False),
+        (["precision=fixed"], False),
+        (["allocation=rate_distortion"], True),
+    ],
+)
+def test_overrides_of_old_agree_with_the_settings_that_they_made(words, same):
+    assert agree(words, current(result(OLD)["config"])) is same

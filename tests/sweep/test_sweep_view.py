@@ -114,6 +114,11 @@ def test_the_table_has_a_row_for_each_job_and_no_cell_is_markup():
     assert text.count("seed=") == 6
 
 
+def test_where_nothing_is_measured_the_table_has_no_column_for_it():
+    headings = [column.header for column in jobs_table(Standing(8, MIXED, FIXED), "").columns]
+    assert headings == ["#", "job", "state", "time"]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (61, "1:01 min"), (7384, "2:03 h")]
 )

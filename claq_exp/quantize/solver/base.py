@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -70,7 +70,8 @@ class Prepared:
 class Solved:
     """A quantized matrix, how well it went, and what went otherwise than asked.
 
-    output_error: tr(D H D^T) / tr(W H W^T) on the calibration inputs.  weight_error: |D|^2 / |W|^2.
+    output_error: tr(D H D^T) / tr(W H W^T) with D = Q - W, on the student's calibration inputs,
+        whatever the solver aimed at.  weight_error: |D|^2 / |W|^2.
     damping: of the solver; raised: it had to be larger than asked.
     dead_columns: inputs that were zero on every token.
     nearest: why all columns were rounded to nearest, see Prepared.
@@ -92,14 +93,17 @@ class Solved:
 
 
 class Solver(Protocol):
-    """A rule for the codes of a matrix: it alone decides where the error of a weight goes.
+    """A rule for the codes of a matrix: it alone decides where the error of a weight goes."""
 
-    wants: what the moments of inputs must hold beside a plain Hessian, of
-        `claq_exp.quantize.moments.WANTED`: "cross", the cross moment of teacher and student;
-        "output_gradients", a Hessian for each group of rows.  Nobody measures what is not wanted.
-    """
+    @property
+    def wants(self) -> frozenset[str]:
+        """What the moments of inputs must hold beside a plain Hessian.
 
-    wants: ClassVar[frozenset[str]] = frozenset()
+        Members of `claq_exp.quantize.moments.WANTED`: "cross", the cross moment of teacher and
+        student; "output_gradients", a Hessian for each group of rows.  Nobody measures what is not
+        wanted.
+        """
+        return frozenset()
 
     def prepare(self, moments: Moments) -> Prepared:
         """Do what is the same for all linears with one input.

@@ -12,7 +12,7 @@ from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.solver.base import Solved, Solver, describe
-from claq_exp.quantize.solver.columns import ColumnSystem, quantize_columns
+from claq_exp.quantize.solver.columns import ColumnSystem, damped_loss, quantize_columns
 from claq_exp.quantize.solver.device import solve_on_device
 
 
@@ -32,7 +32,10 @@ class ColumnLoop(Solver, ABC):
         quantizer = plan.codebook.start(statistics, plan.columns)
         loss = quantize_columns(problem.weight, prepared, quantizer)
         known = None if prepared.inverse_factor is None else loss
-        solved = describe(problem, prepared, quantizer.payload(), known)
+        quantized = quantizer.payload()
+        if prepared.correction is not None:  # the loop's own loss is that of another target
+            known = damped_loss(quantized.dequantize().sub_(problem.weight), prepared)
+        solved = describe(problem, prepared, quantized, known)
         return replace(solved, unconverged=quantizer.unconverged)
 
     def solve_together(

@@ -13,6 +13,9 @@ from torch import Tensor
 from claq_exp.quantize.codebook.base import ColumnQuantizer
 from claq_exp.quantize.solver.base import Prepared
 from claq_exp.quantize.solver.compiled import compensate, quantize_block
+from claq_exp.quantize.symmetric import bands
+
+SHIFTED = 256  # columns that are moved at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +25,14 @@ class ColumnSystem(Prepared):
     inverse_factor: [in, in] float32 upper triangular U with U^T U = inverse of the damped Hessian,
         rows and columns in visiting order; None without compensation.
     block_size: columns between two updates of all later columns.
+    correction: [in, in] float32 strictly upper triangular P, rows and columns in visiting order:
+        what a weight of column j adds to the columns behind it, P[j, k] each, so that they make up
+        for what its input has lost in the quantized model; None where nothing is made up for.
     """
 
     inverse_factor: Tensor | None
     block_size: int
+    correction: Tensor | None = None
 
 
 def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuantizer) -> float:
@@ -35,11 +42,14 @@ def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuan
     With e_j = (w_j - q_j) / U_jj, every later column k becomes w_k - U_jk e_j (GPTQ, arXiv
     2210.17323, eq. 3 and Algorithm 1).  A column gathers the errors inside its block when its turn
     comes; a finished block's errors reach the next block at once and those behind it while the next
-    is being quantized.  Returns the sum of e_j^2 over all rows and columns, dead ones left
-    out, which is tr(D H D^T) of the damped Hessian under GPTQ.
+    is being quantized.  Where the system has a correction, the loop starts from `shift_`ed columns.
+    Returns the sum of e_j^2 over all rows and columns, dead ones left out.  Under GPTQ that is
+    tr(D H D^T) of the damped Hessian, D the difference to the columns that the loop starts from.
     """
     order, dead = system.order.numpy(), system.dead[system.order]
     work = weight.t().index_select(0, system.order)  # a column is one stretch
+    if system.correction is not None:
+        shift_(work, system.correction)
     factor, step = system.inverse_factor, system.block_size
     behind: Future[None] | None = None
     loss = 0.0
@@ -63,6 +73,33 @@ def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuan
                     _spread, work[following:], factor[start:stop, following:], errors
                 )
     return loss
+
+
+def shift_(work: Tensor, correction: Tensor) -> None:
+    """Replace the columns of W by those of W + W P, in visiting order.
+
+    work: [in, out] float32, W transposed.  correction: P, see `ColumnSystem`.
+    GPTAQ adds w_j P[j, k] to every later column k when it has quantized column j.  What is added
+    depends on no code, so that all of it can be added before the first column is quantized, and
+    the loop itself is GPTQ's on any device.  The last columns come first: the others are then still
+    those of W.
+    """
+    for band in reversed(list(bands(len(work), SHIFTED))):
+        work[band] += correction[: band.stop, band].t() @ work[: band.stop]
+
+
+def damped_loss(difference: Tensor, system: ColumnSystem) -> float:
+    """Return tr(D (H + diag(added)) D^T) without dead columns, from the inverse factor alone.
+
+    difference: [out, in] float32, columns in the matrix's own order.
+    With U^T U = H^-1 it is |D U^-1|^2.
+    """
+    if system.inverse_factor is None:
+        raise ValueError("a system without compensation has no factor to tell a loss from")
+    ordered = difference.index_select(1, system.order)
+    ordered[:, system.dead[system.order]] = 0.0
+    solved = torch.linalg.solve_triangular(system.inverse_factor, ordered, upper=True, left=False)
+    return float(solved.square_().sum(dtype=torch.float64))
 
 
 def _quantize_block(

@@ -20,7 +20,7 @@ from torch import Tensor
 from claq_exp.errors import ConfigError, NumericalError
 from claq_exp.payload.column_codebooks import ColumnCodebooks
 from claq_exp.payload.columns import Reserved
-from claq_exp.quantize.solver.columns import ColumnSystem
+from claq_exp.quantize.solver.columns import ColumnSystem, shift_
 from claq_exp.system.accelerator import ROCM
 
 SUB_BLOCK = 8  # columns whose errors the kernel gathers itself; a product spreads them further
@@ -74,12 +74,15 @@ def quantize_group_on_device(
     replay it.  The results lie on the CPU.
     Raises NumericalError where a reserved value does not fit float16 or weights stop being finite,
     ConfigError without Triton.
-    Source: GPTQ (arXiv 2210.17323, Algorithm 1), CLAQ (arXiv 2405.17233).
+    Source: GPTQ (arXiv 2210.17323, Algorithm 1), CLAQ (arXiv 2405.17233); GPTAQ (arXiv 2504.02692)
+    where the system has a correction.
     """
     kernels = _kernels()
     stack = _stack(weights, system, (column_bits, reserved_counts), device, kernels)
     stack = replace(stack, scales=_rows(row_scales, device), row_weights=_rows(row_weights, device))
     with torch.cuda.device_of(stack.work), _full_float32():
+        if system.correction is not None:
+            shift_(stack.work, system.correction.to(stack.work.device))
         _solve(stack, _launcher(stack, kernels), graph and stack.work.is_cuda)
     inverse = torch.argsort(system.order.to(stack.work.device))
     halves = [None] * len(weights) if row_scales is None else [s.cpu().half() for s in row_scales]

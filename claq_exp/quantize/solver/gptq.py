@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from claq_exp.errors import ConfigError, NumericalError
-from claq_exp.quantize.moments import Moments
+from claq_exp.quantize.moments import CROSS, Moments
 from claq_exp.quantize.solver.column_loop import ColumnLoop
 from claq_exp.quantize.solver.columns import ColumnSystem
 from claq_exp.quantize.solver.factor import inverse_factor
-from claq_exp.quantize.symmetric import permute_
+from claq_exp.quantize.symmetric import bands, permute_
+
+ROWS = 256  # of a correction that are found at a time
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,20 @@ class Gptq(ColumnLoop):
         by rounding.
     damping: share of the mean Hessian diagonal added to the diagonal; ten and a hundred times as
         much where the Cholesky factorization fails.
+    asymmetric: how much of what the inputs have lost in the quantized model is made up for by later
+        columns, from 0 (nothing; the default) to 1; the published code has 0.25.
 
-    Source: GPTQ (arXiv 2210.17323).
+    Source: GPTQ (arXiv 2210.17323); GPTAQ (arXiv 2504.02692) for `asymmetric`, with one difference:
+    what is made up for is that of the original weight, not that of the weight as earlier columns
+    have moved it.  Each step is then the exact minimum of
+    |sum over visited j of (w_j x_teacher_j - q_j x_j) + sum over later k of (w_k - v_k) x_k|^2 over
+    the later columns v, damped as GPTQ's.
     """
 
     act_order: bool = True
     block_size: int = 128
     damping: float = 0.01
+    asymmetric: float = 0.0
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -40,6 +50,15 @@ class Gptq(ColumnLoop):
             raise ConfigError(
                 f"solver.damping is {self.damping}; give a share of the mean diagonal in (0, 1]"
             )
+        if not 0 <= self.asymmetric <= 1:
+            raise ConfigError(
+                f"solver.asymmetric is {self.asymmetric}; give a share from 0 (off) to 1"
+            )
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """The cross moment, where the solver is asymmetric."""
+        return frozenset({CROSS}) if self.asymmetric else frozenset()
 
     def prepare(self, moments: Moments) -> ColumnSystem:
         """Order the columns and factorize.
@@ -48,9 +67,11 @@ class Gptq(ColumnLoop):
         nearest, takes no error of others and gives none.  The factor is found in the memory of
         disposable moments.
         Raises NumericalError when no damping makes the Hessian positive definite; it is as before
-        then.
+        then.  Raises ValueError where the cross moment is wanted and was not measured.
         """
-        hessian = moments.single()
+        hessian, cross = moments.single(), moments.single_cross()
+        if self.asymmetric and cross is None:
+            raise ValueError("an asymmetric solver needs the cross moment of teacher and student")
         diagonal = hessian.diagonal().clone()
         dead = diagonal == 0
         fill = diagonal[~dead].mean() if not dead.all() else hessian.new_ones(())
@@ -72,6 +93,10 @@ class Gptq(ColumnLoop):
             permute_(matrix, torch.argsort(backwards))
             matrix.diagonal().copy_(diagonal)
             raise
+        correction = None
+        if self.asymmetric and cross is not None:
+            correction = correction_of(cross, order, factor).mul_(self.asymmetric)
+        del cross
         if moments.disposable:
             moments.use_up()
         weight = torch.empty(len(order), dtype=torch.float32, device=hessian.device)
@@ -86,4 +111,22 @@ class Gptq(ColumnLoop):
             block_size=self.block_size,
             raised=damping > self.damping,
             nearest="unfed" if dead.all() else "",
+            correction=correction,
         )
+
+
+def correction_of(cross: Tensor, order: Tensor, factor: Tensor) -> Tensor:
+    """Return P = strict_upper(D U^T) U: [in, in] float32, rows and columns in visiting order.
+
+    cross: [in, in] float64, 2/n * sum of (x_teacher - x_student) x_student^T, columns in the
+        matrix's own order; D is the same in visiting order.
+    order: [in] int64.  factor: U, [in, in] float32 upper, U^T U = the damped inverse Hessian.
+    Row j is D[j, F] H_F^-1 on the columns F behind j: the weights of F that come nearest to what
+    input j has lost, per unit of weight (GPTAQ, arXiv 2504.02692).
+    """
+    correction = torch.zeros_like(factor, memory_format=torch.contiguous_format)
+    for band in bands(len(order), ROWS):
+        left = factor[band.start :, band.start :]
+        lost = cross.index_select(0, order[band]).index_select(1, order[band.start :]).float()
+        correction[band, band.start :] = (lost @ left.t()).triu_(1) @ left
+    return correction

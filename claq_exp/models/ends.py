@@ -1,0 +1,76 @@
+"""The ends of a model: its embedding, where tokens come in, and its head, where logits come out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import nn
+
+from claq_exp.errors import ConfigError
+from claq_exp.models.skeleton import tied_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+T = TypeVar("T")
+NUMBERED = re.compile(r"\.\d+\.")  # in the name of a layer of a block: blocks stand in a list
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Names of the modules that hold an embedding [vocabulary, width] and a head.
+
+    tied: the head has no matrix of its own, but the embedding's.
+    """
+
+    embedding: str
+    head: str
+    tied: bool
+
+
+def find_ends(model: PreTrainedModel) -> Ends:
+    """Return the ends of a model.
+
+    Raises ConfigError for one whose embedding is no table with a row for each token and nothing
+    else, whose head is no linear layer, or whose embedding is tied to anything but the head.
+    """
+    about = f"{type(model).__name__} ({model.config.model_type})"
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if not isinstance(table, nn.Embedding) or set(table.state_dict()) != {"weight"}:
+        raise ConfigError(
+            f"the embedding of {about} is a {type(table).__name__}, no plain table with a row for "
+            "each token; set embedding=none"
+        )
+    if not isinstance(head, nn.Linear):
+        raise ConfigError(
+            f"the head of {about} is a {type(head).__name__}, no linear layer; set embedding=none"
+        )
+    names = {module: name for name, module in model.named_modules()}
+    ends = Ends(names[table], names[head], tied=False)
+    source, own = f"{ends.embedding}.weight", f"{ends.head}.weight"
+    tied = tied_names(model)
+    shared = {name for name, other in tied.items() if source in (name, other)}
+    shared |= {tied[name] for name in shared}
+    if others := sorted(shared - {source, own}):
+        raise ConfigError(
+            f"the embedding of {about} is also {others[0]}, and only a head may share it; set "
+            "embedding=none"
+        )
+    if numbered := [name for name in (ends.embedding, ends.head) if not is_end(name)]:
+        raise ConfigError(f"{about} keeps {numbered[0]} in a list of modules; set embedding=none")
+    if own in shared and tied.get(source) == own:
+        raise ConfigError(f"{about} stores its head in place of its embedding; set embedding=none")
+    return Ends(ends.embedding, ends.head, tied=own in shared)
+
+
+def is_end(name: str) -> bool:
+    """Tell an embedding or head, by its name, from the layers of blocks."""
+    return NUMBERED.search(f".{name}.") is None
+
+
+def in_blocks(layers: Mapping[str, T]) -> dict[str, T]:
+    """Return the layers of blocks, without embedding and head."""
+    return {name: layer for name, layer in layers.items() if not is_end(name)}
