@@ -13,7 +13,7 @@ from torch import nn
 
 from claq_exp.allocate import Allocation, Survey
 from claq_exp.calibration.streams import streams_for
-from claq_exp.checkpoint.writer import Sizes, kept_bytes, planned_sizes
+from claq_exp.checkpoint.writer import Sizes, bits_beside_layers, planned_sizes
 from claq_exp.config import AUTO, ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.perplexity import windows_at_once
@@ -122,20 +122,15 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     config.recipe().precision.check_names(shapes)
     ends = chosen_ends(model, *config.end_rules())
     packed_ends = {end.name: end.layout() for end in ends}
-    kept = {
-        name: t.numel()
-        for name, t in state.items()
-        if name.removesuffix(".weight") not in {*shapes, *packed_ends}
-    }
+    packed = {*shapes, *packed_ends}
+    kept = {n: t.numel() for n, t in state.items() if n.removesuffix(".weight") not in packed}
 
     def description(layouts: Mapping[str, Layout]) -> float:
         return 8.0 * _description_bytes({**layouts, **packed_ends}, kept)
 
     stored = stored_dtype(model_config)
-    beside = 8.0 * kept_bytes(model, {*shapes, *packed_ends}, stored)
-    beside += sum(layout.ledger().total for layout in packed_ends.values())
-    weights = sum(rows * columns for rows, columns in shapes.values())
-    budget = config.budget.for_layers(parameters, beside, weights)
+    beside = bits_beside_layers(model, shapes, packed_ends, stored)
+    budget = config.budget.for_layers(parameters, beside, shapes)
     recipe = fit_budget(config.recipe(), budget, shapes, description)
     allocation = config.allocation_rule().within(budget)
     layouts = allocation.planned_layouts(recipe, shapes, description)
@@ -144,9 +139,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     rounding = expected_rounding(config.activation_rule(), layouts)
     sizes = planned_sizes(model, {**layouts, **packed_ends}, stored, rounding)
     model_shape = _ModelShape.of(model, blocks, parameters, model_config)
-    hidden = config.calibration.windows * config.calibration.seqlen * model_shape.width
-    hidden_dtype = _hidden_dtype(config, hidden, model_config)
-    hidden_bytes = hidden * hidden_dtype.itemsize * len(streams_for(config.tuning().wants))
+    hidden_dtype, hidden_bytes = _hidden(config, model_shape.width, model_config)
     planned = _Planned(recipe, allocation.survey(), layouts, hidden_bytes, sizes.bytes, ends)
     shape = _shape(config, planned, model_shape, mixture, device, context)
     taken = costs(shape)
@@ -192,6 +185,15 @@ class _Mixture:
     def share(self, name: str) -> float:
         """Return the share of tokens that reach a layer."""
         return min(1.0, self.routed / self.beside[name]) if name in self.beside else 1.0
+
+
+def _hidden(
+    config: ExperimentConfig, width: int, model_config: PretrainedConfig
+) -> tuple[torch.dtype, int]:
+    """Return type and bytes of the hidden states between blocks, of all streams."""
+    hidden = config.calibration.windows * config.calibration.seqlen * width
+    dtype = _hidden_dtype(config, hidden, model_config)
+    return dtype, hidden * dtype.itemsize * len(streams_for(config.tuning().wants))
 
 
 def _hidden_dtype(
