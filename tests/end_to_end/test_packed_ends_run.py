@@ -28,8 +28,11 @@ SMALL = ["calibration.windows=4", "evaluation.corpora.wikipedia.windows=2"]
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory) -> Path:
+    """A model whose vocabulary is padded beyond that of its tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "untied"
-    tiny_llama(num_hidden_layers=2, tie_word_embeddings=False).save_pretrained(folder)
+    tiny_llama(num_hidden_layers=2, tie_word_embeddings=False, vocab_size=300).save_pretrained(
+        folder
+    )
     byte_tokenizer().save_pretrained(folder)
     return folder
 
