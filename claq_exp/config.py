@@ -26,7 +26,7 @@ from claq_exp.quantize.strategy import check_members, make_strategy
 from claq_exp.runtime.kernels import AUTO, DENSE, KERNEL
 from claq_exp.sources.text import TextSource
 from claq_exp.system.accelerator import is_known
-from claq_exp.tracking.limits import check_group_and_tags, check_project
+from claq_exp.tracking.limits import TrackingConfig
 from claq_exp.train import TUNE
 from claq_exp.train.window import Tune
 from claq_exp.transform import TRANSFORM
@@ -216,27 +216,6 @@ class RuntimeConfig:
 
     def __post_init__(self) -> None:
         check_choice("runtime.kernel", self.kernel, (DENSE, AUTO, *KERNEL))
-
-
-@dataclass
-class TrackingConfig:
-    """Where metrics go besides the run folder.
-
-    name: none or wandb.  mode: offline, online or disabled (wandb).  project, group, tags: wandb's
-    own, within its limits.
-    """
-
-    name: str = "none"
-    mode: str = "offline"
-    project: str = "claq_exp"
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        check_choice("tracking.name", self.name, ("none", "wandb"))
-        check_choice("tracking.mode", self.mode, ("offline", "online", "disabled"))
-        check_project("tracking.project", self.project)
-        check_group_and_tags(self.group, self.tags)
 
 
 @dataclass

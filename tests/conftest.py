@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import claq_exp.run.plan
+import claq_exp.run.shape
 from claq_exp.quantize.stale_kernels import drop_stale_kernels
 from claq_exp.reporting import plots
 from claq_exp.sources.cache import cache_folder
@@ -83,7 +83,7 @@ def no_scores_of_other_tests(own_cache_of_scores: Path) -> None:
 def known_speed() -> Iterator[None]:
     """A plan takes the machine's speed as known, for measuring it is a good part of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claq_exp.run.plan, "matmul_speed", lambda device: 1e11)
+        patch.setattr(claq_exp.run.shape, "matmul_speed", lambda device: 1e11)
         yield
 
 

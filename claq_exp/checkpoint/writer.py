@@ -216,6 +216,17 @@ def kept_bytes(model: PreTrainedModel, packed: Collection[str], dtype: torch.dty
     )
 
 
+def bits_beside_layers(
+    model: PreTrainedModel, layers: Collection[str], ends: Mapping[str, Layout], dtype: torch.dtype
+) -> float:
+    """Return the bits of a checkpoint's tensors that are not of packed layers of blocks.
+
+    layers: their names.  ends: name -> layout of a packed embedding and head.  dtype: of the rest.
+    """
+    kept = kept_bytes(model, {*layers, *ends}, dtype)
+    return 8.0 * kept + sum(layout.ledger().total for layout in ends.values())
+
+
 def checkpoint_sizes(folder: Path, layouts: Mapping[str, Layout], parameters: int) -> Sizes:
     """Count a checkpoint from its files.
 

@@ -38,14 +38,17 @@ class BudgetConfig:
         if self.bits is not None and not 0 < self.bits < 16:
             raise ConfigError(f"budget.bits is {self.bits}; give bits per weight between 0 and 16")
 
-    def for_layers(self, parameters: int, beside: float, weights: int) -> BudgetConfig:
+    def for_layers(
+        self, parameters: int, beside: float, shapes: Mapping[str, tuple[int, int]]
+    ) -> BudgetConfig:
         """Return the budget of the layers of blocks: of a model's bits, what is left for them.
 
         parameters: of the model.  beside: bits of everything but those layers and headers.
-        weights: of those layers.  Raises ConfigError where nothing is left.
+        shapes: name -> (out, in) of those layers.  Raises ConfigError where nothing is left.
         """
         if self.bits is None or self.kind != MODEL:
             return self
+        weights = sum(rows * columns for rows, columns in shapes.values())
         left = (self.bits * parameters - beside) / weights
         if left <= 0:
             raise ConfigError(

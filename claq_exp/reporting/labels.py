@@ -10,6 +10,8 @@ ALLOCATION = "allocation"
 ACTIVATION = "activation"
 TRANSFORM = "transform"
 TUNE = "tune"
+EMBEDDING, HEAD = "embedding", "head"
+SAME = "same"  # the name of the rule for a head that is quantized as the embedding
 KEPT = "none"  # the name of the rules that leave activations, or what is not packed, alone
 
 
@@ -18,8 +20,8 @@ def families_of(configs: Iterable[dict[str, Any]]) -> tuple[str, ...]:
     configs = list(configs)
     used = [
         family
-        for family in (ALLOCATION, ACTIVATION, TRANSFORM, TUNE)
-        if any(_beside(config, family)["name"] != KEPT for config in configs)
+        for family in (ALLOCATION, ACTIVATION, TRANSFORM, TUNE, EMBEDDING, HEAD)
+        if any(_beside(config, family)["name"] not in (KEPT, SAME) for config in configs)
     ]
     return (*RECIPE, *used)
 
@@ -35,6 +37,8 @@ def recipe_labels(config: dict[str, Any], families: Sequence[str] = RECIPE) -> d
         ACTIVATION: activation_label(_beside(config, ACTIVATION)),
         TRANSFORM: _described(_beside(config, TRANSFORM), "alpha"),
         TUNE: _described(_beside(config, TUNE), "steps"),
+        EMBEDDING: _described(_beside(config, EMBEDDING), "bits"),
+        HEAD: _described(_beside(config, HEAD), "bits"),
     }
     return {family: labels[family] for family in families}
 
@@ -84,6 +88,8 @@ def method_label(config: dict[str, Any]) -> str:
         parts.append(f"A {activation_label(activation)}")
     if (tune := _beside(config, TUNE))["name"] != KEPT:
         parts.append(f"tuned {tune['name']}")
+    if (embedding := _beside(config, EMBEDDING))["name"] != KEPT:
+        parts.append(f"embedding {_described(embedding, 'bits')}")
     return " + ".join(parts)
 
 

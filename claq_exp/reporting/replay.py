@@ -6,7 +6,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from claq_exp.config import TrackingConfig
 from claq_exp.errors import ClaqError, ConfigError
 from claq_exp.run_folder import (
     EVENTS_FILE,
@@ -18,6 +17,7 @@ from claq_exp.run_folder import (
 )
 from claq_exp.system.files import read_json
 from claq_exp.tracking.events import read_events
+from claq_exp.tracking.limits import TrackingConfig
 from claq_exp.tracking.wandb import WandbTracker, check_wandb
 
 

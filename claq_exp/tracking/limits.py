@@ -1,13 +1,35 @@
-"""What Weights & Biases takes for a name; checked before a run, for it fails when it starts."""
+"""Where metrics go, and what Weights & Biases takes for a name: it fails when a run starts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from claq_exp.errors import ConfigError
+from claq_exp.errors import ConfigError, check_choice
 
 NAME, TAG = 128, 64  # characters of a project or group, and of a tag
 NOT_IN_PROJECTS = "/\\#?%:"
+
+
+@dataclass
+class TrackingConfig:
+    """Where metrics go besides the run folder.
+
+    name: none or wandb.  mode: offline, online or disabled (wandb).  project, group, tags: wandb's
+    own, within its limits.
+    """
+
+    name: str = "none"
+    mode: str = "offline"
+    project: str = "claq_exp"
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_choice("tracking.name", self.name, ("none", "wandb"))
+        check_choice("tracking.mode", self.mode, ("offline", "online", "disabled"))
+        check_project("tracking.project", self.project)
+        check_group_and_tags(self.group, self.tags)
 
 
 def check_project(key: str, project: str) -> None:

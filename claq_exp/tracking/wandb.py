@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from claq_exp.errors import ConfigError, telling_line
 
 if TYPE_CHECKING:
-    from claq_exp.config import TrackingConfig
+    from claq_exp.tracking.limits import TrackingConfig
 
 LIMITS: dict[str, Any] = {  # seconds that W&B may take, where its release knows the setting
     "init_timeout": 30.0,

@@ -28,10 +28,10 @@ from claq_exp.config import (
     EvaluationConfig,
     ExperimentConfig,
     ModelConfig,
-    TrackingConfig,
 )
 from claq_exp.errors import ConfigError
 from claq_exp.sweep.grid import check_grid
+from claq_exp.tracking.limits import TrackingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF, SWEEPS = ROOT / "conf", ROOT / "sweeps"

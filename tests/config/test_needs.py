@@ -153,8 +153,8 @@ def test_a_model_is_streamed_where_it_would_not_fit(monkeypatch):
 
 def test_a_gpu_holds_blocks_and_the_host_the_hessians(monkeypatch):
     monkeypatch.setattr(needs, "free_memory", lambda device: 80 * GIB)
-    monkeypatch.setattr("claq_exp.run.plan.free_memory", lambda device: 80 * GIB)
-    monkeypatch.setattr("claq_exp.run.plan.windows_at_once", lambda *_: 4)
+    monkeypatch.setattr("claq_exp.run.shape.free_memory", lambda device: 80 * GIB)
+    monkeypatch.setattr("claq_exp.run.shape.windows_at_once", lambda *_: 4)
     config = compose_config(["evaluation.context=64", "model.dtype=float16"])
     found = make_plan(config, tiny_llama().config, "cuda").needs
     assert set(found.device) == {"evaluate original", "evaluate quantized", "quantize"}

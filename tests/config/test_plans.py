@@ -7,7 +7,7 @@ from conftest import tiny_llama
 from transformers import MixtralConfig
 
 import claq_exp.quantize.recipe
-import claq_exp.run.plan
+import claq_exp.run.shape
 from claq_exp.compose.experiment import compose_config
 from claq_exp.quantize.recipe import planned_layout
 from claq_exp.run.plan import Plan, make_plan
@@ -75,6 +75,8 @@ def test_times_follow_the_speed_of_the_machine(monkeypatch):
     seconds = []
     for factor in (1, 1000):
         measured = factor * speed
-        monkeypatch.setattr(claq_exp.run.plan, "matmul_speed", lambda device, found=measured: found)
+        monkeypatch.setattr(
+            claq_exp.run.shape, "matmul_speed", lambda device, found=measured: found
+        )
         seconds.append(plan("evaluation=perplexity").seconds["evaluate original"])
     assert seconds[0] == pytest.approx(1000 * seconds[1])

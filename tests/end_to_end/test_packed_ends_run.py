@@ -19,6 +19,7 @@ from claq_exp.cli import main
 from claq_exp.compose.experiment import compose_config
 from claq_exp.errors import ConfigError
 from claq_exp.models.ends import is_end
+from claq_exp.reporting.labels import method_label
 from claq_exp.run.plan import plan_for
 
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -27,8 +28,11 @@ SMALL = ["calibration.windows=4", "evaluation.corpora.wikipedia.windows=2"]
 
 @pytest.fixture(scope="module")
 def untied(tmp_path_factory) -> Path:
+    """A model whose vocabulary is padded beyond that of its tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "untied"
-    tiny_llama(num_hidden_layers=2, tie_word_embeddings=False).save_pretrained(folder)
+    tiny_llama(num_hidden_layers=2, tie_word_embeddings=False, vocab_size=300).save_pretrained(
+        folder
+    )
     byte_tokenizer().save_pretrained(folder)
     return folder
 
@@ -131,6 +135,8 @@ def test_pictures_and_reports_are_about_blocks_and_evaluate_counts_the_same(
     folder, results = run("embedding=kmeans")
     assert (folder / "layers.png").stat().st_size > 1000
     assert main(["report", str(tmp_path / "outputs"), "--into", str(tmp_path / "report")]) == 0
+    assert "kmeans 8" in (tmp_path / "report" / "report.csv").read_text()
+    assert method_label(results["config"]).endswith("embedding kmeans 8")
     words = [word for word in tiny_run if not word.startswith(("model", "calibration"))]
     words = [*words, *SMALL[1:], f"checkpoint={folder}", "original=false"]
     assert main(["evaluate", *words, f"outputs={tmp_path / 'evaluated'}"]) == 0

@@ -14,8 +14,8 @@ from pathlib import Path
 # Does one run, so that everything is imported and compiled, and then forks for each command.
 DRIVER = """
 import json, os, resource, signal, sys, traceback
-import claq_exp.cli, claq_exp.run.plan
-claq_exp.run.plan.matmul_speed = lambda device: 1e11
+import claq_exp.cli, claq_exp.run.shape
+claq_exp.run.shape.matmul_speed = lambda device: 1e11
 replies = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 print(claq_exp.cli.main(json.loads(sys.stdin.readline())), file=replies, flush=True)

@@ -15,8 +15,8 @@ import wandb
 
 import claq_exp
 from claq_exp.cli import main
-from claq_exp.config import TrackingConfig
 from claq_exp.tracking import wandb as mirror
+from claq_exp.tracking.limits import TrackingConfig
 from claq_exp.tracking.wandb import WandbTracker, within
 
 PROGRAM = "import json, sys; from claq_exp.cli import main; sys.exit(main(json.loads(sys.argv[1])))"

@@ -18,11 +18,12 @@ import damages
 import torch
 
 import claq_exp.run.plan
+import claq_exp.run.shape
 from claq_exp.compose.experiment import compose_config
 from claq_exp.models.load import load_config, open_model
 from claq_exp.run.inputs import fetch, tokenize_inputs
 
-claq_exp.run.plan.matmul_speed = lambda device: 1e11
+claq_exp.run.shape.matmul_speed = lambda device: 1e11
 
 
 def words(model: Path, text: Path) -> list[str]:

@@ -138,7 +138,7 @@ def test_a_budget_of_a_model_leaves_the_layers_what_others_do_not_take(bits, oth
     weights = sum(rows * columns for rows, columns in SHAPES.values())
     parameters, beside_them = weights + others, 5.0 * others
     try:
-        own = BudgetConfig(bits, "model").for_layers(parameters, beside_them, weights)
+        own = BudgetConfig(bits, "model").for_layers(parameters, beside_them, SHAPES)
         layouts = planned_layouts(fit_budget(recipe(), own, SHAPES, beside), SHAPES)
     except ConfigError:
         return
@@ -148,9 +148,9 @@ def test_a_budget_of_a_model_leaves_the_layers_what_others_do_not_take(bits, oth
 
 def test_a_budget_that_the_rest_of_the_model_uses_up_is_refused():
     with pytest.raises(ConfigError, match=r"takes 8\.000 alone; quantize the embedding too"):
-        BudgetConfig(3.0, "model").for_layers(200, 1600.0, 100)
+        BudgetConfig(3.0, "model").for_layers(200, 1600.0, {"q": (10, 10)})
 
 
 def test_other_kinds_of_budget_are_those_of_the_layers():
     for budget in (BudgetConfig(), BudgetConfig(3.0), BudgetConfig(3.0, "nominal")):
-        assert budget.for_layers(200, 1600.0, 100) is budget
+        assert budget.for_layers(200, 1600.0, {"q": (10, 10)}) is budget

@@ -11,7 +11,7 @@ import pytest
 from wandb_files import named, records
 
 from claq_exp.cli import main
-from claq_exp.config import TrackingConfig
+from claq_exp.tracking.limits import TrackingConfig
 from claq_exp.tracking.wandb import WandbTracker, comparison_rows
 
 
