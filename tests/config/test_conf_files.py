@@ -6,8 +6,10 @@ import dataclasses
 import importlib.util
 import math
 import re
+import runpy
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections import defaultdict
 from functools import cache
@@ -308,6 +310,17 @@ def test_hooks_are_commands_of_the_environment_and_need_no_network():
     assert programs == {"ruff", "mypy"}
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert all(f'"{program}>=' in pyproject for program in programs)
+
+
+def test_the_oldest_versions_are_the_lower_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = runpy.run_path(str(ROOT / ".ci" / "oldest_pins.py"))["pins"](project)
+    pinned = dict(pin.partition(";")[0].split("==") for pin in pins)
+    for line in project["dependencies"]:  # each has a lower bound and an upper one
+        name, lower, _ = re.fullmatch(r"([\w-]+)>=([\d.]+),<([\d.]+)", line).groups()
+        assert pinned[name] == lower
+    assert "pytest" in pinned
+    assert "hydra-ray-launcher" not in pinned
 
 
 def test_a_built_wheel_finds_its_own_conf_and_sweeps(tmp_path):

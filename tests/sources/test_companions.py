@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 from conftest import byte_tokenizer
 from tiny_towers import IMAGE, TOWERS
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
-    CLIPImageProcessorPil,
     LlavaProcessor,
 )
 
@@ -27,6 +27,10 @@ from claq_exp.sources.companions import Companions
 from claq_exp.sources.pickled import copy_descriptions
 
 pytestmark = pytest.mark.case(118)
+
+ImageProcessor = getattr(  # that needs no torchvision; transformers 5.0 has it under the other name
+    transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor
+)
 
 BELONG = [
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
@@ -102,7 +106,7 @@ def source(tmp_path_factory) -> Path:
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.decode([IMAGE])]})
     LlavaProcessor(
-        CLIPImageProcessorPil(size={"height": 16, "width": 16}, crop_size=16),
+        ImageProcessor(size={"height": 16, "width": 16}, crop_size=16),
         tokenizer,
         patch_size=8,
         vision_feature_select_strategy="default",
