@@ -18,7 +18,8 @@ def shared_share(windows: Tensor, calibration: Tensor) -> float:
     """
     if min(windows.shape[1], calibration.shape[1]) < PASSAGE:
         return 0.0
-    known = np.isin(_hashes(windows), _hashes(calibration))
+    # by sorting: numpy 2.0 overflows where it looks at the range of such numbers for a table
+    known = np.isin(_hashes(windows), _hashes(calibration), kind="sort")
     covered = np.zeros(tuple(windows.shape), dtype=bool)
     for offset in range(PASSAGE):
         covered[:, offset : offset + known.shape[1]] |= known

