@@ -143,7 +143,7 @@ def test_a_gradient_that_is_no_number_is_refused_and_the_model_left_as_it_was():
 
 
 def test_a_solver_that_gives_up_is_named_with_its_layer():
-    class Stubborn:
+    class Stubborn(Nearest):
         def prepare(self, moments):
             raise NumericalError("no")
 
