@@ -115,7 +115,7 @@ def quantize_ends(
     if not ends or ranks.tell(store.has(EMBEDDING, None)):
         return [], seconds
     head = next((end for end in ends if end.head), None)
-    weights = _frequencies(batches, ends[0].rows, ranks)
+    weights = {end.name: _frequencies(batches, end.rows, ranks) for end in ends}
     gathered = None
     if head is not None:
         gathered = _entering(model, batches, head, streams, seconds)
@@ -126,7 +126,7 @@ def quantize_ends(
     for end in ends if ranks.is_first else ():
         measured = gathered.moments() if end.head and gathered is not None else _lookups(end)
         moments = _with_lookups(measured, end.lookup)
-        weight, row = _solve(model, end, moments, weights, strict=strict)
+        weight, row = _solve(model, end, moments, weights[end.name], strict=strict)
         packed[end.name] = weight
         report.append(row)
     seconds["solve"] = time.perf_counter() - started
@@ -177,7 +177,7 @@ def _frequencies(batches: list[Tensor], rows: int, ranks: Ranks) -> Tensor:
     """
     counts = torch.zeros(rows, dtype=torch.float64)
     for batch in batches:
-        counts += torch.bincount(batch.reshape(-1).cpu(), minlength=rows)
+        counts += torch.bincount(batch.reshape(-1).cpu(), minlength=rows)[:rows]
     ranks.sum_(counts)
     return (counts / counts.mean() + FLOOR).float()
 
