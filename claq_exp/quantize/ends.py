@@ -17,14 +17,17 @@ from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation.none import NoReservation
 from claq_exp.quantize.solver import Gptq, Nearest, Solver
 
+EQUAL, FREQUENCY = "equal", "frequency"
+
 
 class EndRule(Protocol):
     """A rule for an embedding or a head.
 
-    lookup: see `KMeansEnd`.
+    lookup, rows: see `KMeansEnd`.
     """
 
     lookup: float = 0.0
+    rows: str = EQUAL
 
     def recipe(self) -> Recipe | None:
         """Return how the matrix is quantized; None: it stays as it is."""
@@ -69,14 +72,18 @@ class KMeansEnd(EndRule):
     lookup: what a lookup counts in a matrix that is the head too, of a tied model: this share of
         the mean diagonal is added to the diagonal of the Hessian, for a lookup's Hessian is the
         identity.
+    rows: what an error in a row weighs when codebooks are fitted.  frequency: as often as its token
+        occurs in the calibration text, and a little for all; equal: the same for all.
     """
 
     bits: int = 8
     solver: str = "gptq"
     lookup: float = 0.0
+    rows: str = FREQUENCY
 
     def __post_init__(self) -> None:
         _check(self.bits, self.solver, self.lookup)
+        check_choice("rows", self.rows, (FREQUENCY, EQUAL))
 
     def recipe(self) -> Recipe:
         """Return how the matrix is quantized."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +19,12 @@ from claq_exp.models.blocks import entering_head
 from claq_exp.models.ends import Ends, find_ends
 from claq_exp.models.stream import BlockedModel
 from claq_exp.payload.base import Layout
-from claq_exp.quantize.ends import EndRule
+from claq_exp.quantize.allocation import MatrixPlan
+from claq_exp.quantize.ends import FREQUENCY, EndRule
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.recipe import Recipe, planned_layout
 from claq_exp.quantize.solver import Nearest
+from claq_exp.quantize.statistics import EqualColumns
 from claq_exp.run.solve import report_row, solve_linears
 from claq_exp.run_folder.fallbacks import refuse_fallbacks
 from claq_exp.system.distributed import Ranks
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDING = "embedding"  # stage of the store
+FLOOR = 0.15  # what a token weighs that does not occur in the calibration text
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class End:
 
     name: of its module.  rows: a row for each token.
     head: it is multiplied by hidden states; else it is only looked up.
-    lookup: as of `claq_exp.quantize.ends.KMeansEnd`.
+    lookup, by_frequency: as `lookup` and `rows` of `claq_exp.quantize.ends.KMeansEnd`.
     """
 
     name: str
@@ -48,6 +51,7 @@ class End:
     recipe: Recipe
     head: bool
     lookup: float = 0.0
+    by_frequency: bool = False
 
     def layout(self) -> Layout:
         """Return how it will be stored."""
@@ -69,9 +73,10 @@ def chosen_ends(model: PreTrainedModel, embedding: EndRule, head: EndRule) -> tu
     ends = []
     if first is not None:
         looked_up = Recipe(first.codebook, first.precision, first.reservation, Nearest())
-        ends.append(_end(model, found.embedding, looked_up, head=False))
+        ends.append(_end(model, found.embedding, looked_up, embedding, head=False))
     if own is not None:
-        ends.append(_end(model, found.head, own, head=True))
+        rule = embedding if head.copies() else head
+        ends.append(replace(_end(model, found.head, own, rule, head=True), lookup=0.0))
     return tuple(ends)
 
 
@@ -82,14 +87,12 @@ def _tied(model: PreTrainedModel, found: Ends, embedding: EndRule, head: EndRule
             f"{type(model).__name__} has one matrix for embedding and head: choose a rule with "
             "embedding=, and leave head=same"
         )
-    return _end(model, found.embedding, recipe, head=True, lookup=embedding.lookup)
+    return _end(model, found.embedding, recipe, embedding, head=True)
 
 
-def _end(
-    model: PreTrainedModel, name: str, recipe: Recipe, *, head: bool, lookup: float = 0.0
-) -> End:
+def _end(model: PreTrainedModel, name: str, recipe: Recipe, rule: EndRule, *, head: bool) -> End:
     rows, columns = model.get_submodule(name).get_parameter("weight").shape
-    return End(name, rows, columns, recipe, head, lookup)
+    return End(name, rows, columns, recipe, head, rule.lookup, rule.rows == FREQUENCY)
 
 
 def quantize_ends(
@@ -112,6 +115,7 @@ def quantize_ends(
     if not ends or ranks.tell(store.has(EMBEDDING, None)):
         return [], seconds
     head = next((end for end in ends if end.head), None)
+    weights = {end.name: _frequencies(batches, end.rows, ranks) for end in ends}
     gathered = None
     if head is not None:
         gathered = _entering(model, batches, head, streams, seconds)
@@ -121,7 +125,8 @@ def quantize_ends(
     started = time.perf_counter()
     for end in ends if ranks.is_first else ():
         measured = gathered.moments() if end.head and gathered is not None else _lookups(end)
-        weight, row = _solve(model, end, _with_lookups(measured, end.lookup), strict=strict)
+        moments = _with_lookups(measured, end.lookup)
+        weight, row = _solve(model, end, moments, weights[end.name], strict=strict)
         packed[end.name] = weight
         report.append(row)
     seconds["solve"] = time.perf_counter() - started
@@ -165,14 +170,29 @@ def _with_lookups(moments: Moments, share: float) -> Moments:
     return moments
 
 
+def _frequencies(batches: list[Tensor], rows: int, ranks: Ranks) -> Tensor:
+    """Return how often each token occurs in the calibration text, and `FLOOR` for all.
+
+    1 is as often as all do on average: [rows] float32.
+    """
+    counts = torch.zeros(rows, dtype=torch.float64)
+    for batch in batches:
+        counts += torch.bincount(batch.reshape(-1).cpu(), minlength=rows)[:rows]
+    ranks.sum_(counts)
+    return (counts / counts.mean() + FLOOR).float()
+
+
 def _solve(
-    model: BlockedModel, end: End, moments: Moments, *, strict: bool
+    model: BlockedModel, end: End, moments: Moments, weights: Tensor, *, strict: bool
 ) -> tuple[PackedWeight, dict[str, Any]]:
     stored = model.read(f"{end.name}.weight").detach()
-    weights: Mapping[str, Tensor] = {end.name: stored.to("cpu", torch.float32)}
-    tokens = moments.tokens if end.head else None
+    matrix: Mapping[str, Tensor] = {end.name: stored.to("cpu", torch.float32)}
+    tokens, plans = moments.tokens if end.head else None, {}
+    if end.by_frequency:
+        columns = end.recipe.plan(EqualColumns(end.rows, end.columns, end.name))
+        plans[end.name] = MatrixPlan(end.recipe.codebook, columns, weights)
     ((solved, seconds),) = solve_linears(
-        weights, moments, end.recipe, None, model.device, strict=strict
+        matrix, moments, end.recipe, plans, model.device, strict=strict
     )
     row = report_row(None, end.name, solved, tokens, seconds)
     if strict:

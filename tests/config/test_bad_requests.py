@@ -141,6 +141,7 @@ VALUES = [
     (["embedding=uniform", "embedding.group_size=-1"], ["group_size is -1", "0 for whole rows"]),
     (["embedding=kmeans", "embedding.solver=best"], ["solver 'best'", "gptq, nearest"]),
     (["embedding=kmeans", "embedding.lookup=-1"], ["lookup is -1", "0 to 100"]),
+    (["embedding=kmeans", "embedding.rows=some"], ["rows 'some'", "equal, frequency"]),
     (["head=sums"], ["head=sums", "kmeans, none, same, uniform"]),
     (["tune=biases"], ["tune=biases", "none, norms"]),
     (["tune.name=biases"], ["tune.name 'biases'", "none, norms", "package.module:Class"]),

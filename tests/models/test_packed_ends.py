@@ -172,6 +172,21 @@ def test_a_tied_model_has_one_matrix_and_one_rule(rules, told):
         chosen_ends(ARCHITECTURES["llama_tied_biased"].build(), *rules)
 
 
+def test_rows_of_frequent_tokens_are_stored_more_exactly(tmp_path):
+    architecture = ARCHITECTURES["llama_tied_biased"]
+    batches = [batch % 8 + 1 for batch in token_batches(2, size=4)]
+    original = architecture.build().model.embed_tokens.weight.detach()
+    errors = {}
+    for rows in ("frequency", "equal"):
+        model = architecture.build()
+        rules = KMeansEnd(bits=2, rows=rows, solver="nearest"), SameEnd()
+        quantized(model, batches, rules, tmp_path / rows)
+        errors[rows] = (model.model.embed_tokens.weight.detach() - original).square().sum(dim=1)
+    frequent = slice(1, 9)
+    assert errors["frequency"][frequent].sum() < 0.7 * errors["equal"][frequent].sum()
+    assert errors["frequency"].sum() > errors["equal"].sum()
+
+
 @dataclass(frozen=True)
 class Halves(EndRule):
     """A rule of one's own: signs of columns."""
