@@ -74,7 +74,7 @@ def test_what_is_planned_of_a_tied_model_is_on_disk(words, run, tiny_run):
 
 
 def test_linear_bits_stay_and_model_bits_fall(run):
-    _, plain = run(outputs="plain")
+    _, plain = run("embedding=none", outputs="plain")
     _, packed = run("embedding=kmeans", "embedding.bits=6", outputs="packed")
     assert packed["bits"]["nominal"] == plain["bits"]["nominal"]
     assert packed["bits"]["linear"] == pytest.approx(plain["bits"]["linear"], rel=0.02)

@@ -49,12 +49,12 @@ def test_run_leaves_results_layers_events_and_a_checkpoint(tiny_run, outputs, dr
     assert results["timings"]["solve"] > 0
     with (folder / "layers.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 3 * 7
-    assert {row["block"] for row in rows} == {"0", "1", "2"}
+    assert len(rows) == 3 * 7 + 1
+    assert {row["block"] for row in rows} == {"0", "1", "2", ""}
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert events[0]["event"] == "started"
     assert events[-1]["event"] == "finished"
-    assert sum(event["event"] == "layer" for event in events) == 21
+    assert sum(event["event"] == "layer" for event in events) == 22
     assert (folder / "layers.png").read_bytes()[:4] == b"\x89PNG"
     assert not (folder / "work").exists()
     assert "linear bits per weight" in capfd.readouterr().out
