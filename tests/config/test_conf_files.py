@@ -281,7 +281,7 @@ def test_a_conf_folder_of_the_working_directory_is_not_taken(tmp_path, monkeypat
 
 
 def test_a_strategy_of_ones_own_is_found_by_its_dotted_name(tmp_path, monkeypatch):
-    (tmp_path / "my_rules.py").write_text(
+    (tmp_path / "rules_of_threes.py").write_text(
         "import dataclasses, torch\n"
         "from claq_exp.quantize.precision import Precision\n"
         "@dataclasses.dataclass(frozen=True)\n"
@@ -292,13 +292,13 @@ def test_a_strategy_of_ones_own_is_found_by_its_dotted_name(tmp_path, monkeypatc
         encoding="utf-8",
     )
     monkeypatch.syspath_prepend(tmp_path)
-    words = ["precision=fixed", "~precision.bits", "precision.name=my_rules:Threes"]
+    words = ["precision=fixed", "~precision.bits", "precision.name=rules_of_threes:Threes"]
     strategy = compose_config([*words, "+precision.offset=1"]).recipe().precision
     assert type(strategy).__name__ == "Threes"
     assert strategy.offset == 1
-    config = compose_config(["precision.name=my_rules:Threes"])  # over the default's fields
-    assert config.precision == {"name": "my_rules:Threes", "offset": 0}
-    assert "my_rules_Threes-reserve" in config.recipe_name()
+    config = compose_config(["precision.name=rules_of_threes:Threes"])  # over the default's fields
+    assert config.precision == {"name": "rules_of_threes:Threes", "offset": 0}
+    assert "rules_of_threes_Threes-reserve" in config.recipe_name()
 
 
 def test_hooks_are_commands_of_the_environment_and_need_no_network():

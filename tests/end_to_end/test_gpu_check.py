@@ -227,7 +227,9 @@ def test_the_experiment_is_the_default_one(scripts, tmp_path):
     )
     assert built.recipe() == composed.recipe()
     assert built.activation_rule() == composed.activation_rule()
-    families = ("codebook", "precision", "reservation", "solver", "activation", "evaluation")
+    assert built.end_rules() == composed.end_rules()
+    chosen = ("codebook", "precision", "reservation", "solver", "embedding", "activation")
+    families = (*chosen, "evaluation")
     same = {family: getattr(built, family) for family in families}
     assert replace(composed, **same) == built
 

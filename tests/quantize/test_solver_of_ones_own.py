@@ -106,7 +106,7 @@ def test_a_whole_run_takes_it_by_its_dotted_name(tiny_run, tmp_path):
     words = [
         *tiny_run,
         *("codebook=uniform", "precision=fixed", "precision.bits=3", "reservation=none"),
-        "threads=1",
+        *("embedding=none", "threads=1"),
     ]
     own = ["solver=nearest", "solver.name=own_solvers:CyclicDescent", "+solver.sweeps=3"]
     errors = {}
