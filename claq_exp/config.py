@@ -352,7 +352,7 @@ class ExperimentConfig:
         parts = [*before, self.codebook["name"], f"{widths['name']}{bits}"]
         if self.reservation["name"] != "none":
             parts.append(f"reserve_{self.reservation['name']}{self.reservation.get('ratio', '')}")
-        share = self.solver.get("asymmetric", 0) if self.solver["name"] == "gptq" else 0
+        share = self.solver.get("asymmetric", 0)
         parts.append(f"{self.solver['name']}{f'_asymmetric{share:g}' if share else ''}")
         if self.activation["name"] != "none":
             parts.append(f"a_{self.activation['name']}{self.activation.get('bits', '')}")

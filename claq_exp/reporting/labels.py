@@ -61,7 +61,7 @@ def solver_label(solver: dict[str, Any]) -> str:
 
 
 def _asymmetric(solver: dict[str, Any]) -> str:
-    share = solver.get("asymmetric", 0) if solver["name"] == "gptq" else 0
+    share = solver.get("asymmetric", 0)
     return f"asymmetric {share:g}" if share else ""
 
 

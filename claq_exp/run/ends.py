@@ -115,7 +115,7 @@ def quantize_ends(
     if not ends or ranks.tell(store.has(EMBEDDING, None)):
         return [], seconds
     head = next((end for end in ends if end.head), None)
-    weights = {end.name: _frequencies(batches, end.rows, ranks) for end in ends}
+    weights = {e.name: _frequencies(batches, e.rows, ranks) for e in ends if e.by_frequency}
     gathered = None
     if head is not None:
         gathered = _entering(model, batches, head, streams, seconds)
@@ -126,7 +126,7 @@ def quantize_ends(
     for end in ends if ranks.is_first else ():
         measured = gathered.moments() if end.head and gathered is not None else _lookups(end)
         moments = _with_lookups(measured, end.lookup)
-        weight, row = _solve(model, end, moments, weights[end.name], strict=strict)
+        weight, row = _solve(model, end, moments, weights.get(end.name), strict=strict)
         packed[end.name] = weight
         report.append(row)
     seconds["solve"] = time.perf_counter() - started
@@ -183,12 +183,12 @@ def _frequencies(batches: list[Tensor], rows: int, ranks: Ranks) -> Tensor:
 
 
 def _solve(
-    model: BlockedModel, end: End, moments: Moments, weights: Tensor, *, strict: bool
+    model: BlockedModel, end: End, moments: Moments, weights: Tensor | None, *, strict: bool
 ) -> tuple[PackedWeight, dict[str, Any]]:
     stored = model.read(f"{end.name}.weight").detach()
     matrix: Mapping[str, Tensor] = {end.name: stored.to("cpu", torch.float32)}
     tokens, plans = moments.tokens if end.head else None, {}
-    if end.by_frequency:
+    if weights is not None:
         columns = end.recipe.plan(EqualColumns(end.rows, end.columns, end.name))
         plans[end.name] = MatrixPlan(end.recipe.codebook, columns, weights)
     ((solved, seconds),) = solve_linears(

@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from quantized_models import opened
-from tiny_architectures import ARCHITECTURES, token_batches
+from tiny_architectures import ARCHITECTURES, saved, streamed, token_batches
 from torch import Tensor, nn
 
 from claq_exp.calibration.streams import STUDENT, TEACHER, HiddenForm
 from claq_exp.errors import ConfigError
 from claq_exp.models.blocks import BlockInputs
-from claq_exp.models.experts import ARGUMENTS, SeparateExperts, fuse_experts
-from claq_exp.models.load import open_model
+from claq_exp.models.experts import ARGUMENTS, SeparateExperts
 from claq_exp.models.stream import BlockedModel, WholeModel
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.moments import Moments
@@ -155,15 +154,7 @@ def test_hidden_states_come_nearer_to_the_originals_than_plain_gptqs(tmp_path):
 
 @pytest.fixture(scope="module", params=["llama", "mixtral"])
 def folder(request, tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp(request.param)
-    model = ARCHITECTURES[request.param].build()
-    fuse_experts(model)
-    model.bfloat16().save_pretrained(place)
-    return place
-
-
-def streamed(folder: Path, work: Path) -> BlockedModel:
-    return open_model(folder, work, dtype="float32", device="cpu")
+    return saved(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def stored(place: Path) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from quantized_models import opened
-from tiny_architectures import ARCHITECTURES, token_batches
+from tiny_architectures import ARCHITECTURES, saved, streamed, token_batches
 from torch import Tensor, nn
 
 from claq_exp.calibration.streams import STUDENT, TEACHER, HiddenForm
@@ -16,9 +16,7 @@ from claq_exp.checkpoint.store import BlockStore
 from claq_exp.errors import ConfigError
 from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block
 from claq_exp.models.discover import linear_weight, linears_of
-from claq_exp.models.experts import fuse_experts
-from claq_exp.models.load import open_model
-from claq_exp.models.stream import BlockedModel, StreamedModel, WholeModel
+from claq_exp.models.stream import BlockedModel, WholeModel
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.recipe import Recipe
@@ -189,15 +187,7 @@ class TestFamily:
 
 @pytest.fixture(scope="module", params=["llama", "opt", "gemma2", "mixtral"])
 def folder(request, tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp(request.param)
-    model = ARCHITECTURES[request.param].build()
-    fuse_experts(model)
-    model.bfloat16().save_pretrained(place)
-    return place
-
-
-def streamed(folder: Path, work: Path) -> StreamedModel:
-    return open_model(folder, work, dtype="float32", device="cpu")
+    return saved(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def tuned(model: BlockedModel, place: Path, **options) -> dict[str, Tensor]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from claq_exp.models.experts import split_experts
+from claq_exp.models.experts import fuse_experts, split_experts
+from claq_exp.models.load import open_model
+from claq_exp.models.stream import StreamedModel
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 LLAMA_GROUPS = [
@@ -170,3 +173,16 @@ def token_batches(batches: int = 2, size: int = 2, seqlen: int = 12, seed: int =
     """Random token ids, [size, seqlen] each."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, 64, (size, seqlen), generator=generator) for _ in range(batches)]
+
+
+def saved(name: str, place: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a model of an architecture into a folder, as transformers stores it."""
+    model = ARCHITECTURES[name].build()
+    fuse_experts(model)
+    model.to(dtype).save_pretrained(place)
+    return place
+
+
+def streamed(folder: Path, work: Path) -> StreamedModel:
+    """Open a model in a folder, to be read block by block."""
+    return open_model(folder, work, dtype="float32", device="cpu")

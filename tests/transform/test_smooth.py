@@ -13,13 +13,12 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from quantized_models import opened
-from tiny_architectures import ARCHITECTURES, token_batches
+from tiny_architectures import ARCHITECTURES, saved, token_batches
 
 from claq_exp.checkpoint.reader import load_model
 from claq_exp.cli import main
 from claq_exp.errors import ConfigError
 from claq_exp.models.blocks import capture_inputs, run_block
-from claq_exp.models.experts import fuse_experts
 from claq_exp.models.load import open_model
 from claq_exp.models.stream import WholeModel
 from claq_exp.quantize.codebook import Uniform
@@ -67,11 +66,7 @@ def test_half_and_half_leaves_inputs_and_columns_equally_large():
 
 @pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2", "opt", "phi", "mixtral"])
 def folder(request, tmp_path_factory) -> Path:
-    place = tmp_path_factory.mktemp(request.param)
-    model = ARCHITECTURES[request.param].build()
-    fuse_experts(model)
-    model.half().save_pretrained(place)
-    return place
+    return saved(request.param, tmp_path_factory.mktemp(request.param), torch.float16)
 
 
 def stored(place: Path) -> dict[str, torch.Tensor]:
