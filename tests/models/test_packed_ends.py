@@ -109,7 +109,8 @@ def test_the_packages_own_loader_gives_the_same_logits(written, kernel):
 
 def test_block_by_block_it_gives_the_same_logits(written):
     (logits,) = streamed(open_checkpoint(written.folder))([TOKENS], lambda _: None)
-    assert torch.equal(logits, written.steps.logits)
+    # Nothing here is rounded again, so float32 sums in another order stay close.
+    torch.testing.assert_close(logits, written.steps.logits, rtol=0, atol=1e-4)
 
 
 def test_transformers_loads_it_and_saves_the_same_tensors(written, tmp_path):

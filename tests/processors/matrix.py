@@ -132,6 +132,7 @@ def run(name: str, tests: list[str], options: list[str]) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="processors-") as folder:
         environment = {key: value for key, value in os.environ.items() if key not in LIBRARIES}
         environment |= {**chosen, "NUMBA_CACHE_DIR": f"{folder}/numba"}
+        environment["OMP_WAIT_POLICY"] = "passive"  # more threads than cores: none may spin
         if "PRETEND" in chosen:
             options = ["-p", "pretend_processor", *options]
             paths = [str(Path(__file__).parent), environment.get("PYTHONPATH", "")]
