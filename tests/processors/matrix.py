@@ -12,7 +12,7 @@ once; a processor without AVX-512 runs those combinations with what it has.  The
 move the last bits of torch's results instead, see pretend_processor.py.
 
 Compiled column loops are kept apart by NUMBA_CACHE_DIR, and made anew.  Prints a row per
-combination as it ends and the tests that failed; exits with 1 if any did.
+combination as it ends, and on the standard error the tests that failed; exits with 1 if any did.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ def main() -> int:
     parser.add_argument("--only", action="append", choices=COMBINATIONS, help="may be repeated")
     chosen = parser.parse_args(words)
     tests = ["tests"] if chosen.all else chosen.tests or sensitive()
-    failures: dict[str, list[str]] = {}
+    failed = False
     say("| combination | settings | passed | failed | skipped | seconds |")
     say("| --- | --- | ---: | ---: | ---: | ---: |")
     for name in chosen.only or COMBINATIONS:
@@ -173,11 +173,10 @@ def main() -> int:
         shown = " ".join(f"{key}={value}" for key, value in COMBINATIONS[name].items())
         counts = f"{found.passed} | {len(found.failed)} | {found.skipped}"
         say(f"| {name} | {shown} | {counts} | {time.monotonic() - started:.0f} |")
-        if found.failed:
-            failures[name] = found.failed
-    for name, failed in failures.items():
-        say("\n  ".join([f"\n{name}:", *failed]))
-    return 1 if failures else 0
+        for test in found.failed:
+            sys.stderr.write(f"{name}: {test}\n")
+        failed |= bool(found.failed)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
