@@ -23,12 +23,14 @@ from claq_exp.run_folder import (
     RESULTS_FILE,
     SCHEMA,
     STATE_FILE,
+    WINDOWS_FILE,
     RunState,
     run_state,
     settings_file,
 )
 from claq_exp.run_folder.jobs import JOBS, Job, read_jobs
 from claq_exp.run_folder.layers import LAYER_FIELDS
+from claq_exp.run_folder.windows import Windows, read_windows
 from claq_exp.system.files import read_json
 
 ORIGINAL_BITS = 16.0
@@ -85,6 +87,16 @@ class Run:
         except (csv.Error, ValueError):
             return []
         return rows
+
+    @cached_property
+    def windows(self) -> dict[str, Windows]:
+        """What each evaluation window adds, by corpus; nothing where the file is missing, as in
+        older runs, or damaged.
+        """
+        try:
+            return read_windows(self.folder / WINDOWS_FILE) if self.folder else {}
+        except CheckpointError:
+            return {}
 
     @property
     def block_layers(self) -> list[dict[str, Any]]:
@@ -162,13 +174,18 @@ def collect(folders: Sequence[Path]) -> Collection:
     return Collection(sorted([*found.values(), *failed], key=_order), notes)
 
 
+def is_run_folder(folder: Path) -> bool:
+    """Tell whether a folder is that of a run, finished or not."""
+    return any((folder / name).is_file() for name in RUN_FILES)
+
+
 def read_run(folder: Path) -> Run:
     """Return the run of a folder.
 
     Raises ConfigError when it holds none, CheckpointError for results that cannot be shown: of a
     newer schema, of `claq-exp evaluate` (they know no recipe), or damaged.
     """
-    if not any((folder / name).is_file() for name in RUN_FILES):
+    if not is_run_folder(folder):
         raise ConfigError(f"report: '{folder}' is no run folder, there is no {RESULTS_FILE} in it")
     state = run_state(folder) or RunState("unknown", f"{STATE_FILE} is missing or damaged")
     if state.name != FINISHED:
