@@ -49,6 +49,7 @@ class Run:
     folder: its run folder, or None.  state: how it stands.  config: its settings; where it is not
     finished, without those that change no result, and empty without a folder.  results: content of
     results.json, or None where it is not finished.  overrides: what a sweep gave it.
+    together: it is one of several seeds that one word, `seeds=`, has run.
     """
 
     folder: Path | None
@@ -56,6 +57,7 @@ class Run:
     config: dict[str, Any]
     results: dict[str, Any] | None = None
     overrides: tuple[str, ...] = ()
+    together: bool = False
 
     @property
     def name(self) -> str:
@@ -167,6 +169,8 @@ def collect(folders: Sequence[Path]) -> Collection:
                 notes.append(f"Left out: {error}.")
             if JOBS in names and sweeps.keys().isdisjoint([own, *own.parents]):
                 sweeps[own] = read_jobs(place)  # records further down are of single calls
+    for place, jobs in sweeps.items():
+        _join_seeds(place, jobs, found)
     failed = [run for place, jobs in sweeps.items() for run in _failed_jobs(place, jobs, found)]
     if not found and not failed:
         where = ", ".join(f"'{folder}'" for folder in folders)
@@ -247,6 +251,14 @@ def lookup(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config.get(part) if isinstance(config, dict) else None
     return config
+
+
+def _join_seeds(place: Path, jobs: Sequence[Job], found: dict[Path, Run]) -> None:
+    """Mark the runs of the jobs that `seeds=` made."""
+    for job in jobs:
+        folder = place / job.folder if job.seeds and job.folder else None
+        if folder in found:
+            found[folder] = replace(found[folder], together=True)
 
 
 def _failed_jobs(place: Path, jobs: Sequence[Job], found: dict[Path, Run]) -> list[Run]:

@@ -20,12 +20,11 @@ from claq_exp.reporting.columns import Column, check_same_content, choose_column
 from claq_exp.reporting.labels import families_of, recipe_labels
 from claq_exp.reporting.overrides import agree
 from claq_exp.reporting.report_table import Cell, ReportTable, Row
+from claq_exp.reporting.seeds import TOGETHER, group_runs
 from claq_exp.reporting.settings import (
-    check_seeds_only,
     differing,
     full_key,
     is_seed,
-    seedless,
     setting,
 )
 from claq_exp.reporting.tables import overlap_notes, text_notes
@@ -50,7 +49,8 @@ def runs_table(
     """Return a table of all finished runs, below the original of each model.
 
     by: config keys that become the first columns.  metrics: see `choose_columns`.  sort: a measure,
-    best first, or a config key.  seeds: make one row of runs that differ in seeds only.
+    best first, or a config key.  seeds: make one row of runs that differ in seeds only; those that
+    `seeds=` has run are one row in any case, unless `by` names a seed.
     Raises ConfigError when there is no finished run, for unknown keys, and for numbers that do not
     compare.
     """
@@ -60,8 +60,8 @@ def runs_table(
     families = families_of(run.config for run in runs)
     own = ("model", *families)
     keys = {key: full_key(runs, key) for key in dict.fromkeys(by) if key not in own}
-    groups = _groups(runs, seeds=seeds)
-    groups = sorted(groups, key=order_by(runs, sort))
+    apart = any(map(is_seed, keys.values()))
+    groups = sorted(group_runs(runs, merge=seeds, apart=apart), key=order_by(runs, sort))
     marks, merged = Marks(), any(len(group) > 1 for group in groups)
     rows, models = [], []
     for model in dict.fromkeys(model_of(group[0]) for group in groups):
@@ -81,6 +81,7 @@ def runs_table(
         *notes,
         *_alike(groups, keys),
         *mixed_notes(groups),
+        *([TOGETHER] if merged and not seeds else []),
         *table_notes(runs, columns, rows),
     ]
     return ReportTable(title, [*keys, *own, *labels, *count, "run"], numeric, rows, notes)
@@ -206,17 +207,6 @@ def _about(run: Run) -> dict[str, Any]:
     path = settings_file(run.folder) if run.folder else None
     inputs = read_json(path).get("contents") if path and path.is_file() else None
     return {"inputs": inputs, **{what: about.get(what) for what in ("versions", "device", "git")}}
-
-
-def _groups(runs: Sequence[Run], *, seeds: bool) -> list[list[Run]]:
-    if not seeds:
-        return [[run] for run in runs]
-    found: dict[Any, list[Run]] = {}
-    for run in runs:
-        found.setdefault(seedless(run), []).append(run)
-    for group in found.values():
-        check_seeds_only(group, "all settings", "leave --seeds out")
-    return list(found.values())
 
 
 def _row(
