@@ -8,9 +8,9 @@ from typing import Any
 
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.caveats import caveats
+from claq_exp.reporting.best import mark_best
 from claq_exp.reporting.cells import (
     Marks,
-    mark_best,
     measured_cell,
     original_cell,
     standard_errors,
@@ -63,17 +63,18 @@ def runs_table(
     apart = any(map(is_seed, keys.values()))
     groups = sorted(group_runs(runs, merge=seeds, apart=apart), key=order_by(runs, sort))
     marks, merged = Marks(), any(len(group) > 1 for group in groups)
-    rows, models = [], []
+    rows, models, behind = [], [], []
     for model in dict.fromkeys(model_of(group[0]) for group in groups):
         same = [group for group in groups if model_of(group[0]) == model]
         before = [run for group in same for run in group]
         rows.append(_original_row(before, columns, keys, families, marks, counted=merged))
         rows += [_row(group, columns, keys, families, marks, counted=merged) for group in same]
         models += [model] * (1 + len(same))
+        behind += [before, *same]
     labels = [column.label for column in columns]
     count = ["n"] if merged else []
     placed = [None] * (len(keys) + len(own)) + [*columns] + [None] * (len(count) + 1)
-    rows = mark_best(rows, placed, models)
+    rows, bold = mark_best(rows, placed, models, [[own] * len(placed) for own in behind])
     numeric = [_all_numbers(rows, place) for place in range(len(keys))]
     numeric += [False] * len(own) + [True] * (len(columns) + len(count)) + [False]
     notes = [
@@ -82,6 +83,7 @@ def runs_table(
         *_alike(groups, keys),
         *mixed_notes(groups),
         *([TOGETHER] if merged and not seeds else []),
+        *bold,
         *table_notes(runs, columns, rows),
     ]
     return ReportTable(title, [*keys, *own, *labels, *count, "run"], numeric, rows, notes)
@@ -165,9 +167,6 @@ def key_cell(value: Any) -> Cell:
 def table_notes(runs: Sequence[Run], columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
     """Return what a reader of any table of these runs must know."""
     notes = [COUNTED]
-    several = len({model_of(run) for run in runs}) > 1
-    if any(cell.best for row in rows for cell in row.cells):
-        notes.append(f"Bold: best of its column{', per model' if several else ''}.")
     if any(cell.deviation is not None for row in rows for cell in row.cells):
         notes.append("± is the sample standard deviation over n seeds.")
     notes += standard_errors(runs, columns)

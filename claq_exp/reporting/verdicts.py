@@ -10,14 +10,7 @@ from claq_exp.errors import ConfigError
 from claq_exp.reporting.cells import NOT_FINITE, NOT_MEASURED, Marks, measured_cell, number
 from claq_exp.reporting.collect import Run, collect, is_run_folder, read_run
 from claq_exp.reporting.columns import QUALITY, Column, known_columns, same_content
-from claq_exp.reporting.intervals import (
-    LEAST_WINDOWS,
-    RESAMPLES,
-    Interval,
-    kl_interval,
-    perplexity_interval,
-    seed_interval,
-)
+from claq_exp.reporting.intervals import RESAMPLES, Interval, seed_interval
 from claq_exp.reporting.report_table import Cell, ReportTable, Row
 from claq_exp.reporting.runs_table import finished_runs
 from claq_exp.reporting.settings import (
@@ -28,7 +21,7 @@ from claq_exp.reporting.settings import (
     is_seed,
     seedless,
 )
-from claq_exp.run_folder.windows import Windows
+from claq_exp.reporting.window_pairs import INTERVALS, OTHER, window_interval
 
 SAME = "not distinguishable"
 OVER_WINDOWS = ["", "B against A", "95 % interval", "windows", "verdict"]
@@ -42,10 +35,6 @@ ABOUT_SEEDS = (
     "B - A is the mean over pairs of runs with the same seed, with its 95 % t interval. It covers "
     "the seed, on these texts."
 )
-OLDER = "a run has no windows.csv, for it is older than that file"
-FEW = f"fewer than {LEAST_WINDOWS} windows (evaluation.kl_windows, windows of the corpus)"
-OTHER = "measured on different content"
-INTERVALS = {"perplexity": perplexity_interval, "kl": kl_interval}
 
 
 def window_verdicts(one: Run, two: Run) -> ReportTable:
@@ -76,34 +65,6 @@ def window_verdicts(one: Run, two: Run) -> ReportTable:
     notes = [*marks.footnotes(), *[ABOUT_WINDOWS] * known, *_bits_note([one], [two])]
     numeric = [False, True, False, True, False]
     return ReportTable("Is the difference more than chance?", OVER_WINDOWS, numeric, rows, notes)
-
-
-def window_interval(one: Run, two: Run, key: str) -> Interval | str:
-    """Return the interval of a measure of two runs over their windows, or why there is none.
-
-    key: of a perplexity or KL.
-    """
-    kind, _, corpus = key.partition(".")
-    windows = one.windows.get(corpus), two.windows.get(corpus)
-    before, after = windows
-    measures = one.measures[key], two.measures[key]
-    if not same_content(*(measure.content for measure in measures)):
-        return OTHER
-    if before is None or after is None:
-        return OLDER
-    if not _same_windows(before, after, kind):
-        return OTHER
-    if any(measure.quantized is None for measure in measures):
-        return NOT_FINITE
-    if len(before.kl if kind == "kl" else before.nll) < LEAST_WINDOWS:
-        return FEW
-    return INTERVALS[kind](before, after) or f"{NOT_FINITE}, or zero"
-
-
-def _same_windows(before: Windows, after: Windows, kind: str) -> bool:
-    if kind == "kl" and len(before.kl) != len(after.kl):
-        return False
-    return (before.contents, before.tokens) == (after.contents, after.tokens)
 
 
 def _percent(share: float) -> str:
