@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from claq_exp import __version__
+from claq_exp.compose.seeds import first_seed, lists_seeds
 from claq_exp.compose.words import folders_of, only_overrides, read_words
 from claq_exp.errors import ClaqError, ConfigError, telling_line
 from claq_exp.system import interruption
@@ -31,15 +32,17 @@ claq-exp evaluate checkpoint=FOLDER    measure an existing checkpoint
 claq-exp report FOLDER ...             tables and plots of all runs below folders; --by KEY ...,
                                        --rows KEY,... --columns KEY,... --metrics NAME,...,
                                        --sort NAME, --seeds, --into FOLDER, --wandb
-claq-exp report --compare RUN RUN      two runs beside each other; --replay RUN ... logs them to
-                                       Weights & Biases again; docs/reports.md has the whole
+claq-exp report --compare RUN RUN      two runs, or two folders of seeds: is the difference more
+                                       than chance? --replay RUN ... logs runs to Weights & Biases
+                                       again; docs/reports.md has the whole
 claq-exp inspect FOLDER [--layers]     bits, bytes and outliers of a checkpoint; --plot FILE.png
 claq-exp dequantize FOLDER TARGET      write a checkpoint as a plain one; dtype=float16
 claq-exp bench runtime checkpoint=...  speed and memory of a checkpoint with each kernel
 claq-exp fetch [OVERRIDES]             bring model and data into the local cache
 
 An override is GROUP=OPTION or GROUP.FIELD=VALUE, e.g. precision.target_bits=2.1 reservation=none.
--m runs every combination of values listed with commas; sweep=NAME runs a grid from sweeps/.
+-m runs every combination of values listed with commas; sweep=NAME runs a grid from sweeps/;
+seeds=0,1,2 runs every job with each seed, and shows mean and spread in place of single runs.
 --config-dir DIR adds your own options, e.g. DIR/experiment/NAME.yaml (docs/sweeps.md).
 --cfg job prints the composed config; --version prints the version; --debug shows the Python
 traceback of an error.
@@ -116,7 +119,10 @@ def _dispatch(arguments: list[str], ranks: Ranks | None = None) -> int:
 def _run(arguments: list[str], ranks: Ranks | None) -> int:
     from claq_exp.sweep.server import start_server
 
-    swept = any(word in ("-m", "--multirun") or word.startswith("sweep=") for word in arguments)
+    swept = any(
+        word in ("-m", "--multirun") or word.startswith("sweep=") or lists_seeds(word)
+        for word in arguments
+    )
     if (
         swept
         and ranks is None
@@ -142,7 +148,7 @@ def _run(arguments: list[str], ranks: Ranks | None) -> int:
                 )
             from claq_exp.sweep.run import run_sweep
 
-            return run_sweep(words.overrides, command)
+            return run_sweep(words.overrides, command, seeds=words.seeds)
         _run_one(config, command, ranks)
         if not arguments:
             Console().print("Next: claq-exp experiment=claq_2.12", highlight=False)
@@ -197,13 +203,15 @@ def _plan(arguments: list[str]) -> int:
     from claq_exp.system.machine import choose_device
     from claq_exp.tracking.progress import own_stderr
 
-    config = _composed("plan", arguments)
+    words, seeds = first_seed(arguments)
+    config = _composed("plan", words)
     with own_stderr() as stream:
         show = partial(Console(file=stream).print, highlight=False, markup=False, soft_wrap=True)
         plan = plan_for(config, choose_device(config.device), show)
     console = Console()
     console.print(plan_table(plan))
-    _print_notes(console, plan.notes)
+    runs = f"{len(seeds)} runs, one for each seed; the table is of one of them"
+    _print_notes(console, [*plan.notes, *[runs] * (len(seeds) > 1)])
     return 0
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from claq_exp.compose.seeds import spread_seeds
 from claq_exp.errors import ConfigError
 
 INSTEAD = {  # flag of Hydra's -> the word that has its effect here
@@ -27,13 +28,14 @@ class Words:
 
     overrides: KEY=VALUE and the like.  folders: of the person's own options, the first before the
     others.  multirun: every combination of listed values.  printed: what Hydra is asked to print in
-    place of a run, in its own words.
+    place of a run, in its own words.  seeds: of the word `seeds=`, which `seed=` has replaced.
     """
 
     overrides: list[str]
     folders: tuple[Path, ...] = ()
     multirun: bool = False
     printed: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,11 +62,13 @@ def read_words(arguments: list[str]) -> Words:
         raise ConfigError(f"'{printed[0]}' prints and runs nothing; leave out -m")
     if not found.cfg and (found.resolve or found.package):
         raise ConfigError("--resolve and --package go with --cfg, e.g. --cfg job --package model")
+    overrides, seeds = spread_seeds(found.overrides)
     return Words(
-        found.overrides,
+        overrides,
         _folders(found),
-        found.multirun,
+        found.multirun or (len(seeds) > 1 and not printed),
         printed,
+        seeds,
     )
 
 
@@ -94,7 +98,8 @@ def only_overrides(command: str, arguments: list[str]) -> Words:
     if words.printed:
         raise ConfigError(f"'{words.printed[0]}' goes with run: claq-exp run {words.printed[0]}")
     if words.multirun:
-        raise ConfigError(f"{command} takes one experiment; leave out -m")
+        what = "give it one seed" if len(words.seeds) > 1 else "leave out -m"
+        raise ConfigError(f"{command} takes one experiment; {what}")
     return words
 
 

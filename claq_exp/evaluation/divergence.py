@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,14 @@ class Divergence:
 
     mean: of KL(p_original || p_quantized) over the predicted tokens, in nats.  top1_agreement:
     share of them for which both models hold the same token most likely.  tokens: their number.
+    window_kl: the sum of a window's KL, for each window: `mean` is their sum (`math.fsum`) over
+    `tokens`.
     """
 
     mean: float
     top1_agreement: float
     tokens: int
+    window_kl: tuple[float, ...] = ()
 
 
 def rounded(logits: Tensor) -> Tensor:
@@ -156,6 +160,8 @@ class Comparison:
         """Return corpus -> divergence over all windows that were added."""
         found = {}
         for corpus, parts in self._kl.items():
-            kl, agreement = torch.cat(parts), torch.cat(self._agreement[corpus])
-            found[corpus] = Divergence(kl.mean().item(), agreement.double().mean().item(), len(kl))
+            sums = tuple(kl.sum().item() for kl in parts)
+            agreement = torch.cat(self._agreement[corpus])
+            tokens, same = len(agreement), agreement.double().mean().item()
+            found[corpus] = Divergence(math.fsum(sums) / tokens, same, tokens, sums)
         return found

@@ -96,7 +96,8 @@ class Meter:
         if known is None:
             self.store.keep(measure, _plain(asdict(found)))
             return found
-        return Perplexity(**_measured(known))
+        windows = tuple(map(_number, known["window_nll"]))
+        return Perplexity(**{**_measured(known), "window_nll": windows})
 
     def _task(self, name: str, evaluation: EvaluationConfig) -> TaskScore:
         task, batch_size = evaluation.zero_shot[name], evaluation.batch_size
@@ -123,9 +124,15 @@ def _plain(value: Any) -> Any:
     """Return JSON data: what is not finite becomes null."""
     if isinstance(value, dict):
         return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _measured(score: dict[str, Any]) -> dict[str, Any]:
     """Read `_plain` back; a value of null is infinite."""
-    return {**score, "value": math.inf if score["value"] is None else score["value"]}
+    return {**score, "value": _number(score["value"])}
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value

@@ -37,19 +37,25 @@ class Corpus:
         """Return the hash that identifies the tokens in results."""
         return hashlib.sha256(self.windows.numpy().tobytes()).hexdigest()
 
+    def window_contents(self) -> list[str]:
+        """Return the hash of each window's tokens."""
+        return [hashlib.sha256(window.numpy().tobytes()).hexdigest() for window in self.windows]
+
 
 @dataclass(frozen=True)
 class Perplexity:
     """exp of the mean negative log-likelihood in nats over `tokens` predicted tokens.
 
     seqlen: of a window, whose first token is context only.  tokens_sha256: of all windows, to
-    compare like with like.
+    compare like with like.  window_nll: the sum of a window's log-likelihoods, for each window:
+    `value` is exp of their sum (`math.fsum`) over `tokens`.
     """
 
     value: float
     seqlen: int
     tokens: int
     tokens_sha256: str
+    window_nll: tuple[float, ...] = ()
 
 
 @torch.inference_mode()
@@ -66,7 +72,7 @@ def perplexity(
     mean runs over all predicted tokens.  tick: called with windows done, also parts of one.
     on_logits: called with each window's number and its logits [seqlen - 1, vocabulary].
     """
-    total = 0.0
+    window_nll: list[float] = []
     window = 0
     windows = corpus.windows
     batches = list(windows.split(batch_size))
@@ -75,29 +81,34 @@ def perplexity(
         logits = next(predicted_logits)
         losses = []
         for row, target in zip(logits, tokens.to(logits.device), strict=True):
-            losses += _losses(row[:-1], target[1:])
+            losses.append(_loss(row[:-1], target[1:]))
             on_logits(window, row[:-1])
             window += 1
-        total += torch.stack(losses).double().sum().item()  # the device is waited for once a batch
+        window_nll += torch.stack(losses).tolist()  # the device is waited for once a batch
         del logits, row  # before the next batch makes its own
     next(predicted_logits, None)  # so that it ticks for the last one too
     predicted = windows.numel() - len(windows)
-    mean = total / predicted
+    mean = math.fsum(window_nll) / predicted
     return Perplexity(
         value=math.inf if mean > 700 else math.exp(mean),  # NaN stays NaN
         seqlen=windows.shape[1],
         tokens=predicted,
         tokens_sha256=corpus.content(),
+        window_nll=tuple(window_nll),
     )
 
 
-def _losses(logits: Tensor, target: Tensor) -> list[Tensor]:
-    """Return sums of -log p(target), some tokens at a time: their float32 logits stay in cache."""
+def _loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the sum of -log p(target) of a window, a float64 scalar.
+
+    Some tokens at a time: their float32 logits stay in cache.
+    """
     pieces = zip(logits.split(PIECE), target.split(PIECE), strict=True)
-    return [
+    losses = [
         nn.functional.cross_entropy(piece.float(), wanted, reduction="sum")
         for piece, wanted in pieces
     ]
+    return torch.stack(losses).double().sum()
 
 
 def windows_at_once(wanted: int | str, seqlen: int, vocabulary: int, device: str) -> int:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from string import ascii_lowercase
 
 from claq_exp.reporting.collect import Run
 from claq_exp.reporting.columns import GIVEN, Column
-from claq_exp.reporting.report_table import Cell, Row
+from claq_exp.reporting.report_table import Cell
 
 NOT_MEASURED = "not measured"
 NOT_FINITE = "not finite"
@@ -81,36 +80,6 @@ def number(value: float, digits: int) -> str:
     if value and abs(value) < 0.5 * 10**-digits:
         return f"{value:.1e}" if abs(value) < 1e-6 else f"{value:.2g}"
     return f"{value:.{digits}f}"
-
-
-def mark_best(
-    rows: Sequence[Row], columns: Sequence[Column | None], models: Sequence[str]
-) -> list[Row]:
-    """Return rows with the best cells of each column marked, per model.
-
-    columns: the measure in each column, or None.  models: of each row.  Cells that read alike are
-    equally good; the original and incomplete means do not compete, nor does a lone value.
-    """
-    cells = [list(row.cells) for row in rows]
-    for place, column in enumerate(columns):
-        if column is None or not column.better:
-            continue
-        for model in dict.fromkeys(models):
-            values = {
-                index: float(number(row.cells[place].value or 0.0, column.digits))
-                for index, row in enumerate(rows)
-                if models[index] == model and not row.original and _competes(row.cells[place])
-            }
-            if len(values) < 2:
-                continue
-            best = (min if column.better == "lower" else max)(values.values())
-            for index, value in values.items():
-                cells[index][place] = replace(cells[index][place], best=value == best)
-    return [replace(row, cells=own) for row, own in zip(rows, cells, strict=True)]
-
-
-def _competes(cell: Cell) -> bool:
-    return cell.value is not None and math.isfinite(cell.value) and not cell.mark
 
 
 def standard_errors(runs: Sequence[Run], columns: Sequence[Column]) -> list[str]:

@@ -23,12 +23,14 @@ from claq_exp.run_folder import (
     RESULTS_FILE,
     SCHEMA,
     STATE_FILE,
+    WINDOWS_FILE,
     RunState,
     run_state,
     settings_file,
 )
 from claq_exp.run_folder.jobs import JOBS, Job, read_jobs
 from claq_exp.run_folder.layers import LAYER_FIELDS
+from claq_exp.run_folder.windows import Windows, read_windows
 from claq_exp.system.files import read_json
 
 ORIGINAL_BITS = 16.0
@@ -47,6 +49,7 @@ class Run:
     folder: its run folder, or None.  state: how it stands.  config: its settings; where it is not
     finished, without those that change no result, and empty without a folder.  results: content of
     results.json, or None where it is not finished.  overrides: what a sweep gave it.
+    together: it is one of several seeds that one word, `seeds=`, has run.
     """
 
     folder: Path | None
@@ -54,6 +57,7 @@ class Run:
     config: dict[str, Any]
     results: dict[str, Any] | None = None
     overrides: tuple[str, ...] = ()
+    together: bool = False
 
     @property
     def name(self) -> str:
@@ -85,6 +89,16 @@ class Run:
         except (csv.Error, ValueError):
             return []
         return rows
+
+    @cached_property
+    def windows(self) -> dict[str, Windows]:
+        """What each evaluation window adds, by corpus; nothing where the file is missing, as in
+        older runs, or damaged.
+        """
+        try:
+            return read_windows(self.folder / WINDOWS_FILE) if self.folder else {}
+        except CheckpointError:
+            return {}
 
     @property
     def block_layers(self) -> list[dict[str, Any]]:
@@ -155,11 +169,18 @@ def collect(folders: Sequence[Path]) -> Collection:
                 notes.append(f"Left out: {error}.")
             if JOBS in names and sweeps.keys().isdisjoint([own, *own.parents]):
                 sweeps[own] = read_jobs(place)  # records further down are of single calls
+    for place, jobs in sweeps.items():
+        _join_seeds(place, jobs, found)
     failed = [run for place, jobs in sweeps.items() for run in _failed_jobs(place, jobs, found)]
     if not found and not failed:
         where = ", ".join(f"'{folder}'" for folder in folders)
         raise ConfigError(" ".join([f"report: no finished run below {where}.", *notes]).rstrip("."))
     return Collection(sorted([*found.values(), *failed], key=_order), notes)
+
+
+def is_run_folder(folder: Path) -> bool:
+    """Tell whether a folder is that of a run, finished or not."""
+    return any((folder / name).is_file() for name in RUN_FILES)
 
 
 def read_run(folder: Path) -> Run:
@@ -168,7 +189,7 @@ def read_run(folder: Path) -> Run:
     Raises ConfigError when it holds none, CheckpointError for results that cannot be shown: of a
     newer schema, of `claq-exp evaluate` (they know no recipe), or damaged.
     """
-    if not any((folder / name).is_file() for name in RUN_FILES):
+    if not is_run_folder(folder):
         raise ConfigError(f"report: '{folder}' is no run folder, there is no {RESULTS_FILE} in it")
     state = run_state(folder) or RunState("unknown", f"{STATE_FILE} is missing or damaged")
     if state.name != FINISHED:
@@ -230,6 +251,14 @@ def lookup(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = config.get(part) if isinstance(config, dict) else None
     return config
+
+
+def _join_seeds(place: Path, jobs: Sequence[Job], found: dict[Path, Run]) -> None:
+    """Mark the runs of the jobs that `seeds=` made."""
+    for job in jobs:
+        folder = place / job.folder if job.seeds and job.folder else None
+        if folder in found:
+            found[folder] = replace(found[folder], together=True)
 
 
 def _failed_jobs(place: Path, jobs: Sequence[Job], found: dict[Path, Run]) -> list[Run]:

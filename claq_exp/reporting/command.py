@@ -9,7 +9,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from claq_exp.errors import ClaqError, ConfigError
-from claq_exp.reporting.compare import compare_runs, comparison_markdown
+from claq_exp.reporting.compare import compare_folders, comparison_markdown
 from claq_exp.reporting.report import Report, TableOptions, make_report
 from claq_exp.reporting.runs_table import SORT
 from claq_exp.reporting.terminal import slim, to_terminal
@@ -56,10 +56,10 @@ def report_command(arguments: list[str]) -> int:
 def _compare(asked: argparse.Namespace) -> int:
     if asked.folders:
         raise ConfigError(
-            f"report: --compare takes two runs, and nothing else; '{asked.folders[0]}'"
+            f"report: --compare takes two folders, and nothing else; '{asked.folders[0]}'"
         )
     first, second = (Path(folder).expanduser() for folder in asked.compare)
-    tables = compare_runs(first, second)
+    tables = compare_folders(first, second, seeds=asked.seeds)
     console = Console()
     for name, folder in (("A", first), ("B", second)):
         _say(f"{name}: {folder}")

@@ -9,11 +9,12 @@ from typing import Any
 
 from claq_exp.errors import ConfigError
 from claq_exp.reporting.cells import NOT_FINITE, NOT_MEASURED, Marks, number
-from claq_exp.reporting.collect import Measure, Run, read_run
+from claq_exp.reporting.collect import Measure, Run, is_run_folder, read_run
 from claq_exp.reporting.columns import same_content
 from claq_exp.reporting.render import to_markdown
 from claq_exp.reporting.report_table import Cell, ReportTable, Row
-from claq_exp.reporting.settings import flatten
+from claq_exp.reporting.settings import flatten, is_seed
+from claq_exp.reporting.verdicts import runs_of, seed_verdicts, window_verdicts
 
 MOST = 10  # layers that are shown
 COLUMNS = ["", "A", "B", "difference", "ratio"]
@@ -28,6 +29,8 @@ PER_LAYER = {
 def compare_runs(first: Path, second: Path) -> list[ReportTable]:
     """Return tables of settings, circumstances, measures and layers in which two runs differ.
 
+    And of whether perplexity and KL differ by more than chance.
+
     The first run is A, the second B; differences are B - A, ratios B / A.
     Raises ConfigError for a folder that holds no finished run.
     """
@@ -38,9 +41,31 @@ def compare_runs(first: Path, second: Path) -> list[ReportTable]:
     tables = [
         ReportTable("Settings that differ", columns, [False] * 3, settings),
         ReportTable("Made by what differs", columns, [False] * 3, about),
+        window_verdicts(one, two),
         _measures(one, two),
         _ledger(one, two),
         *_layers(one, two),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def compare_folders(first: Path, second: Path, *, seeds: bool = False) -> list[ReportTable]:
+    """Return the tables of two runs, or of two groups of runs that differ in their seeds only.
+
+    seeds: the folders are of runs, and stand for those beside them of other seeds too.
+    Raises ConfigError as `compare_runs`, and for groups that do not compare.
+    """
+    if is_run_folder(first) and is_run_folder(second) and not seeds:
+        return compare_runs(first, second)
+    one, two = (runs_of(folder, seeds=seeds) for folder in (first, second))
+    settings = [
+        row
+        for row in _differences(flatten(one[0].config), flatten(two[0].config))
+        if not is_seed(row.cells[0].text)
+    ]
+    tables = [
+        ReportTable("Settings that differ", ["", "A", "B"], [False] * 3, settings),
+        seed_verdicts(one, two),
     ]
     return [table for table in tables if table.rows]
 

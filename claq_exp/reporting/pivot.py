@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from claq_exp.reporting.cells import Marks, mark_best, measured_cell, original_cell
+from claq_exp.reporting.best import mark_best
+from claq_exp.reporting.cells import Marks, measured_cell, original_cell
 from claq_exp.reporting.collect import Collection, Run
 from claq_exp.reporting.columns import Column, check_same_content, choose_columns
 from claq_exp.reporting.overrides import config_of
@@ -88,13 +89,16 @@ def pivot_table(
     labels, groups = _headings(frame, counted=counted)
     width = len(shown) + counted
     placed = [None] * len(row_keys) + ([*shown] + [None] * counted) * len(frame.across)
-    body = mark_best(body, placed, models)
+    behind = [_behind(frame, None, width)] * (len(body) - len(down))
+    behind += [_behind(frame, values, width) for values in down]
+    body, bold = mark_best(body, placed, models, behind)
     numeric = [_numbers(down, place) for place in range(len(row_keys))]
     numeric += [True] * (width * len(frame.across))
     notes = [
         *marks.footnotes(),
         *notes,
         *mixed_notes(cells.values()),
+        *bold,
         *table_notes(runs, shown, body),
     ]
     return ReportTable(title, labels, numeric, body, notes, groups if column_keys else [])
@@ -135,6 +139,15 @@ def _absent(
 
 def _row_runs(frame: _Frame, down: Values) -> list[Run]:
     return [run for (values, _), group in frame.cells.items() if values == down for run in group]
+
+
+def _behind(frame: _Frame, down: Values | None, width: int) -> list[list[Run]]:
+    """Return the runs behind each cell of a row; of the original's row (None) none."""
+    found: list[list[Run]] = [[] for _ in frame.row_keys]
+    for across in frame.across:
+        own = [] if down is None else frame.cells.get((down, across), [])
+        found += [own] * width
+    return found
 
 
 def _only_run(frame: _Frame, down: Values) -> str | None:

@@ -8,9 +8,9 @@ from typing import Any
 
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.caveats import caveats
+from claq_exp.reporting.best import mark_best
 from claq_exp.reporting.cells import (
     Marks,
-    mark_best,
     measured_cell,
     original_cell,
     standard_errors,
@@ -20,12 +20,11 @@ from claq_exp.reporting.columns import Column, check_same_content, choose_column
 from claq_exp.reporting.labels import families_of, recipe_labels
 from claq_exp.reporting.overrides import agree
 from claq_exp.reporting.report_table import Cell, ReportTable, Row
+from claq_exp.reporting.seeds import TOGETHER, group_runs
 from claq_exp.reporting.settings import (
-    check_seeds_only,
     differing,
     full_key,
     is_seed,
-    seedless,
     setting,
 )
 from claq_exp.reporting.tables import overlap_notes, text_notes
@@ -50,7 +49,8 @@ def runs_table(
     """Return a table of all finished runs, below the original of each model.
 
     by: config keys that become the first columns.  metrics: see `choose_columns`.  sort: a measure,
-    best first, or a config key.  seeds: make one row of runs that differ in seeds only.
+    best first, or a config key.  seeds: make one row of runs that differ in seeds only; those that
+    `seeds=` has run are one row in any case, unless `by` names a seed.
     Raises ConfigError when there is no finished run, for unknown keys, and for numbers that do not
     compare.
     """
@@ -60,20 +60,21 @@ def runs_table(
     families = families_of(run.config for run in runs)
     own = ("model", *families)
     keys = {key: full_key(runs, key) for key in dict.fromkeys(by) if key not in own}
-    groups = _groups(runs, seeds=seeds)
-    groups = sorted(groups, key=order_by(runs, sort))
+    apart = any(map(is_seed, keys.values()))
+    groups = sorted(group_runs(runs, merge=seeds, apart=apart), key=order_by(runs, sort))
     marks, merged = Marks(), any(len(group) > 1 for group in groups)
-    rows, models = [], []
+    rows, models, behind = [], [], []
     for model in dict.fromkeys(model_of(group[0]) for group in groups):
         same = [group for group in groups if model_of(group[0]) == model]
         before = [run for group in same for run in group]
         rows.append(_original_row(before, columns, keys, families, marks, counted=merged))
         rows += [_row(group, columns, keys, families, marks, counted=merged) for group in same]
         models += [model] * (1 + len(same))
+        behind += [before, *same]
     labels = [column.label for column in columns]
     count = ["n"] if merged else []
     placed = [None] * (len(keys) + len(own)) + [*columns] + [None] * (len(count) + 1)
-    rows = mark_best(rows, placed, models)
+    rows, bold = mark_best(rows, placed, models, [[own] * len(placed) for own in behind])
     numeric = [_all_numbers(rows, place) for place in range(len(keys))]
     numeric += [False] * len(own) + [True] * (len(columns) + len(count)) + [False]
     notes = [
@@ -81,6 +82,8 @@ def runs_table(
         *notes,
         *_alike(groups, keys),
         *mixed_notes(groups),
+        *([TOGETHER] if merged and not seeds else []),
+        *bold,
         *table_notes(runs, columns, rows),
     ]
     return ReportTable(title, [*keys, *own, *labels, *count, "run"], numeric, rows, notes)
@@ -164,9 +167,6 @@ def key_cell(value: Any) -> Cell:
 def table_notes(runs: Sequence[Run], columns: Sequence[Column], rows: Sequence[Row]) -> list[str]:
     """Return what a reader of any table of these runs must know."""
     notes = [COUNTED]
-    several = len({model_of(run) for run in runs}) > 1
-    if any(cell.best for row in rows for cell in row.cells):
-        notes.append(f"Bold: best of its column{', per model' if several else ''}.")
     if any(cell.deviation is not None for row in rows for cell in row.cells):
         notes.append("± is the sample standard deviation over n seeds.")
     notes += standard_errors(runs, columns)
@@ -206,17 +206,6 @@ def _about(run: Run) -> dict[str, Any]:
     path = settings_file(run.folder) if run.folder else None
     inputs = read_json(path).get("contents") if path and path.is_file() else None
     return {"inputs": inputs, **{what: about.get(what) for what in ("versions", "device", "git")}}
-
-
-def _groups(runs: Sequence[Run], *, seeds: bool) -> list[list[Run]]:
-    if not seeds:
-        return [[run] for run in runs]
-    found: dict[Any, list[Run]] = {}
-    for run in runs:
-        found.setdefault(seedless(run), []).append(run)
-    for group in found.values():
-        check_seeds_only(group, "all settings", "leave --seeds out")
-    return list(found.values())
 
 
 def _row(

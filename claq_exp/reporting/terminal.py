@@ -12,6 +12,7 @@ from claq_exp.reporting.report_table import Cell, ReportTable, Row
 
 PADDING = 3  # of a column and its border
 LEAST = 4  # columns that are always shown
+COUNT = "n"
 SPARE = ("model bits", "checkpoint, MB")  # no one compares runs by these first
 
 
@@ -70,12 +71,16 @@ def _table(table: ReportTable, width: int, where: str) -> Table:
 
 
 def _fitting(table: ReportTable, width: int, where: str) -> ReportTable:
-    """Return a table without the columns that do not fit: sizes go first, then the last ones."""
+    """Return a table without the columns that do not fit: sizes go first, then the last ones.
+
+    The number of seeds stays, for it tells what a mean is worth.
+    """
     widths = [PADDING + _longest(table, place) for place in range(len(table.columns))]
     kept = list(range(len(widths)))
     spare = [place for place in kept if table.headings()[place] in SPARE]
     while 1 + sum(widths[place] for place in kept) > width and len(kept) > LEAST:
-        kept.remove(spare.pop() if spare else kept[-1])
+        last = next(place for place in reversed(kept) if table.headings()[place] != COUNT)
+        kept.remove(spare.pop() if spare else last)
     left = len(widths) - len(kept)
     if not left:
         return table

@@ -39,10 +39,13 @@ from claq_exp.run.results import (
     kl_rows,
     perplexity_rows,
     text_rows,
+    window_rows,
     zero_shot_rows,
 )
 from claq_exp.run.stages import EVALUATE_ORIGINAL, EVALUATE_QUANTIZED
+from claq_exp.run_folder import WINDOWS_FILE
 from claq_exp.run_folder.find import checkpoint_folder
+from claq_exp.run_folder.windows import write_windows
 from claq_exp.sources.cache import fetch_log
 from claq_exp.system.files import write_json
 from claq_exp.system.machine import choose_device, device_name, git_commit, settle, versions
@@ -141,6 +144,7 @@ def evaluate_checkpoint(
     }
     if config.strict:
         refuse(caveats(results))
+    write_windows(target / WINDOWS_FILE, window_rows(subject.corpora, before, after, kl))
     write_json(target / "results.json", results)
     shutil.rmtree(target / "work")  # the next time measures again
     return Evaluated(results, target / "results.json", (note,) if note else ())

@@ -40,16 +40,18 @@ from claq_exp.run.inputs import Fetched, Tokens
 from claq_exp.run.measuring import QUANTIZED, Bench, activation_bits, measured_on
 from claq_exp.run.plan import Plan
 from claq_exp.run.quantize import QUANTIZE, Watcher
-from claq_exp.run.results import build_results, text_rows
+from claq_exp.run.results import build_results, text_rows, window_rows
 from claq_exp.run.shape import HIDDEN_SHARE
 from claq_exp.run.stages import STAGES, Stage
 from claq_exp.run_folder import (
     LAYERS_FILE,
     PICTURE_FILE,
+    WINDOWS_FILE,
     RunFolder,
 )
 from claq_exp.run_folder.fallbacks import count_fallbacks
 from claq_exp.run_folder.layers import write_layers
+from claq_exp.run_folder.windows import write_windows
 from claq_exp.sources.code import code_behind
 from claq_exp.sources.kept import kept_tensors
 from claq_exp.system.distributed import Ranks
@@ -126,6 +128,8 @@ class Job:
         report = self._report()
         layouts = read_layouts(self.folder.checkpoint)
         self._plot(report)
+        windows = window_rows(self.tokens.corpora, self.original, self.quantized, self.kl)
+        write_windows(self.folder.path / WINDOWS_FILE, windows)
         return build_results(
             config=self.config,
             hash_=self.folder.hash,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import zip_longest
 from typing import Any
 
 from claq_exp.checkpoint.writer import Sizes
@@ -18,6 +19,7 @@ from claq_exp.models.original import Original
 from claq_exp.run.stages import TIMINGS
 from claq_exp.run_folder import SCHEMA
 from claq_exp.run_folder.fallbacks import count_fallbacks
+from claq_exp.run_folder.windows import WINDOW_FIELDS
 from claq_exp.sources.content import Losses
 from claq_exp.system.machine import device_name, git_commit, versions
 from claq_exp.system.resources import peak_memory
@@ -112,7 +114,38 @@ def perplexity_rows(
 
 def kl_rows(kl: dict[str, Divergence]) -> dict[str, Any]:
     """Return corpus -> divergence from the original, for the corpora where it was measured."""
-    return {name: {**asdict(row), "mean": finite(row.mean)} for name, row in kl.items()}
+    return {
+        name: {
+            "mean": finite(row.mean),
+            "top1_agreement": row.top1_agreement,
+            "tokens": row.tokens,
+        }
+        for name, row in kl.items()
+    }
+
+
+def window_rows(
+    corpora: Mapping[str, Corpus],
+    original: Measurement | None,
+    quantized: Measurement,
+    kl: Mapping[str, Divergence],
+) -> list[dict[str, Any]]:
+    """Return the rows of windows.csv: sums over the tokens of each window of each corpus.
+
+    None for what was not measured: the original, or the KL beyond the first windows.
+    """
+    rows = []
+    for name, corpus in corpora.items():
+        nll = quantized.perplexity[name].window_nll
+        before = original.perplexity[name].window_nll if original else ()
+        divergence = kl[name].window_kl if name in kl else ()
+        sums = zip_longest(corpus.window_contents(), before, nll, divergence)
+        for number, (content, *measured) in enumerate(sums):
+            tokens = corpus.windows.shape[1] - 1
+            rows.append(
+                dict(zip(WINDOW_FIELDS, (name, number, tokens, content, *measured), strict=True))
+            )
+    return rows
 
 
 def zero_shot_rows(original: Measurement | None, quantized: Measurement) -> dict[str, Any]:

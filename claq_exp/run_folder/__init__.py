@@ -51,6 +51,7 @@ OLD_SETTINGS_FILE = "config.json"  # its name once: transformers took the folder
 CHECKPOINT = "checkpoint"
 EVENTS_FILE = "events.jsonl"
 LAYERS_FILE = "layers.csv"
+WINDOWS_FILE = "windows.csv"
 PICTURE_FILE = "layers.png"
 STATE_FILE = "state.json"
 LOCK_FILE = ".lock"

@@ -50,7 +50,8 @@ class Job:
     folder: name of its run folder beside `jobs`, or None where it failed before it had one.
     results: the folder `outputs/NAME`.  found: the run was finished before.  objective: what a
     sweeper looks at.  seconds: of this try.  share: how much of a running job is done, 0 to 1.
-    stage: what it is at.  notes: what a reader of its results must know.
+    stage: what it is at.  notes: what a reader of its results must know.  seeds: it is one of
+    several seeds of a recipe (`seeds=`), which reports make one row of.
     """
 
     number: int
@@ -64,6 +65,7 @@ class Job:
     share: float = 0.0
     stage: str = ""
     notes: tuple[str, ...] = ()
+    seeds: bool = False
 
     @property
     def key(self) -> str:

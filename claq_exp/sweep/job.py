@@ -30,13 +30,14 @@ class Sweep:
     """What all jobs of a sweep know.
 
     command: what a person typed.  folder: of this one call, for the records of its jobs and a file
-    that stops them.  run_job: how a job is run; by default in a process of its own.  process: where
-    the sweep itself runs.
+    that stops them.  run_job: how a job is run; by default in a process of its own.  seeds: every
+    recipe is run with several seeds.  process: where the sweep itself runs.
     """
 
     command: str
     folder: Path
     run_job: RunJob = run_apart
+    seeds: bool = False
     process: str = field(default_factory=this_process)
 
     @property
@@ -63,7 +64,7 @@ def run_sweep_job(sweep: Sweep, composed: DictConfig) -> float:
     launcher = OmegaConf.to_container(hydra.launcher)
     assert isinstance(launcher, dict)
     results = Path(composed.outputs).expanduser() / composed.name
-    job = Job(number, overrides, RunState(RUNNING), results=str(results))
+    job = Job(number, overrides, RunState(RUNNING), results=str(results), seeds=sweep.seeds)
     try:
         sweep.check()
         with (

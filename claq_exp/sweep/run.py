@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -24,7 +24,7 @@ from claq_exp.compose.experiment import check_words, explained
 from claq_exp.compose.options import PRIMARY, VERSION_BASE, prepare_hydra
 from claq_exp.compose.places import packaged_folder
 from claq_exp.compose.words import Words
-from claq_exp.errors import ClaqError, telling_line
+from claq_exp.errors import ClaqError, ConfigError, telling_line
 from claq_exp.run_folder import INTERRUPTED, KILLED, RUNNING, RunState
 from claq_exp.run_folder.jobs import read_jobs, write_job
 from claq_exp.sweep.apart import LAST_SECONDS, LOOK_SECONDS, run_apart
@@ -37,21 +37,34 @@ MULTIRUNS = ".multirun"
 COMPOSING = "run|plan|evaluate|fetch|bench runtime"  # commands that take overrides
 
 
-def run_sweep(overrides: list[str], command: str, run_job: RunJob = run_apart) -> int:
+def run_sweep(
+    overrides: list[str],
+    command: str,
+    run_job: RunJob = run_apart,
+    *,
+    seeds: Sequence[int] = (),
+) -> int:
     """Run all jobs of a sweep and return the exit code: 1 if any is not finished.
 
-    overrides: without `-m`.  command: what a person typed.  run_job: how one job is run.  Raises
-    ConfigError before anything is started.  Raises KeyboardInterrupt once all jobs have stopped:
-    after the first signal they finish the group of layers at hand, a second one waits for nothing.
+    overrides: without `-m`.  command: what a person typed.  run_job: how one job is run.
+    seeds: those of the word `seeds=`, which are in the overrides too.  Raises ConfigError before
+    anything is started.  Raises KeyboardInterrupt once all jobs have stopped: after the first
+    signal they finish the group of layers at hand, a second one waits for nothing.
     """
     grid = check_grid(overrides)
+    several = len(seeds) > 1
+    if grid.search and several:
+        raise ConfigError(
+            "seeds= runs every job with each seed, and a search does not; search with one seed, "
+            "and run what it finds with seeds="
+        )
     if grid.search:
         _quiet_optuna()
     note = Console(stderr=True)
     _line(note, f"{grid.jobs} runs")
     if grid.base.model.remark:
         _line(note, f"Note: {grid.base.model.remark}.")
-    sweep = Sweep(command, _own_folder(Path(grid.base.outputs).expanduser()), run_job)
+    sweep = Sweep(command, _own_folder(Path(grid.base.outputs).expanduser()), run_job, several)
 
     def job(composed: DictConfig) -> float:
         return run_sweep_job(sweep, composed)
@@ -183,12 +196,25 @@ def _summarize(grid: Grid, standing: Standing, command: str) -> None:
     corpora = grid.base.evaluation.corpora
     console.print(jobs_table(standing, f"{next(iter(corpora))} perplexity" if corpora else ""))
     finished = standing.count("finished")
+    if finished and any(job.seeds for job in standing.jobs):
+        _show_means(console, standing)
     _line(console, standing.line())
     if finished < standing.total:
         _line(console, f"To run what is missing: {command}")
     if finished:
         folders = dict.fromkeys(job.results for job in standing.jobs)  # a job may choose its `name`
         _line(console, f"For tables and plots: {shlex.join(['claq-exp', 'report', *folders])}")
+
+
+def _show_means(console: Console, standing: Standing) -> None:
+    """Print a row for each recipe: mean and deviation over its seeds."""
+    from claq_exp.sweep.means import means_of_jobs  # its libraries take a second
+
+    try:
+        for table in means_of_jobs(standing.jobs, console.width):
+            console.print(table)
+    except ClaqError as error:  # the jobs are done and listed above
+        _line(console, f"Note: there is no table of means: {error}")
 
 
 def _line(console: Console, text: str) -> None:

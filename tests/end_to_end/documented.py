@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 
 from claq_exp.cli import main
+from claq_exp.compose.seeds import spread_seeds
 from claq_exp.sweep.grid import check_grid
 
 ROOT = Path(__file__).parents[2]
@@ -19,11 +20,12 @@ DOCS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "results" / "READ
 WITHOUT_OVERRIDES = ("report", "inspect", "dequantize")
 SHRUNK = ("model", "calibration", "evaluation", "tracking", "corpus@evaluation")  # by the tiny run
 FOLDER = "outputs/default/RUN"
+SWEPT = ("sweep=", "seeds=")
 
 
 def jobs_of(words: Sequence[str]) -> int:
     """Compose what words ask for, and return the jobs; the files of sweeps/ have their own test."""
-    overrides = [word for word in words if "=" in word]
+    overrides, _ = spread_seeds([word for word in words if "=" in word])
     name = overrides[0].removeprefix("sweep=")
     if len(overrides) == 1 and (ROOT / "sweeps" / f"{name}.yaml").is_file():
         return 1  # or more: test_conf_files.py composes every job
@@ -39,7 +41,7 @@ class Command:
 
     @property
     def is_sweep(self) -> bool:
-        return "-m" in self.words or any(word.startswith("sweep=") for word in self.words)
+        return "-m" in self.words or any(word.startswith(SWEPT) for word in self.words)
 
     @property
     def has_overrides(self) -> bool:

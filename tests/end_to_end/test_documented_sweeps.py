@@ -10,6 +10,7 @@ from claq_exp.cli import main
 
 COMMANDS = commands_of(README, *DOCS)
 REPORTS = [command for command in COMMANDS if command.words[0] == "report"]
+SEEDS = [c for c in COMMANDS if c.page == "docs/reports.md" and c.words[0].startswith("seeds=")]
 NEEDS_SLURM = "hydra/launcher=slurm"  # test_documents.py composes it
 
 
@@ -41,11 +42,13 @@ def place(tiny, tmp_path_factory):
         assert run(BUDGETS, tiny, values=2) == 0
         for name in ("bit_widths", "ablation_components", "baselines"):
             (folder / "outputs" / name).symlink_to(folder / "outputs" / "budgets")
+        for command in SEEDS:
+            assert run(command, tiny, values=2) == 0
     return folder
 
 
 @pytest.mark.case(77)
-@pytest.mark.parametrize("command", [c for c in SWEEPS if c != BUDGETS], ids=str)
+@pytest.mark.parametrize("command", [c for c in SWEEPS if c not in (BUDGETS, *SEEDS)], ids=str)
 def test_every_sweep_runs(command, place, tiny, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(place if "name=budgets" in command.words else tmp_path)
     (tmp_path / "outputs").mkdir()
