@@ -16,7 +16,7 @@ from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import ConfigError
 from claq_exp.models.blocks import entering_head
-from claq_exp.models.ends import Ends, find_ends
+from claq_exp.models.ends import KEPT, Ends, EndsError, find_ends
 from claq_exp.models.stream import BlockedModel
 from claq_exp.payload.base import Layout
 from claq_exp.quantize.allocation import MatrixPlan
@@ -58,10 +58,32 @@ class End:
         return planned_layout(self.recipe, self.rows, self.columns, self.name)
 
 
+def planned_ends(
+    model: PreTrainedModel, embedding: EndRule, head: EndRule, *, strict: bool = False
+) -> tuple[tuple[End, ...], str]:
+    """Return what of a model's ends is quantized, and what to say where they cannot be.
+
+    strict: refuse a model whose ends cannot be packed, whatever the rules say of it.
+    Raises ConfigError as `chosen_ends`, but for ends that no rule requires to be packed.
+    """
+    try:
+        return chosen_ends(model, embedding, head), ""
+    except EndsError as error:
+        if strict or required_ends(embedding, head):
+            raise
+        return (), f"{error.reason}{KEPT}"
+
+
+def required_ends(embedding: EndRule, head: EndRule) -> bool:
+    """Tell whether a model is refused whose embedding and head cannot be packed."""
+    return any(rule.required for rule in (embedding, head) if rule.recipe() is not None)
+
+
 def chosen_ends(model: PreTrainedModel, embedding: EndRule, head: EndRule) -> tuple[End, ...]:
     """Return what of a model's ends is quantized, by the rules of both.
 
-    model: may be on the meta device.  Raises ConfigError for rules that do not fit the model.
+    model: may be on the meta device.  Raises ConfigError for rules that do not fit the model,
+    EndsError for a model whose ends cannot be packed.
     """
     first = embedding.recipe()
     own = first if head.copies() else head.recipe()

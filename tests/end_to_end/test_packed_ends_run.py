@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import claq_exp
+import claq_exp.run.ends
 import claq_exp.run.quantize
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.cli import main
 from claq_exp.compose.experiment import compose_config
 from claq_exp.errors import ConfigError
-from claq_exp.models.ends import is_end
+from claq_exp.models.ends import EndsError, is_end
 from claq_exp.reporting.labels import method_label
 from claq_exp.run.plan import plan_for
 
@@ -170,6 +171,27 @@ def test_a_run_that_ends_at_the_embedding_goes_on_to_the_same_bytes(
     ours, theirs = (load_file(f / "checkpoint/model.safetensors") for f in (folder, expected))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_model_whose_embedding_cannot_be_packed_keeps_it_by_default(
+    run, tiny_run, tmp_path, monkeypatch, capsys
+):
+    def odd(model):
+        raise EndsError("the embedding of LlamaForCausalLM is odd; set embedding=none")
+
+    monkeypatch.setattr(claq_exp.run.ends, "find_ends", odd)
+    kept = "the embedding of LlamaForCausalLM is odd; embedding and head stay in 16 bits"
+    folder, results = run()
+    assert f"Note: {kept}" in capsys.readouterr().out
+    assert results["fallbacks"]["embedding"] == kept
+    assert results["fallbacks"]["layers"] == 0
+    assert not any(is_end(name) for name in read_layouts(folder / "checkpoint"))
+    words = [*tiny_run, *SMALL, f"outputs={tmp_path / 'outputs'}"]
+    assert main(["plan", *words]) == 0
+    assert f"Note: {kept}" in capsys.readouterr().out
+    for asked in ("embedding=kmeans", "embedding.required=true", "head=uniform", "strict=true"):
+        assert main([*words, asked]) == 2  # the first finds the finished run
+        assert "is odd; set embedding=none" in " ".join(capsys.readouterr().err.split())
 
 
 def test_adapters_go_on_top_of_a_packed_embedding(run):
