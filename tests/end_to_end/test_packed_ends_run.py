@@ -150,11 +150,15 @@ def test_pictures_and_reports_are_about_blocks_and_evaluate_counts_the_same(
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_run_that_ends_at_the_embedding_goes_on_to_the_same_bytes(
-    moment, run, tiny_run, tmp_path, monkeypatch
+@pytest.mark.parametrize("step", ["quantize_embedding", "quantize_head"])
+def test_a_run_that_ends_at_the_embedding_or_head_goes_on_to_the_same_bytes(
+    step, moment, untied, run, tiny_run, tmp_path, monkeypatch
 ):
-    expected, _ = run("embedding=kmeans", "embedding.bits=4", outputs="undisturbed")
-    whole, calls = claq_exp.run.quantize.quantize_ends, []
+    words = [f"model.source={untied}", "embedding=kmeans_4bit", "solver.asymmetric=0.5"]
+    if step == "quantize_head":
+        words = ["embedding=kmeans_4bit"]  # the one matrix of a tied model
+    expected, _ = run(*words, outputs="undisturbed")
+    whole, calls = getattr(claq_exp.run.quantize, step), []
 
     def ended(*arguments, **options):
         calls.append("")
@@ -162,11 +166,10 @@ def test_a_run_that_ends_at_the_embedding_goes_on_to_the_same_bytes(
             whole(*arguments, **options)
         raise OSError("the machine is gone")
 
-    words = [*tiny_run, *SMALL, "embedding=kmeans", "embedding.bits=4"]
     with monkeypatch.context() as patch:
-        patch.setattr(claq_exp.run.quantize, "quantize_ends", ended)
-        assert main([*words, f"outputs={tmp_path / 'again'}"]) == 1
-    folder, _ = run("embedding=kmeans", "embedding.bits=4", "resume=required", outputs="again")
+        patch.setattr(claq_exp.run.quantize, step, ended)
+        assert main([*tiny_run, *SMALL, *words, f"outputs={tmp_path / 'again'}"]) == 1
+    folder, _ = run(*words, "resume=required", outputs="again")
     assert calls
     ours, theirs = (load_file(f / "checkpoint/model.safetensors") for f in (folder, expected))
     assert ours.keys() == theirs.keys()
