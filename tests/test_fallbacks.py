@@ -42,6 +42,12 @@ def test_a_layer_that_went_well_has_no_fallback():
     refuse_fallbacks(WELL)
 
 
+def test_ends_that_stay_in_16_bits_are_told_and_count_no_layer():
+    counts = count_fallbacks([WELL], "the head is odd; it stays")
+    assert counts["layers"] == 0
+    assert fallback_notes(counts) == ["the head is odd; it stays"]
+
+
 @pytest.mark.parametrize("kind", FALLBACKS, ids=lambda kind: kind.key)
 def test_each_kind_is_counted_told_and_refused_by_the_layers_name(kind):
     row = WELL | CHANGES[kind.key]

@@ -84,17 +84,18 @@ class Streams:
         return self._store.blocks
 
     def start(
-        self, first: Callable[[list[Tensor]], Iterable[Tensor]], device: torch.device
+        self, first: Callable[[str, list[Tensor]], Iterable[Tensor]], device: torch.device
     ) -> None:
         """Take up what the store holds, or else what enters the first block.
 
-        first: returns that, [batch, seqlen, width] of each of the batches of token ids given to it.
+        first: returns that of a stream, [batch, seqlen, width] of each of the batches of token ids
+        given to it.
         device: where hidden states in memory lie.
         """
         stored = {name: self._store.hidden(name) for name in self.names}
         if any(states is None for states in stored.values()):
             for name in self.names:
-                self._keep(name, first(self._ranks.share(self._batches)), 0)
+                self._keep(name, first(name, self._ranks.share(self._batches)), 0)
             self._store.begin_block(0)
             self._meet()
             return

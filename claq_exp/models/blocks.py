@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from claq_exp.models.stream import BlockedModel
+    from claq_exp.models.stream import BlockedModel, RowsOf
 
 T = TypeVar("T")
 
@@ -106,15 +106,20 @@ def _ordinary(value: Any) -> Any:
 
 
 @_recording
-def entering_hidden(model: BlockedModel, batches: list[Tensor]) -> Iterator[Tensor]:
-    """Yield the hidden states that enter the first block: [batch, seqlen, width] of each batch."""
+def entering_hidden(
+    model: BlockedModel, batches: list[Tensor], rows_of: RowsOf | None = None
+) -> Iterator[Tensor]:
+    """Yield the hidden states that enter the first block: [batch, seqlen, width] of each batch.
+
+    rows_of: what the embedding looks up in place of its own rows.
+    """
     found: list[Tensor] = []
 
     def note(*args: Any, **keyword: Any) -> None:
         found.append(args[0] if args else keyword["hidden_states"])
         raise StopForward
 
-    with model.outside(head=False) as whole:
+    with model.outside(head=False, rows_of=rows_of) as whole:
         for batch in batches:
             with suppress(StopForward), replaced(model.blocks, [note] * len(model.blocks)):
                 whole(batch.to(model.device), use_cache=False)

@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 T = TypeVar("T")
+ADVICE = "; set embedding=none"
+KEPT = "; embedding and head stay in 16 bits"
 NUMBERED = re.compile(r"\.\d+\.")  # in the name of a layer of a block: blocks stand in a list
+
+
+class EndsError(ConfigError):
+    """The embedding and the head of a model cannot be packed."""
+
+    @property
+    def reason(self) -> str:
+        """Say why, without what to do."""
+        return str(self).removesuffix(ADVICE)
 
 
 @dataclass(frozen=True)
@@ -34,20 +45,18 @@ class Ends:
 def find_ends(model: PreTrainedModel) -> Ends:
     """Return the ends of a model.
 
-    Raises ConfigError for one whose embedding is no table with a row for each token and nothing
+    Raises EndsError for one whose embedding is no table with a row for each token and nothing
     else, whose head is no linear layer, or whose embedding is tied to anything but the head.
     """
     about = f"{type(model).__name__} ({model.config.model_type})"
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(table, nn.Embedding) or set(table.state_dict()) != {"weight"}:
-        raise ConfigError(
+        raise EndsError(
             f"the embedding of {about} is a {type(table).__name__}, no plain table with a row for "
-            "each token; set embedding=none"
+            f"each token{ADVICE}"
         )
     if not isinstance(head, nn.Linear):
-        raise ConfigError(
-            f"the head of {about} is a {type(head).__name__}, no linear layer; set embedding=none"
-        )
+        raise EndsError(f"the head of {about} is a {type(head).__name__}, no linear layer{ADVICE}")
     names = {module: name for name, module in model.named_modules()}
     ends = Ends(names[table], names[head], tied=False)
     source, own = f"{ends.embedding}.weight", f"{ends.head}.weight"
@@ -55,14 +64,13 @@ def find_ends(model: PreTrainedModel) -> Ends:
     shared = {name for name, other in tied.items() if source in (name, other)}
     shared |= {tied[name] for name in shared}
     if others := sorted(shared - {source, own}):
-        raise ConfigError(
-            f"the embedding of {about} is also {others[0]}, and only a head may share it; set "
-            "embedding=none"
+        raise EndsError(
+            f"the embedding of {about} is also {others[0]}, and only a head may share it{ADVICE}"
         )
     if numbered := [name for name in (ends.embedding, ends.head) if not is_end(name)]:
-        raise ConfigError(f"{about} keeps {numbered[0]} in a list of modules; set embedding=none")
+        raise EndsError(f"{about} keeps {numbered[0]} in a list of modules{ADVICE}")
     if own in shared and tied.get(source) == own:
-        raise ConfigError(f"{about} stores its head in place of its embedding; set embedding=none")
+        raise EndsError(f"{about} stores its head in place of its embedding{ADVICE}")
     return Ends(ends.embedding, ends.head, tied=own in shared)
 
 

@@ -16,6 +16,8 @@ from claq_exp.models.skeleton import tied_names
 from claq_exp.models.towers import other_towers
 from claq_exp.models.weights import Weights
 
+RowsOf = Callable[[Tensor], Tensor]  # token ids [n] int64 on the CPU -> their rows [n, width]
+
 
 class BlockedModel(Protocol):
     """A causal language model whose decoder blocks are there one at a time.
@@ -39,8 +41,13 @@ class BlockedModel(Protocol):
         and keeps elsewhere; every other change belongs into the overlay.
         """
 
-    def outside(self, *, head: bool) -> AbstractContextManager[PreTrainedModel]:
-        """Have the weights outside of the blocks in memory; without `head`, none behind them."""
+    def outside(
+        self, *, head: bool, rows_of: RowsOf | None = None
+    ) -> AbstractContextManager[PreTrainedModel]:
+        """Have the weights outside of the blocks in memory; without `head`, none behind them.
+
+        rows_of: what its embedding looks up in place of its own rows.
+        """
 
     def read(self, name: str) -> Tensor:
         """Return a parameter as it is stored."""
@@ -85,9 +92,16 @@ class WholeModel:
                 self.model.get_parameter(name).mul_(factors[name].to(self.device))
         return nullcontext(self.blocks[index])
 
-    def outside(self, *, head: bool) -> AbstractContextManager[PreTrainedModel]:
-        """Return the model."""
-        return nullcontext(self.model)
+    def outside(
+        self, *, head: bool, rows_of: RowsOf | None = None
+    ) -> AbstractContextManager[PreTrainedModel]:
+        """Return the model; its embedding looks up other rows inside the context, if asked to."""
+        return nullcontext(self.model) if rows_of is None else self._with_rows(rows_of)
+
+    @contextmanager
+    def _with_rows(self, rows_of: RowsOf) -> Iterator[PreTrainedModel]:
+        with _looked_up(_table(self.model), rows_of, self.device):
+            yield self.model
 
     def read(self, name: str) -> Tensor:
         """Return a parameter."""
@@ -137,19 +151,21 @@ class StreamedModel:
             yield block
 
     @contextmanager
-    def outside(self, *, head: bool) -> Iterator[PreTrainedModel]:
+    def outside(self, *, head: bool, rows_of: RowsOf | None = None) -> Iterator[PreTrainedModel]:
         """Have the weights outside of the blocks in memory; without `head`, none behind them.
 
         Of the table of token embeddings only the rows are read that are looked up; of towers for
         images and sound nothing but the model's first parameter, which it asks for its device.
+        rows_of: what is looked up in place of them.
         """
-        table = self.model.get_input_embeddings()
+        table = _table(self.model)
         last = self.model.get_output_embeddings()
         towers = {module for tower in other_towers(self.model) for module in tower.modules()}
         towers.discard(next(module for module in self.model.modules() if _has_own(module)))
         left_out = {*towers, *self.blocks.modules(), table, *(() if head else (last,))}
         modules = {n: m for n, m in self.model.named_modules() if m not in left_out}
-        with self._filled(modules, self.read), self._looked_up(table):
+        stored = rows_of or self._rows_of(table)
+        with self._filled(modules, self.read), _looked_up(table, stored, self.device):
             yield self.model
 
     def read(self, name: str) -> Tensor:
@@ -192,34 +208,41 @@ class StreamedModel:
             for module, name, _, empty in parameters:
                 setattr(module, name, empty)
 
-    def _table(self, name: str) -> Callable[[Tensor], Tensor]:
-        """Return what looks rows of a parameter up, as `read` has them; ids on the CPU."""
+    def _rows_of(self, table: nn.Embedding) -> RowsOf:
+        """Return what looks rows of an embedding up, as `read` has them."""
+        module = next(name for name, module in self.model.named_modules() if module is table)
+        name = f"{module}.weight"
         if self.overlay.changes(name):
             return self.read(name).cpu().__getitem__
         return self._weights.table(self.overlay.stored_name(name))
 
-    @contextmanager
-    def _looked_up(self, table: nn.Module) -> Iterator[None]:
-        """Have an embedding read the rows that a batch needs, as it needs them."""
-        assert isinstance(table, nn.Embedding)
-        name = next(name for name, module in self.model.named_modules() if module is table)
-        rows_of = self._table(f"{name}.weight")
-        empty, padding, forward = table.weight, table.padding_idx, table.forward
 
-        def look_up(tokens: Tensor) -> Tensor:
-            ids, places = tokens.unique(return_inverse=True)
-            rows = rows_of(ids.cpu()).to(self.device, empty.dtype)
-            table.weight = nn.Parameter(rows, requires_grad=False)
-            return forward(places)
+@contextmanager
+def _looked_up(table: nn.Embedding, rows_of: RowsOf, device: torch.device) -> Iterator[None]:
+    """Have an embedding read the rows that a batch needs, as it needs them."""
+    own, padding, forward = table.weight, table.padding_idx, table.forward
 
-        table.padding_idx = None  # it matters to gradients alone, and is no row of what was read
-        table.forward = look_up  # type: ignore[method-assign, assignment]
-        try:
-            yield
-        finally:
-            del table.forward
-            table.padding_idx = padding
-            table.weight = empty
+    def look_up(tokens: Tensor) -> Tensor:
+        ids, places = tokens.unique(return_inverse=True)
+        rows = rows_of(ids.cpu()).to(device, own.dtype)
+        table.weight = nn.Parameter(rows, requires_grad=False)
+        return forward(places)
+
+    table.padding_idx = None  # it matters to gradients alone, and is no row of what was read
+    table.forward = look_up  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del table.forward
+        table.padding_idx = padding
+        table.weight = own
+
+
+def _table(model: PreTrainedModel) -> nn.Embedding:
+    """Return the embedding of a model."""
+    table = model.get_input_embeddings()
+    assert isinstance(table, nn.Embedding)
+    return table
 
 
 def _fill(module: nn.Module, name: str, stored: Tensor, empty: nn.Parameter, device: Any) -> None:

@@ -23,11 +23,12 @@ EQUAL, FREQUENCY = "equal", "frequency"
 class EndRule(Protocol):
     """A rule for an embedding or a head.
 
-    lookup, rows: see `KMeansEnd`.
+    lookup, rows, required: see `KMeansEnd`.
     """
 
     lookup: float = 0.0
     rows: str = EQUAL
+    required: bool = True
 
     def recipe(self) -> Recipe | None:
         """Return how the matrix is quantized; None: it stays as it is."""
@@ -74,12 +75,14 @@ class KMeansEnd(EndRule):
         identity.
     rows: what an error in a row weighs when codebooks are fitted.  frequency: as often as its token
         occurs in the calibration text, and a little for all; equal: the same for all.
+    required: refuse a model whose embedding or head cannot be packed; else both stay in 16 bits.
     """
 
     bits: int = 8
     solver: str = "gptq"
     lookup: float = 0.0
     rows: str = FREQUENCY
+    required: bool = True
 
     def __post_init__(self) -> None:
         _check(self.bits, self.solver, self.lookup)
@@ -94,7 +97,7 @@ class KMeansEnd(EndRule):
 class UniformEnd(EndRule):
     """A uniform grid for each row, or each group of columns of a row.
 
-    bits, solver, lookup: as of `KMeansEnd`.
+    bits, solver, lookup, required: as of `KMeansEnd`.
     group_size: columns that share a grid; 0: the whole row.
     """
 
@@ -102,6 +105,7 @@ class UniformEnd(EndRule):
     solver: str = "gptq"
     lookup: float = 0.0
     group_size: int = 0
+    required: bool = True
 
     def __post_init__(self) -> None:
         _check(self.bits, self.solver, self.lookup)

@@ -29,7 +29,7 @@ from claq_exp.reporting.settings import (
 )
 from claq_exp.reporting.tables import overlap_notes, text_notes
 from claq_exp.run_folder import settings_file
-from claq_exp.run_folder.fallbacks import fallback_notes
+from claq_exp.run_folder.fallbacks import ENDS
 from claq_exp.system.files import read_json
 
 SORT = "bits.linear"
@@ -174,7 +174,7 @@ def table_notes(runs: Sequence[Run], columns: Sequence[Column], rows: Sequence[R
         (model_of(run), run.config["model"].get("remark")) for run in runs
     ):
         notes += [f"{model}: {remark}."] if remark else []
-    for told in (text_notes, overlap_notes):
+    for told in (text_notes, overlap_notes, _kept_ends):
         notes += dict.fromkeys(f"{note}." for run in runs for note in told(run.results or {}))
     notes += dict.fromkeys(
         f"{caveat.words}."
@@ -182,13 +182,17 @@ def table_notes(runs: Sequence[Run], columns: Sequence[Column], rows: Sequence[R
         for caveat in caveats(run.results or {})
         if caveat.kind == "cut"
     )
-    fallen = [run for run in runs if fallback_notes((run.results or {}).get("fallbacks", {}))]
+    fallen = [run for run in runs if (run.results or {}).get("fallbacks", {}).get("layers")]
     if fallen:
         notes.append(
             f"In {len(fallen)} of {len(runs)} runs some layers have a fallback: fallbacks in "
             "results.json, and layers.csv."
         )
     return notes
+
+
+def _kept_ends(results: dict[str, Any]) -> list[str]:
+    return list(filter(None, [results.get("fallbacks", {}).get(ENDS)]))
 
 
 def mixed_notes(groups: Iterable[Sequence[Run]]) -> list[str]:

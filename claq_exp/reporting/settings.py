@@ -52,7 +52,7 @@ def full_key(runs: Sequence[Run], key: str) -> str:
 
 def is_neutral(key: str) -> bool:
     """Tell the settings that change no result."""
-    return key.partition(".")[0] in NEUTRAL
+    return key in NEUTRAL or key.partition(".")[0] in NEUTRAL
 
 
 def is_seed(key: str) -> bool:

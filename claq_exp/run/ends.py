@@ -1,10 +1,14 @@
-"""Quantizes the embedding and the head of a model, once its blocks are done."""
+"""Quantizes the embedding of a model before its blocks, and the head behind them.
+
+One matrix that is both is a head.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +20,11 @@ from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.errors import ConfigError
 from claq_exp.models.blocks import entering_head
-from claq_exp.models.ends import Ends, find_ends
-from claq_exp.models.stream import BlockedModel
+from claq_exp.models.ends import KEPT, Ends, EndsError, find_ends
+from claq_exp.models.stream import BlockedModel, RowsOf
+from claq_exp.payload import operand_of
 from claq_exp.payload.base import Layout
+from claq_exp.payload.gather import gathered
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.ends import FREQUENCY, EndRule
 from claq_exp.quantize.moments import Moments
@@ -33,6 +39,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDING = "embedding"  # stage of the store
+RELATIVE_WORK = 0.25  # on a weight of an end, where 1 is that on a weight of a block
+Step = Callable[[float, str], None]
+Report = list[dict[str, Any]]
+Seconds = dict[str, float]
 FLOOR = 0.15  # what a token weighs that does not occur in the calibration text
 
 
@@ -58,10 +68,32 @@ class End:
         return planned_layout(self.recipe, self.rows, self.columns, self.name)
 
 
+def planned_ends(
+    model: PreTrainedModel, embedding: EndRule, head: EndRule, *, strict: bool = False
+) -> tuple[tuple[End, ...], str]:
+    """Return what of a model's ends is quantized, and what to say where they cannot be.
+
+    strict: refuse a model whose ends cannot be packed, whatever the rules say of it.
+    Raises ConfigError as `chosen_ends`, but for ends that no rule requires to be packed.
+    """
+    try:
+        return chosen_ends(model, embedding, head), ""
+    except EndsError as error:
+        if strict or required_ends(embedding, head):
+            raise
+        return (), f"{error.reason}{KEPT}"
+
+
+def required_ends(embedding: EndRule, head: EndRule) -> bool:
+    """Tell whether a model is refused whose embedding and head cannot be packed."""
+    return any(rule.required for rule in (embedding, head) if rule.recipe() is not None)
+
+
 def chosen_ends(model: PreTrainedModel, embedding: EndRule, head: EndRule) -> tuple[End, ...]:
     """Return what of a model's ends is quantized, by the rules of both.
 
-    model: may be on the meta device.  Raises ConfigError for rules that do not fit the model.
+    model: may be on the meta device.  Raises ConfigError for rules that do not fit the model,
+    EndsError for a model whose ends cannot be packed.
     """
     first = embedding.recipe()
     own = first if head.copies() else head.recipe()
@@ -95,44 +127,90 @@ def _end(model: PreTrainedModel, name: str, recipe: Recipe, rule: EndRule, *, he
     return End(name, rows, columns, recipe, head, rule.lookup, rule.rows == FREQUENCY)
 
 
-def quantize_ends(
+def quantize_embedding(
+    model: BlockedModel,
+    batches: list[Tensor],
+    ends: Sequence[End],
+    store: BlockStore,
+    step: Step,
+    *,
+    strict: bool,
+    ranks: Ranks,
+) -> tuple[RowsOf | None, Report, Seconds]:
+    """Quantize an embedding that is no head into a store, unless the store has it.
+
+    Returns what looks up its rows as they are packed, for the hidden states that enter the first
+    block, or None; and what `quantize_head` returns.  batches, step: as there.
+    """
+    seconds = {"solve": 0.0}
+    end = next((end for end in ends if not end.head), None)
+    if end is None:
+        return None, [], seconds
+    report, made, described = [], None, None
+    weights = _row_weights(batches, end, ranks)
+    if ranks.is_first:
+        made = store.packed(end.name).get(end.name)
+        if made is None:
+            step(0.0, end.name)
+            started = time.perf_counter()
+            made, row = _solve(model, end, _lookups(end), weights, strict=strict)
+            seconds["solve"] = time.perf_counter() - started
+            report.append(row)
+            store.add(EMBEDDING, None, packed={end.name: made}, report=report)
+        described = made.layout
+    layout, tensors = ranks.broadcast(0, described, made.tensors if made else None)
+    step(_part(end, ends), end.name)
+    return partial(gathered, operand_of(layout, tensors)), report, seconds
+
+
+def quantize_head(
     model: BlockedModel,
     batches: list[Tensor],
     ends: Sequence[End],
     streams: Streams,
     store: BlockStore,
+    step: Step,
     *,
     strict: bool,
     ranks: Ranks,
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Quantize the ends of a model into a store, on the hidden states that leave its last block.
+) -> tuple[Report, Seconds]:
+    """Quantize a head into a store, on the hidden states that leave the last block.
 
     batches: token ids of this rank, [batch, seqlen].  streams: all blocks are finished.
+    step: called with a share of the work on all ends that is done, and with what it is done on.
     The first rank solves; all add up what enters the head.
     Returns the rows of the report of what was quantized here, and seconds by kind of work.
     """
     seconds = {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
-    if not ends or ranks.tell(store.has(EMBEDDING, None)):
+    end = next((end for end in ends if end.head), None)
+    if end is None or ranks.tell(end.name in store.packed(end.name)):
         return [], seconds
-    head = next((end for end in ends if end.head), None)
-    weights = {e.name: _frequencies(batches, e.rows, ranks) for e in ends if e.by_frequency}
-    gathered = None
-    if head is not None:
-        gathered = _entering(model, batches, head, streams, seconds)
-        gathered.combine(ranks.sum_)
-    packed: dict[str, PackedWeight] = {}
-    report = []
-    started = time.perf_counter()
-    for end in ends if ranks.is_first else ():
-        measured = gathered.moments() if end.head and gathered is not None else _lookups(end)
-        moments = _with_lookups(measured, end.lookup)
-        weight, row = _solve(model, end, moments, weights.get(end.name), strict=strict)
-        packed[end.name] = weight
+    step(0.0, end.name)
+    weights = _row_weights(batches, end, ranks)
+    half = _part(end, ends) / 2  # of the work on it, the rest is to solve it
+    entered = _entering(model, batches, end, streams, seconds)
+    step(half, end.name)
+    entered.combine(ranks.sum_)
+    report: Report = []
+    if ranks.is_first:
+        started = time.perf_counter()
+        moments = _with_lookups(entered.moments(), end.lookup)
+        packed, row = _solve(model, end, moments, weights, strict=strict)
+        seconds["solve"] = time.perf_counter() - started
         report.append(row)
-    seconds["solve"] = time.perf_counter() - started
-    store.add(EMBEDDING, None, packed=packed, report=report)
+        store.add(EMBEDDING, None, packed={end.name: packed}, report=report)
     ranks.wait()
+    step(half, end.name)
     return report, seconds
+
+
+def work_on(ends: Sequence[End], weights: int) -> float:
+    """Return the work on ends in terms of that on blocks, which have so many weights."""
+    return RELATIVE_WORK * sum(end.rows * end.columns for end in ends) / weights
+
+
+def _part(end: End, ends: Sequence[End]) -> float:
+    return end.rows * end.columns / sum(other.rows * other.columns for other in ends)
 
 
 @torch.no_grad()
@@ -170,14 +248,16 @@ def _with_lookups(moments: Moments, share: float) -> Moments:
     return moments
 
 
-def _frequencies(batches: list[Tensor], rows: int, ranks: Ranks) -> Tensor:
+def _row_weights(batches: list[Tensor], end: End, ranks: Ranks) -> Tensor | None:
     """Return how often each token occurs in the calibration text, and `FLOOR` for all.
 
-    1 is as often as all do on average: [rows] float32.
+    1 is as often as all do on average: [rows] float32; None where all rows weigh the same.
     """
-    counts = torch.zeros(rows, dtype=torch.float64)
+    if not end.by_frequency:
+        return None
+    counts = torch.zeros(end.rows, dtype=torch.float64)
     for batch in batches:
-        counts += torch.bincount(batch.reshape(-1).cpu(), minlength=rows)[:rows]
+        counts += torch.bincount(batch.reshape(-1).cpu(), minlength=end.rows)[: end.rows]
     ranks.sum_(counts)
     return (counts / counts.mean() + FLOOR).float()
 

@@ -148,6 +148,7 @@ class Job:
             spent=self.events.spent(),
             report=report,
             source=self.source,
+            kept_ends=self.plan.kept_ends,
         )
 
     def _go_through(self, stage: Stage) -> None:
@@ -209,7 +210,8 @@ class Job:
             shared.quantize(self.model, self.store, watcher, self.ranks)
         report = self._report()
         write_layers(self.folder.path / LAYERS_FILE, report)
-        if (counts := count_fallbacks(report))["layers"]:
+        counts = count_fallbacks(report, self.plan.kept_ends)
+        if counts["layers"] or self.plan.kept_ends:
             self.events.event("fallbacks", **counts)
 
     def _report(self) -> list[dict[str, Any]]:

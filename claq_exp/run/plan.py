@@ -25,7 +25,7 @@ from claq_exp.quantize.activation.rounding import expected_rounding
 from claq_exp.quantize.budget import Overhead, fit_budget
 from claq_exp.quantize.moments import CROSS
 from claq_exp.quantize.recipe import Recipe
-from claq_exp.run.ends import End, chosen_ends
+from claq_exp.run.ends import End, planned_ends
 from claq_exp.run.needs import Needs, needs
 from claq_exp.run.shape import HIDDEN_BYTES, Mixture, ModelShape, Planned, shape_of, sides
 from claq_exp.run.stages import Cost, costs
@@ -47,7 +47,8 @@ class Plan:
     needs: memory and disk by stage.  original_bytes: of the model's weights in 16 bits.
     hidden_dtype, hidden_bytes: of the hidden states between two blocks, of all streams.
     activation_bits: of a number that enters a layer, on average; None where they are not rounded.
-    notes: what a person must know of the stored tensors.
+    notes: what a person must know of the stored tensors, and `kept_ends`.
+    kept_ends: why embedding and head stay in 16 bits where the rules would quantize them.
     """
 
     recipe: Recipe
@@ -65,6 +66,7 @@ class Plan:
     activation_bits: float | None = None
     notes: tuple[str, ...] = ()
     ends: tuple[End, ...] = ()
+    kept_ends: str = ""
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -94,7 +96,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     if CROSS in config.recipe().solver.wants:
         for index, block in enumerate(blocks):
             check_routes(block, f"{path}.{index}")
-    ends = chosen_ends(model, *config.end_rules())
+    ends, kept_ends = planned_ends(model, *config.end_rules(), strict=config.strict)
     packed_ends = {end.name: end.layout() for end in ends}
     packed = {*shapes, *packed_ends}
     kept = {n: t.numel() for n, t in state.items() if n.removesuffix(".weight") not in packed}
@@ -132,6 +134,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         parameters=parameters,
         activation_bits=rounding.bits(w.columns for w in layouts.values()) if rounding else None,
         ends=ends,
+        kept_ends=kept_ends,
     )
 
 
@@ -192,4 +195,5 @@ def plan_for(
         remote = config.model.trust_remote_code
         original = look_at(folder, trust_remote_code=remote, strict=config.strict)
     config = config.with_dtype(forward_dtype(config.model.dtype, original.config, device))
-    return replace(make_plan(config, original.config, device), notes=tuple(original.remarks()))
+    plan = make_plan(config, original.config, device)
+    return replace(plan, notes=(*original.remarks(), *filter(None, [plan.kept_ends])))

@@ -29,7 +29,7 @@ from claq_exp.payload import unpack_weight
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.moments import CROSS, Moments
 from claq_exp.quantize.recipe import Recipe
-from claq_exp.run.ends import EMBEDDING, End, quantize_ends
+from claq_exp.run.ends import EMBEDDING, End, quantize_embedding, quantize_head, work_on
 from claq_exp.run.solve import report_row, solve_linears
 from claq_exp.run.teacher import TeacherBlock
 from claq_exp.run_folder.fallbacks import refuse_fallbacks
@@ -73,8 +73,10 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     strict: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
-    """Quantize all linear layers of all decoder blocks into a store, and then the model's ends.
+    """Quantize all linear layers of all decoder blocks into a store, and the model's ends.
 
+    An embedding is quantized before the blocks, so that they can make up for its errors; a head,
+    which may be the same matrix, behind them.
     Each block is rewritten before as `transform` says, and trained afterwards as `tune` says.
 
     One block is in memory at a time, and what enters it; what the store holds is taken over.  Where
@@ -91,8 +93,23 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     model.overlay.update(store.dense())
     wants = recipe.solver.wants | tune.wants
     streams = Streams(streams_for(wants), batches, store, hidden_form, ranks)
-    streams.start(lambda own: entering_hidden(model, own), model.device)
-    share = 1 / len(model.blocks)
+    own = ranks.share(batches)
+    ending = work_on(ends, sum(p.numel() for p in model.blocks.parameters()))
+    share = 1 / len(model.blocks) / (1 + ending)
+
+    def step(part: float, where: str) -> None:
+        watcher.share(part * ending / (1 + ending), where)
+
+    rows_of, report, seconds = quantize_embedding(
+        model, own, ends, store, step, strict=strict, ranks=ranks
+    )
+    _tell_ends(watcher, report, seconds)
+    if rows_of is not None and ranks.any(watcher.stopping()):
+        raise Interrupted
+    streams.start(
+        lambda name, own: entering_hidden(model, own, rows_of if name == STUDENT else None),
+        model.device,
+    )
     if streams.block:
         watcher.share(streams.block * share, f"after block {streams.block - 1}")
     for index in range(streams.block, len(model.blocks)):
@@ -117,8 +134,13 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
         streams.advance()
         inputs[index] = BlockInputs()
         watcher.event("block", {"block": index, **seconds})
-    own = ranks.share(batches)
-    report, seconds = quantize_ends(model, own, ends, streams, store, strict=strict, ranks=ranks)
+    _tell_ends(
+        watcher,
+        *quantize_head(model, own, ends, streams, store, step, strict=strict, ranks=ranks),
+    )
+
+
+def _tell_ends(watcher: Watcher, report: list[dict[str, Any]], seconds: dict[str, float]) -> None:
     for row in report:
         watcher.event("layer", row)
     if report:

@@ -45,6 +45,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
     spent: dict[str, float],
     report: list[dict[str, Any]],
     source: Original,
+    kept_ends: str,
 ) -> dict[str, Any]:
     """Return the content of results.json (schema 1); a value that is not finite is null."""
     finished = datetime.now(UTC)
@@ -81,7 +82,7 @@ def build_results(  # noqa: PLR0913 - one argument per part of the file
         **after_rows(after),
         "timings": {key: round(spent.get(key, 0.0), 3) for key in TIMINGS},
         "peak_memory_bytes": max(peak_memory(), int(spent.get("peak_memory_bytes", 0))),
-        "fallbacks": count_fallbacks(report),
+        "fallbacks": count_fallbacks(report, kept_ends),
     }
 
 

@@ -11,8 +11,10 @@ from typing import Any
 from claq_exp import __version__
 from claq_exp.config import ExperimentConfig
 from claq_exp.evaluation.caveats import tell_caveats
+from claq_exp.models.ends import ADVICE, KEPT, EndsError
 from claq_exp.models.load import forward_dtype, look_at
 from claq_exp.quantize.stale_kernels import drop_stale_kernels
+from claq_exp.run.ends import required_ends
 from claq_exp.run.inputs import fetch, tokenize_inputs
 from claq_exp.run.job import Job
 from claq_exp.run.needs import check_needs
@@ -22,6 +24,7 @@ from claq_exp.run_folder import (
     RunFolder,
     run_identity,
 )
+from claq_exp.run_folder.fallbacks import ENDS
 from claq_exp.sources.cache import fetch_log
 from claq_exp.system.distributed import ALONE, Ranks
 from claq_exp.system.interruption import graceful
@@ -69,6 +72,7 @@ def run(
     folder = RunFolder.of(config, identity)
     finished = folder.results()
     if finished is not None and config.resume != "never":
+        _check_kept_ends(config, finished)
         return Outcome(folder.path, finished, found=True)
     plan = make_plan(config, original.config, device)
     if config.check_resources:
@@ -101,6 +105,13 @@ def run(
         shutil.rmtree(folder.work, ignore_errors=True)
         notes = [tracker.failure] if tracker and tracker.failure else []
         return Outcome(folder.path, results, found=False, notes=(*notes, *job.notes))
+
+
+def _check_kept_ends(config: ExperimentConfig, results: dict[str, Any]) -> None:
+    """Raise EndsError where a finished run has kept in 16 bits what must be packed now."""
+    kept = results.get("fallbacks", {}).get(ENDS)
+    if kept and required_ends(*config.end_rules()):
+        raise EndsError(f"{kept.removesuffix(KEPT)}{ADVICE}")
 
 
 def _tracker(

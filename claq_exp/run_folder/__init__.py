@@ -33,6 +33,8 @@ NEUTRAL = (
     "device_map",
     "stream",
     "check_resources",
+    "embedding.required",
+    "head.required",
 )  # these change no result
 LATER = {  # and what stands for nothing
     "allocation": {"name": "none"},
@@ -43,6 +45,7 @@ LATER = {  # and what stands for nothing
     "evaluation.after": [],
     "solver.asymmetric": 0,
 }
+_ABSENT = object()
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again
 RESULTS_FILE = "results.json"
 SCHEMA = 1  # of it
@@ -75,12 +78,12 @@ def run_identity(
     contents: hash of every input file.  version: of this package.  Settings that came later are
     left out where they change nothing, so that earlier runs are found.
     """
-    settings = {key: value for key, value in config.as_dict().items() if key not in NEUTRAL}
-    for key, nothing in LATER.items():
+    settings = config.as_dict()
+    for key in (*NEUTRAL, *LATER):
         *path, last = key.split(".")
         place = reduce(dict.__getitem__, path, settings)
-        if last in place and place[last] == nothing:
-            del place[last]
+        if key in NEUTRAL or place.get(last, _ABSENT) == LATER[key]:
+            place.pop(last, None)
     return {"config": settings, "contents": contents, "version": version}
 
 

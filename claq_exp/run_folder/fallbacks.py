@@ -9,6 +9,7 @@ from typing import Any
 from claq_exp.errors import NumericalError
 
 Row = Mapping[str, Any]
+ENDS = "embedding"  # in results.json: why embedding and head stay in 16 bits, where they do
 
 
 @dataclass(frozen=True)
@@ -87,15 +88,27 @@ FALLBACKS = (
 )
 
 
-def count_fallbacks(report: Iterable[Row]) -> dict[str, int]:
-    """Return how many layers have each kind of fallback, and `layers`: how many have any."""
+def count_fallbacks(report: Iterable[Row], kept_ends: str = "") -> dict[str, Any]:
+    """Return how many layers have each kind of fallback, and `layers`: how many have any.
+
+    kept_ends: why embedding and head stay in 16 bits; a key of its own where they do.
+    """
     rows = list(report)
     happened = {kind.key: sum(map(kind.happened, rows)) for kind in FALLBACKS}
-    return {"layers": sum(any(k.happened(row) for k in FALLBACKS) for row in rows), **happened}
+    layers = sum(any(k.happened(row) for k in FALLBACKS) for row in rows)
+    return {"layers": layers, **happened, **({ENDS: kept_ends} if kept_ends else {})}
 
 
-def fallback_notes(counts: Mapping[str, int]) -> list[str]:
-    """Return a sentence for each kind of fallback that happened."""
+def fallback_notes(counts: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each kind of fallback that happened.
+
+    counts: as in results.json.
+    """
+    kept = filter(None, [counts.get(ENDS, "")])
+    return [*kept, *_layer_notes(counts)]
+
+
+def _layer_notes(counts: Mapping[str, Any]) -> list[str]:
     return [
         "; ".join(
             [

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from claq_exp.payload.base import Layout
-from claq_exp.payload.gather import gathered
+from claq_exp.payload.operand import Operand
+from claq_exp.runtime.kernels import Lookup, choose_lookup
 from claq_exp.runtime.packed import PackedMatrix
 
 
@@ -35,17 +37,27 @@ class QuantizedEmbedding(PackedMatrix):
         del table.weight
         table.__dict__["weight"] = self.weight  # no parameter: it is told to be initialized
         self.rule = table
+        self._chosen: tuple[Operand, Lookup] | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the rows of tokens: [...] integers -> [..., width].
 
-        Raises IndexError for a token that the table has not.
+        Raises IndexError for a token that the table has not; on a GPU that is torch's assertion.
         """
-        operand = self.operand()
+        operand, look_up = self._prepared()
         asked = tokens.to(operand.device, torch.int64)
-        rows = gathered(operand, asked.reshape(-1)).to(self.weight.dtype)
+        rows = look_up(operand, asked.reshape(-1), self.weight.dtype)
         places = torch.arange(len(rows), device=operand.device).reshape(asked.shape)
         return _looked_up(self.rule, rows, places)
+
+    def _prepared(self) -> tuple[Operand, Lookup]:
+        operand = self.operand()
+        if self._chosen is None or self._chosen[0] is not operand:
+            self._chosen = operand, choose_lookup(operand)
+        return self._chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_chosen": None}
 
     def extra_repr(self) -> str:
         """Describe the embedding as torch prints it."""

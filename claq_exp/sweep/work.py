@@ -12,6 +12,7 @@ from typing import Any
 from claq_exp.config import ExperimentConfig
 from claq_exp.reporting.tables import overlap_notes, text_notes
 from claq_exp.run.runner import run
+from claq_exp.run_folder.fallbacks import ENDS
 from claq_exp.tracking.progress import RunProgress
 
 WORST = 1e9  # the objective of a job that failed: a sweeper would stop at NaN or infinity
@@ -48,7 +49,8 @@ def run_here(order: Order, on_share: OnShare) -> Done:
         order.config, order.command, progress=partial(RunProgress, on_share=on_share), wait=True
     )
     read = text_notes(outcome.results)
-    notes = (*read, *overlap_notes(outcome.results), *outcome.notes)
+    kept = filter(None, [outcome.results.get("fallbacks", {}).get(ENDS)])
+    notes = (*read, *overlap_notes(outcome.results), *kept, *outcome.notes)
     return Done(outcome.folder.name, outcome.found, objective(outcome.results), notes)
 
 

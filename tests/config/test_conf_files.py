@@ -43,7 +43,14 @@ OPTIONS = sorted(
     for path in CONF.glob("*/**/*.yaml")
     if not path.is_relative_to(CONF / "hydra")
 )
-STRATEGIES = [name for name in OPTIONS if name.partition("/")[0] in FAMILIES]
+PRESETS = [  # of a strategy, with other fields
+    name
+    for name in OPTIONS
+    if name.partition("/")[0] in FAMILIES and "\ndefaults: [" in (CONF / name).read_text()
+]
+STRATEGIES = [
+    name for name in OPTIONS if name.partition("/")[0] in FAMILIES and name not in PRESETS
+]
 EXPERIMENTS = sorted(
     name.removeprefix("experiment/").removesuffix(".yaml")
     for name in OPTIONS
@@ -150,6 +157,17 @@ def test_the_file_of_a_strategy_shows_every_field_with_its_default(file):
     assert content(CONF / file) == {"name": option, **dataclasses.asdict(strategy())}
 
 
+@pytest.mark.parametrize("file", PRESETS)
+def test_a_preset_is_a_strategy_with_other_fields(file):
+    family = file.partition("/")[0]
+    base, own = yaml.safe_load((CONF / file).read_text(encoding="utf-8"))["defaults"]
+    changed = content(CONF / file)
+    usual = content(CONF / family / f"{base}.yaml")
+    assert own == "_self_"
+    assert changed.keys() < usual.keys() - {"name"}
+    assert getattr(composed_with(file), family) == usual | changed
+
+
 @pytest.mark.parametrize(
     ("group", "schema"),
     [
@@ -184,7 +202,8 @@ def test_a_model_of_the_hub_is_a_name_and_a_source_on_top_of_hf(option):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_strategy_is_an_option_and_every_option_a_strategy(family):
-    assert set(groups()[family]) == set(FAMILIES[family])
+    presets = {Path(file).stem for file in PRESETS if file.partition("/")[0] == family}
+    assert set(groups()[family]) == set(FAMILIES[family]) | presets
 
 
 def test_groups_lists_every_folder_and_the_sweeps():

@@ -277,6 +277,22 @@ def test_an_embedding_that_ranks_quantize_is_that_of_one_process(dense_source, b
     assert (row["name"], row["tokens"]) == (name, 10 * 24)
 
 
+def test_an_embedding_that_ranks_quantize_before_the_blocks_is_to_the_byte_that_of_one_process(
+    batches, tmp_path
+):
+    source = tmp_path / "source"
+    tiny_llama(num_hidden_layers=2, tie_word_embeddings=False).save_pretrained(source)
+    with_ends(source, tmp_path / "alone", batches)
+    finished(start_ranks(with_ends, tmp_path / "two", source, tmp_path / "two", batches, size=2))
+    one, two = (stored(tmp_path / place).packed() for place in ("alone", "two"))
+    assert one.keys() == two.keys()
+    name = "model.embed_tokens"
+    for suffix, tensor in one[name].tensors.items():
+        assert torch.equal(tensor, two[name].tensors[suffix])
+    ours, theirs = (weights(tmp_path / place)["lm_head"] for place in ("alone", "two"))
+    assert (ours - theirs).norm() < 0.01 * ours.norm()
+
+
 FEW = Norms(steps=6, learning_rate=0.01, batch=2)
 NORM_TOLERANCE = 1e-3  # of a norm: what another order of sums makes of six steps
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import claq_exp
+import claq_exp.run.ends
 import claq_exp.run.quantize
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.cli import main
 from claq_exp.compose.experiment import compose_config
 from claq_exp.errors import ConfigError
-from claq_exp.models.ends import is_end
+from claq_exp.models.ends import EndsError, is_end
 from claq_exp.reporting.labels import method_label
 from claq_exp.run.plan import plan_for
 
@@ -149,11 +150,15 @@ def test_pictures_and_reports_are_about_blocks_and_evaluate_counts_the_same(
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_run_that_ends_at_the_embedding_goes_on_to_the_same_bytes(
-    moment, run, tiny_run, tmp_path, monkeypatch
+@pytest.mark.parametrize("step", ["quantize_embedding", "quantize_head"])
+def test_a_run_that_ends_at_the_embedding_or_head_goes_on_to_the_same_bytes(
+    step, moment, untied, run, tiny_run, tmp_path, monkeypatch
 ):
-    expected, _ = run("embedding=kmeans", "embedding.bits=4", outputs="undisturbed")
-    whole, calls = claq_exp.run.quantize.quantize_ends, []
+    words = [f"model.source={untied}", "embedding=kmeans_4bit", "solver.asymmetric=0.5"]
+    if step == "quantize_head":
+        words = ["embedding=kmeans_4bit"]  # the one matrix of a tied model
+    expected, _ = run(*words, outputs="undisturbed")
+    whole, calls = getattr(claq_exp.run.quantize, step), []
 
     def ended(*arguments, **options):
         calls.append("")
@@ -161,15 +166,35 @@ def test_a_run_that_ends_at_the_embedding_goes_on_to_the_same_bytes(
             whole(*arguments, **options)
         raise OSError("the machine is gone")
 
-    words = [*tiny_run, *SMALL, "embedding=kmeans", "embedding.bits=4"]
     with monkeypatch.context() as patch:
-        patch.setattr(claq_exp.run.quantize, "quantize_ends", ended)
-        assert main([*words, f"outputs={tmp_path / 'again'}"]) == 1
-    folder, _ = run("embedding=kmeans", "embedding.bits=4", "resume=required", outputs="again")
+        patch.setattr(claq_exp.run.quantize, step, ended)
+        assert main([*tiny_run, *SMALL, *words, f"outputs={tmp_path / 'again'}"]) == 1
+    folder, _ = run(*words, "resume=required", outputs="again")
     assert calls
     ours, theirs = (load_file(f / "checkpoint/model.safetensors") for f in (folder, expected))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_model_whose_embedding_cannot_be_packed_keeps_it_by_default(
+    run, tiny_run, tmp_path, monkeypatch, capsys
+):
+    def odd(model):
+        raise EndsError("the embedding of LlamaForCausalLM is odd; set embedding=none")
+
+    monkeypatch.setattr(claq_exp.run.ends, "find_ends", odd)
+    kept = "the embedding of LlamaForCausalLM is odd; embedding and head stay in 16 bits"
+    folder, results = run()
+    assert f"Note: {kept}" in capsys.readouterr().out
+    assert results["fallbacks"]["embedding"] == kept
+    assert results["fallbacks"]["layers"] == 0
+    assert not any(is_end(name) for name in read_layouts(folder / "checkpoint"))
+    words = [*tiny_run, *SMALL, f"outputs={tmp_path / 'outputs'}"]
+    assert main(["plan", *words]) == 0
+    assert f"Note: {kept}" in capsys.readouterr().out
+    for asked in ("embedding=kmeans", "embedding.required=true", "head=uniform", "strict=true"):
+        assert main([*words, asked]) == 2  # the first finds the finished run
+        assert "is odd; set embedding=none" in " ".join(capsys.readouterr().err.split())
 
 
 def test_adapters_go_on_top_of_a_packed_embedding(run):

@@ -270,6 +270,9 @@ def test_settings_that_came_later_leave_earlier_runs_their_folders(base):
     assert folder_of([*WORDS, "solver.asymmetric=0.5"]).hash != base.hash
     assert "gptq_asymmetric0.5" in folder_of([*WORDS, "solver.asymmetric=0.5"]).path.name
     assert run_identity(compose_config([*WORDS, "solver=nearest"]), {}, "1.0")
+    assert folder_of([*WORDS, "embedding=kmeans"]).hash == base.hash
+    head = run_identity(compose_config([*WORDS, "head=kmeans"]), {}, "1.0")["config"]["head"]
+    assert set(head) == {"name", "bits", "solver", "lookup", "rows"}
     words = [*WORDS, "allocation=rate_distortion"]
     assert run_identity(compose_config(words), {}, "1.0")["config"]["allocation"]["target_bits"]
     assert folder_of([*words, "allocation.windows=2"]).hash != folder_of(words).hash

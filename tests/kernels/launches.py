@@ -103,14 +103,20 @@ def finish_case(dtype: torch.dtype, *, bare: bool = False) -> Case:
     )
 
 
-def dense_case(width: int, dtype: torch.dtype, *, grid: bool = False) -> Case:
-    """A dense copy of some rows."""
+def dense_case(width: int, dtype: torch.dtype, *, grid: bool = False, chosen: bool = False) -> Case:
+    """A dense copy of rows that follow each other, or of chosen ones."""
     absent = ("levels",) if grid else ("grid_scales", "zeros")
+    absent += () if chosen else ("rows",)
     return Case(
         "claq_exp.runtime.kernels.triton_dense:dequantize",
         {"width": width, **products.DENSE_TILE, **{f"{name}_ptr": None for name in absent}},
         {"num_warps": 4, "enable_fp_fusion": False},
-        {"columns_ptr": "*i32", "codes_ptr": "*i32", "weight_ptr": TYPES[dtype]},
+        {
+            "columns_ptr": "*i32",
+            "codes_ptr": "*i32",
+            "weight_ptr": TYPES[dtype],
+            **({"rows_ptr": "*i64"} if chosen else {}),
+        },
     )
 
 
@@ -143,6 +149,7 @@ def usual(architecture: str) -> dict[str, Case]:
         "tensor cores, float32": product_case(2, 16, torch.float32, rocm=rocm),
         "sums of partial sums": finish_case(torch.bfloat16),
         "a dense copy": dense_case(5, torch.bfloat16),
+        "rows of an embedding": dense_case(8, half, chosen=True),
         "a choice of codebooks": rounding_case(LO_BCQ, torch.bfloat16),
     }
     if architecture == "sm_90":

@@ -118,9 +118,12 @@ def check(kernel: CpuKernel, weight: ColumnPayload, inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", ["columns", "shared", "grid"])
 @pytest.mark.parametrize("width", range(1, 9))
 def test_every_width(kernel: CpuKernel, width: int, kind: str) -> None:
-    """Each code width, with partial vectors and a short last group, for one row and for several."""
+    """Each code width, with partial vectors and a short last group.
+
+    For one row, for several that share a look-up, and for more, which share what was looked up.
+    """
     weight = matrix(205, 150, [width], kind, scaled=kind != "grid", reserved=0.02)
-    for batch in (1, 5):
+    for batch in (1, 3, 5, 19):
         check(kernel, weight, torch.randn(batch, 150))
 
 
@@ -148,8 +151,9 @@ def test_batches(kernel: CpuKernel, batch: int) -> None:
 )
 def test_shapes(kernel: CpuKernel, shape: tuple[int, int]) -> None:
     """Rows that fill no vector or no byte, and chunks that are not full."""
-    for width in (1, 2, 3, 4, 5, 7):
+    for width in (1, 2, 3, 4, 5, 6, 7, 8):
         check(kernel, matrix(*shape, [width], reserved=0.05), torch.randn(2, shape[1]))
+        check(kernel, matrix(*shape, [width]), torch.randn(18, shape[1]))
         check(kernel, matrix(*shape, [width], "grid", group_size=24), torch.randn(1, shape[1]))
 
 

@@ -12,7 +12,9 @@ from torch import nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
+from claq_exp.runtime import kernels
 from claq_exp.runtime.embedding import QuantizedEmbedding
+from claq_exp.runtime.kernels.triton import TritonKernel
 from claq_exp.runtime.linear import QuantizedLinear
 from claq_exp.runtime.packed import packed_modules
 
@@ -95,6 +97,40 @@ def test_numbers_that_changed_in_place_are_seen():
 def test_a_token_that_the_table_has_not_is_refused(token):
     with pytest.raises(IndexError, match=str(ROWS)):
         packed(TABLES["plain"](), widths=(4,))(torch.tensor([token]))
+
+
+@pytest.fixture
+def on_triton(monkeypatch):
+    """Have the kernel of GPUs look rows up, in its interpreter; yields what it was asked for."""
+    pytest.importorskip("triton")
+    asked, rows = [], TritonKernel.rows
+
+    def noted(self, operand, index, dtype):
+        asked.append(index)
+        return rows(self, operand, index, dtype)
+
+    monkeypatch.setattr(TritonKernel, "rows", noted)
+    monkeypatch.setattr(kernels, "LOOKUP", {"cpu": TritonKernel})
+    return asked
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is off where a GPU is")
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_the_kernel_of_gpus_looks_the_same_up(form, on_triton):
+    table = TABLES["gemma"]()
+    module, expected = packed(table, torch.float16, **form), dense(table, torch.float16, **form)
+    for tokens in (TOKENS, TOKENS[:0], TOKENS[0, 1]):
+        assert torch.equal(module(tokens), expected(tokens))
+    assert len(on_triton) == 4  # the check, once
+
+
+def test_a_kernel_that_gives_other_rows_is_not_used(on_triton, monkeypatch):
+    right = TritonKernel.rows
+    monkeypatch.setattr(TritonKernel, "rows", lambda *given: right(*given) + 1)
+    table = TABLES["plain"]()
+    with pytest.warns(RuntimeWarning, match="gives other rows than the reference"):
+        found = packed(table, widths=(8,))(TOKENS)
+    assert torch.equal(found, dense(table, widths=(8,))(TOKENS))
 
 
 class Tied(nn.Module):

@@ -81,6 +81,38 @@ def test_the_dense_copy_is_exact(device, widths, row_scales):
     assert torch.equal(dense_rows(packed, torch.float16, 0, 49).cpu(), expected.half())
 
 
+ASKED = torch.tensor([48, 0, 7, 7, 31, 48, 32])
+
+
+@pytest.mark.parametrize("widths", MIXES)
+@pytest.mark.parametrize("reserved", [0.0, 0.1])
+def test_rows_that_are_asked_for_are_exact(device, widths, reserved):
+    weight = random_weight(49, 37, widths, reserved=reserved, row_scales=reserved > 0)
+    packed, kernel = operand(weight, device), TritonKernel()
+    for index in (ASKED, ASKED[:1], ASKED[:0], torch.arange(49).repeat(3)):
+        expected = weight.dequantize()[index]
+        for dtype in (torch.float32, torch.float16):
+            found = kernel.rows(packed, index.to(device), dtype)
+            assert found.dtype == dtype
+            assert torch.equal(found.cpu(), expected.to(dtype))
+
+
+@pytest.mark.parametrize("width", [1, 3, 8])
+def test_rows_of_a_grid_are_exact(device, width):
+    weight = random_weight(49, 37, [width], group_size=5)
+    found = TritonKernel().rows(operand(weight, device), ASKED.to(device), torch.float32)
+    assert torch.equal(found.cpu(), weight.dequantize()[ASKED])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the assertion ends a GPU's process")
+@pytest.mark.parametrize("row", [-1, 49])
+def test_a_row_that_the_matrix_has_not_is_an_error(row):
+    with pytest.raises(RuntimeError):
+        TritonKernel().rows(
+            operand(random_weight(49, 5, [8]), "cpu"), torch.tensor([0, row]), torch.float32
+        )
+
+
 @pytest.mark.parametrize("dtype", ROUNDOFF)
 @pytest.mark.parametrize("n", [0, 1, 2, 4, 5, 16, 17, 33])
 def test_batches_and_dtypes(device, dtype, n):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from claq_exp.errors import ConfigError, one_of, telling_line
+from claq_exp.payload.gather import gathered
 from claq_exp.payload.operand import Operand
 from claq_exp.runtime.kernels.cpu import CpuKernel
 from claq_exp.runtime.kernels.reference import REFERENCE, ReferenceKernel, dense_rows
@@ -39,6 +41,8 @@ class Kernel(Protocol):
 
 KERNEL: dict[str, type] = {"cpu": CpuKernel, "reference": ReferenceKernel, "triton": TritonKernel}
 FASTEST = {"cpu": "cpu", "cuda": "triton"}  # by type of device
+LOOKUP: dict[str, type[TritonKernel]] = {"cuda": TritonKernel}  # the same; torch's own elsewhere
+Lookup = Callable[[Operand, Tensor, torch.dtype], Tensor]
 VECTOR = 16  # rows that kernels take side by side
 _failures: dict[tuple[object, ...], str | None] = {}
 
@@ -76,6 +80,46 @@ def _fastest(operand: Operand) -> Kernel:
         stacklevel=2,
     )
     return REFERENCE
+
+
+def choose_lookup(operand: Operand) -> Lookup:
+    """Return what reads rows of a matrix: (operand, [n] int64, dtype) -> [n, in].
+
+    The kernel of the operand's device, once it has given the reference's rows to the bit, or else
+    torch's operations.
+    """
+    kernel = LOOKUP.get(operand.device.type, TritonKernel)()
+    if operand.device.type not in LOOKUP or kernel.refusal(operand):
+        return gathered_rows
+    if objection := _lookup_objection(kernel, operand):
+        warnings.warn(
+            f"the rows of a packed embedding are read by torch: the kernel {objection}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return gathered_rows
+    return kernel.rows
+
+
+def gathered_rows(operand: Operand, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return some rows of a matrix by torch's operations, on any device: [n, in] of dtype.
+
+    Raises IndexError for a row that it has not.
+    """
+    return gathered(operand, rows).to(dtype)
+
+
+def _lookup_objection(kernel: TritonKernel, operand: Operand) -> str | None:
+    """Say what is wrong with the rows that a kernel reads, first and last ones, or None."""
+    last = operand.rows - 1
+    rows = torch.tensor([last, 0, last // 2, last], device=operand.device)
+    try:
+        found = kernel.rows(operand, rows, torch.float32)
+    except Exception as error:  # noqa: BLE001 - whatever a compiler or a driver raises
+        return f"fails on this machine ({type(error).__name__}: {telling_line(error)})"
+    if torch.equal(found, gathered(operand, rows)):
+        return None
+    return "gives other rows than the reference on this machine"
 
 
 def kernel_name(kernel: Kernel) -> str:

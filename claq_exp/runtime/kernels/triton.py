@@ -21,7 +21,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from claq_exp.payload.operand import Operand
-from claq_exp.runtime.kernels.triton_operand import TritonOperand, TritonPart, prepare
+from claq_exp.runtime.kernels.triton_operand import (
+    TritonOperand,
+    TritonPart,
+    TritonReserved,
+    prepare,
+)
 from claq_exp.system.accelerator import ROCM
 
 MOST_LOOKUPS = 4  # inputs; above, tensor cores take fewer instructions
@@ -72,10 +77,7 @@ class TritonKernel:
         Products are summed in float32, in an order that depends on shapes and GPU alone; above
         `MOST_TILES` inputs weights are rounded to the dtype of the inputs.
         """
-        prepared = self._prepared.get(id(operand))
-        if prepared is None:
-            prepared = self._prepared[id(operand)] = prepare(operand)
-            weakref.finalize(operand, self._prepared.pop, id(operand), None)
+        prepared = self._prepare(operand)
         n = len(inputs)
         inputs = inputs.contiguous()
         if not n:
@@ -90,6 +92,24 @@ class TritonKernel:
                     return _from_codes(prepared, inputs, launches)
             return _from_dense(prepared, inputs)
 
+    def rows(self, operand: Operand, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return some rows of the matrix: [n, in], rounded from float32 to dtype.
+
+        rows: [n] int64 on the device, in any order and any number of times.  One that the matrix
+        has not is an error as it is of torch's embedding: no copy to the CPU waits for it.
+        """
+        prepared = self._prepare(operand)
+        torch._assert_async(((rows >= 0) & (rows < operand.rows)).all())
+        with torch.cuda.device_of(rows):
+            return _dense(prepared, dtype, 0, len(rows), rows)
+
+    def _prepare(self, operand: Operand) -> TritonOperand:
+        prepared = self._prepared.get(id(operand))
+        if prepared is None:
+            prepared = self._prepared[id(operand)] = prepare(operand)
+            weakref.finalize(operand, self._prepared.pop, id(operand), None)
+        return prepared
+
 
 def dense_rows(operand: Operand, dtype: torch.dtype, first: int, last: int) -> Tensor:
     """Return rows [first, last) of the matrix: [last - first, in], rounded from float32 to dtype.
@@ -97,7 +117,7 @@ def dense_rows(operand: Operand, dtype: torch.dtype, first: int, last: int) -> T
     For an operand that TritonKernel does not refuse.
     """
     with torch.cuda.device_of(operand.parts[0].codes):
-        return _dense(prepare(operand), dtype, first, last)
+        return _dense(prepare(operand), dtype, first, last - first)
 
 
 @cache
@@ -305,20 +325,23 @@ def _from_dense(prepared: TritonOperand, inputs: Tensor) -> Tensor:
     outputs = inputs.new_empty(len(inputs), prepared.rows)
     for first in range(0, prepared.rows, height):
         last = min(first + height, prepared.rows)
-        weight = _dense(prepared, inputs.dtype, first, last)
+        weight = _dense(prepared, inputs.dtype, first, last - first)
         outputs[:, first:last] = functional.linear(inputs, weight)
     return outputs
 
 
-def _dense(prepared: TritonOperand, dtype: torch.dtype, first: int, last: int) -> Tensor:
+def _dense(
+    prepared: TritonOperand, dtype: torch.dtype, first: int, count: int, rows: Tensor | None = None
+) -> Tensor:
+    """Return `count` rows from `first` on, or those that `rows` [count] int64 names."""
     from claq_exp.runtime.kernels.triton_dense import dequantize
 
     device = prepared.parts[0].codes.device
-    weight = torch.empty(last - first, prepared.columns, dtype=dtype, device=device)
+    weight = torch.empty(count, prepared.columns, dtype=dtype, device=device)
     grid = prepared.grid
-    for part in prepared.parts:
+    for part in prepared.parts if count else ():
         k, pitch = part.codes.shape
-        blocks = _ceil(last - first, DENSE_TILE["height"]), _ceil(k, DENSE_TILE["depth"])
+        blocks = _ceil(count, DENSE_TILE["height"]), _ceil(k, DENSE_TILE["depth"])
         dequantize[blocks](
             part.columns,
             part.codes,
@@ -326,6 +349,7 @@ def _dense(prepared: TritonOperand, dtype: torch.dtype, first: int, last: int) -
             prepared.row_scales,
             None if grid is None else grid.scales,
             None if grid is None else grid.zeros,
+            rows,
             weight,
             prepared.columns,
             k,
@@ -333,15 +357,27 @@ def _dense(prepared: TritonOperand, dtype: torch.dtype, first: int, last: int) -
             pitch,
             1 if grid is None else grid.size,
             first,
-            last,
+            count,
             width=part.width,
             **DENSE_TILE,
             num_warps=4,
             enable_fp_fusion=False,
         )
     reserved = prepared.reserved
-    if reserved is not None:
-        own = slice(int(reserved.host_starts[first]), int(reserved.host_starts[last]))
+    if reserved is not None and rows is not None:
+        _put_reserved(reserved, rows, weight)
+    elif reserved is not None:
+        own = slice(int(reserved.host_starts[first]), int(reserved.host_starts[first + count]))
         at = (reserved.rows[own] - first).long(), reserved.columns[own].long()
         weight[at] = reserved.values[own].to(dtype)
     return weight
+
+
+def _put_reserved(reserved: TritonReserved, rows: Tensor, weight: Tensor) -> None:
+    """Write the reserved entries of some rows into them: [n, in]."""
+    first, last = reserved.starts[rows].long(), reserved.starts[rows + 1].long()
+    counts = last - first
+    numbers = torch.arange(len(rows), device=rows.device).repeat_interleave(counts)
+    entries = torch.arange(len(numbers), device=rows.device)
+    entries += (last - counts.cumsum(0))[numbers]
+    weight[numbers, reserved.columns[entries].long()] = reserved.values[entries].to(weight.dtype)

@@ -27,7 +27,7 @@ def _levels_at(codes_ptr, levels_ptr, column, row, inside, pitch, width: tl.cons
     return level
 
 
-@triton.jit(do_not_specialize=["first_row", "last_row"])
+@triton.jit(do_not_specialize=["first_row", "count"])
 def dequantize(
     columns_ptr,
     codes_ptr,
@@ -35,6 +35,7 @@ def dequantize(
     row_scales_ptr,
     grid_scales_ptr,
     zeros_ptr,
+    rows_ptr,
     weight_ptr,
     size,
     k,
@@ -42,19 +43,24 @@ def dequantize(
     pitch,
     group_size,
     first_row,
-    last_row,
+    count,
     width: tl.constexpr,
     height: tl.constexpr,
     depth: tl.constexpr,
 ):
     """Write the columns of one width as a dense matrix, but for reserved entries.
 
-    weight: [last_row - first_row, size], written.  grid_scales, zeros: [groups, rows] float32 or
-    None.  The rest as in `triton_decode`.
+    weight: [count, size], written.  rows_ptr: [count] int64, the rows of the matrix that it has;
+    None for those from first_row on.  grid_scales, zeros: [groups, rows] float32 or None.  The rest
+    as in `triton_decode`.
     """
-    row = first_row + tl.program_id(0) * height + tl.arange(0, height)
+    number = tl.program_id(0) * height + tl.arange(0, height)
     column = tl.program_id(1) * depth + tl.arange(0, depth)
-    there = row < last_row
+    there = number < count
+    row = first_row + number
+    if rows_ptr is not None:
+        row = tl.load(rows_ptr + number, mask=there, other=0).to(tl.int32)
+        there &= (row >= 0) & (row < rows)
     inside = (column < k)[:, None] & there[None, :]
     value = _levels_at(codes_ptr, levels_ptr, column[:, None], row[None, :], inside, pitch, width)
     if grid_scales_ptr is not None:
@@ -66,6 +72,6 @@ def dequantize(
     place = column
     if columns_ptr is not None:
         place = tl.load(columns_ptr + column, mask=column < k, other=0)
-    at = (row - first_row).to(tl.int64)[:, None] * size + place[None, :]
+    at = number.to(tl.int64)[:, None] * size + place[None, :]
     turned = tl.trans(value).to(weight_ptr.dtype.element_ty)
     tl.store(weight_ptr + at, turned, mask=there[:, None] & (column < k)[None, :])
