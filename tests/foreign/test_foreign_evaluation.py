@@ -67,6 +67,30 @@ def test_a_dense_folder_is_measured_like_its_original(evaluate, tiny_model):
     assert "external: dense" in shown
 
 
+def test_a_report_shows_what_others_made_beside_own_runs(
+    evaluate, tiny_model, text_file, tmp_path, capfd
+):
+    evaluate(tiny_model, *of(tiny_model))
+    words = [*of(tiny_model), "experiment=rtn_4bit", "calibration=text", "tracking=none"]
+    words += [f"calibration.path={text_file}", "calibration.seqlen=64", "calibration.windows=2"]
+    words += ["evaluation=perplexity", f"evaluation.corpora.wikipedia.path={text_file}"]
+    words += ["evaluation.context=64", "evaluation.corpora.wikipedia.windows=2"]
+    words += ["evaluation.kl_windows=1", "threads=1", f"outputs={tmp_path / 'outputs'}"]
+    assert main(words) == 0
+    assert main(["report", str(tmp_path / "outputs")]) == 0
+    table = (tmp_path / "outputs/report.md").read_text()
+    assert "dense (external)" in table
+    assert "uniform" in table
+    assert "Left out" not in table
+    capfd.readouterr()
+    (path,) = (tmp_path / "outputs").glob("default/external-tiny-*/results.json")
+    results = json.loads(path.read_text())
+    del results["external"]["name"]
+    path.write_text(json.dumps(results))
+    assert main(["report", str(tmp_path / "outputs")]) == 0
+    assert "Left out" in capfd.readouterr().out
+
+
 @pytest.mark.parametrize("vocabulary", [True, False])
 def test_a_gguf_file_is_measured_on_the_tokens_of_its_own_or_the_originals_vocabulary(
     evaluate, original, tmp_path, vocabulary
