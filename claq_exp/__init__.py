@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from claq_exp.run.inputs import Calibration
     from claq_exp.run.runner import Outcome
 
 __version__ = "0.1.0"
@@ -46,6 +47,20 @@ def run_experiment(*words: str, settings: Mapping[str, object] | None = None) ->
 
     overrides = [*words, *(word_of(key, value) for key, value in (settings or {}).items())]
     return run(compose_config(overrides), shlex.join(["claq-exp", *overrides]))
+
+
+def calibration(*words: str, settings: Mapping[str, object] | None = None) -> Calibration:
+    """Return what a run would calibrate on, for quantizers of others: model and token windows.
+
+    words, settings: as of `run_experiment`.  The result has `model`, the original's folder in the
+    Hugging Face layout, and `windows`, [windows, seqlen] int64.  Raises ConfigError as there.
+    """
+    from claq_exp.compose.experiment import compose_config
+    from claq_exp.compose.words import word_of
+    from claq_exp.run.inputs import calibration_of
+
+    overrides = [*words, *(word_of(key, value) for key, value in (settings or {}).items())]
+    return calibration_of(compose_config(overrides))
 
 
 on_import(

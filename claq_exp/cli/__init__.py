@@ -28,7 +28,8 @@ DEBUG = "--debug"
 USAGE = """\
 claq-exp [run] [OVERRIDES] [-m]        quantize a model and measure what it cost (default)
 claq-exp plan [OVERRIDES]              bits, bytes, memory and time before any work
-claq-exp evaluate checkpoint=FOLDER    measure an existing checkpoint
+claq-exp evaluate checkpoint=PATH      measure an existing checkpoint, also one that others made:
+                                       GPTQ, AWQ, GGUF, ... (docs/evaluation.md)
 claq-exp report FOLDER ...             tables and plots of all runs below folders; --by KEY ...,
                                        --rows KEY,... --columns KEY,... --metrics NAME,...,
                                        --sort NAME, --seeds, --into FOLDER, --wandb
@@ -239,6 +240,9 @@ def _evaluate(arguments: list[str]) -> int:
 
 def _inspect(arguments: list[str]) -> int:
     from claq_exp.checkpoint.summary import summarize
+    from claq_exp.foreign.found import find_foreign
+    from claq_exp.foreign.ledger import read_ledger
+    from claq_exp.reporting.foreign_tables import foreign_tables, linears_table
     from claq_exp.reporting.plots import plot_columns
     from claq_exp.reporting.tables import layers_table, summary_tables
     from claq_exp.run_folder.find import checkpoint_folder
@@ -254,15 +258,23 @@ def _inspect(arguments: list[str]) -> int:
     folders = [word for word in words if word != "--layers"]
     if len(folders) != 1 or folders[0].startswith("-"):
         raise ConfigError(usage)
-    summary = summarize(checkpoint_folder(folders[0]))
-    console = Console()
-    console.print(str(summary.folder), highlight=False, markup=False, soft_wrap=True)
-    for table in summary_tables(summary):
+    console, notes = Console(), list[str]()
+    foreign = find_foreign(folders[0])
+    if foreign is not None:
+        ledger = read_ledger(foreign, trust_remote_code=False)
+        path, tables, layers = foreign.path, foreign_tables(foreign, ledger), linears_table(ledger)
+        rows, notes = [linear.row() for linear in ledger.linears], ledger.notes()
+    else:
+        summary = summarize(checkpoint_folder(folders[0]))
+        path, tables = summary.folder, summary_tables(summary)
+        layers = layers_table([*summary.layers, *summary.ends])
+        rows = [layer.row() for layer in summary.layers]
+    console.print(str(path), highlight=False, markup=False, soft_wrap=True)
+    for table in [*tables, layers] if "--layers" in words else tables:
         console.print(table)
-    if "--layers" in words:
-        console.print(layers_table([*summary.layers, *summary.ends]))
+    _print_notes(console, notes)
     if picture:
-        plot_columns([layer.row() for layer in summary.layers], picture)
+        plot_columns(rows, picture)
         console.print(str(picture), highlight=False, markup=False, soft_wrap=True)
     return 0
 

@@ -14,7 +14,8 @@ from claq_exp.sources.cache import cached_folder, sha256_of
 def converted(gguf: Path, sha256: str | None, say: Callable[[str], None]) -> Path:
     """Return the safetensors form of a GGUF file, made once and kept in the cache.
 
-    It is in float16, or in float32 where float16 cannot hold it.
+    It is in float16, or in float32 where float16 cannot hold it, and has no tokenizer where the
+    file holds none.
     """
     content = sha256_of(gguf)
     if sha256 and content != sha256:
@@ -44,7 +45,7 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     }
     try:
         model = AutoModelForCausalLM.from_pretrained(**place, **_gguf_options())
-        tokenizer = AutoTokenizer.from_pretrained(**place)
+        tokenizer = AutoTokenizer.from_pretrained(**place) if _has_vocabulary(gguf) else None
     except Exception as error:
         reason = telling_line(error)
         raise SourceError(f"{gguf} cannot be read as a GGUF model: {reason}") from error
@@ -64,11 +65,19 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     model.config.dtype = dtype
     model.config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     origin = {"gguf": gguf.name, "sha256": sha256_of(gguf)}
     (folder / "origin.json").write_text(json.dumps(origin, indent=2) + "\n")
+
+
+def _has_vocabulary(path: Path) -> bool:
+    """Tell whether a GGUF file holds a tokenizer; some hold nothing but a model."""
+    import gguf
+
+    return gguf.GGUFReader(path).get_field("tokenizer.ggml.tokens") is not None
 
 
 def _gguf_options() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.evaluation.zero_shot import is_accuracy
+from claq_exp.reporting.external import as_run, is_external
 from claq_exp.reporting.older import current
 from claq_exp.reporting.overrides import agree
 from claq_exp.run_folder import (
@@ -151,7 +152,8 @@ def collect(folders: Sequence[Path]) -> Collection:
     """Return all runs below folders, finished or not, each once.
 
     Finished ones come first, by model and linear bits.  Results of a newer schema, of
-    `claq-exp evaluate` (they know no recipe), or that cannot be read, are left out with a note.
+    `claq-exp evaluate` on a checkpoint of this project (they know no recipe), or that cannot be
+    read, are left out with a note.  What others made is shown beside the runs.
     Raises ConfigError when a folder does not exist, or when there is no run below any.
     """
     found: dict[Path, Run] = {}
@@ -200,7 +202,12 @@ def read_run(folder: Path) -> Run:
     schema = results.get("schema", 0)
     if not isinstance(schema, int) or schema > SCHEMA:
         raise CheckpointError(f"{folder} holds results of schema {schema}; update claq_exp")
-    if results.get("status") != FINISHED:
+    if is_external(results):
+        try:
+            results = as_run(results)
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / RESULTS_FILE} is damaged: {error!r}") from error
+    elif results.get("status") != FINISHED:
         raise CheckpointError(f"{folder} holds no run but results that are {results.get('status')}")
     if missing := [part for part in PARTS if not isinstance(results.get(part), dict)]:
         raise CheckpointError(f"{folder / RESULTS_FILE} has no '{missing[0]}'")

@@ -114,12 +114,23 @@ def overlap_notes(results: dict[str, Any]) -> list[str]:
 def result_notes(results: dict[str, Any]) -> list[str]:
     """Return the lines below a run's table: what makes its numbers worth less than they look."""
     return [
+        *external_notes(results),
         *text_notes(results),
         *overlap_notes(results),
         *source_notes(results.get("source", {})),
         *(caveat.words for caveat in caveats(results)),
         *fallback_notes(results.get("fallbacks", {})),
     ]
+
+
+def external_notes(results: dict[str, Any]) -> list[str]:
+    """Return who made a checkpoint that is not of this project, and what its bits leave open."""
+    external = results.get("external")
+    if not external:
+        return []
+    by = f", written by {external['written_by']}" if external["written_by"] else ""
+    loaded = f"loaded with {external['package']} {external['version']}"
+    return [f"external: {external['quant_method']}{by}, {loaded}", *external["notes"]]
 
 
 def text_notes(results: dict[str, Any]) -> list[str]:

@@ -22,11 +22,15 @@ from claq_exp.evaluation.divergence import Comparison, Divergence
 from claq_exp.evaluation.measure import Measurement
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.tasks import check_tasks, task_content
+from claq_exp.foreign.found import Foreign, check_package, find_foreign
+from claq_exp.foreign.ledger import ForeignLedger, read_ledger
+from claq_exp.foreign.load import find_tokenizer, model_files
+from claq_exp.foreign.owners import model_config as foreign_config
 from claq_exp.models.context import check_context
 from claq_exp.models.dispatch import loaded
 from claq_exp.models.load import DTYPES, forward_dtype, load_config, load_tokenizer, open_model
 from claq_exp.models.skeleton import dense_parameter_count
-from claq_exp.models.source import fingerprint, model_folder, weight_bytes
+from claq_exp.models.source import fingerprint, model_folder, source_name, weight_bytes
 from claq_exp.models.stream import StreamedModel
 from claq_exp.models.towers import text_config
 from claq_exp.quantize.stale_kernels import drop_stale_kernels
@@ -52,6 +56,7 @@ from claq_exp.system.machine import choose_device, device_name, git_commit, sett
 from claq_exp.system.resources import free_memory
 from claq_exp.tracking.progress import RunProgress, noise_to
 
+EXTERNAL = "external"  # results of what others made
 EACH = 60.0  # seconds of a measurement: that both are of the same length, about, is what counts
 
 
@@ -70,6 +75,7 @@ class _Subject:
 
     config: its `model.dtype` is settled.  tasks: task -> hash of all that defines its score.
     parameters: of the model, tied ones once.  streams: models are read block by block.
+    foreign: the checkpoint and its ledger, where another owner made it.
     """
 
     config: ExperimentConfig
@@ -81,6 +87,17 @@ class _Subject:
     device: str
     parameters: int
     streams: bool
+    foreign: tuple[Foreign, ForeignLedger] | None = None
+
+    @property
+    def path(self) -> Path:
+        """What a person named: a folder, or a GGUF file."""
+        return self.foreign[0].path if self.foreign else self.folder
+
+    @property
+    def content(self) -> str:
+        """A hash of the checkpoint's files."""
+        return self.foreign[0].content() if self.foreign else fingerprint(self.folder)
 
     @property
     def whole(self) -> int:
@@ -110,11 +127,11 @@ def evaluate_checkpoint(
     Raises ConfigError without a checkpoint, and for an original of another kind than it,
     CheckpointError for a damaged checkpoint.
     """
-    subject = _prepare(config)
+    subject = _prepare(config, named=named)
     with noise_to(fetch_log()):
         original, note = _find_original(subject, named=named)
     settings = {
-        "checkpoint": str(subject.folder.resolve()),
+        "checkpoint": str(subject.path.resolve()),
         "original": {"source": original.model.source, "sha256": original.content}
         if original
         else None,
@@ -135,6 +152,7 @@ def evaluate_checkpoint(
             "git": git_commit(),
         },
         **settings,
+        **_external(subject, original),
         **_sizes(subject, original),
         "texts": text_rows(corpus_losses(subject.corpora)),
         "perplexity": perplexity_rows(subject.corpora, before, after),
@@ -150,14 +168,15 @@ def evaluate_checkpoint(
     return Evaluated(results, target / "results.json", (note,) if note else ())
 
 
-def _prepare(config: ExperimentConfig) -> _Subject:
+def _prepare(config: ExperimentConfig, *, named: bool) -> _Subject:
     """Check what is asked for, and read all that the checkpoint is measured on."""
     if config.checkpoint is None:
         raise ConfigError(
             "evaluate needs checkpoint=FOLDER, e.g. checkpoint=outputs/default/RUN/checkpoint"
         )
-    folder = checkpoint_folder(config.checkpoint)
     remote = config.model.trust_remote_code
+    foreign = find_foreign(config.checkpoint)
+    folder = checkpoint_folder(config.checkpoint) if foreign is None else foreign.path
     device = choose_device(config.device)
     drop_stale_kernels()
     settle(config.seed, config.threads)
@@ -165,15 +184,37 @@ def _prepare(config: ExperimentConfig) -> _Subject:
     with noise_to(fetch_log()):
         check_tasks(tasks)
         contents = {name: task_content(name, task) for name, task in tasks.items()}
-        model_config = load_config(folder, trust_remote_code=remote)
+        if foreign is None:
+            ledger, model_config = None, load_config(folder, trust_remote_code=remote)
+            parameters = dense_parameter_count(model_config)
+        else:
+            check_package(foreign)
+            ledger = read_ledger(foreign, trust_remote_code=remote)
+            model_config = foreign_config(foreign, trust_remote_code=remote)
+            parameters = ledger.parameters
         config = config.with_dtype(forward_dtype(config.model.dtype, model_config, device))
-        tokenizer = load_tokenizer(folder, trust_remote_code=remote)
+        whole = parameters * DTYPES[config.model.dtype].itemsize
+        if foreign is None:
+            tokenizer = load_tokenizer(folder, trust_remote_code=remote)
+        else:
+            _check_fits(config, foreign, whole, device)
+            folder, original = model_files(foreign), config.model if named else None
+            tokenizer = find_tokenizer(foreign, folder, original, trust_remote_code=remote)
         corpora = corpus_windows(config, tokenizer, model_config)
-    parameters = dense_parameter_count(model_config)
-    whole = parameters * DTYPES[config.model.dtype].itemsize
     streams = wants_stream(config.stream_choice(), whole, device, tasks=bool(tasks))
     read = (folder, model_config, tokenizer, corpora, contents)
-    return _Subject(config, *read, device, parameters, streams)
+    others = (foreign, ledger) if foreign is not None and ledger is not None else None
+    return _Subject(config, *read, device, parameters, streams, others)
+
+
+def _check_fits(config: ExperimentConfig, foreign: Foreign, whole: int, device: str) -> None:
+    """Raise ConfigError for a checkpoint of another owner that memory does not hold."""
+    free = free_memory(device)
+    if config.check_resources and config.device_map is None and whole > free:
+        raise ConfigError(
+            f"{foreign.path} is loaded whole, about {whole / GIB:.1f} GiB, and {free / GIB:.1f} "
+            "GiB are free; device_map=auto spreads it, check_resources=false tries it"
+        )
 
 
 def _find_original(subject: _Subject, *, named: bool) -> tuple[_Original | None, str]:
@@ -243,11 +284,13 @@ def _folder_name(subject: _Subject, settings: Mapping[str, Any]) -> str:
     """Name the folder of the results by all that they depend on."""
     identity = {
         **settings,
-        "content": fingerprint(subject.folder),
+        "content": subject.content,
         "tokens": {name: corpus.content() for name, corpus in subject.corpora.items()},
         "tasks": dict(subject.tasks),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    if subject.foreign:
+        return f"{EXTERNAL}-{source_name(str(subject.path.resolve()))}-{digest[:8]}"
     return f"evaluation-{digest[:8]}"
 
 
@@ -272,6 +315,7 @@ def _measure(
             streams=subject.streams,
             on_event=lambda _kind, **_data: None,
             on_share=progress.advance,
+            foreign=subject.foreign[0] if subject.foreign else None,
         )
         before, comparison = None, None
         if original is not None:
@@ -305,9 +349,11 @@ def _measure_original(bench: Bench, original: _Original, work: Path) -> Measurem
 
 def _sizes(subject: _Subject, original: _Original | None) -> dict[str, Any]:
     """Return the parts `bits` and `size` of the results."""
+    before = weight_bytes(original.folder) if original else 2 * subject.parameters
+    if subject.foreign:
+        return _foreign_sizes(subject.foreign[1], before)
     folder, layouts = subject.folder, read_layouts(subject.folder)
     sizes = checkpoint_sizes(folder, layouts, subject.parameters)
-    before = weight_bytes(original.folder) if original else 2 * subject.parameters
     return {
         "bits": {
             "nominal": sizes.nominal,
@@ -317,4 +363,33 @@ def _sizes(subject: _Subject, original: _Original | None) -> dict[str, Any]:
             "ledger": sizes.ledger.as_dict(),
         },
         "size": {"checkpoint_bytes": sizes.bytes, "original_bytes": before},
+    }
+
+
+def _foreign_sizes(ledger: ForeignLedger, before: int) -> dict[str, Any]:
+    return {
+        "bits": {
+            "nominal": ledger.nominal,
+            "linear": ledger.linear,
+            "model": ledger.model,
+            "activation": None,
+            "ledger": dict(ledger.accounts),
+        },
+        "size": {"checkpoint_bytes": ledger.bytes, "original_bytes": before},
+    }
+
+
+def _external(subject: _Subject, original: _Original | None) -> dict[str, Any]:
+    """Return the part `external` of the results: who made the checkpoint, and of which model."""
+    if subject.foreign is None:
+        return {}
+    foreign, ledger = subject.foreign
+    model = original.model if original else None
+    return {
+        EXTERNAL: {
+            **foreign.about(),
+            "name": source_name(str(subject.path.resolve())),
+            "model": {"name": model.name, "source": model.source} if model else None,
+            "notes": ledger.notes(),
+        }
     }

@@ -88,6 +88,25 @@ class Tokens:
         return {"calibration": self.losses, **corpus_losses(self.corpora)}
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What a run calibrates on.
+
+    model: folder of the original in the Hugging Face layout.  windows: [windows, seqlen] int64.
+    """
+
+    model: Path
+    windows: Tensor
+
+
+def calibration_of(config: ExperimentConfig) -> Calibration:
+    """Return model and calibration windows of an experiment; raises as `fetch`."""
+    evaluation = replace(config.evaluation, corpora={}, zero_shot={})
+    config = replace(config, evaluation=evaluation)
+    fetched = fetch(config)
+    return Calibration(fetched.model, tokenize_inputs(config, fetched.model).calibration)
+
+
 def fetch(
     config: ExperimentConfig,
     note: Callable[[str], None] = lambda _: None,

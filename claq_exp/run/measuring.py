@@ -17,6 +17,8 @@ from claq_exp.evaluation.measure import Measurement, Meter
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.predict import Subject
 from claq_exp.evaluation.scores import ScoreStore
+from claq_exp.foreign.found import Foreign
+from claq_exp.foreign.load import load_foreign
 from claq_exp.models.ends import in_blocks
 from claq_exp.models.source import fingerprint
 from claq_exp.models.stream import StreamedModel
@@ -30,6 +32,7 @@ QUANTIZED = "quantized"
 MEASURING = "claq_exp.evaluation.measure"
 ORIGINAL_CODE = (MEASURING, "claq_exp.models.load", "claq_exp.models.dispatch")
 CHECKPOINT_CODE = (MEASURING, "claq_exp.runtime.load")
+FOREIGN_CODE = (MEASURING, "claq_exp.foreign.load")
 
 
 def measured_on(config: ExperimentConfig, device: str, model: str, code: str) -> dict[str, Any]:
@@ -67,6 +70,21 @@ def checkpoint_subject(
     )
 
 
+def foreign_subject(config: ExperimentConfig, foreign: Foreign, device: str) -> Subject:
+    """Return a checkpoint of another owner as what is to be measured, whole in memory."""
+    return Subject(
+        QUANTIZED,
+        None if config.device_map else device,
+        lambda: load_foreign(
+            foreign,
+            dtype=config.model.dtype,
+            device=device,
+            device_map=config.device_map,
+            trust_remote_code=config.model.trust_remote_code,
+        ),
+    )
+
+
 def activation_bits(folder: Path, layouts: Mapping[str, Layout]) -> float | None:
     """Return the bits of an input number of a checkpoint's layers on average; None if not rounded.
 
@@ -87,6 +105,7 @@ class Bench:
     model: hash of the original's files.  tasks: task -> hash of all that defines its score.
     vocabulary: logits of a token.  streams: models are read block by block.
     on_event: called with a kind of event and its data.  on_share: with (share of the work, what).
+    foreign: the checkpoint, where another owner made it.
     """
 
     config: ExperimentConfig
@@ -101,6 +120,7 @@ class Bench:
     streams: bool
     on_event: Callable[..., None]
     on_share: Callable[[float, str], None]
+    foreign: Foreign | None = None
 
     def original_logits(self) -> LogitStore:
         """Return where the original's logits are kept for the comparison with the checkpoint's."""
@@ -129,12 +149,16 @@ class Bench:
         comparison: what compares its logits with the original's; None where there are none.
         folder, name: of another one, which a run holds for a while.
         """
-        folder = folder or self.checkpoint
-        subject = checkpoint_subject(
-            self.config, folder, self.device, streams=self.streams, name=name
-        )
-        content = fingerprint(folder)
-        store = self._scores(self.work / "scores", content, CHECKPOINT_CODE)
+        if self.foreign is not None:
+            subject = foreign_subject(self.config, self.foreign, self.device)
+            content, code = self.foreign.content(), FOREIGN_CODE
+        else:
+            folder = folder or self.checkpoint
+            subject = checkpoint_subject(
+                self.config, folder, self.device, streams=self.streams, name=name
+            )
+            content, code = fingerprint(folder), CHECKPOINT_CODE
+        store = self._scores(self.work / "scores", content, code)
         if comparison is None:
             return self._measure(subject, store, {}, lambda _corpus, _window, _logits: None)
         return self._measure(subject, store, self.original_logits().windows, comparison.add)

@@ -136,8 +136,9 @@ def test_a_folder_without_a_checkpoint_is_refused(command, tiny_model, tmp_path,
     more = [str(tmp_path / "new")] if command == "dequantize" else []
     assert main([command, str(tmp_path / "nothing"), *more]) == REQUEST
     assert "is no folder" in complaint(capfd)
-    assert main([command, str(tiny_model), *more]) == REQUEST
-    assert "is not quantized by claq_exp" in complaint(capfd)
+    if command == "dequantize":  # the other one takes what others made
+        assert main([command, str(tiny_model), *more]) == REQUEST
+        assert "is not quantized by claq_exp" in complaint(capfd)
     assert main([command, str(tmp_path), *more]) == REQUEST
     assert "no folder with a config.json" in complaint(capfd)
     assert list(tmp_path.iterdir()) == []

@@ -536,8 +536,8 @@ def test_evaluate_without_a_checkpoint_says_how_to_name_one(run, refusal, output
 def test_evaluate_refuses_a_folder_that_is_no_checkpoint(run, refusal, outputs, tiny_model):
     assert run(f"checkpoint={tiny_model.parent}", command="evaluate") == REQUEST
     assert "no folder with a config.json" in refusal()
-    assert run(f"checkpoint={tiny_model}", command="evaluate") == REQUEST
-    assert "is not quantized by claq_exp" in refusal()
+    assert run(f"checkpoint={tiny_model / 'config.json'}", command="evaluate") == REQUEST
+    assert "is a file and no GGUF" in refusal()
     assert not outputs.exists()
 
 

@@ -23,8 +23,13 @@ PARTS = {
 }
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
-    """Write a Llama with tied embeddings and 257 tokens: all bytes, and a merged pair."""
+def write_gguf(
+    path: Path, model: LlamaForCausalLM, kind: str | None = None, *, vocabulary: bool = True
+) -> None:
+    """Write a Llama with tied embeddings and 257 tokens: all bytes, and a merged pair.
+
+    kind: type of the matrices in blocks, as GGUF calls it; None for float16.
+    """
     config, writer = model.config, gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -35,6 +40,25 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
+    if vocabulary:
+        _add_vocabulary(writer)
+    for name, tensor in model.state_dict().items():
+        if name != "lm_head.weight":
+            place = _place(name.removesuffix(".weight"))
+            values = _as_stored(tensor.float().numpy(), place, config)
+            if kind and place.startswith("blk.") and values.ndim > 1:
+                raw = gguf.GGMLQuantizationType[kind]
+                packed = gguf.quants.quantize(values.astype(np.float32), raw)
+                writer.add_tensor(f"{place}.weight", packed, raw_dtype=raw)
+            else:
+                writer.add_tensor(f"{place}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
     vocabulary = byte_tokenizer().get_vocab()
     tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "th"]
     writer.add_tokenizer_model("gpt2")
@@ -43,15 +67,6 @@ def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
     writer.add_token_merges(["t h"])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
-    for name, tensor in model.state_dict().items():
-        if name != "lm_head.weight":
-            place = _place(name.removesuffix(".weight"))
-            values = _as_stored(tensor.float().numpy(), place, config)
-            writer.add_tensor(f"{place}.weight", values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def _place(name: str) -> str:
