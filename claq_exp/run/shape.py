@@ -218,9 +218,14 @@ def _times(
     # about half of the layers share their input
     squares = sum(mixture.share(name) * w.columns**2 for name, w in layouts.items()) / 2
     passed = parameters - sum(layout.weights for layout in layouts.values()) + weights
-    solve = plan.recipe.codebook.relative_cost * sum(
-        layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
-        for layout in layouts.values()
+    coded = plan.recipe.solver.passes
+    solve = (
+        coded
+        * plan.recipe.codebook.relative_cost
+        * sum(
+            layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
+            for layout in layouts.values()
+        )
     )
     solve += sum(
         end.columns
@@ -231,6 +236,7 @@ def _times(
     # factors of the Hessians, and errors that go from each column to those behind it
     compensated = [*layouts.values(), *(end.layout() for end in plan.ends if end.head)]
     solve += sum(w.columns**3 / 2 + w.rows * w.columns**2 for w in compensated) / speed
+    solve += (coded - 1) * sum(2 * w.rows * w.columns**2 for w in layouts.values()) / speed
     crossed = CROSS in plan.recipe.solver.wants
     if crossed:  # corrections, shifts and losses
         solve += sum(w.columns**3 + 2 * w.rows * w.columns**2 for w in layouts.values()) / speed
