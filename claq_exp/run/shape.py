@@ -179,6 +179,7 @@ def _sizes(
         entering=4.0 * calibration.batch_size * batch * (1 + _tuning(config).states),
         observed=float(size * calibration.windows * batch),
         beside=_beside(config, plan, model),
+        work=plan.recipe.solver.work,
         logits=logits * model.vocabulary,
         streamed_hidden=min(max(tokens, default=0) * model.width * size, HIDDEN_BYTES),
         surveyed=batch * model.blocks if gradients else 0,

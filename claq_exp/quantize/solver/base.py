@@ -101,6 +101,11 @@ class Solver(Protocol):
         return 1
 
     @property
+    def work(self) -> tuple[int, int]:
+        """Float32 matrices [in, in] and [out, in] beside a column loop's, for estimates of memory."""
+        return 0, 0
+
+    @property
     def wants(self) -> frozenset[str]:
         """What the moments of inputs must hold beside a plain Hessian.
 

@@ -68,6 +68,12 @@ class QuantEase(Gptq):
         """The start and the sweeps, see Solver."""
         return 1 + self.sweeps
 
+    @property
+    def work(self) -> tuple[int, int]:
+        """The Hessian, and the columns as they are, were coded and are missed; see Solver."""
+        asymmetric = bool(self.asymmetric)
+        return 1 + asymmetric, 3 + asymmetric
+
     def prepare(self, moments: Moments) -> DescentSystem:
         """Do what Gptq does, and keep the Hessian.  Raises as Gptq's."""
         hessian, cross = moments.single().float(), moments.single_cross()
