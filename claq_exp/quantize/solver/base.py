@@ -102,7 +102,7 @@ class Solver(Protocol):
 
     @property
     def work(self) -> tuple[int, int]:
-        """Float32 matrices [in, in] and [out, in] beside a column loop's, for estimates of memory."""
+        """Float32 matrices [in, in] and [out, in] beside a column loop's, for the plan."""
         return 0, 0
 
     @property
