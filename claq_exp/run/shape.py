@@ -179,6 +179,7 @@ def _sizes(
         entering=4.0 * calibration.batch_size * batch * (1 + _tuning(config).states),
         observed=float(size * calibration.windows * batch),
         beside=_beside(config, plan, model),
+        work=plan.recipe.solver.work,
         logits=logits * model.vocabulary,
         streamed_hidden=min(max(tokens, default=0) * model.width * size, HIDDEN_BYTES),
         surveyed=batch * model.blocks if gradients else 0,
@@ -218,9 +219,14 @@ def _times(
     # about half of the layers share their input
     squares = sum(mixture.share(name) * w.columns**2 for name, w in layouts.items()) / 2
     passed = parameters - sum(layout.weights for layout in layouts.values()) + weights
-    solve = plan.recipe.codebook.relative_cost * sum(
-        layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
-        for layout in layouts.values()
+    coded = plan.recipe.solver.passes
+    solve = (
+        coded
+        * plan.recipe.codebook.relative_cost
+        * sum(
+            layout.columns * (COLUMN_SECONDS + ENTRY_SECONDS * layout.rows)
+            for layout in layouts.values()
+        )
     )
     solve += sum(
         end.columns
@@ -231,6 +237,7 @@ def _times(
     # factors of the Hessians, and errors that go from each column to those behind it
     compensated = [*layouts.values(), *(end.layout() for end in plan.ends if end.head)]
     solve += sum(w.columns**3 / 2 + w.rows * w.columns**2 for w in compensated) / speed
+    solve += (coded - 1) * sum(2 * w.rows * w.columns**2 for w in layouts.values()) / speed
     crossed = CROSS in plan.recipe.solver.wants
     if crossed:  # corrections, shifts and losses
         solve += sum(w.columns**3 + 2 * w.rows * w.columns**2 for w in layouts.values()) / speed

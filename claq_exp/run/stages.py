@@ -41,6 +41,7 @@ class Footprint:
     observed: those of all batches as they are computed.
     beside: bytes of an original block and of what enters its linears, where a solver compares them
     with the quantized block's.  logits: numbers in those of a batch.
+    work: a solver's float32 matrices [in, in] and [out, in] beside those of a column loop.
     streamed_hidden: bytes of hidden states while a model is measured block by block.
     surveyed: hidden numbers of a window, times blocks, where an allocation looks at gradients.
     kept_hidden, checkpoint, compared: bytes on disk, of hidden states, of the checkpoint and of the
@@ -63,6 +64,7 @@ class Footprint:
     checkpoint: float
     compared: float
     ends: tuple[Linear, ...] = ()
+    work: tuple[float, float] = (0.0, 0.0)
 
     def measured(self, *, streams: bool) -> float:
         """Return the bytes of a model that is measured, whole or block by block."""
@@ -175,8 +177,8 @@ def _quantize(shape: Shape) -> Cost:
     if shape.on_gpu:
         passed += max(_on_gpu(sizes.linears, crossed=crossed), _on_gpu(sizes.ends, crossed=False))
     solved = max(
-        _solving(sizes.linears, shape.threads, crossed=crossed),
-        _solving(sizes.ends, 1, copies=COPY),
+        _solving(sizes.linears, shape.threads, crossed=crossed, work=sizes.work),
+        _solving(sizes.ends, 1, work=(0.0, COPY)),
     )
     return shape.cost(seconds, passed, solved, disk=2 * sizes.kept_hidden + sizes.checkpoint)
 
@@ -206,12 +208,16 @@ def _evaluate_quantized(shape: Shape) -> Cost:
 
 
 def _solving(
-    linears: Iterable[Linear], threads: int, *, crossed: bool = False, copies: float = 0.0
+    linears: Iterable[Linear],
+    threads: int,
+    *,
+    crossed: bool = False,
+    work: tuple[float, float] = (0.0, 0.0),
 ) -> float:
     """Return the bytes that Hessians and the linears that share one take on the CPU.
 
     crossed: there is a cross moment beside each, and then a correction beside its factor.
-    copies: in float32, of weights that are not in memory for a forward pass.
+    work: float32 matrices [in, in] and [out, in] beside those of a column loop.
     """
     most, matrices = 0.0, 1 + crossed
     shared: dict[int, list[int]] = {}
@@ -220,7 +226,8 @@ def _solving(
         most = max(most, 8.0 * matrices * linear.columns**2 * linear.experts)
     for columns, weights in shared.items():
         together = sorted(weights, reverse=True)[: max(1, threads)]
-        most = max(most, 4.0 * matrices * columns**2 + (WORK + copies) * 4 * sum(together))
+        squares = 4.0 * (matrices + work[0]) * columns**2
+        most = max(most, squares + (WORK + work[1]) * 4 * sum(together))
     return most
 
 

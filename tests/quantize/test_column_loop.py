@@ -35,6 +35,7 @@ from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import quantize_weight
 from claq_exp.quantize.reservation import Fixed as FixedReservation
 from claq_exp.quantize.solver import Gptq, Nearest
+from claq_exp.quantize.solver.columns import NOTHING
 from claq_exp.quantize.solver.compiled import compensate, quantize_block
 from claq_exp.quantize.statistics import ColumnStatistics
 
@@ -190,7 +191,7 @@ def test_a_step_of_the_loop_is_that_of_numpy(rule, weighted):
         quantized.append(found[1])
         assert np.array_equal(quantizer.code_column(column, single), found[1])
         errors, divisor = single[None].copy(), np.full((1, 1), 0.7, dtype=np.float32)
-        quantize_block(errors, divisor, np.array([column]), quantizer.compiled())
+        quantize_block(errors, divisor, np.array([column]), quantizer.compiled(), NOTHING)
         assert np.array_equal(errors[0], (single - found[1]) / divisor[0, 0])
     assert quantizer.payload().codes.t().tolist() == codes
     assert np.array_equal(dequantized(quantizer), quantized)
@@ -206,7 +207,7 @@ def test_a_block_of_the_loop_is_the_steps_one_after_the_other(rule):
     statistics = flat(torch.from_numpy(work.T.copy()).float())
     quantizer = CompiledColumns(statistics, ColumnPlan(BITS, COUNTS), rule)
     values = work.astype(np.float32)
-    quantize_block(values, lower.astype(np.float32), np.arange(11), quantizer.compiled())
+    quantize_block(values, lower.astype(np.float32), np.arange(11), quantizer.compiled(), NOTHING)
     quantized = np.empty_like(work)
     for column in range(11):
         work[column] -= lower[column, :column] @ work[:column]

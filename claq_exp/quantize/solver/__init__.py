@@ -5,5 +5,6 @@ from __future__ import annotations
 from claq_exp.quantize.solver.base import Solver as Solver
 from claq_exp.quantize.solver.gptq import Gptq
 from claq_exp.quantize.solver.nearest import Nearest
+from claq_exp.quantize.solver.quantease import QuantEase
 
-SOLVER: dict[str, type] = {"gptq": Gptq, "nearest": Nearest}
+SOLVER: dict[str, type] = {"gptq": Gptq, "nearest": Nearest, "quantease": QuantEase}

@@ -96,6 +96,16 @@ class Solver(Protocol):
     """A rule for the codes of a matrix: it alone decides where the error of a weight goes."""
 
     @property
+    def passes(self) -> int:
+        """How often every column is coded, for estimates of time."""
+        return 1
+
+    @property
+    def work(self) -> tuple[int, int]:
+        """Float32 matrices [in, in] and [out, in] beside a column loop's, for the plan."""
+        return 0, 0
+
+    @property
     def wants(self) -> frozenset[str]:
         """What the moments of inputs must hold beside a plain Hessian.
 

@@ -16,6 +16,7 @@ from claq_exp.quantize.solver.compiled import compensate, quantize_block
 from claq_exp.quantize.symmetric import bands
 
 SHIFTED = 256  # columns that are moved at a time
+NOTHING = np.zeros((0, 0), dtype=np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,10 +36,16 @@ class ColumnSystem(Prepared):
     correction: Tensor | None = None
 
 
-def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuantizer) -> float:
+def quantize_columns(
+    weight: Tensor,
+    system: ColumnSystem,
+    quantizer: ColumnQuantizer,
+    coded: Tensor | None = None,
+) -> float:
     """Quantize column after column, spreading each column's error over the columns that follow.
 
     weight: [out, in] float32.  quantizer: keeps what is found.
+    coded: [in, out] float32, overwritten by the columns as they were coded, in visiting order.
     With e_j = (w_j - q_j) / U_jj, every later column k becomes w_k - U_jk e_j (GPTQ, arXiv
     2210.17323, eq. 3 and Algorithm 1).  A column gathers the errors inside its block when its turn
     comes; a finished block's errors reach the next block at once and those behind it while the next
@@ -59,8 +66,9 @@ def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuan
             stop = min(start + step, len(order))
             errors = work[start:stop]
             inside = torch.zeros(0, 0) if factor is None else factor[start:stop, start:stop].t()
+            seen = NOTHING if coded is None else coded[start:stop].numpy()
             _quantize_block(
-                quantizer, order[start:stop], errors.numpy(), inside.contiguous().numpy()
+                quantizer, order[start:stop], errors.numpy(), inside.contiguous().numpy(), seen
             )
             errors[dead[start:stop]] = 0.0  # of any size, and no other column depends on them
             loss += float(errors.square().sum(dtype=torch.float64))
@@ -107,16 +115,19 @@ def _quantize_block(
     columns: NDArray[np.int64],
     values: NDArray[np.float32],
     lower: NDArray[np.float32],
+    coded: NDArray[np.float32],
 ) -> None:
     """Quantize the columns of a block: `quantize_block`, in Python where a codebook is."""
     task = quantizer.compiled()
     if task is not None:
-        quantize_block(values, lower, columns, task)
+        quantize_block(values, lower, columns, task, coded)
         return
     for position, column in enumerate(columns.tolist()):
         if len(lower):
             compensate(values, lower, position)
         current = values[position]
+        if len(coded):
+            coded[position] = current
         current -= quantizer.code_column(column, current)
         current /= lower[position, position] if len(lower) else 1.0
 

@@ -34,7 +34,7 @@ def compensate(values, lower, position):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def quantize_block(values, lower, columns, task):  # type: ignore[no-untyped-def]
+def quantize_block(values, lower, columns, task, coded):  # type: ignore[no-untyped-def]
     """Quantize the columns of a block one after the other.
 
     values: [block, out] float32, a column of the weight per row; overwritten by the errors
@@ -43,13 +43,58 @@ def quantize_block(values, lower, columns, task):  # type: ignore[no-untyped-def
         errors are not compensated (they are then w - q).
     columns: [block] int64, each row's column of the matrix.
     task: of the codebook's quantizer; its type says which compiled step `code_column` is.
+    coded: [block, out] float32, overwritten by the columns as they were coded; a 0 x 0 array where
+        nobody asks.
     """
     quantized = np.empty(values.shape[1], dtype=np.float32)
     for position in range(len(columns)):
         if len(lower):
             compensate(values, lower, position)
         current = values[position]
+        if len(coded):
+            coded[position] = current
         code_column(current, columns[position], task, quantized)
         divisor = lower[position, position] if len(lower) else np.float32(1.0)
         for row in range(len(current)):
             current[row] = (current[row] - quantized[row]) / divisor
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def descend_block(values, ratios, columns, task, quantized, coded, weights):  # type: ignore[no-untyped-def]
+    """Code the columns of a block again, one after the other, where that lowers the error.
+
+    values: [block, out] float32, the best of each column while all others stay; overwritten by how
+        far what is stored has moved.
+    ratios: [block, block] float32, H_pk / H_pp: how far column p moves per move of column k.
+    columns, task: as of `quantize_block`.  quantized: [block, out] float32, what is stored.
+    coded: [block, out] float32, the columns that `quantized` was coded from; both are brought up
+        to date.
+    weights: [out] float32, importance of the rows.
+    Returns by how much the weighted squared distance of each column to its best fell: [block].
+    """
+    gains = np.zeros(len(columns))
+    found = np.empty(values.shape[1], dtype=np.float32)
+    for position in range(len(columns)):
+        compensate(values, ratios, position)
+        current, kept = values[position], quantized[position]
+        code_column(current, columns[position], task, found)
+        gain = closer(current, kept, found, weights)
+        if gain >= 0.0:
+            gains[position] = gain
+            coded[position] = current
+        else:  # a fit is no exact minimum: the column goes back to the codes that it had
+            code_column(coded[position], columns[position], task, found)
+        for row in range(len(current)):
+            current[row] = found[row] - kept[row]
+            kept[row] = found[row]
+    return gains
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def closer(wanted, before, after, weights):  # type: ignore[no-untyped-def]
+    """Return by how much the weighted squared distance of a column falls: [out] float32 each."""
+    gain = 0.0
+    for row in range(len(wanted)):
+        left, right = np.float64(before[row]), np.float64(after[row])
+        gain += weights[row] * (left - right) * (left + right - 2.0 * np.float64(wanted[row]))
+    return gain
