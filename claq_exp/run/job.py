@@ -339,6 +339,7 @@ class Job:
             self.plan.recipe,
             self.plan.allocation,
             blocks_path=self.config.model.blocks,
+            head=next((end.surveyed() for end in self.plan.ends if end.allocated), None),
             overhead=self.plan.description,
             keep=self._keep_survey,
             on_share=self.progress.advance,

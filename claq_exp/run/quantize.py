@@ -82,7 +82,7 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     Several ranks share the batches, and solve linears side by side; every rank calls this, and
     ranks > 0 pass a `follower` of the first one's store.
     batches: token ids [batch, seqlen], all of one length.  store: open.
-    plans: name of a linear -> what an allocation over the whole model decided of it.
+    plans: name of a linear or end -> what an allocation over the whole model decided of it.
     strict: raise NumericalError at the first layer with a fallback, see
         `claq_exp.run_folder.fallbacks`.
     Raises Interrupted once the group is in the store at which `watcher` wants to stop.
@@ -118,7 +118,9 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
         inputs[index] = BlockInputs()
         watcher.event("block", {"block": index, **seconds})
     own = ranks.share(batches)
-    report, seconds = quantize_ends(model, own, ends, streams, store, strict=strict, ranks=ranks)
+    report, seconds = quantize_ends(
+        model, own, ends, streams, store, plans or {}, strict=strict, ranks=ranks
+    )
     for row in report:
         watcher.event("layer", row)
     if report:
