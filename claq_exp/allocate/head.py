@@ -56,7 +56,7 @@ class HeadSurvey:
         weight = linear_weight(model.get_submodule(head.name))
         self.head, self._weight = head, weight
         self._curvature = torch.zeros(weight.shape[0], device=weight.device)
-        self._counts = torch.zeros(weight.shape[0], device=weight.device)
+        self._counts = torch.zeros(weight.shape[0])
         self._gradients = torch.zeros(weight.shape[1], device=weight.device)
         self._energies = torch.zeros(2, device=weight.device)  # of rows as given and as stored
         self._output: Tensor | None = None
@@ -86,7 +86,7 @@ class HeadSurvey:
             if slopes is not None:
                 variance *= slopes[0, start : start + len(variance)].float().square()
             self._curvature += variance.sum(dim=0)
-        self._counts += torch.bincount(tokens.reshape(-1), minlength=len(self._counts))
+        self._counts += torch.bincount(tokens.reshape(-1).cpu(), minlength=len(self._counts))
 
     def statistics(self, prepared: Prepared) -> ColumnStatistics:
         """Return the price of an error in each column and row.
@@ -99,7 +99,7 @@ class HeadSurvey:
         r_i (sum(g) d_j + l_j) is the price of a tied matrix.
         Raises CalibrationError when something is not finite.
         """
-        name, tokens = self.head.name, self._counts.sum().cpu()
+        name, tokens = self.head.name, self._counts.sum()
         weight = self._weight.detach().to("cpu", torch.float32)
         curvature, cost = self._curvature.cpu() / tokens, prepared.distortion_weight
         rows = curvature
@@ -107,7 +107,7 @@ class HeadSurvey:
             given, stored = self._energies.cpu()
             gradients = self._gradients.cpu() / tokens * (given / stored)
             whole = curvature.sum().clamp(min=torch.finfo(torch.float32).tiny)
-            rows = (curvature / whole + self._counts.cpu() / tokens) / 2
+            rows = (curvature / whole + self._counts / tokens) / 2
             cost = whole * cost + prepared.spread(2 * gradients)
         if not (torch.isfinite(rows).all() and torch.isfinite(cost).all()):
             raise CalibrationError(
