@@ -319,7 +319,7 @@ class Job:
         return HiddenForm(plan.hidden_dtype, on_disk)
 
     def _quantize_event(self, name: str, data: dict[str, Any]) -> None:
-        if name == "block":
+        if name in ("block", "stage"):
             data = {**data, "peak_memory_bytes": peak_memory()}
             reset_peak()
         self.events.event(name, **data)
