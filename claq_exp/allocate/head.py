@@ -92,11 +92,10 @@ class HeadSurvey:
         """Return the price of an error in each column and row.
 
         prepared: of the head's solver, from the Hessian H of what enters the head.
-        Logits alone cost g_i d_j: the curvature of row i, and d_j = 1 / U_jj^2 under GPTQ.  Lookups
-        cost f_i l_j, with l_j = 2 sum_k G_k (U_jk / U_jj)^2, for GPTQ carries the error of column j
-        to the columns k behind it (`Prepared.spread`).  How often a token is predicted, g / sum(g),
-        and how often it occurs, f, are nearly the same; their mean r stands for both, so that
-        r_i (sum(g) d_j + l_j) is the price of a tied matrix.
+        Logits alone cost g_i d_j: the curvature of row i, and d_j = 1 / U_jj^2 under GPTQ.  How
+        often a token is predicted, g / sum(g), and how often it occurs, f, are nearly the same;
+        their mean r stands for both, so that r_i (sum(g) d_j + 2 G_j) is the price of a tied
+        matrix.  An error is taken to stay in its column when rows are looked up.
         Raises CalibrationError when something is not finite.
         """
         name, tokens = self.head.name, self._counts.sum()
@@ -108,7 +107,7 @@ class HeadSurvey:
             gradients = self._gradients.cpu() / tokens * (given / stored)
             whole = curvature.sum().clamp(min=torch.finfo(torch.float32).tiny)
             rows = (curvature / whole + self._counts / tokens) / 2
-            cost = whole * cost + prepared.spread(2 * gradients)
+            cost = whole * cost + 2 * gradients
         if not (torch.isfinite(rows).all() and torch.isfinite(cost).all()):
             raise CalibrationError(
                 f"the gradients of {name} are not finite; set embedding=kmeans, or check "

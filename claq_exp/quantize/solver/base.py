@@ -51,14 +51,6 @@ class Prepared:
             moved[field.name] = value.cpu() if isinstance(value, Tensor) else value
         return replace(self, **moved)
 
-    def spread(self, costs: Tensor) -> Tensor:
-        """Return what an error in each column costs in the end, wherever it is carried to.
-
-        costs: [in] float32, per squared error that is left in a column.  Nothing is carried without
-        compensation.
-        """
-        return costs
-
     @cached_property
     def outline(self) -> Prepared:
         """What is said above, on the CPU, without a solver's own."""

@@ -34,19 +34,6 @@ class ColumnSystem(Prepared):
     block_size: int
     correction: Tensor | None = None
 
-    def spread(self, costs: Tensor) -> Tensor:
-        """Return what an error in each column costs where GPTQ carries it; see Prepared.
-
-        A column's error e_j leaves -e_j U_jk / U_jj in each column k behind it, which codes those
-        columns otherwise; errors of different columns are taken to be independent.
-        """
-        if self.inverse_factor is None:
-            return costs
-        carried = self.inverse_factor / self.inverse_factor.diagonal()[:, None]
-        found = torch.empty_like(costs)
-        found[self.order] = carried.square_() @ costs[self.order]
-        return found
-
 
 def quantize_columns(weight: Tensor, system: ColumnSystem, quantizer: ColumnQuantizer) -> float:
     """Quantize column after column, spreading each column's error over the columns that follow.
