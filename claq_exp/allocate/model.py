@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from claq_exp.allocate.allocation import Allocation, OnShare
+from claq_exp.allocate.head import SurveyedHead
 from claq_exp.allocate.survey import statistics_of, statistics_tensors, survey_model
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.budget import Overhead
@@ -22,7 +23,7 @@ SURVEY = 0.5  # of an allocation's time
 Keep = Callable[[dict[str, Any], Callable[[], dict[str, Tensor]]], dict[str, Tensor]]
 
 
-def allocate_model(
+def allocate_model(  # noqa: PLR0913 - every one has a default, but what is allocated
     model: PreTrainedModel,
     batches: list[Tensor],
     recipe: Recipe,
@@ -30,13 +31,15 @@ def allocate_model(
     *,
     overhead: Overhead,
     blocks_path: str | None = None,
+    head: SurveyedHead | None = None,
     keep: Keep = lambda _key, make: make(),
     on_share: OnShare = lambda _share, _where: None,
 ) -> dict[str, MatrixPlan]:
-    """Survey the original model and spend the allocation's budget over all of its matrices.
+    """Survey the original model and spend the allocation's budget over its matrices.
 
     batches: calibration token ids [batch, seqlen].
     overhead: bits that a checkpoint with given layouts takes beside its matrices.
+    head: a head whose columns compete with those of the blocks.
     keep: returns the survey's tensors for what they depend on besides the model, or makes them.
     Raises ConfigError when the budget cannot be met.
     """
@@ -52,6 +55,7 @@ def allocate_model(
             recipe.solver,
             gradients=survey.gradients,
             blocks_path=blocks_path,
+            head=head,
             on_share=lambda share, where: on_share(SURVEY * share, where),
         )
         return statistics_tensors(statistics)
@@ -62,6 +66,8 @@ def allocate_model(
         "gradients": survey.gradients,
         "blocks": blocks_path,
     }
+    if head is not None:
+        key["head"] = [head.name, head.tied, repr(head.solver)]
     return allocation.plan_model(
         statistics_of(model, keep(key, measure)),
         recipe.codebook,

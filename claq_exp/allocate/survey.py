@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from claq_exp.allocate.head import HeadSurvey, SurveyedHead, at_least
 from claq_exp.calibration.moments import MomentsAccumulator
 from claq_exp.errors import CalibrationError, NumericalError
-from claq_exp.models.blocks import BlockInputs, capture_inputs, run_block, watched
+from claq_exp.models.blocks import BlockInputs, capture_inputs, entering_head, run_block, watched
 from claq_exp.models.discover import Wave, find_waves, linear_weight, linears_of
 from claq_exp.models.experts import ExpertPlace, expert_lists, place_among_experts
 from claq_exp.models.stream import WholeModel
 from claq_exp.quantize.moments import CROSS, Moments
 from claq_exp.quantize.solver import Solver
+from claq_exp.quantize.solver.base import Prepared
 from claq_exp.quantize.statistics import ColumnStatistics
 
-LEAST_IMPORTANCE = 0.01  # of the mean: a few windows do not show that a row does not matter
 BACKWARD = 0.6  # of the survey's time, where gradients are asked for
 
 
@@ -45,6 +46,7 @@ def survey_model(
     *,
     gradients: bool,
     blocks_path: str | None = None,
+    head: SurveyedHead | None = None,
     on_share: Callable[[float, str], None] = lambda _share, _where: None,
 ) -> dict[str, ColumnStatistics]:
     """Return the statistics of every linear layer of the original model's decoder blocks.
@@ -54,17 +56,24 @@ def survey_model(
         output factor of a Kronecker-factored Fisher matrix, Martens and Grosse, 2015); without,
         the distortion weights of each matrix are divided by tr(W H W^T), so that all matrices count
         alike.
+    head: measure it too, behind the blocks; needs gradients.
     Experts count by the share of tokens that they see.  Raises CalibrationError when a gradient is
     not finite.
     """
     blocked = WholeModel(model, blocks_path)
     path, blocks = blocked.path, blocked.blocks
     importance: dict[str, Tensor] = {}
+    logits = None if head is None else HeadSurvey(model, head)
     if gradients:
         importance = _row_importance(
-            model, batches, path, blocks, lambda share, where: on_share(BACKWARD * share, where)
+            model,
+            batches,
+            path,
+            blocks,
+            logits,
+            lambda share, where: on_share(BACKWARD * share, where),
         )
-    share = (1 - BACKWARD * gradients) / len(blocks)
+    share = (1 - BACKWARD * gradients) / (len(blocks) + (head is not None))
     inputs = capture_inputs(blocked, batches)
     statistics: dict[str, ColumnStatistics] = {}
     for index, block in enumerate(blocks):
@@ -73,10 +82,8 @@ def survey_model(
         if index + 1 < len(blocks):
             inputs[index + 1].hidden = hidden
         for measured in hessians:
-            try:
-                prepared = solver.prepare(_moments(measured.hessian, solver))
-            except NumericalError as error:
-                raise NumericalError(f"{path}.{index}.{measured.names[0]}: {error}") from error
+            where = f"{path}.{index}.{measured.names[0]}"
+            prepared = _prepared(_moments(measured.hessian, solver), solver, where)
             for name in measured.names:
                 weight = linear_weight(block.get_submodule(name)).detach().to("cpu", torch.float32)
                 full_name = f"{path}.{index}.{name}"
@@ -88,7 +95,28 @@ def survey_model(
                     weight, distortion, prepared.order, full_name, importance.get(full_name)
                 )
         on_share(share, f"{path}.{index}")
+    if logits is not None:
+        statistics[logits.head.name] = _head_statistics(blocked, batches, hidden, logits)
+        on_share(share, logits.head.name)
     return statistics
+
+
+def _head_statistics(
+    blocked: WholeModel, batches: list[Tensor], hidden: list[Tensor], logits: HeadSurvey
+) -> ColumnStatistics:
+    """Sum up what enters the head.  hidden: what leaves the last block."""
+    name, solver = logits.head.name, logits.head.solver
+    sums = MomentsAccumulator(linear_weight(blocked.model.get_submodule(name)).shape[1])
+    for entering in entering_head(blocked, batches, hidden):
+        sums.add(entering, where="the head")
+    return logits.statistics(_prepared(sums.moments(), solver, name))
+
+
+def _prepared(moments: Moments, solver: Solver, where: str) -> Prepared:
+    try:
+        return solver.prepare(moments)
+    except NumericalError as error:
+        raise NumericalError(f"{where}: {error}") from error
 
 
 def _moments(hessian: Tensor, solver: Solver) -> Moments:
@@ -188,16 +216,18 @@ def _accumulate(accumulator: MomentsAccumulator, where: str) -> Callable[[Tensor
 
 
 def _row_importance(
-    model: nn.Module,
+    model: PreTrainedModel,
     batches: list[Tensor],
     path: str,
     blocks: nn.ModuleList,
+    head: HeadSurvey | None,
     on_share: Callable[[float, str], None],
 ) -> dict[str, Tensor]:
     """Return E[(dL/dy_i)^2] of each linear's outputs: name -> [out] float32.
 
     L is the sum of a window's negative log-likelihoods, one window at a time; no gradient of a
     parameter is kept.
+    head: gathers what it needs on the way.
     """
     sums: dict[str, _Gradients] = {}
     hooks = []
@@ -207,14 +237,18 @@ def _row_importance(
             held = _Gradients(torch.zeros(weight.shape[0], device=weight.device))
             sums[f"{path}.{index}.{name}"] = held
             hooks.append(module.register_forward_hook(_watch(held)))
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    embeddings = model.get_input_embeddings()
     hooks.append(embeddings.register_forward_hook(_require_gradient))
+    if head is not None:
+        hooks += head.watch(model)
     windows = [window for batch in batches for window in batch]
     try:
         with _frozen(model), torch.enable_grad():
             for number, window in enumerate(windows):
                 tokens = window[None]
                 logits = model(tokens, use_cache=False).logits
+                if head is not None:
+                    head.add(logits, tokens)
                 loss = nn.functional.cross_entropy(
                     logits[0, :-1].float(), tokens[0, 1:], reduction="sum"
                 )
@@ -232,7 +266,7 @@ def _row_importance(
                 "check model.dtype"
             )
         if mean.sum() > 0:
-            importance[name] = mean.clamp(min=LEAST_IMPORTANCE * mean.mean().item())
+            importance[name] = at_least(mean)
     for index, block in enumerate(blocks):
         _lend_importance(block, f"{path}.{index}", importance)
     return importance

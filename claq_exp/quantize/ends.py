@@ -6,13 +6,14 @@ that serves as both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from claq_exp.errors import ConfigError, check_choice
 from claq_exp.payload.stored import MAX_BITS
 from claq_exp.quantize.codebook import Codebook, KMeans, Uniform
 from claq_exp.quantize.precision.fixed import Fixed
+from claq_exp.quantize.precision.none import NoPrecision
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation.none import NoReservation
 from claq_exp.quantize.solver import Gptq, Nearest, Solver
@@ -31,7 +32,15 @@ class EndRule(Protocol):
     required: bool = True
 
     def recipe(self) -> Recipe | None:
-        """Return how the matrix is quantized; None: it stays as it is."""
+        """Return how the matrix is quantized; None: it stays as it is.
+
+        With `NoPrecision` the widths of a head are decided with those of the layers of blocks.
+        """
+
+    def looked_up(self) -> Recipe | None:
+        """Return how an embedding is quantized that is no head: always rounded to nearest."""
+        recipe = self.recipe()
+        return None if recipe is None else replace(recipe, solver=Nearest())
 
     def copies(self) -> bool:
         """Tell whether a head takes the embedding's rule in place of this one."""
@@ -119,15 +128,48 @@ class UniformEnd(EndRule):
         return _recipe(Uniform(group_size=self.group_size), self.bits, self.solver)
 
 
-EMBEDDING: dict[str, type] = {"none": NoEnd, "kmeans": KMeansEnd, "uniform": UniformEnd}
+@dataclass(frozen=True)
+class AllocatedEnd(EndRule):
+    """A k-means codebook for each column, whose width an allocation over the whole model decides.
+
+    The columns of a head, or of the one matrix of a tied model, compete with the columns of the
+    layers of blocks for the bits of the whole checkpoint.
+
+    solver, rows: as of `KMeansEnd`.
+    looked_up_bits: of a code of an embedding that is no head; no logit tells what it is worth.
+    """
+
+    solver: str = "gptq"
+    rows: str = FREQUENCY
+    looked_up_bits: int = 8
+
+    def __post_init__(self) -> None:
+        check_choice("solver", self.solver, RULES)
+        check_choice("rows", self.rows, (FREQUENCY, EQUAL))
+        _check_bits("looked_up_bits", self.looked_up_bits)
+
+    def recipe(self) -> Recipe:
+        """Return how the matrix is quantized."""
+        return replace(self.looked_up(), precision=NoPrecision(), solver=_solver(self.solver))
+
+    def looked_up(self) -> Recipe:
+        """Return how an embedding is quantized that is no head."""
+        return _recipe(KMeans(), self.looked_up_bits, "nearest")
+
+
+EMBEDDING: dict[str, type] = {
+    "none": NoEnd,
+    "kmeans": KMeansEnd,
+    "uniform": UniformEnd,
+    "allocated": AllocatedEnd,
+}
 HEAD: dict[str, type] = {"same": SameEnd, **EMBEDDING}
 MOST_LOOKUP = 100
 RULES = ("gptq", "nearest")  # solvers that an end can have
 
 
 def _check(bits: int, solver: str, lookup: float) -> None:
-    if not 1 <= bits <= MAX_BITS:
-        raise ConfigError(f"bits is {bits}; give a whole number from 1 to {MAX_BITS}")
+    _check_bits("bits", bits)
     check_choice("solver", solver, RULES)
     if not 0 <= lookup <= MOST_LOOKUP:
         raise ConfigError(
@@ -135,6 +177,14 @@ def _check(bits: int, solver: str, lookup: float) -> None:
         )
 
 
+def _check_bits(name: str, bits: int) -> None:
+    if not 1 <= bits <= MAX_BITS:
+        raise ConfigError(f"{name} is {bits}; give a whole number from 1 to {MAX_BITS}")
+
+
+def _solver(name: str) -> Solver:
+    return Gptq() if name == "gptq" else Nearest()
+
+
 def _recipe(codebook: Codebook, bits: int, solver: str) -> Recipe:
-    chosen: Solver = Gptq() if solver == "gptq" else Nearest()
-    return Recipe(codebook, Fixed(bits), NoReservation(), chosen)
+    return Recipe(codebook, Fixed(bits), NoReservation(), _solver(solver))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from claq_exp.allocate.head import SurveyedHead
 from claq_exp.calibration.moments import MomentsAccumulator
 from claq_exp.calibration.streams import STUDENT, Streams
 from claq_exp.checkpoint.store import BlockStore
@@ -29,7 +30,6 @@ from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.ends import FREQUENCY, EndRule
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.recipe import Recipe, planned_layout
-from claq_exp.quantize.solver import Nearest
 from claq_exp.quantize.statistics import EqualColumns
 from claq_exp.run.solve import report_row, solve_linears
 from claq_exp.run_folder.fallbacks import refuse_fallbacks
@@ -53,6 +53,8 @@ class End:
     name: of its module.  rows: a row for each token.
     head: it is multiplied by hidden states; else it is only looked up.
     lookup, by_frequency: as `lookup` and `rows` of `claq_exp.quantize.ends.KMeansEnd`.
+    tied: it is the embedding too.
+    expected: about how it will be stored, where an allocation decides that.
     """
 
     name: str
@@ -62,9 +64,22 @@ class End:
     head: bool
     lookup: float = 0.0
     by_frequency: bool = False
+    tied: bool = False
+    expected: Layout | None = None
+
+    @property
+    def allocated(self) -> bool:
+        """Whether its widths are decided with those of the layers of blocks."""
+        return self.recipe.allocated
+
+    def surveyed(self) -> SurveyedHead:
+        """Return what an allocation must know of it to survey it."""
+        return SurveyedHead(self.name, self.tied, self.recipe.solver)
 
     def layout(self) -> Layout:
-        """Return how it will be stored."""
+        """Return how it will be stored: exact, unless an allocation decides it."""
+        if self.expected is not None:
+            return self.expected
         return planned_layout(self.recipe, self.rows, self.columns, self.name)
 
 
@@ -95,8 +110,8 @@ def chosen_ends(model: PreTrainedModel, embedding: EndRule, head: EndRule) -> tu
     model: may be on the meta device.  Raises ConfigError for rules that do not fit the model,
     EndsError for a model whose ends cannot be packed.
     """
-    first = embedding.recipe()
-    own = first if head.copies() else head.recipe()
+    first = embedding.looked_up()
+    own = embedding.recipe() if head.copies() else head.recipe()
     if first is None and own is None:
         return ()
     found = find_ends(model)
@@ -104,11 +119,16 @@ def chosen_ends(model: PreTrainedModel, embedding: EndRule, head: EndRule) -> tu
         return (_tied(model, found, embedding, head),)
     ends = []
     if first is not None:
-        looked_up = Recipe(first.codebook, first.precision, first.reservation, Nearest())
-        ends.append(_end(model, found.embedding, looked_up, embedding, head=False))
+        ends.append(_end(model, found.embedding, first, embedding, head=False))
     if own is not None:
         rule = embedding if head.copies() else head
         ends.append(replace(_end(model, found.head, own, rule, head=True), lookup=0.0))
+    asked = embedding.recipe()
+    if asked is not None and asked.allocated and not any(end.allocated for end in ends):
+        raise ConfigError(
+            f"{type(model).__name__} has a head of its own, and only a head is allocated: leave "
+            "head=same or set head=allocated, or choose embedding=kmeans"
+        )
     return tuple(ends)
 
 
@@ -119,7 +139,7 @@ def _tied(model: PreTrainedModel, found: Ends, embedding: EndRule, head: EndRule
             f"{type(model).__name__} has one matrix for embedding and head: choose a rule with "
             "embedding=, and leave head=same"
         )
-    return _end(model, found.embedding, recipe, embedding, head=True)
+    return replace(_end(model, found.embedding, recipe, embedding, head=True), tied=True)
 
 
 def _end(model: PreTrainedModel, name: str, recipe: Recipe, rule: EndRule, *, head: bool) -> End:
@@ -153,7 +173,8 @@ def quantize_embedding(
         if made is None:
             step(0.0, end.name)
             started = time.perf_counter()
-            made, row = _solve(model, end, _lookups(end), weights, strict=strict)
+            plan = _plan(end, None, weights)
+            made, row = _solve(model, end, _lookups(end), plan, strict=strict)
             seconds["solve"] = time.perf_counter() - started
             report.append(row)
             store.add(EMBEDDING, None, packed={end.name: made}, report=report)
@@ -169,6 +190,7 @@ def quantize_head(
     ends: Sequence[End],
     streams: Streams,
     store: BlockStore,
+    plans: Mapping[str, MatrixPlan],
     step: Step,
     *,
     strict: bool,
@@ -177,6 +199,7 @@ def quantize_head(
     """Quantize a head into a store, on the hidden states that leave the last block.
 
     batches: token ids of this rank, [batch, seqlen].  streams: all blocks are finished.
+    plans: as of `claq_exp.run.quantize.quantize_model`.
     step: called with a share of the work on all ends that is done, and with what it is done on.
     The first rank solves; all add up what enters the head.
     Returns the rows of the report of what was quantized here, and seconds by kind of work.
@@ -195,7 +218,8 @@ def quantize_head(
     if ranks.is_first:
         started = time.perf_counter()
         moments = _with_lookups(entered.moments(), end.lookup)
-        packed, row = _solve(model, end, moments, weights, strict=strict)
+        plan = _plan(end, plans.get(end.name), weights)
+        packed, row = _solve(model, end, moments, plan, strict=strict)
         seconds["solve"] = time.perf_counter() - started
         report.append(row)
         store.add(EMBEDDING, None, packed={end.name: packed}, report=report)
@@ -262,15 +286,24 @@ def _row_weights(batches: list[Tensor], end: End, ranks: Ranks) -> Tensor | None
     return (counts / counts.mean() + FLOOR).float()
 
 
+def _plan(end: End, decided: MatrixPlan | None, weights: Tensor | None) -> MatrixPlan | None:
+    """Return what is known of an end before it is solved; None where its recipe says it all.
+
+    decided: by an allocation.  weights: of rows, as `_row_weights` gives them.
+    """
+    if decided is None and weights is not None:
+        columns = end.recipe.plan(EqualColumns(end.rows, end.columns, end.name))
+        decided = MatrixPlan(end.recipe.codebook, columns)
+    return None if decided is None else replace(decided, row_weights=weights)
+
+
 def _solve(
-    model: BlockedModel, end: End, moments: Moments, weights: Tensor | None, *, strict: bool
+    model: BlockedModel, end: End, moments: Moments, plan: MatrixPlan | None, *, strict: bool
 ) -> tuple[PackedWeight, dict[str, Any]]:
     stored = model.read(f"{end.name}.weight").detach()
     matrix: Mapping[str, Tensor] = {end.name: stored.to("cpu", torch.float32)}
-    tokens, plans = moments.tokens if end.head else None, {}
-    if weights is not None:
-        columns = end.recipe.plan(EqualColumns(end.rows, end.columns, end.name))
-        plans[end.name] = MatrixPlan(end.recipe.codebook, columns, weights)
+    tokens = moments.tokens if end.head else None
+    plans = {} if plan is None else {end.name: plan}
     ((solved, seconds),) = solve_linears(
         matrix, moments, end.recipe, plans, model.device, strict=strict
     )

@@ -325,7 +325,7 @@ class Job:
         return HiddenForm(plan.hidden_dtype, on_disk)
 
     def _quantize_event(self, name: str, data: dict[str, Any]) -> None:
-        if name == "block":
+        if name in ("block", "stage"):
             data = {**data, "peak_memory_bytes": peak_memory()}
             reset_peak()
         self.events.event(name, **data)
@@ -345,6 +345,7 @@ class Job:
             self.plan.recipe,
             self.plan.allocation,
             blocks_path=self.config.model.blocks,
+            head=next((end.surveyed() for end in self.plan.ends if end.allocated), None),
             overhead=self.plan.description,
             keep=self._keep_survey,
             on_share=self.progress.advance,

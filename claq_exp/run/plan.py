@@ -33,7 +33,7 @@ from claq_exp.run.teacher import check_routes
 from claq_exp.tensor_files.shards import index_bytes
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -96,33 +96,24 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     if CROSS in config.recipe().solver.wants:
         for index, block in enumerate(blocks):
             check_routes(block, f"{path}.{index}")
-    ends, kept_ends = planned_ends(model, *config.end_rules(), strict=config.strict)
-    packed_ends = {end.name: end.layout() for end in ends}
-    packed = {*shapes, *packed_ends}
-    kept = {n: t.numel() for n, t in state.items() if n.removesuffix(".weight") not in packed}
-
-    def description(layouts: Mapping[str, Layout]) -> float:
-        return 8.0 * _description_bytes({**layouts, **packed_ends}, kept)
-
     stored = stored_dtype(model_config)
-    beside = bits_beside_layers(model, shapes, packed_ends, stored)
-    budget = config.budget.for_layers(parameters, beside, shapes)
-    recipe = fit_budget(config.recipe(), budget, shapes, description)
-    allocation = config.allocation_rule().within(budget)
-    layouts = allocation.planned_layouts(recipe, shapes, description)
+    fitted = _fitted(config, model, shapes, state, stored)
+    layouts, ends = fitted.layouts, fitted.ends
     evaluation = config.evaluation
     context = context_length(evaluation.context, model_config) if evaluation.corpora else 0
     rounding = expected_rounding(config.activation_rule(), layouts)
-    sizes = planned_sizes(model, {**layouts, **packed_ends}, stored, rounding)
+    packed = {**layouts, **{end.name: end.layout() for end in ends}}
+    sizes = planned_sizes(model, packed, stored, rounding)
     model_shape = ModelShape.of(model, blocks, parameters, model_config)
     hidden_dtype, hidden_bytes = _hidden(config, model_shape.width, model_config)
-    planned = Planned(recipe, allocation.survey(), layouts, hidden_bytes, sizes.bytes, ends)
+    survey = fitted.allocation.survey()
+    planned = Planned(fitted.recipe, survey, layouts, hidden_bytes, sizes.bytes, ends)
     shape = shape_of(config, planned, model_shape, mixture, device, context)
     taken = costs(shape)
     return Plan(
-        recipe=recipe,
-        allocation=allocation,
-        description=description,
+        recipe=fitted.recipe,
+        allocation=fitted.allocation,
+        description=fitted.description,
         layouts=layouts,
         sizes=sizes,
         original_bytes=2 * parameters,
@@ -134,7 +125,56 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         parameters=parameters,
         activation_bits=rounding.bits(w.columns for w in layouts.values()) if rounding else None,
         ends=ends,
-        kept_ends=kept_ends,
+        kept_ends=fitted.kept_ends,
+    )
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """The strategies of a run, fitted to its budget, and what they store; fields as of `Plan`."""
+
+    recipe: Recipe
+    allocation: Allocation
+    description: Overhead
+    layouts: dict[str, Layout]
+    ends: tuple[End, ...]
+    kept_ends: str
+
+
+def _fitted(
+    config: ExperimentConfig,
+    model: PreTrainedModel,
+    shapes: Mapping[str, tuple[int, int]],
+    state: Mapping[str, torch.Tensor],
+    stored: torch.dtype,
+) -> _Fitted:
+    """Fit the strategies to the budget.
+
+    shapes: of the linears of blocks.  state: tensors of the model, tied ones once.
+    A head whose widths are allocated shares the budget of the linears of blocks.
+    """
+    ends, kept_ends = planned_ends(model, *config.end_rules(), strict=config.strict)
+    fixed = {end.name: end.layout() for end in ends if not end.allocated}
+    sharing = {**shapes, **{end.name: (end.rows, end.columns) for end in ends if end.allocated}}
+    packed = {*sharing, *fixed}
+    kept = {n: t.numel() for n, t in state.items() if n.removesuffix(".weight") not in packed}
+
+    def description(layouts: Mapping[str, Layout]) -> float:
+        return 8.0 * _description_bytes({**layouts, **fixed}, kept)
+
+    parameters = sum(tensor.numel() for tensor in state.values())
+    beside = bits_beside_layers(model, sharing, fixed, stored)
+    budget = config.budget.for_layers(parameters, beside, sharing)
+    recipe = fit_budget(config.recipe(), budget, sharing, description)
+    allocation = config.allocation_rule().within(budget)
+    layouts = allocation.planned_layouts(recipe, sharing, description)
+    return _Fitted(
+        recipe,
+        allocation,
+        description,
+        {name: layouts[name] for name in shapes},
+        tuple(replace(end, expected=layouts.get(end.name)) for end in ends),
+        kept_ends,
     )
 
 

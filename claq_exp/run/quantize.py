@@ -84,7 +84,7 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     Several ranks share the batches, and solve linears side by side; every rank calls this, and
     ranks > 0 pass a `follower` of the first one's store.
     batches: token ids [batch, seqlen], all of one length.  store: open.
-    plans: name of a linear -> what an allocation over the whole model decided of it.
+    plans: name of a linear or end -> what an allocation over the whole model decided of it.
     strict: raise NumericalError at the first layer with a fallback, see
         `claq_exp.run_folder.fallbacks`.
     Raises Interrupted once the group is in the store at which `watcher` wants to stop.
@@ -134,10 +134,10 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
         streams.advance()
         inputs[index] = BlockInputs()
         watcher.event("block", {"block": index, **seconds})
-    _tell_ends(
-        watcher,
-        *quantize_head(model, own, ends, streams, store, step, strict=strict, ranks=ranks),
+    report, seconds = quantize_head(
+        model, own, ends, streams, store, plans or {}, step, strict=strict, ranks=ranks
     )
+    _tell_ends(watcher, report, seconds)
 
 
 def _tell_ends(watcher: Watcher, report: list[dict[str, Any]], seconds: dict[str, float]) -> None:

@@ -85,6 +85,7 @@ WORDS = [
     (["precision.target_bits=[1,"], ["'precision.target_bits=[1,'", "KEY=VALUE"]),
     (["a b=c d"], ["'a b=c d'", "KEY=VALUE"]),
 ]
+ALLOCATED = ["embedding=allocated", "allocation=rate_distortion"]
 VALUES = [
     (["stream=sometimes"], ["stream", "sometimes", "auto", "false", "true"]),
     (["stream=true", "runtime.kernel=reference"], ["stream=true", "runtime.kernel=reference"]),
@@ -142,6 +143,16 @@ VALUES = [
     (["embedding=kmeans", "embedding.solver=best"], ["solver 'best'", "gptq, nearest"]),
     (["embedding=kmeans", "embedding.lookup=-1"], ["lookup is -1", "0 to 100"]),
     (["embedding=kmeans", "embedding.rows=some"], ["rows 'some'", "equal, frequency"]),
+    (["embedding=allocated"], ["embedding=allocated", "allocation=rate_distortion"]),
+    ([*ALLOCATED, "budget.bits=4"], ["embedding=allocated", "budget.kind=model"]),
+    ([*ALLOCATED, "budget.bits=4", "budget.kind=nominal"], ["budget.kind=model and budget.bits"]),
+    ([*ALLOCATED, "budget.kind=model"], ["budget.kind=model and budget.bits"]),
+    (
+        [*ALLOCATED, "budget.bits=4", "budget.kind=model", "allocation.importance=output"],
+        ["embedding=allocated", "allocation.importance=fisher"],
+    ),
+    (["embedding=allocated", "embedding.looked_up_bits=9"], ["looked_up_bits is 9", "1 to 8"]),
+    (["head=allocated"], ["head=allocated", "allocation=rate_distortion"]),
     (["head=sums"], ["head=sums", "kmeans, none, same, uniform"]),
     (["tune=biases"], ["tune=biases", "none, norms"]),
     (["tune.name=biases"], ["tune.name 'biases'", "none, norms", "package.module:Class"]),

@@ -67,6 +67,14 @@ NEEDS = {
         f"codebook/{name}.yaml": ["precision=fixed", "precision.bits=4", "reservation=none"]
         for name in ("bfp", "lo_bcq", "mxfp4", "nvfp4", "uniform", "vsq")
     },
+    **{
+        f"{end}/allocated.yaml": [
+            "allocation=rate_distortion",
+            "budget.kind=model",
+            "budget.bits=4",
+        ]
+        for end in ("embedding", "head")
+    },
     "codebook/svid.yaml": ["precision=fixed", "precision.bits=1", "reservation=none"],
 }
 

@@ -97,6 +97,10 @@ def test_what_is_rounded_to_nearest_is_the_same_on_every_device(run, pretend, mo
 RUNS = {
     "widths of a column, by the kernel": ["experiment=claq_2.12", "activation=nvfp4"],
     "an allocation": ["allocation=rate_distortion", "allocation.target_bits=60"],
+    "an allocated embedding": [
+        *("allocation=rate_distortion", "embedding=allocated"),
+        *("budget.kind=model", "budget.bits=15.9"),
+    ],
     "rounded activations": [
         *("codebook=lo_bcq", *ONE_WIDTH, "runtime.kernel=auto"),
         *("activation=lo_bcq", "activation.books=local", "activation.scope=static"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from claq_exp.checkpoint.store import BlockStore
 from claq_exp.compose.experiment import compose_config
 from claq_exp.models.load import open_model
 from claq_exp.payload import unpack_weight
+from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.ends import EMBEDDING, SameEnd
 from claq_exp.quantize.precision import OutlierOrder
@@ -89,6 +91,7 @@ def quantize_together(
     tune: Tune = UNTUNED,
     recipe: Recipe = RECIPE,
     embedding: str = "none",
+    plans: Mapping[str, MatrixPlan] | None = None,
 ) -> int:
     torch.set_num_threads(1)
     if not ranks.is_first:
@@ -104,7 +107,16 @@ def quantize_together(
     ends = chosen_ends(model.model, EMBEDDING[embedding](), SameEnd())
     ranks.tell(
         Quantization(
-            config, source, place, batches, recipe, follower, {}, form, tune=tune, ends=ends
+            config,
+            source,
+            place,
+            batches,
+            recipe,
+            follower,
+            plans or {},
+            form,
+            tune=tune,
+            ends=ends,
         )
     )
     linears = 0
@@ -122,6 +134,7 @@ def quantize_together(
         batches,
         recipe,
         store,
+        plans=plans,
         hidden_form=form,
         tune=tune,
         ends=ends,
@@ -260,16 +273,22 @@ def test_ranks_have_the_teachers_inputs_of_their_own_batches(source, alone, batc
     assert any((weight - plain[name]).norm() > 0.1 * weight.norm() for name, weight in one.items())
 
 
-def with_ends(source: Path, place: Path, batches: list[Tensor]) -> int:
+def with_ends(embedding: str, source: Path, place: Path, batches: list[Tensor]) -> int:
+    plans = {}
+    if embedding == "allocated":
+        widths, none = torch.tensor([4, 6], dtype=torch.uint8), torch.zeros(48, dtype=torch.int64)
+        plans["model.embed_tokens"] = MatrixPlan(KMeans(), ColumnPlan(widths.repeat(24), none))
     with together() as ranks:
-        return quantize_together(ranks, source, place, batches, embedding="kmeans")
+        return quantize_together(ranks, source, place, batches, embedding=embedding, plans=plans)
 
 
-def test_an_embedding_that_ranks_quantize_is_that_of_one_process(dense_source, batches, tmp_path):
-    with_ends(dense_source, tmp_path / "alone", batches)
-    finished(
-        start_ranks(with_ends, tmp_path / "two", dense_source, tmp_path / "two", batches, size=2)
-    )
+@pytest.mark.parametrize("embedding", ["kmeans", "allocated"])
+def test_an_embedding_that_ranks_quantize_is_that_of_one_process(
+    embedding, dense_source, batches, tmp_path
+):
+    with_ends(embedding, dense_source, tmp_path / "alone", batches)
+    place = tmp_path / "two"
+    finished(start_ranks(with_ends, place, embedding, dense_source, place, batches, size=2))
     name = "model.embed_tokens"
     one, two = weights(tmp_path / "alone")[name], weights(tmp_path / "two")[name]
     assert (one - two).norm() < 0.01 * one.norm()

@@ -26,7 +26,7 @@ from claq_exp.models.ends import Ends, find_ends, in_blocks, is_end
 from claq_exp.models.stream import WholeModel
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.codebook import KMeans
-from claq_exp.quantize.ends import EndRule, KMeansEnd, NoEnd, SameEnd, UniformEnd
+from claq_exp.quantize.ends import AllocatedEnd, EndRule, KMeansEnd, NoEnd, SameEnd, UniformEnd
 from claq_exp.quantize.precision import Fixed as FixedBits
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
@@ -205,6 +205,20 @@ def test_a_rule_of_ones_own_is_found_by_its_path():
 def test_nothing_is_chosen_without_a_rule():
     assert chosen_ends(ARCHITECTURES["llama_tied_biased"].build(), NoEnd(), SameEnd()) == ()
     assert chosen_ends(ARCHITECTURES["llama"].build(), NoEnd(), SameEnd()) == ()
+
+
+def test_only_what_makes_logits_is_allocated():
+    untied, tied = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama_tied_biased"].build()
+    rule, fixed = AllocatedEnd(looked_up_bits=5), KMeansEnd(bits=4)
+    (end,) = chosen_ends(tied, rule, SameEnd())
+    assert (end.allocated, end.tied) == (True, True)
+    table, head = chosen_ends(untied, rule, SameEnd())
+    assert (table.allocated, table.layout().nominal_bits()) == (False, 5)
+    assert (head.allocated, head.tied) == (True, False)
+    assert [end.allocated for end in chosen_ends(untied, fixed, rule)] == [False, True]
+    for other in (fixed, NoEnd()):
+        with pytest.raises(ConfigError, match="head=allocated, or choose embedding=kmeans"):
+            chosen_ends(untied, rule, other)
 
 
 @pytest.mark.parametrize("kind", TOWERS)

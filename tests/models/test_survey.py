@@ -10,7 +10,8 @@ import torch
 from tiny_architectures import ARCHITECTURES, token_batches
 from torch import nn
 
-from claq_exp.allocate.survey import LEAST_IMPORTANCE, survey_model
+from claq_exp.allocate.head import LEAST_IMPORTANCE
+from claq_exp.allocate.survey import survey_model
 from claq_exp.errors import CalibrationError, NumericalError
 from claq_exp.models.discover import linear_weight
 from claq_exp.quantize.moments import Moments

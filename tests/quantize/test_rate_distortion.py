@@ -327,6 +327,39 @@ def test_a_model_keeps_its_budget_to_the_bit_and_uses_it(count, target):
     assert target * 0.99 < bits / weights <= target
 
 
+@settings(max_examples=15)
+@given(st.integers(0, 99), st.floats(2.2, 5.0), st.floats(0.1, 1.5), st.floats(-3, 3))
+def test_a_head_beside_blocks_gets_more_bits_and_causes_less_loss_with_more_budget(
+    seed, per_weight, more, dearness
+):
+    """A head has many rows, most of which hardly matter."""
+    head = real_statistics(700, 12, seed)
+    rare = torch.logspace(0, -4, 700)
+    head = replace(
+        head, row_weights=rare, distortion_weight=head.distortion_weight * 10.0**dearness
+    )
+    statistics = {"block": real_statistics(96, 40, seed + 1), "head": head}
+    options = column_options(700, range(1, 9), ())
+    table = measure_choices(head, KMeans(), options, nominal=False)
+    plain = {"codebooks": "own", "row_scales": "never", "reserve": False}
+    weights = sum(found.weight.numel() for found in statistics.values())
+    outcomes = []
+    for bits in (per_weight, per_weight + more):
+        plans = RateDistortion(bits, **plain).plan_model(statistics, KMeans(), overhead=beside)
+        layouts = {
+            name: plan.codebook.layout(len(statistics[name].weight), plan.columns)
+            for name, plan in plans.items()
+        }
+        stored = sum(layout.ledger().total for layout in layouts.values())
+        assert stored + beside(layouts) <= bits * weights
+        own = layouts["head"].ledger().total
+        outcomes.append((stored, own, surrogate(table, plans["head"].columns.column_bits)))
+    (stored, own, loss), (later, owned, lost) = outcomes
+    assert later >= stored
+    assert owned >= own - 100  # the map of widths may get shorter
+    assert lost <= loss * 1.02
+
+
 def test_rows_weigh_in_the_fits_only_where_that_is_asked():
     statistics = {"": real_statistics(192, 16, seed=8)}
     for asked in (True, False):
