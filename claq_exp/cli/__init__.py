@@ -34,7 +34,8 @@ claq-exp report FOLDER ...             tables and plots of all runs below folder
 claq-exp report --compare RUN RUN      two runs beside each other; --replay RUN ... logs them to
                                        Weights & Biases again; docs/reports.md has the whole
 claq-exp inspect FOLDER [--layers]     bits, bytes and outliers of a checkpoint; --plot FILE.png
-claq-exp dequantize FOLDER TARGET      write a checkpoint as a plain one; dtype=float16
+claq-exp export FOLDER TARGET          write a checkpoint for other programs; dtype=float16,
+                                       format=dense, gptq, compressed-tensors or gguf
 claq-exp bench runtime checkpoint=...  speed and memory of a checkpoint with each kernel
 claq-exp fetch [OVERRIDES]             bring model and data into the local cache
 
@@ -91,7 +92,7 @@ def _dispatch(arguments: list[str], ranks: Ranks | None = None) -> int:
         "report": _report,
         "evaluate": _evaluate,
         "inspect": _inspect,
-        "dequantize": _dequantize,
+        "export": _export,
         "bench": _bench,
         "fetch": _fetch,
     }
@@ -259,35 +260,10 @@ def _inspect(arguments: list[str]) -> int:
     return 0
 
 
-def _dequantize(arguments: list[str]) -> int:
-    from claq_exp.checkpoint.dense import write_dense
-    from claq_exp.checkpoint.reader import read_rounding
-    from claq_exp.errors import one_of
-    from claq_exp.models.load import DTYPES
-    from claq_exp.run_folder.find import checkpoint_folder
+def _export(arguments: list[str]) -> int:
+    from claq_exp.cli.export import export_command
 
-    folders = [word for word in arguments if "=" not in word]
-    options = {"dtype": "float16", "model.trust_remote_code": "false"}
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if equals and key not in options:
-            raise ConfigError(one_of("dequantize: option", key, options))
-        if equals:
-            options[key] = value
-    if len(folders) != 2 or any(folder.startswith("-") for folder in folders):
-        raise ConfigError(
-            "dequantize needs two folders: claq-exp dequantize FOLDER TARGET [dtype=float16]"
-        )
-    if options["dtype"] not in DTYPES:
-        raise ConfigError(one_of("dtype", options["dtype"], DTYPES))
-    target = Path(folders[1]).expanduser()
-    remote = options["model.trust_remote_code"].lower() == "true"
-    folder, console = checkpoint_folder(folders[0]), Console()
-    write_dense(folder, target, dtype=options["dtype"], trust_remote_code=remote)
-    console.print(str(target), highlight=False, markup=False, soft_wrap=True)
-    if read_rounding(folder) is not None:
-        console.print("Note: a plain folder does not round activations, as this checkpoint does.")
-    return 0
+    return export_command(arguments)
 
 
 def _bench(arguments: list[str]) -> int:

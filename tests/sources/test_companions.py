@@ -17,10 +17,10 @@ from transformers import (
     LlavaProcessor,
 )
 
-from claq_exp.checkpoint.dense import write_dense
 from claq_exp.checkpoint.manifest import check_harmless, check_manifest
 from claq_exp.checkpoint.reader import load_model
 from claq_exp.compose.experiment import compose_config
+from claq_exp.export.dense import write_dense
 from claq_exp.models.source import ModelSource, fingerprint, model_folder
 from claq_exp.run import runner
 from claq_exp.sources.companions import Companions
