@@ -19,7 +19,7 @@ from claq_exp.allocate.plans_file import load_plans, save_plans
 from claq_exp.calibration.streams import HiddenForm
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.store import BlockStore
-from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
+from claq_exp.checkpoint.writer import checkpoint_sizes, write_card, write_checkpoint
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import telling_line
 from claq_exp.evaluation.divergence import Comparison, Divergence
@@ -88,6 +88,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     plans: dict[str, MatrixPlan] = field(default_factory=dict)
     rounding: Rounding | None = None
+    command: str = field(init=False)
     model: StreamedModel = field(init=False)
     store: BlockStore = field(init=False)
     original: Measurement = field(init=False)
@@ -115,7 +116,7 @@ class Job:
 
     def results(self, command: str) -> dict[str, Any]:
         """Go through all stages and return the content of results.json."""
-        started = datetime.now(UTC)
+        started, self.command = datetime.now(UTC), command
         self.events.event("started", run=self.folder.path.name, versions=versions())
         for text, row in text_rows(self.tokens.text_losses).items():
             if any(row.values()):
@@ -126,7 +127,7 @@ class Job:
         report = self._report()
         layouts = read_layouts(self.folder.checkpoint)
         self._plot(report)
-        return build_results(
+        results = build_results(
             config=self.config,
             hash_=self.folder.hash,
             command=command,
@@ -145,6 +146,16 @@ class Job:
             report=report,
             source=self.source,
         )
+        write_card(self.folder.checkpoint, self._card(self.folder.checkpoint, results))
+        return results
+
+    def _card(self, folder: Path, results: dict[str, Any] | None = None) -> str:
+        """Return the model card of a checkpoint."""
+        from claq_exp.reporting.card import model_card  # not needed until here
+
+        sizes = checkpoint_sizes(folder, read_layouts(folder), self.plan.parameters)
+        bits = {kind: getattr(sizes, kind) for kind in ("nominal", "linear", "model")}
+        return model_card(self.config.as_dict(), self.command, bits, sizes.bytes, results)
 
     def _go_through(self, stage: Stage) -> None:
         """Do a stage under its name in the progress bar, unless an earlier try has left its work.
@@ -228,9 +239,11 @@ class Job:
         rule = self.config.activation_rule()
         if not needs_text(rule):
             self.rounding = settle_rounding(rule, None)
-        self._write(self.folder.checkpoint, self.rounding)
+        self._write(self.folder.checkpoint, self.rounding, self._card)
 
-    def _write(self, folder: Path, rounding: Rounding | None) -> None:
+    def _write(
+        self, folder: Path, rounding: Rounding | None, card: Callable[[Path], str] | None = None
+    ) -> None:
         write_checkpoint(
             folder,
             self.model.model,
@@ -240,6 +253,7 @@ class Job:
             source=self.fetched.model,
             read=self.model.read,
             rounding=rounding,
+            card=card,
         )
 
     def evaluate_quantized(self) -> None:
