@@ -41,6 +41,7 @@ claq-exp fetch [OVERRIDES]             bring model and data into the local cache
 
 An override is GROUP=OPTION or GROUP.FIELD=VALUE, e.g. precision.target_bits=2.1 reservation=none.
 -m runs every combination of values listed with commas; sweep=NAME runs a grid from sweeps/.
+-v shows a line for each tensor that is quantized, with any fallback and its reason.
 --config-dir DIR adds your own options, e.g. DIR/experiment/NAME.yaml (docs/sweeps.md).
 --cfg job prints the composed config; --version prints the version; --debug shows the Python
 traceback of an error.
@@ -137,6 +138,8 @@ def _run(arguments: list[str], ranks: Ranks | None) -> int:
             return 0
         config = None if words.multirun else compose_unless_sweep(words.overrides)
         if config is None:
+            if words.verbose:
+                raise ConfigError("-v shows the tensors of one run; leave it out of a sweep")
             if ranks is not None:
                 raise ConfigError(
                     "a sweep takes one process; hydra/launcher= runs jobs side by side"
@@ -144,18 +147,18 @@ def _run(arguments: list[str], ranks: Ranks | None) -> int:
             from claq_exp.sweep.run import run_sweep
 
             return run_sweep(words.overrides, command)
-        _run_one(config, command, ranks)
+        _run_one(config, command, ranks, verbose=words.verbose)
         if not arguments:
             Console().print("Next: claq-exp experiment=claq_2.12", highlight=False)
     return 0
 
 
-def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> None:
+def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None, *, verbose: bool) -> None:
     """Run one experiment and print its table."""
     from claq_exp.reporting.tables import result_notes, result_table
     from claq_exp.run.runner import run
     from claq_exp.system.distributed import ALONE
-    from claq_exp.tracking.progress import own_stderr
+    from claq_exp.tracking.progress import RunProgress, own_stderr
 
     with own_stderr() as stream:
         show = partial(Console(file=stream).print, highlight=False, markup=False, soft_wrap=True)
@@ -163,6 +166,7 @@ def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> Non
             config,
             command,
             show,
+            progress=partial(RunProgress, verbose=verbose),
             ranks=ranks or ALONE,
         )
     console = Console()
@@ -294,6 +298,8 @@ def _fetch(arguments: list[str]) -> int:
     from claq_exp.tracking.progress import noise_to, own_stderr
 
     words, console = read_words(arguments), Console()
+    if words.verbose:
+        raise ConfigError("-v goes with run: claq-exp run -v")
     with own_folders(words.folders):
         config = None if words.multirun else compose_unless_sweep(words.overrides)
         configs = (config,) if config else check_grid(words.overrides).configs

@@ -27,13 +27,14 @@ class Words:
 
     overrides: KEY=VALUE and the like.  folders: of the person's own options, the first before the
     others.  multirun: every combination of listed values.  printed: what Hydra is asked to print in
-    place of a run, in its own words.
+    place of a run, in its own words.  verbose: show a line for each tensor.
     """
 
     overrides: list[str]
     folders: tuple[Path, ...] = ()
     multirun: bool = False
     printed: tuple[str, ...] = ()
+    verbose: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,6 +59,8 @@ def read_words(arguments: list[str]) -> Words:
     printed = _printed(found)
     if printed and found.multirun:
         raise ConfigError(f"'{printed[0]}' prints and runs nothing; leave out -m")
+    if found.verbose and (printed or found.multirun):
+        raise ConfigError(f"-v shows the tensors of one run; leave out {(*printed, '-m')[0]}")
     if not found.cfg and (found.resolve or found.package):
         raise ConfigError("--resolve and --package go with --cfg, e.g. --cfg job --package model")
     return Words(
@@ -65,6 +68,7 @@ def read_words(arguments: list[str]) -> Words:
         _folders(found),
         found.multirun,
         printed,
+        found.verbose,
     )
 
 
@@ -93,6 +97,8 @@ def only_overrides(command: str, arguments: list[str]) -> Words:
     words = read_words(arguments)
     if words.printed:
         raise ConfigError(f"'{words.printed[0]}' goes with run: claq-exp run {words.printed[0]}")
+    if words.verbose:
+        raise ConfigError("-v goes with run: claq-exp run -v")
     if words.multirun:
         raise ConfigError(f"{command} takes one experiment; leave out -m")
     return words
@@ -102,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="claq-exp", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--verbose", "-v", action="store_true")
     _add_folders(parser)
     parser.add_argument("--cfg", "-c", choices=SHOWN)
     parser.add_argument("--info", "-i", nargs="?", const="all", choices=INFORMED)

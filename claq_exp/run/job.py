@@ -19,7 +19,7 @@ from claq_exp.allocate.plans_file import load_plans, save_plans
 from claq_exp.calibration.streams import HiddenForm
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.store import BlockStore
-from claq_exp.checkpoint.writer import checkpoint_sizes, write_card, write_checkpoint
+from claq_exp.checkpoint.writer import Sizes, checkpoint_sizes, write_card, write_checkpoint
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import telling_line
 from claq_exp.evaluation.divergence import Comparison, Divergence
@@ -37,6 +37,7 @@ from claq_exp.run import stages
 from claq_exp.run.assist import Quantization
 from claq_exp.run.ends import EMBEDDING
 from claq_exp.run.inputs import Fetched, Tokens
+from claq_exp.run.lines import event_lines, sizes_line
 from claq_exp.run.measuring import QUANTIZED, Bench, activation_bits, measured_on
 from claq_exp.run.plan import Plan
 from claq_exp.run.quantize import QUANTIZE, Watcher
@@ -133,7 +134,7 @@ class Job:
             command=command,
             started=started,
             device=self.device,
-            sizes=checkpoint_sizes(self.folder.checkpoint, layouts, self.plan.parameters),
+            sizes=self._sizes(self.folder.checkpoint),
             activation_bits=activation_bits(self.folder.checkpoint, layouts),
             original_bytes=weight_bytes(self.fetched.model),
             corpora=self.tokens.corpora,
@@ -153,9 +154,12 @@ class Job:
         """Return the model card of a checkpoint."""
         from claq_exp.reporting.card import model_card  # not needed until here
 
-        sizes = checkpoint_sizes(folder, read_layouts(folder), self.plan.parameters)
+        sizes = self._sizes(folder)
         bits = {kind: getattr(sizes, kind) for kind in ("nominal", "linear", "model")}
         return model_card(self.config.as_dict(), self.command, bits, sizes.bytes, results)
+
+    def _sizes(self, folder: Path) -> Sizes:
+        return checkpoint_sizes(folder, read_layouts(folder), self.plan.parameters)
 
     def _go_through(self, stage: Stage) -> None:
         """Do a stage under its name in the progress bar, unless an earlier try has left its work.
@@ -240,6 +244,7 @@ class Job:
         if not needs_text(rule):
             self.rounding = settle_rounding(rule, None)
         self._write(self.folder.checkpoint, self.rounding, self._card)
+        self.progress.line(sizes_line(self._sizes(self.folder.checkpoint)))
 
     def _write(
         self, folder: Path, rounding: Rounding | None, card: Callable[[Path], str] | None = None
@@ -337,6 +342,11 @@ class Job:
             data = {**data, "peak_memory_bytes": peak_memory()}
             reset_peak()
         self.events.event(name, **data)
+        peak, verbose = peak_memory(), self.progress.verbose
+        for line in event_lines(
+            name, data, self._report, self.plan.blocks, peak=peak, verbose=verbose
+        ):
+            self.progress.line(line)
 
     def allocated(self) -> bool:
         """Tell whether every matrix was decided on before, and read what."""

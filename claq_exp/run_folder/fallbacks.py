@@ -109,6 +109,17 @@ def fallback_notes(counts: Mapping[str, int]) -> list[str]:
     ]
 
 
+def reasons(row: Row) -> list[str]:
+    """Return a sentence for each fallback in a row of layers.csv, with what is in its column."""
+    return [
+        "; ".join(
+            [f"{kind.words} ({kind.column}: {row[kind.column]})", *filter(None, [kind.advice])]
+        )
+        for kind in FALLBACKS
+        if kind.happened(row)
+    ]
+
+
 def refuse_fallbacks(row: Row) -> None:
     """Raise NumericalError where a row of layers.csv has a fallback that can cost quality."""
     for kind in FALLBACKS:

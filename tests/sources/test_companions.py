@@ -163,7 +163,7 @@ def test_what_belongs_to_the_model_comes_along_byte_by_byte(written, source):
     ]
     for name in names:
         assert (written / name).read_bytes() == (source / name).read_bytes(), name
-    others = {"config.json", "model.safetensors", "manifest.json"}
+    others = {"config.json", "model.safetensors", "manifest.json", "README.md"}
     found = {path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()}
     assert found <= {*names, *others}
 
