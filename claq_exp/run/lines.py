@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 from claq_exp.checkpoint.writer import Sizes
@@ -11,6 +12,7 @@ from claq_exp.run_folder.fallbacks import reasons
 
 Row = Mapping[str, Any]
 GIB = 2**30
+WRAPPED: Any = {"width": 79, "initial_indent": 4 * " ", "subsequent_indent": 6 * " "}
 
 
 def event_lines(
@@ -69,7 +71,7 @@ def layer_lines(row: Row) -> list[str]:
     return [
         f"  {name:<22} {shape:>13}  error {_error([row])}  {row['bits']:5.2f} bits  "
         f"{row['seconds']:6.1f} s",
-        *(f"    {reason}" for reason in reasons(row)),
+        *(line for reason in reasons(row) for line in wrap(reason, **WRAPPED)),
     ]
 
 

@@ -46,11 +46,12 @@ def test_a_tensor_tells_its_fallbacks_and_their_reasons():
     first, *reasons = layer_lines(FALLEN)
     assert " ".join(first.split()) == "mlp.down_proj 4096 x 2048 error 0.01 4.13 bits 1.3 s"
     assert len(first) < 80
-    assert reasons[0] == (
-        "    needed a larger damping than solver.damping (raised_damping: 0.1); "
-        "more calibration.windows help"
+    assert all(line.startswith("    ") and len(line) < 80 for line in reasons)
+    assert " ".join(" ".join(reasons).split()) == (
+        "needed a larger damping than solver.damping (raised_damping: 0.1); more "
+        "calibration.windows help had inputs that were zero on every calibration token, whose "
+        "columns are not compensated (dead_columns: 3)"
     )
-    assert "dead_columns: 3" in reasons[1]
 
 
 def test_only_rows_of_the_block_count_and_tensors_are_asked_for():
