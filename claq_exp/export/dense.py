@@ -32,6 +32,6 @@ def write_dense(
         model.save_pretrained(new, max_shard_size=shard_bytes)
         for path in new.glob("*.safetensors"):
             path.chmod(0o644)  # as in `save_tensors`
-        copy_companions(folder, new)
+        copy_companions(folder, new, "dense")
         sync_folder(new)
     sync_folder(target.parent)

@@ -25,6 +25,7 @@ UNUSED = {"none", "same"}  # names of options that do nothing
 FLAGS = ("-v", "--verbose", "--debug", "run")
 ONE_PATH = re.compile(r"('?\"?)(?:~|\.{1,2})?/[^,\[\]{}]*?([^/,\[\]{}]+)\1")
 FOLDERS = re.compile(r"(?<![\w:./])(?:~|\.{1,2})?(?:/[^\s/,'\"\]}]+)*/(?=[^\s/,'\"\]}])")
+LOAD_IT = "## Load it"
 LOADING = """\
 import claq_exp
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -57,13 +58,22 @@ def model_card(
         "## How it was made",
         f"```sh\n{plain_command(command)}\n```",
         _recipe(config),
-        "## Load it",
+        LOAD_IT,
         "The linear layers stay packed in memory. Install `claq_exp`, and import it first: without "
         "the import, transformers fills the layers with random numbers.",
         f"```python\n{LOADING}```",
         "`claq-exp export FOLDER TARGET` writes it for programs that do not know packed weights.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def exported_card(text: str, about: str) -> str:
+    """Return the card of what was exported from a checkpoint with the card `text`.
+
+    about: what stands in place of how the checkpoint is loaded.
+    """
+    kept = text.partition(f"\n{LOAD_IT}\n")[0].rstrip("\n")
+    return f"{kept}\n\n## This folder\n\n{about}\n"
 
 
 def _front_matter(source: str) -> str:

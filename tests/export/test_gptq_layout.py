@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file
 from uniform_models import Q_PROJ, TOKENS, grid, symmetric, unpacked, write, write_grids
 
+from claq_exp.checkpoint.manifest import CARD
 from claq_exp.checkpoint.reader import load_model
+from claq_exp.checkpoint.writer import write_card
 from claq_exp.cli import main
 from claq_exp.errors import ConfigError
 from claq_exp.export import export
@@ -21,6 +23,13 @@ from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe, quantize_weight
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Nearest
+from claq_exp.reporting.card import RECIPE, model_card
+
+BITS = ("nominal", "linear", "model")
+CONFIG = {
+    "model": {"name": "mine", "source": "org/mine"},
+    **{group: {"name": "none", "bits": None} for group in RECIPE},
+}
 
 
 def read_back(folder: Path, name: str, columns: int, rows: int) -> torch.Tensor:
@@ -87,6 +96,18 @@ def test_all_else_is_as_in_the_checkpoint(tmp_path, capsys):
     source = {path.name for path in (tmp_path / "packed").iterdir()}
     assert {path.name for path in (tmp_path / "gptq").iterdir()} == source - {"manifest.json"}
     assert main(["export", *words]) == 2  # it exists
+
+
+@pytest.mark.parametrize("format_", ["dense", "gptq", "compressed-tensors"])
+def test_the_card_says_what_the_folder_is(format_, tmp_path):
+    write_grids(tmp_path / "packed", 4)
+    card = model_card({**CONFIG, "seed": 0}, "claq-exp", dict.fromkeys(BITS, 4.0), 1)
+    write_card(tmp_path / "packed", card)
+    export(tmp_path / "packed", tmp_path / "new", format_)
+    text = (tmp_path / "new" / CARD).read_text()
+    assert f"`claq-exp export format={format_}` wrote it" in text
+    assert "stay packed" not in text
+    assert text.startswith(card.partition("## Load it")[0].rstrip())
 
 
 def kmeans(_: str, module: torch.nn.Linear):
