@@ -14,16 +14,20 @@ from claq_exp.system.files import read_json, write_json
 from claq_exp.tensor_files.shards import TensorSpan, read_spans
 
 MANIFEST = "manifest.json"
+CARD = "README.md"  # it may change with what is measured, so no manifest lists it
 CHUNK = 1 << 22  # bytes read at a time
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # can hold code
 DESCRIPTIONS = ("config.json", "tokenizer_config.json", *PROCESSORS)  # where auto_map can stand
 
 
 def write_manifest(folder: Path) -> None:
-    """List size and sha256 of every file, and file, dtype, shape and sha256 of every tensor."""
+    """List size and sha256 of every file but the card, and the same of every tensor.
+
+    Of a tensor also file, dtype and shape.
+    """
     files, tensors = {}, {}
     shards = read_spans(folder)
-    for name in sorted(_present(folder) - {MANIFEST}):
+    for name in sorted(_present(folder) - {MANIFEST, CARD}):
         path = folder / name
         digest, digests = _hash(path, shards.get(name, {}))
         files[name] = {"bytes": path.stat().st_size, "sha256": digest}

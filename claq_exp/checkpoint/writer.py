@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from claq_exp.checkpoint.manifest import asking_for_code, check_manifest, write_manifest
+from claq_exp.checkpoint.manifest import CARD, asking_for_code, check_manifest, write_manifest
 from claq_exp.errors import CheckpointError
 from claq_exp.models.ends import in_blocks, is_end
 from claq_exp.models.skeleton import tied_names
@@ -22,7 +22,7 @@ from claq_exp.quantize.activation.rounding import Rounding
 from claq_exp.sources.cache import published
 from claq_exp.sources.companions import GENERATION, Companions
 from claq_exp.sources.weight_files import NAMED
-from claq_exp.system.files import read_json, sync_folder, write_json
+from claq_exp.system.files import read_json, sync_folder, write_bytes, write_json
 from claq_exp.tensor_files.shards import (
     INDEX_FILE,
     SHARD_BYTES,
@@ -84,6 +84,7 @@ def write_checkpoint(  # noqa: PLR0913 - every one has a default, but what is wr
     source: Path | None = None,
     read: Callable[[str], Tensor] | None = None,
     rounding: Rounding | None = None,
+    card: Callable[[Path], str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a checkpoint (docs/format.md) and publish it by rename.
@@ -95,6 +96,7 @@ def write_checkpoint(  # noqa: PLR0913 - every one has a default, but what is wr
     and the model write.
     read: returns a parameter of the model by name, for those on the meta device.
     rounding: of the inputs of the packed layers.
+    card: returns the model card, from the folder as it will be published.
     shard_bytes: of tensors in one file; those of one matrix stay together.
     Raises CheckpointError when `target` exists.
     """
@@ -107,9 +109,16 @@ def write_checkpoint(  # noqa: PLR0913 - every one has a default, but what is wr
         config.save_pretrained(folder)
         _write_companions(folder, model, tokenizer, source)
         write_manifest(folder)
+        if card is not None:
+            write_card(folder, card(folder))
         sync_folder(folder)
     check_manifest(target)
     sync_folder(target.parent)
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write the model card of a checkpoint, or replace it: nothing else of it depends on that."""
+    write_bytes(folder / CARD, text.encode())
 
 
 def checkpoint_config(

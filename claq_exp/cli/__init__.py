@@ -37,13 +37,15 @@ claq-exp report --compare RUN RUN      two runs, or two folders of seeds: is the
                                        than chance? --replay RUN ... logs runs to Weights & Biases
                                        again; docs/reports.md has the whole
 claq-exp inspect FOLDER [--layers]     bits, bytes and outliers of a checkpoint; --plot FILE.png
-claq-exp dequantize FOLDER TARGET      write a checkpoint as a plain one; dtype=float16
+claq-exp export FOLDER TARGET          write a checkpoint for other programs; dtype=float16,
+                                       format=dense, gptq, compressed-tensors or gguf
 claq-exp bench runtime checkpoint=...  speed and memory of a checkpoint with each kernel
 claq-exp fetch [OVERRIDES]             bring model and data into the local cache
 
 An override is GROUP=OPTION or GROUP.FIELD=VALUE, e.g. precision.target_bits=2.1 reservation=none.
 -m runs every combination of values listed with commas; sweep=NAME runs a grid from sweeps/;
 seeds=0,1,2 runs every job with each seed, and shows mean and spread in place of single runs.
+-v shows a line for each tensor that is quantized, with any fallback and its reason.
 --config-dir DIR adds your own options, e.g. DIR/experiment/NAME.yaml (docs/sweeps.md).
 --cfg job prints the composed config; --version prints the version; --debug shows the Python
 traceback of an error.
@@ -95,7 +97,7 @@ def _dispatch(arguments: list[str], ranks: Ranks | None = None) -> int:
         "report": _report,
         "evaluate": _evaluate,
         "inspect": _inspect,
-        "dequantize": _dequantize,
+        "export": _export,
         "bench": _bench,
         "fetch": _fetch,
     }
@@ -143,6 +145,8 @@ def _run(arguments: list[str], ranks: Ranks | None) -> int:
             return 0
         config = None if words.multirun else compose_unless_sweep(words.overrides)
         if config is None:
+            if words.verbose:
+                raise ConfigError("-v shows the tensors of one run; leave it out of a sweep")
             if ranks is not None:
                 raise ConfigError(
                     "a sweep takes one process; hydra/launcher= runs jobs side by side"
@@ -150,18 +154,18 @@ def _run(arguments: list[str], ranks: Ranks | None) -> int:
             from claq_exp.sweep.run import run_sweep
 
             return run_sweep(words.overrides, command, seeds=words.seeds)
-        _run_one(config, command, ranks)
+        _run_one(config, command, ranks, verbose=words.verbose)
         if not arguments:
             Console().print("Next: claq-exp experiment=claq_2.12", highlight=False)
     return 0
 
 
-def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> None:
+def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None, *, verbose: bool) -> None:
     """Run one experiment and print its table."""
     from claq_exp.reporting.tables import result_notes, result_table
     from claq_exp.run.runner import run
     from claq_exp.system.distributed import ALONE
-    from claq_exp.tracking.progress import own_stderr
+    from claq_exp.tracking.progress import RunProgress, own_stderr
 
     with own_stderr() as stream:
         show = partial(Console(file=stream).print, highlight=False, markup=False, soft_wrap=True)
@@ -169,6 +173,7 @@ def _run_one(config: ExperimentConfig, command: str, ranks: Ranks | None) -> Non
             config,
             command,
             show,
+            progress=partial(RunProgress, verbose=verbose),
             ranks=ranks or ALONE,
         )
     console = Console()
@@ -279,35 +284,10 @@ def _inspect(arguments: list[str]) -> int:
     return 0
 
 
-def _dequantize(arguments: list[str]) -> int:
-    from claq_exp.checkpoint.dense import write_dense
-    from claq_exp.checkpoint.reader import read_rounding
-    from claq_exp.errors import one_of
-    from claq_exp.models.load import DTYPES
-    from claq_exp.run_folder.find import checkpoint_folder
+def _export(arguments: list[str]) -> int:
+    from claq_exp.cli.export import export_command
 
-    folders = [word for word in arguments if "=" not in word]
-    options = {"dtype": "float16", "model.trust_remote_code": "false"}
-    for word in arguments:
-        key, equals, value = word.partition("=")
-        if equals and key not in options:
-            raise ConfigError(one_of("dequantize: option", key, options))
-        if equals:
-            options[key] = value
-    if len(folders) != 2 or any(folder.startswith("-") for folder in folders):
-        raise ConfigError(
-            "dequantize needs two folders: claq-exp dequantize FOLDER TARGET [dtype=float16]"
-        )
-    if options["dtype"] not in DTYPES:
-        raise ConfigError(one_of("dtype", options["dtype"], DTYPES))
-    target = Path(folders[1]).expanduser()
-    remote = options["model.trust_remote_code"].lower() == "true"
-    folder, console = checkpoint_folder(folders[0]), Console()
-    write_dense(folder, target, dtype=options["dtype"], trust_remote_code=remote)
-    console.print(str(target), highlight=False, markup=False, soft_wrap=True)
-    if read_rounding(folder) is not None:
-        console.print("Note: a plain folder does not round activations, as this checkpoint does.")
-    return 0
+    return export_command(arguments)
 
 
 def _bench(arguments: list[str]) -> int:
@@ -338,6 +318,8 @@ def _fetch(arguments: list[str]) -> int:
     from claq_exp.tracking.progress import noise_to, own_stderr
 
     words, console = read_words(arguments), Console()
+    if words.verbose:
+        raise ConfigError("-v goes with run: claq-exp run -v")
     with own_folders(words.folders):
         config = None if words.multirun else compose_unless_sweep(words.overrides)
         configs = (config,) if config else check_grid(words.overrides).configs

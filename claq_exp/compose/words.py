@@ -29,6 +29,7 @@ class Words:
     overrides: KEY=VALUE and the like.  folders: of the person's own options, the first before the
     others.  multirun: every combination of listed values.  printed: what Hydra is asked to print in
     place of a run, in its own words.  seeds: of the word `seeds=`, which `seed=` has replaced.
+    verbose: show a line for each tensor.
     """
 
     overrides: list[str]
@@ -36,6 +37,7 @@ class Words:
     multirun: bool = False
     printed: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
+    verbose: bool = False
 
 
 class _Parser(argparse.ArgumentParser):
@@ -60,15 +62,20 @@ def read_words(arguments: list[str]) -> Words:
     printed = _printed(found)
     if printed and found.multirun:
         raise ConfigError(f"'{printed[0]}' prints and runs nothing; leave out -m")
+    overrides, seeds = spread_seeds(found.overrides)
+    if found.verbose and (printed or found.multirun or len(seeds) > 1):
+        raise ConfigError(
+            f"-v shows the tensors of one run; leave out {(*printed, '-m or seeds=')[0]}"
+        )
     if not found.cfg and (found.resolve or found.package):
         raise ConfigError("--resolve and --package go with --cfg, e.g. --cfg job --package model")
-    overrides, seeds = spread_seeds(found.overrides)
     return Words(
         overrides,
         _folders(found),
         found.multirun or (len(seeds) > 1 and not printed),
         printed,
         seeds,
+        found.verbose,
     )
 
 
@@ -97,6 +104,8 @@ def only_overrides(command: str, arguments: list[str]) -> Words:
     words = read_words(arguments)
     if words.printed:
         raise ConfigError(f"'{words.printed[0]}' goes with run: claq-exp run {words.printed[0]}")
+    if words.verbose:
+        raise ConfigError("-v goes with run: claq-exp run -v")
     if words.multirun:
         what = "give it one seed" if len(words.seeds) > 1 else "leave out -m"
         raise ConfigError(f"{command} takes one experiment; {what}")
@@ -107,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="claq-exp", add_help=False, allow_abbrev=False)
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--verbose", "-v", action="store_true")
     _add_folders(parser)
     parser.add_argument("--cfg", "-c", choices=SHOWN)
     parser.add_argument("--info", "-i", nargs="?", const="all", choices=INFORMED)

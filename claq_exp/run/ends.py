@@ -55,6 +55,7 @@ class End:
     lookup, by_frequency: as `lookup` and `rows` of `claq_exp.quantize.ends.KMeansEnd`.
     tied: it is the embedding too.
     expected: about how it will be stored, where an allocation decides that.
+    decided: what the allocation has decided, once it has.
     """
 
     name: str
@@ -66,6 +67,7 @@ class End:
     by_frequency: bool = False
     tied: bool = False
     expected: Layout | None = None
+    decided: MatrixPlan | None = None
 
     @property
     def allocated(self) -> bool:
@@ -173,7 +175,7 @@ def quantize_embedding(
         if made is None:
             step(0.0, end.name)
             started = time.perf_counter()
-            plan = _plan(end, None, weights)
+            plan = _plan(end, weights)
             made, row = _solve(model, end, _lookups(end), plan, strict=strict)
             seconds["solve"] = time.perf_counter() - started
             report.append(row)
@@ -190,7 +192,6 @@ def quantize_head(
     ends: Sequence[End],
     streams: Streams,
     store: BlockStore,
-    plans: Mapping[str, MatrixPlan],
     step: Step,
     *,
     strict: bool,
@@ -199,7 +200,6 @@ def quantize_head(
     """Quantize a head into a store, on the hidden states that leave the last block.
 
     batches: token ids of this rank, [batch, seqlen].  streams: all blocks are finished.
-    plans: as of `claq_exp.run.quantize.quantize_model`.
     step: called with a share of the work on all ends that is done, and with what it is done on.
     The first rank solves; all add up what enters the head.
     Returns the rows of the report of what was quantized here, and seconds by kind of work.
@@ -218,7 +218,7 @@ def quantize_head(
     if ranks.is_first:
         started = time.perf_counter()
         moments = _with_lookups(entered.moments(), end.lookup)
-        plan = _plan(end, plans.get(end.name), weights)
+        plan = _plan(end, weights)
         packed, row = _solve(model, end, moments, plan, strict=strict)
         seconds["solve"] = time.perf_counter() - started
         report.append(row)
@@ -286,11 +286,12 @@ def _row_weights(batches: list[Tensor], end: End, ranks: Ranks) -> Tensor | None
     return (counts / counts.mean() + FLOOR).float()
 
 
-def _plan(end: End, decided: MatrixPlan | None, weights: Tensor | None) -> MatrixPlan | None:
+def _plan(end: End, weights: Tensor | None) -> MatrixPlan | None:
     """Return what is known of an end before it is solved; None where its recipe says it all.
 
-    decided: by an allocation.  weights: of rows, as `_row_weights` gives them.
+    weights: of rows, as `_row_weights` gives them.
     """
+    decided = end.decided
     if decided is None and weights is not None:
         columns = end.recipe.plan(EqualColumns(end.rows, end.columns, end.name))
         decided = MatrixPlan(end.recipe.codebook, columns)

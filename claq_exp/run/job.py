@@ -19,7 +19,7 @@ from claq_exp.allocate.plans_file import load_plans, save_plans
 from claq_exp.calibration.streams import HiddenForm
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.store import BlockStore
-from claq_exp.checkpoint.writer import checkpoint_sizes, write_checkpoint
+from claq_exp.checkpoint.writer import Sizes, checkpoint_sizes, write_card, write_checkpoint
 from claq_exp.config import ExperimentConfig
 from claq_exp.errors import telling_line
 from claq_exp.evaluation.divergence import Comparison, Divergence
@@ -37,6 +37,7 @@ from claq_exp.run import stages
 from claq_exp.run.assist import Quantization
 from claq_exp.run.ends import EMBEDDING
 from claq_exp.run.inputs import Fetched, Tokens
+from claq_exp.run.lines import event_lines, sizes_line
 from claq_exp.run.measuring import QUANTIZED, Bench, activation_bits, measured_on
 from claq_exp.run.plan import Plan
 from claq_exp.run.quantize import QUANTIZE, Watcher
@@ -90,6 +91,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     plans: dict[str, MatrixPlan] = field(default_factory=dict)
     rounding: Rounding | None = None
+    command: str = field(init=False)
     model: StreamedModel = field(init=False)
     store: BlockStore = field(init=False)
     original: Measurement = field(init=False)
@@ -117,7 +119,7 @@ class Job:
 
     def results(self, command: str) -> dict[str, Any]:
         """Go through all stages and return the content of results.json."""
-        started = datetime.now(UTC)
+        started, self.command = datetime.now(UTC), command
         self.events.event("started", run=self.folder.path.name, versions=versions())
         for text, row in text_rows(self.tokens.text_losses).items():
             if any(row.values()):
@@ -130,13 +132,13 @@ class Job:
         self._plot(report)
         windows = window_rows(self.tokens.corpora, self.original, self.quantized, self.kl)
         write_windows(self.folder.path / WINDOWS_FILE, windows)
-        return build_results(
+        results = build_results(
             config=self.config,
             hash_=self.folder.hash,
             command=command,
             started=started,
             device=self.device,
-            sizes=checkpoint_sizes(self.folder.checkpoint, layouts, self.plan.parameters),
+            sizes=self._sizes(self.folder.checkpoint),
             activation_bits=activation_bits(self.folder.checkpoint, layouts),
             original_bytes=weight_bytes(self.fetched.model),
             corpora=self.tokens.corpora,
@@ -150,6 +152,19 @@ class Job:
             source=self.source,
             kept_ends=self.plan.kept_ends,
         )
+        write_card(self.folder.checkpoint, self._card(self.folder.checkpoint, results))
+        return results
+
+    def _card(self, folder: Path, results: dict[str, Any] | None = None) -> str:
+        """Return the model card of a checkpoint."""
+        from claq_exp.reporting.card import model_card  # not needed until here
+
+        sizes = self._sizes(folder)
+        bits = {kind: getattr(sizes, kind) for kind in ("nominal", "linear", "model")}
+        return model_card(self.config.as_dict(), self.command, bits, sizes.bytes, results)
+
+    def _sizes(self, folder: Path) -> Sizes:
+        return checkpoint_sizes(folder, read_layouts(folder), self.plan.parameters)
 
     def _go_through(self, stage: Stage) -> None:
         """Do a stage under its name in the progress bar, unless an earlier try has left its work.
@@ -234,9 +249,12 @@ class Job:
         rule = self.config.activation_rule()
         if not needs_text(rule):
             self.rounding = settle_rounding(rule, None)
-        self._write(self.folder.checkpoint, self.rounding)
+        self._write(self.folder.checkpoint, self.rounding, self._card)
+        self.progress.line(sizes_line(self._sizes(self.folder.checkpoint)))
 
-    def _write(self, folder: Path, rounding: Rounding | None) -> None:
+    def _write(
+        self, folder: Path, rounding: Rounding | None, card: Callable[[Path], str] | None = None
+    ) -> None:
         write_checkpoint(
             folder,
             self.model.model,
@@ -246,6 +264,7 @@ class Job:
             source=self.fetched.model,
             read=self.model.read,
             rounding=rounding,
+            card=card,
         )
 
     def evaluate_quantized(self) -> None:
@@ -329,6 +348,11 @@ class Job:
             data = {**data, "peak_memory_bytes": peak_memory()}
             reset_peak()
         self.events.event(name, **data)
+        peak, verbose = peak_memory(), self.progress.verbose
+        for line in event_lines(
+            name, data, self._report, self.plan.blocks, peak=peak, verbose=verbose
+        ):
+            self.progress.line(line)
 
     def allocated(self) -> bool:
         """Tell whether every matrix was decided on before, and read what."""

@@ -134,8 +134,9 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
         streams.advance()
         inputs[index] = BlockInputs()
         watcher.event("block", {"block": index, **seconds})
+    decided = [replace(end, decided=(plans or {}).get(end.name)) for end in ends]
     report, seconds = quantize_head(
-        model, own, ends, streams, store, plans or {}, step, strict=strict, ranks=ranks
+        model, own, decided, streams, store, step, strict=strict, ranks=ranks
     )
     _tell_ends(watcher, report, seconds)
 

@@ -122,6 +122,17 @@ def _layer_notes(counts: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def reasons(row: Row) -> list[str]:
+    """Return a sentence for each fallback in a row of layers.csv, with what is in its column."""
+    return [
+        "; ".join(
+            [f"{kind.words} ({kind.column}: {row[kind.column]})", *filter(None, [kind.advice])]
+        )
+        for kind in FALLBACKS
+        if kind.happened(row)
+    ]
+
+
 def refuse_fallbacks(row: Row) -> None:
     """Raise NumericalError where a row of layers.csv has a fallback that can cost quality."""
     for kind in FALLBACKS:

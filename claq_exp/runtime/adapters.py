@@ -40,8 +40,8 @@ def packed_lora() -> type[Any]:
         def merge(self, *_: Any, **__: Any) -> None:
             """Raise ConfigError: codes cannot take up an update."""
             raise ConfigError(
-                "adapters cannot be merged into packed weights; write dense ones with claq-exp "
-                "dequantize, and merge there"
+                "adapters cannot be merged into packed weights; write dense ones with "
+                "claq-exp export, and merge there"
             )
 
     return PackedLora

@@ -178,7 +178,7 @@ def _models(model: nn.Module) -> dict[str, Any]:
 
 def _refuse_resizing(*_: Any, **__: Any) -> NoReturn:
     raise ConfigError(
-        "a packed embedding or head cannot be resized; write dense ones with claq-exp dequantize, "
+        "a packed embedding or head cannot be resized; write dense ones with claq-exp export, "
         "and resize those"
     )
 

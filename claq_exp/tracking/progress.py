@@ -23,6 +23,7 @@ class RunProgress:
     estimates: stage -> expected seconds.  A stage that takes longer or shorter changes the speed at
     which the bar moves, and with it the time left.
     on_share: called with the share that is done (0 to 1) and the stage, in place of any output.
+    verbose: a person asked for a line per tensor.
     """
 
     def __init__(
@@ -30,7 +31,10 @@ class RunProgress:
         estimates: dict[str, float],
         console: Console | None = None,
         on_share: Callable[[float, str], None] | None = None,
+        *,
+        verbose: bool = False,
     ) -> None:
+        self.verbose = verbose
         self._estimates = {stage: max(seconds, 0.1) for stage, seconds in estimates.items()}
         self._console = console or Console(file=own_stderr())
         self._bar = Progress(
@@ -65,6 +69,11 @@ class RunProgress:
         self._done += step
         self._bar.advance(self._task, step)
         self._show(f"{self._stage} {detail}".strip())
+
+    def line(self, text: str) -> None:
+        """Show a line that stays, above the bar where there is one."""
+        if self._on_share is None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._bar.start()

@@ -1,4 +1,4 @@
-"""claq-exp inspect and claq-exp dequantize."""
+"""claq-exp inspect and claq-exp export."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 from packed_models import SHARED_LINEAR, SOME_LINEAR, Written
 
 import claq_exp
-from claq_exp.checkpoint import dense
-from claq_exp.checkpoint.dense import write_dense
 from claq_exp.checkpoint.reader import load_model, read_layouts
 from claq_exp.checkpoint.summary import summarize
 from claq_exp.checkpoint.writer import checkpoint_sizes
 from claq_exp.cli import main
 from claq_exp.errors import ConfigError
+from claq_exp.export import dense
+from claq_exp.export.dense import write_dense
 from claq_exp.models.load import load_model as load_original
 
 REQUEST, RUN = 2, 1
@@ -131,9 +131,9 @@ def test_inspect_says_how_it_is_called(words, capfd):
     assert "inspect needs one folder" in complaint(capfd)
 
 
-@pytest.mark.parametrize("command", ["inspect", "dequantize"])
+@pytest.mark.parametrize("command", ["inspect", "export"])
 def test_a_folder_without_a_checkpoint_is_refused(command, tiny_model, tmp_path, capfd):
-    more = [str(tmp_path / "new")] if command == "dequantize" else []
+    more = [str(tmp_path / "new")] if command == "export" else []
     assert main([command, str(tmp_path / "nothing"), *more]) == REQUEST
     assert "is no folder" in complaint(capfd)
     if command == "dequantize":  # the other one takes what others made
@@ -144,19 +144,19 @@ def test_a_folder_without_a_checkpoint_is_refused(command, tiny_model, tmp_path,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["inspect", "dequantize"])
+@pytest.mark.parametrize("command", ["inspect", "export"])
 def test_a_damaged_checkpoint_is_refused(command, checkpoint, tmp_path, capfd):
     folder = Path(shutil.copytree(checkpoint, tmp_path / "damaged"))
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
-    more = [str(tmp_path / "new")] if command == "dequantize" else []
+    more = [str(tmp_path / "new")] if command == "export" else []
     assert main([command, str(folder), *more]) == RUN
     assert "is not the file that was written: the tensor" in complaint(capfd)
     assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
-# dequantize
+# export
 
 PLAIN = """\
 import sys, torch
@@ -180,7 +180,7 @@ def plainly_computed(folder: Path, scratch: Path) -> tuple[torch.Tensor, dict[st
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_transformers_alone_computes_the_same(dtype, run_folder, tmp_path, capsys):
     target = tmp_path / "dense"
-    assert main(["dequantize", str(run_folder), str(target), f"dtype={dtype}"]) == 0
+    assert main(["export", str(run_folder), str(target), f"dtype={dtype}"]) == 0
     assert capsys.readouterr().out.strip() == str(target)
     model = load_model(run_folder / "checkpoint", dtype=dtype)
     with torch.inference_mode():
@@ -195,7 +195,7 @@ def test_transformers_alone_computes_the_same(dtype, run_folder, tmp_path, capsy
 
 def test_a_dense_checkpoint_is_an_ordinary_one(written, checkpoint, tmp_path):
     target = tmp_path / "dense"
-    assert main(["dequantize", str(checkpoint), str(target)]) == 0
+    assert main(["export", str(checkpoint), str(target)]) == 0
     config = json.loads((target / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "float16"
@@ -214,19 +214,19 @@ def test_a_large_dense_checkpoint_has_shards(checkpoint, tmp_path):
         assert torch.equal(found[name], tensor)
 
 
-def test_dequantize_leaves_what_exists_alone(checkpoint, tmp_path, capfd):
+def test_export_leaves_what_exists_alone(checkpoint, tmp_path, capfd):
     (tmp_path / "mine.txt").write_text("keep me")
-    assert main(["dequantize", str(checkpoint), str(tmp_path)]) == REQUEST
+    assert main(["export", str(checkpoint), str(tmp_path)]) == REQUEST
     assert "exists already" in complaint(capfd)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_dequantize_leaves_nothing_when_it_fails(checkpoint, tmp_path, monkeypatch, capfd):
+def test_export_leaves_nothing_when_it_fails(checkpoint, tmp_path, monkeypatch, capfd):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device", "tokenizer.json")
 
-    monkeypatch.setattr("claq_exp.checkpoint.dense.copy_file", full)
-    assert main(["dequantize", str(checkpoint), str(tmp_path / "dense")]) == RUN
+    monkeypatch.setattr("claq_exp.export.folder.copy_file", full)
+    assert main(["export", str(checkpoint), str(tmp_path / "dense")]) == RUN
     assert "No space left" in complaint(capfd)
     assert list(tmp_path.iterdir()) == []
 
@@ -234,15 +234,16 @@ def test_dequantize_leaves_nothing_when_it_fails(checkpoint, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "dequantize needs two folders"),
-        (["a"], "dequantize needs two folders"),
-        (["a", "b", "--fast"], "dequantize needs two folders"),
-        (["a", "b", "dtype=int8"], "dtype 'int8' is not known; choose one of: bfloat16"),
-        (["a", "b", "dtpye=float16"], "option 'dtpye' is not known; choose one of: dtype"),
+        ([], "export needs a folder and a target"),
+        (["a"], "export needs a folder and a target"),
+        (["a", "b", "--fast"], "export needs a folder and a target"),
+        (["a", "b", "dtype=int8"], "format=dense: dtype 'int8' is not known; choose one of:"),
+        (["a", "b", "format=awq"], "format 'awq' is not known; choose one of: compressed-tensors"),
+        (["a", "b", "dtpye=float16"], "option 'dtpye' is not known; choose one of: dtype, format"),
     ],
 )
-def test_dequantize_says_how_it_is_called(words, said, capfd):
-    assert main(["dequantize", *words]) == REQUEST
+def test_export_says_how_it_is_called(words, said, capfd):
+    assert main(["export", *words]) == REQUEST
     assert said in complaint(capfd)
 
 
@@ -259,7 +260,7 @@ def test_a_target_that_another_process_makes_meanwhile_is_an_error(
         return whole(*args, **options)
 
     monkeypatch.setattr(dense, "load_model", slow)
-    assert main(["dequantize", str(checkpoint), str(target)]) == 1
+    assert main(["export", str(checkpoint), str(target)]) == 1
     line = complaint(capfd)
     assert str(target) in line
     assert "another process made this folder meanwhile" in line
@@ -272,7 +273,7 @@ def test_every_loader_takes_the_folder_of_a_run(run_folder, tmp_path, text_file,
     assert claq_exp.load(run_folder).config.model_type == "llama"
     folder = str(run_folder)
     assert main(["inspect", folder]) == 0
-    assert main(["dequantize", folder, str(tmp_path / "plain")]) == 0
+    assert main(["export", folder, str(tmp_path / "plain")]) == 0
     words = ["evaluation=perplexity", f"evaluation.corpora.wikipedia.path={text_file}"]
     words += ["evaluation.context=32", "evaluation.corpora.wikipedia.windows=1", "threads=1"]
     words += [f"checkpoint={folder}", f"outputs={tmp_path}"]

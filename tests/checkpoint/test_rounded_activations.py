@@ -205,5 +205,5 @@ def test_inspect_and_dequantize_tell_of_rounded_activations(
     text = capsys.readouterr().out
     assert "4 bits: 8 learned codebooks, arrays of 64 (e4m3), a scale above for each token" in text
     assert "e2m1, arrays of 16 (e4m3)" in text
-    assert main(["dequantize", str(lo_bcq_checkpoint), str(tmp_path / "plain")]) == 0
+    assert main(["export", str(lo_bcq_checkpoint), str(tmp_path / "plain")]) == 0
     assert "a plain folder does not round activations" in capsys.readouterr().out

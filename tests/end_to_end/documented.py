@@ -17,7 +17,7 @@ from claq_exp.sweep.grid import check_grid
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 DOCS = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "docs" / "results" / "README.md"]
-WITHOUT_OVERRIDES = ("report", "inspect", "dequantize")
+WITHOUT_OVERRIDES = ("report", "inspect", "export")
 SHRUNK = ("model", "calibration", "evaluation", "tracking", "corpus@evaluation")  # by the tiny run
 FOLDER = "outputs/default/RUN"
 SWEPT = ("sweep=", "seeds=")

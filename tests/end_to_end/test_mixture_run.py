@@ -49,7 +49,7 @@ def test_a_mixture_runs_and_tells_of_experts_that_saw_few_tokens(
     assert event["layers_unfed"] == sum(count == 0 for count in sent)
     assert f"{few} layers saw fewer calibration tokens" in capfd.readouterr().out
     assert main(["inspect", str(folder)]) == 0
-    assert main(["dequantize", str(folder), str(tmp_path / "plain")]) == 0
+    assert main(["export", str(folder), str(tmp_path / "plain")]) == 0
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     assert type(plain.model.layers[0].mlp.experts).__name__ == "MixtralExperts"
     loaded = AutoModelForCausalLM.from_pretrained(folder / "checkpoint", dtype=torch.float32)

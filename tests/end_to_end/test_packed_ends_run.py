@@ -96,7 +96,7 @@ def test_every_way_to_load_it_gives_the_same(untied, run, tmp_path):
     assert results["fallbacks"]["layers"] == 0
     dense = logits(checkpoint, kernel="dense")
     torch.testing.assert_close(logits(checkpoint), dense, rtol=1e-3, atol=1e-3)
-    assert main(["dequantize", str(checkpoint), str(tmp_path / "dense"), "dtype=float32"]) == 0
+    assert main(["export", str(checkpoint), str(tmp_path / "dense"), "dtype=float32"]) == 0
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     with torch.inference_mode():
         torch.testing.assert_close(plain(TOKENS).logits, dense)

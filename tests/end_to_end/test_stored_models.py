@@ -82,7 +82,7 @@ def test_a_run_quantizes_the_untied_model_and_its_checkpoint_says_so(
         sum(t.numel() for t in load_file(folder / "model.safetensors").values())
     )
     ours = logits(claq_exp.load(checkpoint))
-    assert main(["dequantize", str(checkpoint), str(tmp_path / "dense"), "dtype=float32"]) == 0
+    assert main(["export", str(checkpoint), str(tmp_path / "dense"), "dtype=float32"]) == 0
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     assert torch.equal(dense.get_parameter(HEAD), head.float())
     assert torch.allclose(logits(dense), ours, atol=1e-4)
@@ -132,7 +132,7 @@ def test_a_gain_beyond_float16_is_kept_in_the_type_that_it_is_stored_in(
     assert torch.equal(gain, load_file(folder / "model.safetensors")[NORM])
     capfd.readouterr()
     refused = [
-        ["dequantize", str(checkpoint), str(tmp_path / "dense")],
+        ["export", str(checkpoint), str(tmp_path / "dense")],
         ["evaluate", f"checkpoint={checkpoint}", "model.dtype=float16", *run[4:]],
         [*run, "model.dtype=float16"],
     ]

@@ -14,8 +14,8 @@ from tiny_architectures import ARCHITECTURES, token_batches
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import claq_exp
-from claq_exp.checkpoint.dense import write_dense
 from claq_exp.checkpoint.writer import write_checkpoint
+from claq_exp.export.dense import write_dense
 from claq_exp.models.experts import SeparateExperts
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.precision import OutlierOrder

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import claq_exp
-from claq_exp.checkpoint.dense import write_dense
 from claq_exp.checkpoint.reader import open_checkpoint, read_layouts, read_weights
 from claq_exp.checkpoint.summary import summarize
 from claq_exp.checkpoint.writer import checkpoint_sizes, planned_sizes, write_checkpoint
 from claq_exp.compose.experiment import compose_config
 from claq_exp.errors import ConfigError
 from claq_exp.evaluation.predict import streamed
+from claq_exp.export.dense import write_dense
 from claq_exp.models.ends import Ends, find_ends, in_blocks, is_end
 from claq_exp.models.stream import WholeModel
 from claq_exp.payload import unpack_weight

@@ -14,10 +14,10 @@ from torch import nn
 from transformers import AutoModelForMultimodalLM, AutoTokenizer, PreTrainedModel
 
 import claq_exp
-from claq_exp.checkpoint.dense import write_dense
 from claq_exp.checkpoint.reader import open_checkpoint, read_layouts, read_unquantized
 from claq_exp.checkpoint.writer import checkpoint_sizes, planned_sizes, write_checkpoint
 from claq_exp.evaluation.predict import streamed
+from claq_exp.export.dense import write_dense
 from claq_exp.models.discover import find_blocks, linears_of
 from claq_exp.models.load import load_config, open_model
 from claq_exp.models.skeleton import dense_parameter_count, skeleton

@@ -100,7 +100,7 @@ def test_saved_adapters_are_found_again(checkpoint, tmp_path):
 
 def test_adapters_are_not_merged_into_codes(checkpoint):
     model = adapted(checkpoint, "auto")
-    with pytest.raises(ConfigError, match="claq-exp dequantize"):
+    with pytest.raises(ConfigError, match="claq-exp export"):
         model.merge_and_unload()
     assert isinstance(model.get_base_model().model.layers[0].mlp.up_proj, QuantizedLinear)
 

@@ -17,10 +17,10 @@ from transformers import (
     LlavaProcessor,
 )
 
-from claq_exp.checkpoint.dense import write_dense
 from claq_exp.checkpoint.manifest import check_harmless, check_manifest
 from claq_exp.checkpoint.reader import load_model
 from claq_exp.compose.experiment import compose_config
+from claq_exp.export.dense import write_dense
 from claq_exp.models.source import ModelSource, fingerprint, model_folder
 from claq_exp.run import runner
 from claq_exp.sources.companions import Companions
@@ -163,7 +163,7 @@ def test_what_belongs_to_the_model_comes_along_byte_by_byte(written, source):
     ]
     for name in names:
         assert (written / name).read_bytes() == (source / name).read_bytes(), name
-    others = {"config.json", "model.safetensors", "manifest.json"}
+    others = {"config.json", "model.safetensors", "manifest.json", "README.md"}
     found = {path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()}
     assert found <= {*names, *others}
 
