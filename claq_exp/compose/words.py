@@ -64,9 +64,8 @@ def read_words(arguments: list[str]) -> Words:
         raise ConfigError(f"'{printed[0]}' prints and runs nothing; leave out -m")
     overrides, seeds = spread_seeds(found.overrides)
     if found.verbose and (printed or found.multirun or len(seeds) > 1):
-        raise ConfigError(
-            f"-v shows the tensors of one run; leave out {(*printed, '-m or seeds=')[0]}"
-        )
+        several = "-m" if found.multirun else "seeds="
+        raise ConfigError(f"-v shows the tensors of one run; leave out {(*printed, several)[0]}")
     if not found.cfg and (found.resolve or found.package):
         raise ConfigError("--resolve and --package go with --cfg, e.g. --cfg job --package model")
     return Words(
