@@ -28,13 +28,13 @@ USAGE = """\
 claq-exp [run] [OVERRIDES] [-m]        quantize a model and measure what it cost (default)
 claq-exp plan [OVERRIDES]              bits, bytes, memory and time before any work
 claq-exp evaluate checkpoint=PATH      measure an existing checkpoint, also one that others made:
-                                       GPTQ, AWQ, GGUF, ... (docs/evaluation.md)
+                                       GPTQ, AWQ, GGUF, ... (docs/peers.md)
 claq-exp report FOLDER ...             tables and plots of all runs below folders; --by KEY ...,
                                        --rows KEY,... --columns KEY,... --metrics NAME,...,
                                        --sort NAME, --seeds, --into FOLDER, --wandb
 claq-exp report --compare RUN RUN      two runs beside each other; --replay RUN ... logs them to
                                        Weights & Biases again; docs/reports.md has the whole
-claq-exp inspect FOLDER [--layers]     bits, bytes and outliers of a checkpoint; --plot FILE.png
+claq-exp inspect PATH [--layers]       bits, bytes and outliers of a checkpoint; --plot FILE.png
 claq-exp dequantize FOLDER TARGET      write a checkpoint as a plain one; dtype=float16
 claq-exp bench runtime checkpoint=...  speed and memory of a checkpoint with each kernel
 claq-exp fetch [OVERRIDES]             bring model and data into the local cache
@@ -239,7 +239,9 @@ def _inspect(arguments: list[str]) -> int:
     from claq_exp.reporting.tables import layers_table, summary_tables
     from claq_exp.run_folder.find import checkpoint_folder
 
-    usage = "inspect needs one folder: claq-exp inspect FOLDER [--layers] [--plot FILE.png]"
+    usage = (
+        "inspect needs one folder or GGUF file: claq-exp inspect PATH [--layers] [--plot FILE.png]"
+    )
     words, picture = list(arguments), None
     if "--plot" in words:
         place = words.index("--plot")

@@ -107,6 +107,13 @@ class ForeignLedger:
         """All bits of the files for each parameter of the model."""
         return 8 * self.bytes / self.parameters
 
+    def main_kind(self) -> str:
+        """Return the type that most weights of linear layers are stored in, e.g. `IQ4_NL`."""
+        counts: Counter[str] = Counter()
+        for linear in self.linears:
+            counts[linear.storage[0].rpartition(" ")[2]] += linear.weights
+        return counts.most_common(1)[0][0]
+
     def notes(self) -> list[str]:
         """Return a sentence for each thing that makes these bits less certain."""
         told = {

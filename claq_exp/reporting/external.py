@@ -21,7 +21,8 @@ def as_run(results: dict[str, Any]) -> dict[str, Any]:
     external = results[EXTERNAL]
     name = external["name"]
     model = external["model"] or {"name": name, "source": results["checkpoint"]}
-    format_ = {"name": f"{external['quant_method']} (external)", "checkpoint": name}
+    kind = f"{external['quant_method']} {external['form']}".strip()
+    format_ = {"name": f"{kind} (external)", "checkpoint": name}
     if external.get("group_size"):
         format_["group_size"] = external["group_size"]
     maker = external["written_by"] or f"{external['package']} {external['version']}"

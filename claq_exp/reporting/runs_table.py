@@ -28,7 +28,7 @@ from claq_exp.reporting.settings import (
     seedless,
     setting,
 )
-from claq_exp.reporting.tables import overlap_notes, text_notes
+from claq_exp.reporting.tables import external_notes, overlap_notes, text_notes
 from claq_exp.run_folder import settings_file
 from claq_exp.run_folder.fallbacks import fallback_notes
 from claq_exp.system.files import read_json
@@ -174,7 +174,7 @@ def table_notes(runs: Sequence[Run], columns: Sequence[Column], rows: Sequence[R
         (model_of(run), run.config["model"].get("remark")) for run in runs
     ):
         notes += [f"{model}: {remark}."] if remark else []
-    for told in (text_notes, overlap_notes):
+    for told in (external_notes, text_notes, overlap_notes):
         notes += dict.fromkeys(f"{note}." for run in runs for note in told(run.results or {}))
     notes += dict.fromkeys(
         f"{caveat.words}."

@@ -384,6 +384,7 @@ def _external(subject: _Subject, original: _Original | None) -> dict[str, Any]:
     return {
         EXTERNAL: {
             **foreign.about(),
+            "form": ledger.main_kind() if foreign.is_gguf else "",
             "name": source_name(str(subject.path.resolve())),
             "model": {"name": model.name, "source": model.source} if model else None,
             "notes": ledger.notes(),
