@@ -169,6 +169,16 @@ def read_ledger(foreign: Foreign, *, trust_remote_code: bool = False) -> Foreign
     )
 
 
+def check_whole(foreign: Foreign, ledger: ForeignLedger) -> None:
+    """Raise CheckpointError where layers are missing, which transformers would make up."""
+    if ledger.missing:
+        raise CheckpointError(
+            f"{foreign.path} stores nothing for {len(ledger.missing)} linear layers, e.g. "
+            f"{ledger.missing[0]}; if it is one of several files, join them (gguf-split --merge "
+            "of llama.cpp)"
+        )
+
+
 def _linear(
     foreign: Foreign, owners: Owners, name: str, found: list[tuple[Stored, str, str]]
 ) -> LinearBits:
