@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--format", default="auto_round", help="auto_round, auto_gptq, auto_awq")
     asked, words = parser.parse_known_args()
 
-    calibration = claq_exp.calibration(*words)
+    calibration = claq_exp.calibration_inputs(*words)
     model = AutoModelForCausalLM.from_pretrained(calibration.model, dtype=torch.float32)
     options = {} if asked.rate is None else {"lr": asked.rate}
     rounding = AutoRound(

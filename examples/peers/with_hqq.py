@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     asked, words = parser.parse_known_args()
 
-    folder = claq_exp.calibration(*words).model
+    folder = claq_exp.calibration_inputs(*words).model
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
     settings = BaseQuantizeConfig(nbits=asked.bits, group_size=asked.group_size, axis=1)
     device = "cuda" if torch.cuda.is_available() else "cpu"

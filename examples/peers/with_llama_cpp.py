@@ -46,7 +46,7 @@ def importance(model: PreTrainedModel, windows: Tensor) -> dict[str, Tensor]:
 
 def main(source: str, target: str, kind: str, *words: str) -> None:
     """Quantize a GGUF file into another one."""
-    calibration = claq_exp.calibration(*words)
+    calibration = claq_exp.calibration_inputs(*words)
     model = AutoModelForCausalLM.from_pretrained(calibration.model, dtype=torch.float32).eval()
     architecture = gguf.GGUFReader(source).get_field("general.architecture").contents()
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=64)
     asked, words = parser.parse_known_args()
 
-    calibration = claq_exp.calibration(*words)
+    calibration = claq_exp.calibration_inputs(*words)
     tokenizer = AutoTokenizer.from_pretrained(calibration.model)
     model = AutoModelForCausalLM.from_pretrained(calibration.model, dtype=torch.float32)
     windows = calibration.windows.tolist()
