@@ -193,7 +193,9 @@ def _linear(
     elif BLOCKS in bits:
         nominal = type_bits(first) or bits[BLOCKS] / weights
     else:
-        nominal = code_bits(foreign.quantization, name) or bits.get(CODES, 0) / weights
+        beside = next((s.code_bits for s, _, a in counted if a == CODES), None)
+        stated = beside or code_bits(foreign.quantization, name)
+        nominal = stated or bits.get(CODES, 0) / weights
     return LinearBits(name, rows, columns, storage, nominal, sum(bits.values()))
 
 

@@ -89,7 +89,7 @@ def test_linear_bits_are_those_that_the_format_asks_for(name):
     ("name", "nominal"),
     [
         *[(name, 4) for name in ("gptq", "awq", "compressed_tensors", "bitsandbytes")],
-        *[("auto_round", 3), ("torchao", 8)],
+        *[("auto_round", 3), ("hqq", 3), ("torchao", 8)],
     ],
 )
 def test_nominal_bits_are_those_of_the_config(name, nominal):
