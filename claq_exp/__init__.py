@@ -49,7 +49,7 @@ def run_experiment(*words: str, settings: Mapping[str, object] | None = None) ->
     return run(compose_config(overrides), shlex.join(["claq-exp", *overrides]))
 
 
-def calibration(*words: str, settings: Mapping[str, object] | None = None) -> Calibration:
+def calibration_inputs(*words: str, settings: Mapping[str, object] | None = None) -> Calibration:
     """Return what a run would calibrate on, for quantizers of others: model and token windows.
 
     words, settings: as of `run_experiment`.  The result has `model`, the original's folder in the

@@ -29,14 +29,14 @@ USAGE = """\
 claq-exp [run] [OVERRIDES] [-m]        quantize a model and measure what it cost (default)
 claq-exp plan [OVERRIDES]              bits, bytes, memory and time before any work
 claq-exp evaluate checkpoint=PATH      measure an existing checkpoint, also one that others made:
-                                       GPTQ, AWQ, GGUF, ... (docs/evaluation.md)
+                                       GPTQ, AWQ, GGUF, ... (docs/peers.md)
 claq-exp report FOLDER ...             tables and plots of all runs below folders; --by KEY ...,
                                        --rows KEY,... --columns KEY,... --metrics NAME,...,
                                        --sort NAME, --seeds, --into FOLDER, --wandb
 claq-exp report --compare RUN RUN      two runs, or two folders of seeds: is the difference more
                                        than chance? --replay RUN ... logs runs to Weights & Biases
                                        again; docs/reports.md has the whole
-claq-exp inspect FOLDER [--layers]     bits, bytes and outliers of a checkpoint; --plot FILE.png
+claq-exp inspect PATH [--layers]       bits, bytes and outliers of a checkpoint; --plot FILE.png
 claq-exp export FOLDER TARGET          write a checkpoint for other programs; dtype=float16,
                                        format=dense, gptq, compressed-tensors or gguf
 claq-exp bench runtime checkpoint=...  speed and memory of a checkpoint with each kernel
@@ -252,7 +252,9 @@ def _inspect(arguments: list[str]) -> int:
     from claq_exp.reporting.tables import layers_table, summary_tables
     from claq_exp.run_folder.find import checkpoint_folder
 
-    usage = "inspect needs one folder: claq-exp inspect FOLDER [--layers] [--plot FILE.png]"
+    usage = (
+        "inspect needs one folder or GGUF file: claq-exp inspect PATH [--layers] [--plot FILE.png]"
+    )
     words, picture = list(arguments), None
     if "--plot" in words:
         place = words.index("--plot")

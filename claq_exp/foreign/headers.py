@@ -25,13 +25,14 @@ class Stored:
     """A stored tensor.
 
     kind: its type, as the file calls it (`I32`, `Q4_K`).  shape: as the file gives it; of a GGUF
-    tensor the numbers and not the bytes.
+    tensor the numbers and not the bytes.  code_bits: that hqq writes beside it.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     bytes: int
+    code_bits: float | None = None
 
 
 @dataclass(frozen=True)
@@ -113,24 +114,29 @@ def _pickled(path: Path) -> Iterator[Stored]:
             f"{path} cannot be read as tensors alone: {telling_line(error)}; save it as safetensors"
         ) from error
     seen: set[int] = set()
-    for name, tensor in _leaves("", state):
+    for name, tensor, bits in _leaves("", state):
         memory = tensor.untyped_storage().data_ptr()
         if memory not in seen or not tensor.numel():
             kind = str(tensor.dtype).removeprefix("torch.")
             shape = tuple(tensor.shape)
-            yield Stored(name, SHORT.get(kind, kind), shape, math.prod(shape) * tensor.itemsize)
+            size = math.prod(shape) * tensor.itemsize
+            yield Stored(name, SHORT.get(kind, kind), shape, size, bits)
         seen.add(memory)
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield dotted name and tensor of nested dicts."""
+def _leaves(
+    name: str, value: Any, bits: float | None = None
+) -> Iterator[tuple[str, Tensor, float | None]]:
+    """Yield dotted name and tensor of nested dicts, and the `nbits` beside it."""
     import torch
 
     if isinstance(value, torch.Tensor):
-        yield name, value
+        yield name, value, bits
     elif isinstance(value, dict):
+        stated = value.get("nbits")
+        bits = float(stated) if isinstance(stated, int | float) else None
         for key, own in value.items():
-            yield from _leaves(f"{name}.{key}".strip("."), own)
+            yield from _leaves(f"{name}.{key}".strip("."), own, bits)
 
 
 SHORT = {

@@ -107,6 +107,13 @@ class ForeignLedger:
         """All bits of the files for each parameter of the model."""
         return 8 * self.bytes / self.parameters
 
+    def main_kind(self) -> str:
+        """Return the type that most weights of linear layers are stored in, e.g. `IQ4_NL`."""
+        counts: Counter[str] = Counter()
+        for linear in self.linears:
+            counts[linear.storage[0].rpartition(" ")[2]] += linear.weights
+        return counts.most_common(1)[0][0]
+
     def notes(self) -> list[str]:
         """Return a sentence for each thing that makes these bits less certain."""
         told = {
@@ -162,6 +169,16 @@ def read_ledger(foreign: Foreign, *, trust_remote_code: bool = False) -> Foreign
     )
 
 
+def check_whole(foreign: Foreign, ledger: ForeignLedger) -> None:
+    """Raise CheckpointError where layers are missing, which transformers would make up."""
+    if ledger.missing:
+        raise CheckpointError(
+            f"{foreign.path} stores nothing for {len(ledger.missing)} linear layers, e.g. "
+            f"{ledger.missing[0]}; if it is one of several files, join them (gguf-split --merge "
+            "of llama.cpp)"
+        )
+
+
 def _linear(
     foreign: Foreign, owners: Owners, name: str, found: list[tuple[Stored, str, str]]
 ) -> LinearBits:
@@ -176,7 +193,9 @@ def _linear(
     elif BLOCKS in bits:
         nominal = type_bits(first) or bits[BLOCKS] / weights
     else:
-        nominal = code_bits(foreign.quantization, name) or bits.get(CODES, 0) / weights
+        beside = next((s.code_bits for s, _, a in counted if a == CODES), None)
+        stated = beside or code_bits(foreign.quantization, name)
+        nominal = stated or bits.get(CODES, 0) / weights
     return LinearBits(name, rows, columns, storage, nominal, sum(bits.values()))
 
 

@@ -26,11 +26,15 @@ NO_TOKENIZER = frozenset({"tokenizer_config.json"})  # settings of one, which li
 
 
 def model_files(foreign: Foreign) -> Path:
-    """Return the folder with a checkpoint's config; of a GGUF file its dense form in the cache.
+    """Return the folder that is loaded: of GGUF and pickled dense files a form in the cache.
 
     Raises SourceError for a GGUF file that transformers does not read.
     """
-    return converted(foreign.path, None, lambda _: None) if foreign.is_gguf else foreign.path
+    if foreign.is_gguf:
+        return converted(foreign.path, None, lambda _: None)
+    if foreign.method == DENSE:
+        return model_folder(ModelSource(str(foreign.path.resolve())))
+    return foreign.path
 
 
 def find_tokenizer(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,12 +16,15 @@ from claq_exp.models.discover import find_blocks, linear_weight, linears_of
 from claq_exp.models.load import load_config
 from claq_exp.models.skeleton import skeleton, tied_names
 from claq_exp.models.towers import text_config
+from claq_exp.models.weights import renaming
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 EMBEDDING, HEAD = "embedding", "head"
 EXPERT = re.compile(r"\bexperts\.\d+\.")
+MIXTRAL = re.compile(r"(\bexperts\.\d+\.)(w[123])\b")  # whose experts transformers joins
+MIXTRAL_LAYERS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
 @dataclass
@@ -30,7 +33,8 @@ class Owners:
 
     linears: layers of decoder blocks -> (rows, columns); of experts that are stored in one tensor
     the rows of all.  ends: embedding and head -> account.  others: what else has parameters.
-    parameters: of the model, tied ones once.
+    parameters: of the model, tied ones once.  prefix: of the model without its head.
+    renamed: what transformers calls a tensor that has an older name.
     """
 
     parameters: int
@@ -38,6 +42,7 @@ class Owners:
     ends: dict[str, str] = field(default_factory=dict)
     others: set[str] = field(default_factory=set)
     prefix: str = ""
+    renamed: Callable[[str], str] = str
 
     def owner(self, tensor: str) -> tuple[str, str]:
         """Return the part that a stored tensor belongs to and the rest of its name.
@@ -55,8 +60,10 @@ class Owners:
         return "", tensor
 
     def _called(self, tensor: str) -> Iterator[str]:
-        """Yield what a tensor may be called in the model: checkpoints differ in the first part."""
+        """Yield what a tensor may be called in the model: older names, another first part."""
         yield tensor
+        renamed = self.renamed(tensor)
+        yield MIXTRAL.sub(lambda found: f"{found[1]}{MIXTRAL_LAYERS[found[2]]}", renamed)
         if self.prefix:
             yield f"{self.prefix}.{tensor}"
             yield tensor.removeprefix(f"{self.prefix}.")
@@ -88,6 +95,7 @@ def _of_model(model: PreTrainedModel) -> Owners:
     state = model.state_dict()
     owners = Owners(sum(t.numel() for n, t in state.items() if n not in tied))
     owners.prefix = model.base_model_prefix
+    owners.renamed = renaming(model)
     path, blocks = find_blocks(model)
     for index, block in enumerate(blocks):
         for name, module in linears_of(block).items():

@@ -155,6 +155,17 @@ def placed(
     return found, left_over
 
 
+def renaming(model: PreTrainedModel) -> Callable[[str], str]:
+    """Return what gives a stored tensor the name that this release of transformers has for it.
+
+    Tensors that transformers joins keep names of their own.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    around = (model.base_model_prefix, model.state_dict())
+    return lambda name: rename_source_key(name, renamings, [], *around)[0]
+
+
 def expert_places(model: nn.Module, fused: Mapping[str, TensorPlace]) -> dict[str, TensorPlace]:
     """Return the places of split experts inside the fused tensors."""
     places = {}

@@ -21,15 +21,16 @@ def as_run(results: dict[str, Any]) -> dict[str, Any]:
     external = results[EXTERNAL]
     name = external["name"]
     model = external["model"] or {"name": name, "source": results["checkpoint"]}
-    format_ = {"name": f"{external['quant_method']} (external)", "checkpoint": name}
+    kind = f"{external['quant_method']} {external['form']}".strip()
+    format_ = {"name": f"{kind} (external)", "checkpoint": results["checkpoint"]}
     if external.get("group_size"):
         format_["group_size"] = external["group_size"]
     maker = external["written_by"] or f"{external['package']} {external['version']}"
-    bits = round(results["bits"]["nominal"], 2)
+    bits = round(float(results["bits"]["nominal"]), 2)
     config = {
         "model": model,
         "codebook": format_,
-        "precision": {"name": EXTERNAL, "bits": bits},
+        "precision": {"name": "fixed" if bits.is_integer() else "mixed", "bits": bits},
         "reservation": {"name": "none"},
         "solver": {"name": maker},
         "evaluation": results["evaluation"],

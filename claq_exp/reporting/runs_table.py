@@ -27,7 +27,7 @@ from claq_exp.reporting.settings import (
     is_seed,
     setting,
 )
-from claq_exp.reporting.tables import overlap_notes, text_notes
+from claq_exp.reporting.tables import external_notes, overlap_notes, text_notes
 from claq_exp.run_folder import settings_file
 from claq_exp.run_folder.fallbacks import ENDS
 from claq_exp.system.files import read_json
@@ -174,7 +174,7 @@ def table_notes(runs: Sequence[Run], columns: Sequence[Column], rows: Sequence[R
         (model_of(run), run.config["model"].get("remark")) for run in runs
     ):
         notes += [f"{model}: {remark}."] if remark else []
-    for told in (text_notes, overlap_notes, _kept_ends):
+    for told in (external_notes, text_notes, overlap_notes, _kept_ends):
         notes += dict.fromkeys(f"{note}." for run in runs for note in told(run.results or {}))
     notes += dict.fromkeys(
         f"{caveat.words}."

@@ -23,7 +23,7 @@ from claq_exp.evaluation.measure import Measurement
 from claq_exp.evaluation.perplexity import Corpus
 from claq_exp.evaluation.tasks import check_tasks, task_content
 from claq_exp.foreign.found import Foreign, check_package, find_foreign
-from claq_exp.foreign.ledger import ForeignLedger, read_ledger
+from claq_exp.foreign.ledger import ForeignLedger, check_whole, read_ledger
 from claq_exp.foreign.load import find_tokenizer, model_files
 from claq_exp.foreign.owners import model_config as foreign_config
 from claq_exp.models.context import check_context
@@ -192,6 +192,8 @@ def _prepare(config: ExperimentConfig, *, named: bool) -> _Subject:
             ledger = read_ledger(foreign, trust_remote_code=remote)
             model_config = foreign_config(foreign, trust_remote_code=remote)
             parameters = ledger.parameters
+            if foreign.is_gguf:
+                check_whole(foreign, ledger)
         config = config.with_dtype(forward_dtype(config.model.dtype, model_config, device))
         whole = parameters * DTYPES[config.model.dtype].itemsize
         if foreign is None:
@@ -388,6 +390,7 @@ def _external(subject: _Subject, original: _Original | None) -> dict[str, Any]:
     return {
         EXTERNAL: {
             **foreign.about(),
+            "form": ledger.main_kind() if foreign.is_gguf else "",
             "name": source_name(str(subject.path.resolve())),
             "model": {"name": model.name, "source": model.source} if model else None,
             "notes": ledger.notes(),

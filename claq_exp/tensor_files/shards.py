@@ -23,7 +23,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # tensors of one file, as in transformers
 HEADER_LIMIT = 100_000_000  # bytes of a header, as in safetensors
 ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),

@@ -128,7 +128,7 @@ def test_inspect_writes_nothing_but_the_picture_that_is_asked_for(run_folder, tm
 )
 def test_inspect_says_how_it_is_called(words, capfd):
     assert main(["inspect", *words]) == REQUEST
-    assert "inspect needs one folder" in complaint(capfd)
+    assert "inspect needs one folder or GGUF file" in complaint(capfd)
 
 
 @pytest.mark.parametrize("command", ["inspect", "export"])

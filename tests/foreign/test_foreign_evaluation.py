@@ -7,10 +7,12 @@ import json
 import shutil
 from pathlib import Path
 
+import gguf_files
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 from gguf_files import write_gguf
+from safetensors.torch import load_file
 
 from claq_exp.cli import main
 from claq_exp.errors import CheckpointError, ConfigError
@@ -105,6 +107,28 @@ def test_a_gguf_file_is_measured_on_the_tokens_of_its_own_or_the_originals_vocab
     assert results["perplexity"]["wikipedia"]["original"] > 1
     assert results["external"]["model"]["source"] == str(original)
     assert "external: gguf" in shown
+
+
+def test_a_gguf_file_without_some_layers_is_refused(evaluate, tmp_path, monkeypatch):
+    whole = gguf_files.gguf.GGUFWriter.add_tensor
+
+    def add(writer, name, *rest, **options):
+        if "blk.2.ffn_up" not in name:
+            whole(writer, name, *rest, **options)
+
+    monkeypatch.setattr(gguf_files.gguf.GGUFWriter, "add_tensor", add)
+    write_gguf(tmp_path / "part.gguf", tiny_llama(hidden_size=64, vocab_size=257))
+    _, line = evaluate(tmp_path / "part.gguf", code=1)
+    assert "stores nothing for 1 linear layers, e.g. blk.2.ffn_up" in line
+
+
+def test_a_pickled_folder_is_measured_too(evaluate, tiny_model, tmp_path):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "pickled"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    results, _ = evaluate(folder)
+    assert results["bits"]["linear"] == 16
+    assert results["perplexity"]["wikipedia"]["quantized"] > 1
 
 
 def test_without_the_original_a_line_says_so_and_without_a_tokenizer_it_is_asked_for(

@@ -89,7 +89,7 @@ def test_linear_bits_are_those_that_the_format_asks_for(name):
     ("name", "nominal"),
     [
         *[(name, 4) for name in ("gptq", "awq", "compressed_tensors", "bitsandbytes")],
-        *[("auto_round", 3), ("torchao", 8)],
+        *[("auto_round", 3), ("hqq", 3), ("torchao", 8)],
     ],
 )
 def test_nominal_bits_are_those_of_the_config(name, nominal):
@@ -160,6 +160,29 @@ def test_a_layer_that_was_left_alone_counts_with_its_sixteen_bits(tmp_path):
     (alone,) = [linear for linear in ledger.linears if linear.name == layer]
     assert (alone.bits, alone.nominal) == (16, 16)
     assert ledger.accounts["dense"] == 16 * 96 * 64
+
+
+def test_eight_bit_floats_are_codes_and_their_scales_scales(tiny_model, tmp_path):
+    """As of DeepSeek and of MX formats; written here, for no package makes them on a CPU."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    state = {}
+    for name, weight in load_file(tiny_model / "model.safetensors").items():
+        if "_proj" in name:
+            state[name] = weight.to(torch.float8_e4m3fn)
+            ones = torch.ones(len(weight), 1)
+            state[f"{name}_scale_inv"] = ones.to(torch.float8_e8m0fnu) if "mlp" in name else ones
+        else:
+            state[name] = weight
+    save_file(state, tmp_path / "model.safetensors")
+    ledger = ledger_of(tmp_path)
+    assert not ledger.notes()
+    assert ledger.nominal == 8
+    assert ledger.accounts["codes"] == 8 * ledger.weights
+    layers = {linear.name.rpartition(".")[2]: linear for linear in ledger.linears}
+    assert layers["q_proj"].stored == 8 * 48 * 48 + 32 * 48
+    assert layers["up_proj"].stored == 8 * 72 * 48 + 8 * 72
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):
