@@ -375,6 +375,7 @@ class Job:
             on_share=self.progress.advance,
         )
         save_plans(self.folder.work / ALLOCATION, self.plans)
+        gc.collect()  # a model in memory holds itself; it must be gone before blocks are read
 
     def _keep_survey(
         self, key: dict[str, Any], make: Callable[[], dict[str, Tensor]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,13 @@ from conftest import byte_tokenizer, tiny_llama
 from safetensors.torch import load_file
 
 import claq_exp
+import claq_exp.allocate.model as allocating
 import claq_exp.run.quantize
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.cli import main
 from claq_exp.compose.experiment import compose_config
 from claq_exp.models.ends import is_end
+from claq_exp.run import assist, job
 from claq_exp.run.plan import plan_for
 
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -96,6 +100,26 @@ def test_an_embedding_of_its_own_has_fixed_bits(words, kinds, untied, run):
         assert claq_exp.load(folder / "checkpoint")(TOKENS).logits.isfinite().all()
 
 
+def test_the_surveyed_model_is_gone_before_blocks_are_quantized(run, monkeypatch):
+    allocate, quantize, models = allocating.allocate_model, assist.quantize_model, []
+
+    def watched(model, *arguments, **options):
+        models.append(weakref.ref(model))
+        return allocate(model, *arguments, **options)
+
+    def checked(*arguments, **options):
+        assert [model() for model in models] == [None]
+        return quantize(*arguments, **options)
+
+    monkeypatch.setattr(job, "allocate_model", watched)
+    monkeypatch.setattr(assist, "quantize_model", checked)
+    gc.disable()  # nothing but the run itself may collect it
+    try:
+        run("budget.bits=10")
+    finally:
+        gc.enable()
+
+
 def test_a_run_that_ends_before_its_head_goes_on_to_the_same_bytes(
     run, tiny_run, tmp_path, monkeypatch
 ):
@@ -114,3 +138,5 @@ def test_a_run_that_ends_before_its_head_goes_on_to_the_same_bytes(
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     events = [json.loads(line) for line in (folder / "events.jsonl").open()]
     assert [event.get("stage") for event in events].count("allocate") == 1
+    (end,) = (event for event in events if event.get("stage") == "embedding")
+    assert end["peak_memory_bytes"] > 0
