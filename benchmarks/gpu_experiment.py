@@ -83,7 +83,7 @@ def default_experiment(model: str, text: Path, seqlen: int, windows: int) -> Exp
         precision={"name": "outlier_order"},
         reservation={"name": "outlier_order"},
         solver={"name": "gptq"},
-        embedding={"name": "kmeans"},
+        embedding={"name": "kmeans", "required": False},
         evaluation=EvaluationConfig(
             corpora={CORPUS: CorpusConfig(path=str(text), windows=windows)},
             context=seqlen,

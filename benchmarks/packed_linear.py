@@ -84,7 +84,15 @@ def main() -> None:
 
 
 def packed_copies(rows: int, columns: int, bits: str, megabytes: int) -> list[Operand]:
-    """Return copies of a random packed matrix; `bits` are widths with slashes between them."""
+    """Return copies of a random packed matrix; bits as of `packed_weight`."""
+    weight = packed_weight(rows, columns, bits)
+    operand = operand_of(weight.layout(), weight.pack())
+    size = sum(part.codes.numel() for part in operand.parts)
+    return [copy_of(operand) for _ in range(count(size, megabytes))]
+
+
+def packed_weight(rows: int, columns: int, bits: str) -> ColumnCodebooks:
+    """Return a random packed matrix; `bits` are widths with slashes between them."""
     generator = torch.Generator().manual_seed(0)
     widths = torch.tensor([int(width) for width in bits.split("/")], dtype=torch.uint8)
     column_bits = widths[torch.randint(len(widths), (columns,), generator=generator)]
@@ -95,10 +103,7 @@ def packed_copies(rows: int, columns: int, bits: str, megabytes: int) -> list[Op
     values = torch.randn(columns, 2 ** int(widths.max()), generator=generator).half()
     places = torch.nonzero(mask.t())[:, 1]
     reserved = Reserved(mask.sum(0), places, torch.randn(len(places), generator=generator).half())
-    weight = ColumnCodebooks(codes, column_bits, reserved, values)
-    operand = operand_of(weight.layout(), weight.pack())
-    size = sum(part.codes.numel() for part in operand.parts)
-    return [copy_of(operand) for _ in range(count(size, megabytes))]
+    return ColumnCodebooks(codes, column_bits, reserved, values)
 
 
 def copy_of(operand: Operand) -> Operand:

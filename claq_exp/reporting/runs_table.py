@@ -29,7 +29,7 @@ from claq_exp.reporting.settings import (
 )
 from claq_exp.reporting.tables import external_notes, overlap_notes, text_notes
 from claq_exp.run_folder import settings_file
-from claq_exp.run_folder.fallbacks import ENDS
+from claq_exp.run_folder.fallbacks import ENDS, layer_notes
 from claq_exp.system.files import read_json
 
 SORT = "bits.linear"
@@ -182,7 +182,7 @@ def table_notes(runs: Sequence[Run], columns: Sequence[Column], rows: Sequence[R
         for caveat in caveats(run.results or {})
         if caveat.kind == "cut"
     )
-    fallen = [run for run in runs if (run.results or {}).get("fallbacks", {}).get("layers")]
+    fallen = [run for run in runs if layer_notes((run.results or {}).get("fallbacks", {}))]
     if fallen:
         notes.append(
             f"In {len(fallen)} of {len(runs)} runs some layers have a fallback: fallbacks in "
@@ -192,6 +192,7 @@ def table_notes(runs: Sequence[Run], columns: Sequence[Column], rows: Sequence[R
 
 
 def _kept_ends(results: dict[str, Any]) -> list[str]:
+    """Say why the embedding of a run stays in 16 bits, where it was to be packed."""
     return list(filter(None, [results.get("fallbacks", {}).get(ENDS)]))
 
 

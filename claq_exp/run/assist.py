@@ -19,7 +19,8 @@ from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.stale_kernels import drop_stale_kernels
 from claq_exp.run.ends import End
-from claq_exp.run.quantize import Watcher, quantize_model
+from claq_exp.run.quantize import quantize_model
+from claq_exp.run.watcher import Watcher
 from claq_exp.system.distributed import Ranks
 from claq_exp.system.interruption import graceful
 from claq_exp.system.machine import choose_device, settle

@@ -6,7 +6,7 @@ One matrix that is both is a head.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,17 +32,16 @@ from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.recipe import Recipe, planned_layout
 from claq_exp.quantize.statistics import EqualColumns
 from claq_exp.run.solve import report_row, solve_linears
+from claq_exp.run.watcher import Watcher
 from claq_exp.run_folder.fallbacks import refuse_fallbacks
 from claq_exp.system.distributed import Ranks
+from claq_exp.system.interruption import Interrupted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDING = "embedding"  # stage of the store
 RELATIVE_WORK = 0.25  # on a weight of an end, where 1 is that on a weight of a block
-Step = Callable[[float, str], None]
-Report = list[dict[str, Any]]
-Seconds = dict[str, float]
 FLOOR = 0.15  # what a token weighs that does not occur in the calibration text
 
 
@@ -149,92 +148,93 @@ def _end(model: PreTrainedModel, name: str, recipe: Recipe, rule: EndRule, *, he
     return End(name, rows, columns, recipe, head, rule.lookup, rule.rows == FREQUENCY)
 
 
-def quantize_embedding(
-    model: BlockedModel,
-    batches: list[Tensor],
-    ends: Sequence[End],
-    store: BlockStore,
-    step: Step,
-    *,
-    strict: bool,
-    ranks: Ranks,
-) -> tuple[RowsOf | None, Report, Seconds]:
-    """Quantize an embedding that is no head into a store, unless the store has it.
+@dataclass(frozen=True)
+class OwnEnds:
+    """The ends of a model that is being quantized into a store.
 
-    Returns what looks up its rows as they are packed, for the hidden states that enter the first
-    block, or None; and what `quantize_head` returns.  batches, step: as there.
+    batches: token ids of this rank, [batch, seqlen].  Every rank goes through the same calls; the
+    first solves.
     """
-    seconds = {"solve": 0.0}
-    end = next((end for end in ends if not end.head), None)
-    if end is None:
-        return None, [], seconds
-    report, made, described = [], None, None
-    weights = _row_weights(batches, end, ranks)
-    if ranks.is_first:
-        made = store.packed(end.name).get(end.name)
-        if made is None:
-            step(0.0, end.name)
-            started = time.perf_counter()
-            plan = _plan(end, weights)
-            made, row = _solve(model, end, _lookups(end), plan, strict=strict)
-            seconds["solve"] = time.perf_counter() - started
-            report.append(row)
-            store.add(EMBEDDING, None, packed={end.name: made}, report=report)
-        described = made.layout
-    layout, tensors = ranks.broadcast(0, described, made.tensors if made else None)
-    step(_part(end, ends), end.name)
-    return partial(gathered, operand_of(layout, tensors)), report, seconds
 
+    model: BlockedModel
+    batches: list[Tensor]
+    ends: Sequence[End]
+    store: BlockStore
+    watcher: Watcher
+    strict: bool
+    ranks: Ranks
 
-def quantize_head(
-    model: BlockedModel,
-    batches: list[Tensor],
-    ends: Sequence[End],
-    streams: Streams,
-    store: BlockStore,
-    step: Step,
-    *,
-    strict: bool,
-    ranks: Ranks,
-) -> tuple[Report, Seconds]:
-    """Quantize a head into a store, on the hidden states that leave the last block.
+    @property
+    def share(self) -> float:
+        """The share of the ends in all work on the model."""
+        weights = sum(parameter.numel() for parameter in self.model.blocks.parameters())
+        work = RELATIVE_WORK * sum(map(_weights, self.ends)) / weights
+        return work / (1 + work)
 
-    batches: token ids of this rank, [batch, seqlen].  streams: all blocks are finished.
-    step: called with a share of the work on all ends that is done, and with what it is done on.
-    The first rank solves; all add up what enters the head.
-    Returns the rows of the report of what was quantized here, and seconds by kind of work.
-    """
-    seconds = {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
-    end = next((end for end in ends if end.head), None)
-    if end is None or ranks.tell(end.name in store.packed(end.name)):
-        return [], seconds
-    step(0.0, end.name)
-    weights = _row_weights(batches, end, ranks)
-    half = _part(end, ends) / 2  # of the work on it, the rest is to solve it
-    entered = _entering(model, batches, end, streams, seconds)
-    step(half, end.name)
-    entered.combine(ranks.sum_)
-    report: Report = []
-    if ranks.is_first:
+    def embedding(self) -> RowsOf | None:
+        """Quantize an embedding that is no head, unless the store has it.
+
+        Returns what looks up its rows as they are packed, for the hidden states that enter the
+        first block; None without such an embedding.
+        Raises Interrupted where the watcher wants to stop, once it is in the store.
+        """
+        end = next((end for end in self.ends if not end.head), None)
+        if end is None:
+            return None
+        made, described = None, None
+        weights = _row_weights(self.batches, end, self.ranks)
+        if self.ranks.is_first:
+            made = self.store.packed(end.name).get(end.name)
+            if made is None:
+                self._step(end, 0.0)
+                made = self._quantized(end, _lookups(end), weights, {"solve": 0.0})
+            described = made.layout
+        layout, tensors = self.ranks.broadcast(0, described, made.tensors if made else None)
+        self._step(end, 1.0)
+        if self.ranks.any(self.watcher.stopping()):
+            raise Interrupted
+        return partial(gathered, operand_of(layout, tensors))
+
+    def head(self, streams: Streams) -> None:
+        """Quantize a head, unless the store has it, on what leaves the last block.
+
+        streams: all blocks are finished.  All ranks add up what enters the head.
+        """
+        end = next((end for end in self.ends if end.head), None)
+        if end is None or self.ranks.tell(end.name in self.store.packed(end.name)):
+            return
+        seconds = {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
+        self._step(end, 0.0)
+        weights = _row_weights(self.batches, end, self.ranks)
+        entered = _entering(self.model, self.batches, end, streams, seconds)
+        self._step(end, 0.5)
+        entered.combine(self.ranks.sum_)
+        if self.ranks.is_first:
+            moments = _with_lookups(entered.moments(), end.lookup)
+            self._quantized(end, moments, weights, seconds)
+        self.ranks.wait()
+        self._step(end, 0.5)
+
+    def _quantized(
+        self, end: End, moments: Moments, weights: Tensor | None, seconds: dict[str, float]
+    ) -> PackedWeight:
+        """Solve an end, keep it in the store and tell of it."""
         started = time.perf_counter()
-        moments = _with_lookups(entered.moments(), end.lookup)
-        plan = _plan(end, weights)
-        packed, row = _solve(model, end, moments, plan, strict=strict)
+        packed, row = _solve(self.model, end, moments, _plan(end, weights), strict=self.strict)
         seconds["solve"] = time.perf_counter() - started
-        report.append(row)
-        store.add(EMBEDDING, None, packed={end.name: packed}, report=report)
-    ranks.wait()
-    step(half, end.name)
-    return report, seconds
+        self.store.add(EMBEDDING, None, packed={end.name: packed}, report=[row])
+        self.watcher.event("layer", row)
+        self.watcher.event("stage", {"stage": EMBEDDING, **seconds})
+        return packed
+
+    def _step(self, end: End, done: float) -> None:
+        """Tell of a share of the work on an end that is done, and what it is done on."""
+        own = self.share * _weights(end) / sum(map(_weights, self.ends))
+        self.watcher.share(done * own, end.name)
 
 
-def work_on(ends: Sequence[End], weights: int) -> float:
-    """Return the work on ends in terms of that on blocks, which have so many weights."""
-    return RELATIVE_WORK * sum(end.rows * end.columns for end in ends) / weights
-
-
-def _part(end: End, ends: Sequence[End]) -> float:
-    return end.rows * end.columns / sum(other.rows * other.columns for other in ends)
+def _weights(end: End) -> int:
+    return end.rows * end.columns
 
 
 @torch.no_grad()

@@ -40,10 +40,11 @@ from claq_exp.run.inputs import Fetched, Tokens
 from claq_exp.run.lines import event_lines, sizes_line
 from claq_exp.run.measuring import QUANTIZED, Bench, activation_bits, measured_on
 from claq_exp.run.plan import Plan
-from claq_exp.run.quantize import QUANTIZE, Watcher
+from claq_exp.run.quantize import QUANTIZE
 from claq_exp.run.results import build_results, text_rows, window_rows
 from claq_exp.run.shape import HIDDEN_SHARE
 from claq_exp.run.stages import STAGES, Stage
+from claq_exp.run.watcher import Watcher
 from claq_exp.run_folder import (
     LAYERS_FILE,
     PICTURE_FILE,

@@ -24,14 +24,15 @@ from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden, feed, run_block
 from claq_exp.models.discover import LinearGroup, Wave, find_waves, linear_weight, linears_of
 from claq_exp.models.overlay import Overlay
-from claq_exp.models.stream import BlockedModel
+from claq_exp.models.stream import BlockedModel, RowsOf
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.moments import CROSS, Moments
 from claq_exp.quantize.recipe import Recipe
-from claq_exp.run.ends import EMBEDDING, End, quantize_embedding, quantize_head, work_on
+from claq_exp.run.ends import End, OwnEnds
 from claq_exp.run.solve import report_row, solve_linears
 from claq_exp.run.teacher import TeacherBlock
+from claq_exp.run.watcher import UNWATCHED, Watcher
 from claq_exp.run_folder.fallbacks import refuse_fallbacks
 from claq_exp.system.distributed import ALONE, Ranks, owners
 from claq_exp.system.heap import trim
@@ -41,21 +42,6 @@ from claq_exp.transform.folding import UNTRANSFORMED, Transform
 
 REWRITE, QUANTIZE, TUNING = "transform", "quantize", "tune"  # stages of the store
 PUBLISH_SECONDS = 5.0  # of solving that a kill may cost, where a group does not take longer
-
-
-@dataclass(frozen=True)
-class Watcher:
-    """Who follows a quantization.
-
-    event: called with ("transform", what moved in a block), ("layer", report row), ("tune", what
-    was trained of a block), ("block", seconds by kind of work) and ("stage", the same of the ends).
-    share: called with (share of all work just done, where).
-    stopping: asked after each group of linears whether to stop there.
-    """
-
-    event: Callable[[str, dict[str, Any]], None] = lambda _name, _data: None
-    share: Callable[[float, str], None] = lambda _share, _where: None
-    stopping: Callable[[], bool] = lambda: False
 
 
 def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quantized
@@ -69,7 +55,7 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     transform: Transform = UNTRANSFORMED,
     tune: Tune = UNTUNED,
     ends: Sequence[End] = (),
-    watcher: Watcher = Watcher(),
+    watcher: Watcher = UNWATCHED,
     strict: bool = False,
     ranks: Ranks = ALONE,
 ) -> None:
@@ -93,23 +79,10 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     model.overlay.update(store.dense())
     wants = recipe.solver.wants | tune.wants
     streams = Streams(streams_for(wants), batches, store, hidden_form, ranks)
-    own = ranks.share(batches)
-    ending = work_on(ends, sum(p.numel() for p in model.blocks.parameters()))
-    share = 1 / len(model.blocks) / (1 + ending)
-
-    def step(part: float, where: str) -> None:
-        watcher.share(part * ending / (1 + ending), where)
-
-    rows_of, report, seconds = quantize_embedding(
-        model, own, ends, store, step, strict=strict, ranks=ranks
-    )
-    _tell_ends(watcher, report, seconds)
-    if rows_of is not None and ranks.any(watcher.stopping()):
-        raise Interrupted
-    streams.start(
-        lambda name, own: entering_hidden(model, own, rows_of if name == STUDENT else None),
-        model.device,
-    )
+    decided = [replace(end, decided=(plans or {}).get(end.name)) for end in ends]
+    own = OwnEnds(model, ranks.share(batches), decided, store, watcher, strict, ranks)
+    share = (1 - own.share) / len(model.blocks)
+    _start(streams, model, own.embedding())
     if streams.block:
         watcher.share(streams.block * share, f"after block {streams.block - 1}")
     for index in range(streams.block, len(model.blocks)):
@@ -134,18 +107,19 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
         streams.advance()
         inputs[index] = BlockInputs()
         watcher.event("block", {"block": index, **seconds})
-    decided = [replace(end, decided=(plans or {}).get(end.name)) for end in ends]
-    report, seconds = quantize_head(
-        model, own, decided, streams, store, step, strict=strict, ranks=ranks
+    own.head(streams)
+
+
+def _start(streams: Streams, model: BlockedModel, rows_of: RowsOf | None) -> None:
+    """Begin with what enters the first block.
+
+    rows_of: what the student's embedding looks up; None for its own rows.  It is large, and no
+    longer in memory when this is done.
+    """
+    streams.start(
+        lambda name, own: entering_hidden(model, own, rows_of if name == STUDENT else None),
+        model.device,
     )
-    _tell_ends(watcher, report, seconds)
-
-
-def _tell_ends(watcher: Watcher, report: list[dict[str, Any]], seconds: dict[str, float]) -> None:
-    for row in report:
-        watcher.event("layer", row)
-    if report:
-        watcher.event("stage", {"stage": EMBEDDING, **seconds})
 
 
 def _teacher(

@@ -105,10 +105,11 @@ def fallback_notes(counts: Mapping[str, Any]) -> list[str]:
     counts: as in results.json.
     """
     kept = filter(None, [counts.get(ENDS, "")])
-    return [*kept, *_layer_notes(counts)]
+    return [*kept, *layer_notes(counts)]
 
 
-def _layer_notes(counts: Mapping[str, Any]) -> list[str]:
+def layer_notes(counts: Mapping[str, Any]) -> list[str]:
+    """Return those of layers."""
     return [
         "; ".join(
             [

@@ -33,8 +33,9 @@ from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq, Nearest
 from claq_exp.quantize.solver import device as solver_device
-from claq_exp.run.quantize import Watcher, quantize_model
+from claq_exp.run.quantize import quantize_model
 from claq_exp.run.solve import solve_linears
+from claq_exp.run.watcher import Watcher
 from claq_exp.system.interruption import Interrupted
 
 TO_NEAREST = Recipe(Uniform(), Fixed(3), NoReservation(), Nearest())

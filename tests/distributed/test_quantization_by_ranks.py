@@ -26,7 +26,8 @@ from claq_exp.quantize.reservation import Fixed
 from claq_exp.quantize.solver import Gptq
 from claq_exp.run.assist import Quantization, assist
 from claq_exp.run.ends import chosen_ends
-from claq_exp.run.quantize import Watcher, quantize_model
+from claq_exp.run.quantize import quantize_model
+from claq_exp.run.watcher import Watcher
 from claq_exp.system.distributed import Ranks, together
 from claq_exp.train.norms import Norms
 from claq_exp.train.window import UNTUNED, Tune

@@ -20,6 +20,7 @@ MINIATURES = {  # script -> further words, and the least lines of figures
     "ledger.py": ([], 1),
     "model_solve.py": ([], 4),
     "packed_linear.py": ([], 2),
+    "packed_ends.py": ([], 8),
     "rounded_forward.py": (["activation=lo_bcq"], 1),
     "big_model.py": (["--folder", "FOLDER"], 1),
     "universal_codebooks.py": (["--out", "FOLDER/books.json"], 36),

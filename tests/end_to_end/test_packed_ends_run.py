@@ -14,13 +14,13 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import claq_exp
 import claq_exp.run.ends
-import claq_exp.run.quantize
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.cli import main
 from claq_exp.compose.experiment import compose_config
 from claq_exp.errors import ConfigError
 from claq_exp.models.ends import EndsError, is_end
 from claq_exp.reporting.labels import method_label
+from claq_exp.run.ends import OwnEnds
 from claq_exp.run.plan import plan_for
 
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -150,15 +150,15 @@ def test_pictures_and_reports_are_about_blocks_and_evaluate_counts_the_same(
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("step", ["quantize_embedding", "quantize_head"])
+@pytest.mark.parametrize("step", ["embedding", "head"])
 def test_a_run_that_ends_at_the_embedding_or_head_goes_on_to_the_same_bytes(
     step, moment, untied, run, tiny_run, tmp_path, monkeypatch
 ):
     words = [f"model.source={untied}", "embedding=kmeans_4bit", "solver.asymmetric=0.5"]
-    if step == "quantize_head":
+    if step == "head":
         words = ["embedding=kmeans_4bit"]  # the one matrix of a tied model
     expected, _ = run(*words, outputs="undisturbed")
-    whole, calls = getattr(claq_exp.run.quantize, step), []
+    whole, calls = getattr(OwnEnds, step), []
 
     def ended(*arguments, **options):
         calls.append("")
@@ -167,7 +167,7 @@ def test_a_run_that_ends_at_the_embedding_or_head_goes_on_to_the_same_bytes(
         raise OSError("the machine is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr(claq_exp.run.quantize, step, ended)
+        patch.setattr(OwnEnds, step, ended)
         assert main([*tiny_run, *SMALL, *words, f"outputs={tmp_path / 'again'}"]) == 1
     folder, _ = run(*words, "resume=required", outputs="again")
     assert calls

@@ -26,8 +26,9 @@ from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq
 from claq_exp.quantize.solver.columns import ColumnSystem
-from claq_exp.run.quantize import Watcher, quantize_model
+from claq_exp.run.quantize import quantize_model
 from claq_exp.run.teacher import TeacherBlock
+from claq_exp.run.watcher import Watcher
 from claq_exp.train.norms import Norms
 from claq_exp.transform.smooth import Smooth
 

@@ -26,7 +26,8 @@ from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq
 from claq_exp.run.ends import chosen_ends
-from claq_exp.run.quantize import Watcher, quantize_model
+from claq_exp.run.quantize import quantize_model
+from claq_exp.run.watcher import Watcher
 from claq_exp.system.interruption import Interrupted
 from claq_exp.train.window import Cost, Tune, Tuned, Window
 

@@ -31,7 +31,8 @@ from claq_exp.quantize.recipe import Recipe, quantize_weight
 from claq_exp.quantize.reservation import Fixed as FixedReservation
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq, Nearest
-from claq_exp.run.quantize import Watcher, quantize_model
+from claq_exp.run.quantize import quantize_model
+from claq_exp.run.watcher import Watcher
 from claq_exp.system.interruption import Interrupted
 
 RECIPE = Recipe(KMeans(), OutlierOrder(2.5), FixedReservation(0.02), Gptq())

@@ -30,7 +30,8 @@ from claq_exp.quantize.precision import OutlierOrder
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import Fixed
 from claq_exp.quantize.solver import Gptq
-from claq_exp.run.quantize import Watcher, quantize_model
+from claq_exp.run.quantize import quantize_model
+from claq_exp.run.watcher import Watcher
 
 RECIPE = Recipe(KMeans(), OutlierOrder(2.5), Fixed(0.02), Gptq())
 BATCHES = [*token_batches(2, size=4), token_batches(1, size=2, seed=1)[0]]

@@ -328,6 +328,13 @@ def test_runs_with_fallbacks_are_a_footnote(table):
     assert any(note.startswith("In 2 of 3 runs some layers") for note in table(*runs).footnotes)
 
 
+def test_an_embedding_that_stays_in_16_bits_is_a_footnote(table):
+    run = seeded(0, {"fallbacks": {"more_damping": 0, "embedding": "the head is odd; it stays"}})
+    grid = table(run, seeded(1))
+    assert "the head is odd; it stays." in grid.footnotes
+    assert not any("some layers" in note for note in grid.footnotes)
+
+
 def test_without_fallbacks_there_is_no_footnote_of_them(table):
     grid = table(seeded(0, {"fallbacks": {"more_damping": 0}}), seeded(1))
     assert not any("fallback" in note for note in grid.footnotes)

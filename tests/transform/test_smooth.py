@@ -26,7 +26,8 @@ from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Nearest
-from claq_exp.run.quantize import Watcher, quantize_model
+from claq_exp.run.quantize import quantize_model
+from claq_exp.run.watcher import Watcher
 from claq_exp.transform.smooth import Smooth
 
 BATCHES = token_batches(3, size=2)
