@@ -40,9 +40,14 @@ def slim(table: ReportTable, *, without: tuple[str, ...] = ()) -> ReportTable:
 def to_terminal(table: ReportTable, width: int, where: str = "") -> list[Table]:
     """Return tables that fit a terminal, one below the other: one for each group of columns.
 
+    One recipe beside its original that does not fit has a row for each number in place of a column.
+
     width: of the terminal, in characters.  where: file that has the columns which do not fit.
     """
     names = [name for name in dict.fromkeys(table.groups) if name]
+    originals = [row.original for row in table.rows]
+    if not names and sorted(originals) == [False, True] and _width(table) > width:
+        return [_table(_upright(table), width, where)]
     if not names:
         return [_table(table, width, where)]
     drawn_all = []
@@ -53,6 +58,28 @@ def to_terminal(table: ReportTable, width: int, where: str = "") -> list[Table]:
         drawn.title, drawn.title_justify, drawn.title_style = escape(name), "left", "bold"
         drawn_all.append(drawn)
     return drawn_all
+
+
+def _upright(table: ReportTable) -> ReportTable:
+    """Return a table of an original and one recipe with a row for each number.
+
+    The words of the recipe become a footnote.
+    """
+    before, after = sorted(table.rows, key=lambda row: not row.original)
+    rows, words = [], []
+    for place, heading in enumerate(table.headings()):
+        cell = after.cells[place]
+        if table.numeric[place]:
+            rows.append(Row([Cell(heading), before.cells[place], cell]))
+        elif cell.text:
+            words.append(f"{heading} {cell.text}")
+    notes = [*table.footnotes, *([f"Of {', '.join(words)}."] if words else [])]
+    columns, numeric = ["", "original", "quantized"], [False, True, True]
+    return ReportTable(table.title, columns, numeric, rows, notes)
+
+
+def _width(table: ReportTable) -> int:
+    return 1 + sum(PADDING + _longest(table, place) for place in range(len(table.columns)))
 
 
 def _table(table: ReportTable, width: int, where: str) -> Table:

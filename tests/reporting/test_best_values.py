@@ -112,3 +112,14 @@ def test_a_narrow_terminal_keeps_the_number_of_seeds(tmp_path):
         (drawn,) = to_terminal(table, width)
         assert drawn.columns[-1].header == "n" or width == 200
         assert "n" in [column.header for column in drawn.columns]
+
+
+def test_one_recipe_in_a_narrow_terminal_has_a_row_for_each_number(tmp_path):
+    table = merged(tmp_path, [[20.0, 20.2, 20.4]])
+    (wide,), (narrow,) = (to_terminal(table, width) for width in (300, 80))
+    assert len(wide.columns) == len(table.columns)
+    assert [column.header for column in narrow.columns] == ["", "original", "quantized"]
+    cells = dict(zip(*(list(narrow.columns[place].cells) for place in (0, 2)), strict=True))
+    assert cells["words perplexity"] == "20.20 ± 0.20"
+    assert cells["n"] == "3"
+    assert "Of model small, codebook kmeans" in narrow.caption
