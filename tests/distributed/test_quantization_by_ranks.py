@@ -302,8 +302,9 @@ def test_an_embedding_that_ranks_quantize_before_the_blocks_is_to_the_byte_that_
 ):
     source = tmp_path / "source"
     tiny_llama(num_hidden_layers=2, tie_word_embeddings=False).save_pretrained(source)
-    with_ends(source, tmp_path / "alone", batches)
-    finished(start_ranks(with_ends, tmp_path / "two", source, tmp_path / "two", batches, size=2))
+    place = tmp_path / "two"
+    with_ends("kmeans", source, tmp_path / "alone", batches)
+    finished(start_ranks(with_ends, place, "kmeans", source, place, batches, size=2))
     one, two = (stored(tmp_path / place).packed() for place in ("alone", "two"))
     assert one.keys() == two.keys()
     name = "model.embed_tokens"

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 import claq_exp
 import claq_exp.allocate.model as allocating
-import claq_exp.run.quantize
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.cli import main
 from claq_exp.compose.experiment import compose_config
 from claq_exp.models.ends import is_end
 from claq_exp.run import assist, job
+from claq_exp.run.ends import OwnEnds
 from claq_exp.run.plan import plan_for
 
 TOKENS = torch.arange(40).reshape(2, 20)
@@ -130,7 +130,7 @@ def test_a_run_that_ends_before_its_head_goes_on_to_the_same_bytes(
 
     words = [*tiny_run, *SMALL, *ALLOCATED, "budget.bits=10", f"outputs={tmp_path / 'again'}"]
     with monkeypatch.context() as patch:
-        patch.setattr(claq_exp.run.quantize, "quantize_ends", ended)
+        patch.setattr(OwnEnds, "head", ended)
         assert main(words) == 1
     folder, _ = run("budget.bits=10", "resume=required", outputs="again")
     ours, theirs = (load_file(f / "checkpoint/model.safetensors") for f in (folder, expected))
