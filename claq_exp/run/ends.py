@@ -121,8 +121,7 @@ def quantize_ends(
     ends: Sequence[End],
     streams: Streams,
     store: BlockStore,
-    plans: Mapping[str, MatrixPlan],
-    *,
+    plans: Mapping[str, MatrixPlan] | None,
     strict: bool,
     ranks: Ranks,
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
@@ -148,7 +147,7 @@ def quantize_ends(
     for end in ends if ranks.is_first else ():
         measured = gathered.moments() if end.head and gathered is not None else _lookups(end)
         moments = _with_lookups(measured, end.lookup)
-        plan = _plan(end, plans.get(end.name), weights.get(end.name))
+        plan = _plan(end, (plans or {}).get(end.name), weights.get(end.name))
         weight, row = _solve(model, end, moments, plan, strict=strict)
         packed[end.name] = weight
         report.append(row)

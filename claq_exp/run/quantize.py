@@ -118,9 +118,7 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
         inputs[index] = BlockInputs()
         watcher.event("block", {"block": index, **seconds})
     own = ranks.share(batches)
-    report, seconds = quantize_ends(
-        model, own, ends, streams, store, plans or {}, strict=strict, ranks=ranks
-    )
+    report, seconds = quantize_ends(model, own, ends, streams, store, plans, strict, ranks)
     for row in report:
         watcher.event("layer", row)
     if report:
