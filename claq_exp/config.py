@@ -10,12 +10,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from claq_exp.allocate import ALLOCATION, Allocation
+from claq_exp.allocate.allocation import check_allocated_end
 from claq_exp.calibration.windows import DRAWS
 from claq_exp.errors import ConfigError, check_choice, check_positive, check_whole, one_line, one_of
 from claq_exp.models.bos import BOS_RULES
 from claq_exp.models.source import ModelSource, check_name, source_name
 from claq_exp.quantize.activation import ACTIVATION, Activation
-from claq_exp.quantize.budget import MODEL, BudgetConfig
+from claq_exp.quantize.budget import BudgetConfig
 from claq_exp.quantize.codebook import CODEBOOK
 from claq_exp.quantize.ends import EMBEDDING, HEAD, EndRule
 from claq_exp.quantize.precision import PRECISION
@@ -323,27 +324,9 @@ class ExperimentConfig:
         for family, rule in (("embedding", embedding), ("head", head)):
             check_members(family, rule, EndRule)
             if (recipe := rule.recipe()) is not None and recipe.allocated:
-                self._check_allocated(f"{family}={getattr(self, family)['name']}")
+                chosen = f"{family}={getattr(self, family)['name']}"
+                check_allocated_end(chosen, self.allocation_rule().survey(), self.budget)
         return embedding, head
-
-    def _check_allocated(self, end: str) -> None:
-        """Raise ConfigError where nothing can decide the widths of an embedding or head."""
-        survey = self.allocation_rule().survey()
-        if survey is None:
-            raise ConfigError(
-                f"{end} leaves its widths to an allocation; choose allocation=rate_distortion, or "
-                "embedding=kmeans"
-            )
-        if self.budget.kind != MODEL or self.budget.bits is None:
-            raise ConfigError(
-                f"{end} shares the bits of the whole checkpoint with the layers of blocks; set "
-                "budget.kind=model and budget.bits, or choose embedding=kmeans"
-            )
-        if not survey.gradients:
-            raise ConfigError(
-                f"{end} is weighed by what its logits do to the loss; set "
-                "allocation.importance=fisher, or choose embedding=kmeans"
-            )
 
     def allocation_rule(self) -> Allocation:
         """Build the rule for the bits of the whole model; raises as `recipe`."""

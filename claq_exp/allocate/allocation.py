@@ -9,7 +9,7 @@ from typing import ClassVar, Protocol
 from claq_exp.errors import ConfigError
 from claq_exp.payload.base import Layout
 from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.budget import BudgetConfig, Overhead
+from claq_exp.quantize.budget import MODEL, BudgetConfig, Overhead
 from claq_exp.quantize.codebook import Codebook
 from claq_exp.quantize.recipe import Recipe, planned_layouts
 from claq_exp.quantize.statistics import ColumnStatistics
@@ -78,3 +78,25 @@ class Allocation(Protocol):
         with (share of the work just done, name).  Raises ConfigError when a budget cannot be met.
         """
         return {}
+
+
+def check_allocated_end(end: str, survey: Survey | None, budget: BudgetConfig) -> None:
+    """Raise ConfigError where nothing can decide the widths of an embedding or head.
+
+    end: the words that leave them to an allocation.  survey: what that asks for.
+    """
+    if survey is None:
+        raise ConfigError(
+            f"{end} leaves its widths to an allocation; choose allocation=rate_distortion, or "
+            "embedding=kmeans"
+        )
+    if budget.kind != MODEL or budget.bits is None:
+        raise ConfigError(
+            f"{end} shares the bits of the whole checkpoint with the layers of blocks; set "
+            "budget.kind=model and budget.bits, or choose embedding=kmeans"
+        )
+    if not survey.gradients:
+        raise ConfigError(
+            f"{end} is weighed by what its logits do to the loss; set "
+            "allocation.importance=fisher, or choose embedding=kmeans"
+        )

@@ -65,14 +65,7 @@ def survey_model(
     importance: dict[str, Tensor] = {}
     logits = None if head is None else HeadSurvey(model, head)
     if gradients:
-        importance = _row_importance(
-            model,
-            batches,
-            path,
-            blocks,
-            logits,
-            lambda share, where: on_share(BACKWARD * share, where),
-        )
+        importance = _row_importance(model, batches, path, blocks, logits, on_share)
     share = (1 - BACKWARD * gradients) / (len(blocks) + (head is not None))
     inputs = capture_inputs(blocked, batches)
     statistics: dict[str, ColumnStatistics] = {}
@@ -253,7 +246,7 @@ def _row_importance(
                     logits[0, :-1].float(), tokens[0, 1:], reduction="sum"
                 )
                 loss.backward()
-                on_share(1 / len(windows), f"gradients, window {number + 1}")
+                on_share(BACKWARD / len(windows), f"gradients, window {number + 1}")
     finally:
         for hook in hooks:
             hook.remove()
