@@ -20,6 +20,7 @@ from conftest import byte_tokenizer, tiny_llama
 from task_rows import made_rows, write_rows
 from transformers import PreTrainedTokenizerFast
 
+from claq_exp.checkpoint.manifest import CARD
 from claq_exp.cli import main
 from claq_exp.config import TaskConfig
 from claq_exp.evaluation.lending import unchanged_process
@@ -175,5 +176,7 @@ def test_a_task_changes_no_byte_of_a_checkpoint(tiny_run, tiny_model, tmp_path):
         name: files_of(next((tmp_path / "outputs" / name).glob("*/checkpoint")))
         for name in ("without", "with", "again")
     }
+    cards = [files.pop(CARD) for files in held.values()]  # say what was measured
+    assert cards[0] != cards[1]
     assert held["with"] == held["without"]
     assert held["again"] == held["without"]
