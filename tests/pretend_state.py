@@ -12,7 +12,9 @@ import torch
 
 NAME = "pretend"
 PROJECT = Path(__file__).parents[1]
-OWN = Path(__file__).with_name(NAME).as_posix()  # how the names of the device's files begin
+OWN = tuple(  # how the names of the files begin that pretend
+    Path(__file__).with_name(name).as_posix() for name in (NAME, "processors")
+)
 
 
 @dataclass

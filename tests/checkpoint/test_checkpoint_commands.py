@@ -177,6 +177,7 @@ def plainly_computed(folder: Path, scratch: Path) -> tuple[torch.Tensor, dict[st
     return torch.load(path)
 
 
+@pytest.mark.other_process
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_transformers_alone_computes_the_same(dtype, run_folder, tmp_path, capsys):
     target = tmp_path / "dense"

@@ -32,6 +32,7 @@ from claq_exp.system.distributed import Ranks, together
 from claq_exp.train.norms import Norms
 from claq_exp.train.window import UNTUNED, Tune
 
+pytestmark = pytest.mark.other_process
 RECIPE = Recipe(KMeans(), OutlierOrder(2.5), Fixed(0.02), Gptq())
 
 

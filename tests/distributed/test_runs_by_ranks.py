@@ -16,6 +16,8 @@ from claq_exp.cli import main
 from claq_exp.run_folder import EVENTS_FILE
 from claq_exp.tracking.events import read_events
 
+pytestmark = pytest.mark.other_process
+
 
 def run_folder(outputs: Path) -> Path:
     (folder,) = (outputs / "default").iterdir()

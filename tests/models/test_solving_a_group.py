@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,18 @@ def problem(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch
     return torch.randn(rows, columns, generator=generator), accumulator.moments().single()
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads that share a sum add it up in an order of their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.case(37)
 @pytest.mark.parametrize("solver", [Gptq(), Gptq(act_order=False), Nearest()], ids=str)
-def test_a_group_is_solved_as_its_matrices_alone(solver):
+def test_a_group_is_solved_as_its_matrices_alone(solver, one_thread):
     weight, hessian = problem(rows=20, columns=70)
     weights = {"first": weight, "second": weight.flip(0)[:7].contiguous()}
     alone = [

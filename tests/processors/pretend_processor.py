@@ -7,8 +7,9 @@ operation twice gives the same.  A test that fails here hangs on a last bit.  PR
 moves float32 and float64 16 times as far, which finds small margins, and tolerances too close to
 rounding.
 
-Not reached: what numba, numpy and C compute, and other processes.  A test that compares with
-another process, or with weights fixed in a file, may fail here without being at fault.
+Not reached: what numba, numpy and C compute, and other processes.  Tests that compare with another
+process (the mark `other_process`) are skipped; one that compares with weights fixed in a file may
+fail here without being at fault.
 """
 
 from __future__ import annotations
@@ -99,12 +100,15 @@ def product(packet: Any, func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def other(func: Any, args: tuple, kwargs: dict, *, is_sum: bool) -> Any:
+    """Move the result of an operation that is no product; weights of zero leave the bias exact."""
     results = func(*args, **kwargs)
     result = results[0] if isinstance(results, tuple) else results
     if movable(result):
         exact = (result == result.round()) | ~result.isfinite()
         if is_sum:
             exact = result * 1024 == (result * 1024).round()
+        if func._overloadpacket is aten.native_layer_norm and args[2] is not None:
+            exact = exact | (args[2] == 0)
         result.copy_(moved(result, 2 * result.abs(), exact))
     return results
 
@@ -143,6 +147,13 @@ def run(thread: threading.Thread) -> None:
 
 
 threading.Thread.run = run  # type: ignore[method-assign]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skipped = pytest.mark.skip(reason="the other process is on the real processor")
+    for item in items:
+        if item.get_closest_marker("other_process"):
+            item.add_marker(skipped)
 
 
 @pytest.hookimpl(wrapper=True)
