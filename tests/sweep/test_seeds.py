@@ -100,7 +100,7 @@ def test_fetch_brings_what_all_seeds_read(tiny_run, capfd):
 def test_printing_takes_one_seed(capfd):
     assert main(["--cfg", "job", "--package", "seed", "seeds=3"]) == 0
     assert main(["--cfg", "job", "seeds=3,4"]) == 2
-    assert "lists several values" in capfd.readouterr().err
+    assert "'seeds=3,4' lists several values" in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")
