@@ -153,10 +153,29 @@ def test_codes_that_fill_no_word_are_refused(tmp_path):
         lambda _, m: grid(m.out_features, m.in_features, 3),
         intermediate_size=72,
     )
-    with pytest.raises(ConfigError, match="has 72 inputs: their codes of 3 bits fill no whole"):
+    said = "has 72 inputs: their codes of 3 bits fill no whole .* use format=dense"
+    with pytest.raises(ConfigError, match=said):
         export(tmp_path / "packed", tmp_path / "new", "gptq")
     with pytest.raises(ConfigError, match="72 inputs, no multiple of its group size 32"):
         export(tmp_path / "packed", tmp_path / "new", "compressed-tensors")
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_any_work(
+    tmp_path, monkeypatch, capsys
+):
+    packed, file = tmp_path / "packed", tmp_path / "file"
+    write_grids(packed, 4)
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match=f"'{file}' is a file"):
+        export(packed, file / "new")
+    with pytest.raises(ConfigError, match="in the checkpoint itself"):
+        export(packed, packed / "deep" / "new")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match=f"'{tmp_path}' is read-only"):
+        export(packed, tmp_path / "far" / "new")
+    assert main(["export", str(packed), "x", "model.trust_remote_code=maybe"]) == 2
+    assert "choose one of: false, true" in capsys.readouterr().err
+    assert not (tmp_path / "far").exists()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
