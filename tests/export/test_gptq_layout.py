@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from claq_exp.checkpoint.writer import write_card
 from claq_exp.cli import main
 from claq_exp.errors import ConfigError
 from claq_exp.export import export
+from claq_exp.export.grids import _check_modules, _refuse
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import OutlierOrder
@@ -134,7 +136,7 @@ def groups(name: str, module: torch.nn.Linear):
     [
         (kmeans, "gptq", "down_proj is stored as column codebooks, .* use format=dense"),
         (kmeans, "compressed-tensors", "down_proj is stored as .* codebook=uniform"),
-        (five_bits, "gptq", "down_proj has codes of 5 bits"),
+        (five_bits, "gptq", "down_proj has codes of 5 bits.* another number of bits"),
         (widths, "gptq", "q_proj has 4 bits and .*down_proj 2: .* use format=compressed-tensors"),
         (groups, "gptq", "q_proj has groups of 16 columns and another layer of 32"),
     ],
@@ -145,6 +147,14 @@ def test_what_cannot_be_said_is_refused(make, format_, said, tmp_path):
         export(tmp_path / "packed", tmp_path / "new", format_)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_conv1d_is_refused_without_advice_that_would_not_help():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8))
+    with pytest.raises(ConfigError, match=r"is a Conv1D, .* cannot say it; use"):
+        _check_modules(model, {"transformer.h.0.attn.c_attn": None}, partial(_refuse, "gptq"))
 
 
 def test_codes_that_fill_no_word_are_refused(tmp_path):
