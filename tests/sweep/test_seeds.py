@@ -53,6 +53,7 @@ def test_a_range_is_a_list_and_no_word_is_no_seed():
         (["seeds=0,1", "seed=2"], "seeds=0,1 and seed=2 do not go together"),
         (["seeds=0,1", "++seed=2,3", "-m"], "do not go together"),
         (["seeds=0,99999999999"], "seed is 99999999999"),
+        (["seeds=0,1", "calibration.seed=3"], "would run one draw several times"),
         (["seeds=0,1", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2"], "search with one seed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
