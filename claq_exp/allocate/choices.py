@@ -160,8 +160,8 @@ def allocate(matrices: Sequence[Choices], budget: float) -> list[ColumnPlan]:
         dearest = _total(matrices, _choose(matrices, rates, 0.0))
         weights = sum(matrix.rows * matrix.columns for matrix in matrices)
         raise ConfigError(
-            f"a budget of {budget / weights:.4g} bits per weight cannot be met; these strategies "
-            f"reach from {least / weights:.4g} to {dearest / weights:.4g}"
+            f"a budget that leaves columns {budget / weights:.4g} bits per weight cannot be met; "
+            f"these strategies reach from {least / weights:.4g} to {dearest / weights:.4g}"
         )
     low, high = _price_range(
         lambda price: _total(matrices, _choose(matrices, rates, price)), budget

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from claq_exp.compose.seeds import spread_seeds
+from claq_exp.compose.seeds import lists_seeds, spread_seeds
 from claq_exp.errors import ConfigError
 
 INSTEAD = {  # flag of Hydra's -> the word that has its effect here
@@ -63,6 +63,9 @@ def read_words(arguments: list[str]) -> Words:
     if printed and found.multirun:
         raise ConfigError(f"'{printed[0]}' prints and runs nothing; leave out -m")
     overrides, seeds = spread_seeds(found.overrides)
+    if printed and len(seeds) > 1:
+        word = next(filter(lists_seeds, found.overrides))
+        raise ConfigError(f"'{word}' lists several values; choose one to print")
     if found.verbose and (printed or found.multirun or len(seeds) > 1):
         several = "-m" if found.multirun else "seeds="
         raise ConfigError(f"-v shows the tensors of one run; leave out {(*printed, several)[0]}")

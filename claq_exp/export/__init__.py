@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -62,10 +63,23 @@ def export(
     """Write the checkpoint in `folder` to `target`, in the format of that name.
 
     dtype: of what is not packed; the format's default where it is None.
-    Raises ConfigError when `target` exists, and for what the format cannot say: the message names
-    the layer.  Raises CheckpointError for a damaged checkpoint.
+    Raises ConfigError when `target` exists or cannot be made, and for what the format cannot say:
+    the message names the layer.  Raises CheckpointError for a damaged checkpoint.
     """
     found, stored = chosen(format_, dtype)
+    _check_target(folder, target)
+    found.write(folder, target, dtype=stored, trust_remote_code=trust_remote_code)
+
+
+def _check_target(folder: Path, target: Path) -> None:
+    """Raise ConfigError unless a new file or folder can be made at `target`."""
     if target.exists():
         raise ConfigError(f"'{target}' exists already; name one that does not")
-    found.write(folder, target, dtype=stored, trust_remote_code=trust_remote_code)
+    parents = target.absolute().parents
+    if folder.resolve() in target.resolve().parents:
+        raise ConfigError(f"'{target}' is in the checkpoint itself; name a place outside of it")
+    nearest = next(parent for parent in parents if parent.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"'{target}' cannot be made, for '{nearest}' is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(f"'{target}' cannot be made, for '{nearest}' is read-only here")

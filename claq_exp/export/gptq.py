@@ -64,9 +64,10 @@ def common_grid(grids: Grids) -> tuple[int, int]:
             )
         for size, what in ((other.columns, "inputs"), (other.rows, "outputs")):
             if size * bits % WORD:
+                other_format = "dense" if other.columns % other.group_size else "compressed-tensors"
                 raise ConfigError(
                     f"{name} has {size} {what}: their codes of {bits} bits fill no whole 32-bit "
-                    "words, as format=gptq asks for; use format=compressed-tensors"
+                    f"words, as format=gptq asks for; use format={other_format}"
                 )
     whole = all(other.group_size >= other.columns for other in grids.values())
     size = max(other.group_size for other in grids.values())

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 WIDTHS = (2, 3, 4, 8)
 WORD = 32  # bits
+UNIFORM = "quantize with codebook=uniform and reservation=none, or "
+WIDTH = "quantize with another number of bits, or "
 
 Grids = Mapping[str, RowGridLayout]
 Store = Callable[[RowGrid], Mapping[str, Tensor]]
@@ -84,7 +86,7 @@ def open_grids(
         if layout.reserved:
             refuse(name, f"has {layout.reserved} entries in 16 bits beside its codes")
         if layout.bits not in WIDTHS:
-            refuse(name, f"has codes of {layout.bits} bits, not 2, 3, 4 or 8")
+            refuse(name, f"has codes of {layout.bits} bits, not 2, 3, 4 or 8", WIDTH)
         grids[name] = layout
     model = check_model(folder, layouts, trust_remote_code=trust_remote_code)
     check_dtype(folder, layouts, dtype)
@@ -94,7 +96,7 @@ def open_grids(
 
 
 def _check_modules(
-    model: PreTrainedModel, grids: Grids, refuse: Callable[[str, str], NoReturn]
+    model: PreTrainedModel, grids: Grids, refuse: Callable[[str, str, str], NoReturn]
 ) -> None:
     """Refuse layers that other programs do not hold as a linear layer of its own."""
     from torch import nn
@@ -102,15 +104,15 @@ def _check_modules(
     mixtures = [name for name, m in model.named_modules() if isinstance(m, SeparateExperts)]
     for name in grids:
         if any(name.startswith(f"{mixture}.") for mixture in mixtures):
-            refuse(name, "is an expert of a mixture, which transformers holds as one tensor")
+            refuse(name, "is an expert of a mixture, which transformers holds as one tensor", "")
         if not isinstance(model.get_submodule(name), nn.Linear):
-            refuse(name, "is a Conv1D, and not a Linear")
+            refuse(name, "is a Conv1D, and not a Linear", "")
 
 
-def _refuse(format_: str, name: str, why: str) -> NoReturn:
+def _refuse(format_: str, name: str, why: str, instead: str = UNIFORM) -> NoReturn:
+    """Raise ConfigError.  instead: how the layer could be quantized, where that would help."""
     raise ConfigError(
-        f"{name} {why}, and format={format_} cannot say it; quantize with codebook=uniform and "
-        "reservation=none, or use format=dense"
+        f"{name} {why}, and format={format_} cannot say it; {instead}use format=dense"
     )
 
 

@@ -152,7 +152,9 @@ def _gguf_config(path: Path) -> PretrainedConfig:
             config = AutoConfig.from_pretrained(folder, gguf_file=named.name)
         except Exception as error:  # another's code, another's file
             reason = telling_line(error)
-            raise CheckpointError(f"{path} cannot be read as a GGUF model: {reason}") from error
+            raise CheckpointError(
+                f"{path} cannot be read as a GGUF model, and may be cut short: {reason}"
+            ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

@@ -18,6 +18,7 @@ from claq_exp.system.files import write_bytes
 from claq_exp.tracking.limits import check_project
 
 COMPARISON = "compare.md"
+WIDER = "a wider terminal"
 EXAMPLE = "claq-exp report outputs/default --by seed"
 
 
@@ -56,16 +57,17 @@ def report_command(arguments: list[str]) -> int:
 def _compare(asked: argparse.Namespace) -> int:
     if asked.folders:
         raise ConfigError(
-            f"report: --compare takes two folders, and nothing else; '{asked.folders[0]}'"
+            f"report: --compare takes two folders, and nothing else; leave out '{asked.folders[0]}'"
         )
     first, second = (Path(folder).expanduser() for folder in asked.compare)
     tables = compare_folders(first, second, seeds=asked.seeds)
     console = Console()
     for name, folder in (("A", first), ("B", second)):
         _say(f"{name}: {folder}")
+    rest = COMPARISON if asked.into else WIDER
     for table in tables:
         console.print(table.title, highlight=False, style="bold")
-        console.print(*to_terminal(table, console.width))
+        console.print(*to_terminal(table, console.width, rest))
     if asked.into:
         into = Path(asked.into).expanduser()
         into.mkdir(parents=True, exist_ok=True)

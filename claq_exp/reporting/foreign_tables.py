@@ -22,7 +22,7 @@ def foreign_tables(foreign: Foreign, ledger: ForeignLedger) -> list[Table]:
 def linears_table(ledger: ForeignLedger) -> Table:
     """Return one row per linear layer: bits, and the suffix and type of each stored tensor."""
     table = Table(header_style="bold", box=SIMPLE_HEAD)
-    table.add_column("layer")
+    table.add_column("layer", overflow="fold")
     for column in ("shape", "nominal", "stored"):
         table.add_column(column, justify="right")
     table.add_column("storage")

@@ -12,8 +12,10 @@ from claq_exp.reporting.report_table import Cell, ReportTable, Row
 
 PADDING = 3  # of a column and its border
 LEAST = 4  # columns that are always shown
-COUNT = "n"
-SPARE = ("model bits", "checkpoint, MB")  # no one compares runs by these first
+NOTHING = "none"  # what a step that is left out is called
+STAY = ("n", "verdict")
+SPARE = ("activation bits", "model bits", "checkpoint, MB")  # no one compares runs by these first
+BEHIND_VERDICT = ("A", "B", "windows")  # a difference, its interval and the verdict tell more
 
 
 def slim(table: ReportTable, *, without: tuple[str, ...] = ()) -> ReportTable:
@@ -41,20 +43,25 @@ def to_terminal(table: ReportTable, width: int, where: str = "") -> list[Table]:
     """Return tables that fit a terminal, one below the other: one for each group of columns.
 
     One recipe beside its original that does not fit has a row for each number in place of a column.
+    Words that leave no place for any number go into one column.
 
     width: of the terminal, in characters.  where: file that has the columns which do not fit.
     """
     names = [name for name in dict.fromkeys(table.groups) if name]
     originals = [row.original for row in table.rows]
     if not names and sorted(originals) == [False, True] and _width(table) > width:
-        return [_table(_upright(table), width, where)]
+        return [_table(_fitting(_upright(table), width, where), width)]
     if not names:
-        return [_table(table, width, where)]
+        fitting = _fitting(table, width, where)
+        if any(table.numeric) and not any(fitting.numeric):
+            fitting = _fitting(_in_one_column(table), width, where)
+        return [_table(fitting, width)]
     drawn_all = []
     for name in names:
         places = [place for place, group in enumerate(table.groups) if group in ("", name)]
         notes = table.footnotes if name == names[-1] else []
-        drawn = _table(replace(_select(table, places), groups=[], footnotes=notes), width, where)
+        own = replace(_select(table, places), groups=[], footnotes=notes)
+        drawn = _table(_fitting(own, width, where), width)
         drawn.title, drawn.title_justify, drawn.title_style = escape(name), "left", "bold"
         drawn_all.append(drawn)
     return drawn_all
@@ -82,12 +89,30 @@ def _width(table: ReportTable) -> int:
     return 1 + sum(PADDING + _longest(table, place) for place in range(len(table.columns)))
 
 
-def _table(table: ReportTable, width: int, where: str) -> Table:
-    table = _fitting(table, width, where)
+def _in_one_column(table: ReportTable) -> ReportTable:
+    """Return a table whose columns of words are one, in front of the numbers, without `none`."""
+    numbers = [place for place, is_number in enumerate(table.numeric) if is_number]
+    words = [place for place in range(len(table.columns)) if place not in numbers]
+    smaller, rows = _select(table, numbers), []
+    for row, few in zip(table.rows, smaller.rows, strict=True):
+        texts = [row.cells[place].text for place in words]
+        text = ", ".join(word for word in texts if word not in ("", NOTHING))
+        rows.append(replace(few, cells=[Cell(text), *few.cells]))
+    heading = ", ".join(table.headings()[place] for place in words)
+    return replace(
+        smaller, columns=[heading, *smaller.columns], numeric=[False, *smaller.numeric], rows=rows
+    )
+
+
+def _table(table: ReportTable, width: int) -> Table:
     drawn = Table(header_style="bold", title=None)
+    columns = zip(table.headings(), *(row.cells for row in table.rows), strict=True)
+    longest = [max(len(head), *(len(cell.text) for cell in cells)) for head, *cells in columns]
+    is_narrow = 1 + sum(PADDING + length for length in longest) > width
     for place, (heading, is_number) in enumerate(zip(table.headings(), table.numeric, strict=True)):
         side: Any = "right" if is_number else "left"
-        least = min(_longest(table, place), width // 2) if is_number else None
+        is_whole = is_number or (is_narrow and heading in STAY)
+        least = min(_longest(table, place), width // 2) if is_whole else None
         drawn.add_column(escape(heading), justify=side, overflow="fold", width=least)
     for row in table.rows:
         drawn.add_row(*map(_cell, row.cells), style="dim" if row.original else None)
@@ -100,13 +125,15 @@ def _table(table: ReportTable, width: int, where: str) -> Table:
 def _fitting(table: ReportTable, width: int, where: str) -> ReportTable:
     """Return a table without the columns that do not fit: sizes go first, then the last ones.
 
-    The number of seeds stays, for it tells what a mean is worth.
+    The number of seeds stays, for it tells what a mean is worth, and so does a verdict.
     """
     widths = [PADDING + _longest(table, place) for place in range(len(table.columns))]
     kept = list(range(len(widths)))
-    spare = [place for place in kept if table.headings()[place] in SPARE]
+    headings = table.headings()
+    wanted_least = BEHIND_VERDICT if "verdict" in headings else SPARE
+    spare = [place for place in kept if headings[place] in wanted_least]
     while 1 + sum(widths[place] for place in kept) > width and len(kept) > LEAST:
-        last = next(place for place in reversed(kept) if table.headings()[place] != COUNT)
+        last = next(place for place in reversed(kept) if headings[place] not in STAY)
         kept.remove(spare.pop() if spare else last)
     left = len(widths) - len(kept)
     if not left:

@@ -13,7 +13,7 @@ from claq_exp.reporting.intervals import (
 )
 from claq_exp.run_folder.windows import Windows
 
-OLDER = "a run has no windows.csv, for it is older than that file"
+OLDER = "a run has no windows.csv that can be read; older runs have none"
 FEW = f"fewer than {LEAST_WINDOWS} windows (evaluation.kl_windows, windows of the corpus)"
 OTHER = "measured on different content"
 INTERVALS = {"perplexity": perplexity_interval, "kl": kl_interval}

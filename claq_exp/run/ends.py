@@ -69,6 +69,11 @@ class End:
     decided: MatrixPlan | None = None
 
     @property
+    def called(self) -> str:
+        """What a person reads; the one matrix that is both is the embedding."""
+        return "head" if self.head and not self.tied else EMBEDDING
+
+    @property
     def allocated(self) -> bool:
         """Whether its widths are decided with those of the layers of blocks."""
         return self.recipe.allocated
@@ -224,7 +229,8 @@ class OwnEnds:
         seconds["solve"] = time.perf_counter() - started
         self.store.add(EMBEDDING, None, packed={end.name: packed}, report=[row])
         self.watcher.event("layer", row)
-        self.watcher.event("stage", {"stage": EMBEDDING, **seconds})
+        told = {"stage": EMBEDDING, "name": end.name, "end": end.called, **seconds}
+        self.watcher.event("stage", told)
         return packed
 
     def _step(self, end: End, done: float) -> None:

@@ -251,6 +251,8 @@ def _named_original(subject: _Subject, recorded: Origin | None) -> tuple[_Origin
 
 def _recorded_original(subject: _Subject, recorded: Origin | None) -> _Original:
     """Return the model that was quantized.  Raises ClaqError where it is not to be had."""
+    if subject.foreign:
+        raise ConfigError("a checkpoint that others made does not name it; model=... does")
     if recorded is None:
         raise ConfigError(
             f"it is not known, for {subject.folder} is not in the folder of its run; model=... "

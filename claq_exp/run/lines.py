@@ -33,9 +33,9 @@ def event_lines(
         yield from layer_lines(data)
     if event not in ("block", "stage"):
         return
-    block = data.get("block")  # embedding and head have none
-    place = "embedding" if block is None else f"block {block + 1}/{blocks}"
-    rows = [row for row in report() if row["block"] == block]
+    block, name = data.get("block"), data.get("name")  # embedding and head have names, no block
+    place = data["end"] if block is None else f"block {block + 1}/{blocks}"
+    rows = [row for row in report() if row["block"] == block and name in (None, row["name"])]
     seconds = sum(data[kind] for kind in QUANTIZE_TIMINGS if kind in data)
     yield block_line(place, rows, seconds, data.get("peak_memory_bytes", peak))
 

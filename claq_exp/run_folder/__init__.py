@@ -263,13 +263,20 @@ class RunFolder:
             raise
         except BaseException as error:
             with contextlib.suppress(OSError):  # a full disk: the error itself matters more
-                self._note({"state": FAILED, "reason": telling_line(error)})
+                self._note({"state": FAILED, "reason": _reason(error)})
             raise
         with contextlib.suppress(OSError):  # results.json says it too
             self._note({"state": FINISHED})
 
     def _note(self, state: dict[str, str]) -> None:
         write_json(self.path / STATE_FILE, state)
+
+
+def _reason(error: BaseException) -> str:
+    """Return why a run ended; rich makes an exit of a pipe that is closed, as `| head` does."""
+    if isinstance(error.__context__, BrokenPipeError):
+        return "the program that read its output has ended"
+    return telling_line(error)
 
 
 def this_process() -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from hydra.core.override_parser.types import Override, RangeSweep
@@ -160,3 +160,15 @@ def _one_at_a_time(choices: dict[str, list[str]]) -> Iterator[list[str]]:
     for key, values in choices.items():
         for value in values[1:]:
             yield list({**first, key: value}.values())
+
+
+def check_draws(configs: Sequence[ExperimentConfig]) -> None:
+    """Raise ConfigError where runs differ in `seed` alone, so that all of them are one draw."""
+    seeds: dict[str, set[int]] = {}
+    for config in configs:
+        seeds.setdefault(repr(replace(config, seed=0)), set()).add(config.seed)
+    if any(len(own) > 1 for own in seeds.values()):
+        raise ConfigError(
+            "seeds= would run one draw several times, for no rule follows seed; leave out "
+            "calibration.seed=, whose default follows it"
+        )

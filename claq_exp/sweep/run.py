@@ -28,7 +28,7 @@ from claq_exp.errors import ClaqError, ConfigError, telling_line
 from claq_exp.run_folder import INTERRUPTED, KILLED, RUNNING, RunState
 from claq_exp.run_folder.jobs import read_jobs, write_job
 from claq_exp.sweep.apart import LAST_SECONDS, LOOK_SECONDS, run_apart
-from claq_exp.sweep.grid import Grid, check_grid
+from claq_exp.sweep.grid import Grid, check_draws, check_grid
 from claq_exp.sweep.job import RunJob, Sweep, run_sweep_job
 from claq_exp.sweep.view import Standing, SweepView, jobs_table
 from claq_exp.system.interruption import Interruption, graceful
@@ -58,6 +58,8 @@ def run_sweep(
             "seeds= runs every job with each seed, and a search does not; search with one seed, "
             "and run what it finds with seeds="
         )
+    if several:
+        check_draws(grid.configs)
     if grid.search:
         _quiet_optuna()
     note = Console(stderr=True)

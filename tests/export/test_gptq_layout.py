@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from claq_exp.checkpoint.writer import write_card
 from claq_exp.cli import main
 from claq_exp.errors import ConfigError
 from claq_exp.export import export
+from claq_exp.export.grids import _check_modules, _refuse
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import OutlierOrder
@@ -134,7 +136,7 @@ def groups(name: str, module: torch.nn.Linear):
     [
         (kmeans, "gptq", "down_proj is stored as column codebooks, .* use format=dense"),
         (kmeans, "compressed-tensors", "down_proj is stored as .* codebook=uniform"),
-        (five_bits, "gptq", "down_proj has codes of 5 bits"),
+        (five_bits, "gptq", "down_proj has codes of 5 bits.* another number of bits"),
         (widths, "gptq", "q_proj has 4 bits and .*down_proj 2: .* use format=compressed-tensors"),
         (groups, "gptq", "q_proj has groups of 16 columns and another layer of 32"),
     ],
@@ -147,16 +149,43 @@ def test_what_cannot_be_said_is_refused(make, format_, said, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_conv1d_is_refused_without_advice_that_would_not_help():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=8))
+    with pytest.raises(ConfigError, match=r"is a Conv1D, .* cannot say it; use"):
+        _check_modules(model, {"transformer.h.0.attn.c_attn": None}, partial(_refuse, "gptq"))
+
+
 def test_codes_that_fill_no_word_are_refused(tmp_path):
     write(
         tmp_path / "packed",
         lambda _, m: grid(m.out_features, m.in_features, 3),
         intermediate_size=72,
     )
-    with pytest.raises(ConfigError, match="has 72 inputs: their codes of 3 bits fill no whole"):
+    said = "has 72 inputs: their codes of 3 bits fill no whole .* use format=dense"
+    with pytest.raises(ConfigError, match=said):
         export(tmp_path / "packed", tmp_path / "new", "gptq")
     with pytest.raises(ConfigError, match="72 inputs, no multiple of its group size 32"):
         export(tmp_path / "packed", tmp_path / "new", "compressed-tensors")
+
+
+def test_a_place_where_nothing_can_be_written_is_refused_before_any_work(
+    tmp_path, monkeypatch, capsys
+):
+    packed, file = tmp_path / "packed", tmp_path / "file"
+    write_grids(packed, 4)
+    file.write_text("mine")
+    with pytest.raises(ConfigError, match=f"'{file}' is a file"):
+        export(packed, file / "new")
+    with pytest.raises(ConfigError, match="in the checkpoint itself"):
+        export(packed, packed / "deep" / "new")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match=f"'{tmp_path}' is read-only"):
+        export(packed, tmp_path / "far" / "new")
+    assert main(["export", str(packed), "x", "model.trust_remote_code=maybe"]) == 2
+    assert "choose one of: false, true" in capsys.readouterr().err
+    assert not (tmp_path / "far").exists()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -48,6 +48,21 @@ def test_how_a_run_ended_is_kept_with_its_reason(error, state, folder):
     assert run_state(folder.path) == state
 
 
+def test_a_pipe_that_is_closed_is_told_as_the_reason(tmp_path):
+    folder = RunFolder(tmp_path / "run", "0" * 64)
+
+    def print_line() -> None:
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # noqa: B904 - as rich does
+
+    with pytest.raises(SystemExit), folder.locked(), folder.recorded():
+        print_line()
+    state = run_state(folder.path)
+    assert (state.name, state.reason) == ("failed", "the program that read its output has ended")
+
+
 def test_a_killed_run_is_told_from_one_that_runs_or_raised(folder, tmp_path):
     script = (
         "import time; from pathlib import Path; from claq_exp.run_folder import RunFolder\n"

@@ -258,3 +258,12 @@ def test_made_json_has_versions_and_logits():
         made = json.loads((STORED / name / "made.json").read_text())
         assert len(made["logits"]) == 16
         assert "transformers" in made["packages"]
+
+
+def test_a_gguf_file_that_is_cut_short_is_one_line(tmp_path, capsys):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, tiny_llama(hidden_size=64))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert main(["inspect", str(path)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "may be cut short" in line

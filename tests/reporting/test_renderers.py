@@ -271,6 +271,33 @@ def test_quality_stays_in_a_narrow_terminal_and_sizes_go():
     assert "2 more columns in f" in text
 
 
+def test_a_verdict_stays_in_a_narrow_terminal():
+    columns = ["", "A", "B", "B - A", "95 % interval", "n", "verdict"]
+    numeric = [False, True, True, True, False, True, False]
+    texts = ["KL", "0.056 ± 0.002", "0.061 ± 0.003", "+0.005", "+0.003 to +0.007", "3"]
+    row = Row([*map(Cell, texts), Cell("not distinguishable")])
+    lines = lines_of(to_terminal(ReportTable("t", columns, numeric, [row]), 60, "f"), 60)
+    text = " ".join(lines)
+    assert "distinguishable" in text
+    assert "+0.003" in text
+    assert "0.061" not in text
+    assert max(map(len, lines)) <= 60
+
+
+def test_words_leave_place_for_numbers_in_a_narrow_terminal():
+    columns = ["model", "codebook", "precision", "reservation", "linear bits", "a perplexity"]
+    words = ["stories260K", "kmeans", "outlier_order 2.5", "outlier_order 0.005"]
+    rows = [
+        Row([*map(Cell, words), Cell(bits, float(bits)), Cell("14.30", 14.3)])
+        for bits in ("2.50", "3.50")
+    ]
+    table = ReportTable("t", columns, [False] * 4 + [True] * 2, rows)
+    text = " ".join(lines_of(to_terminal(table, 60, "f"), 60))
+    assert all(number in text for number in ("2.50", "3.50", "14.30"))
+    assert "outlier_order" in text
+    assert "more column" not in text
+
+
 def test_words_that_all_rows_share_go_below_and_the_original_is_still_told():
     rows = [
         Row([Cell("m"), Cell("original"), Cell(""), Cell("16", 16)], original=True),

@@ -53,6 +53,7 @@ def test_a_range_is_a_list_and_no_word_is_no_seed():
         (["seeds=0,1", "seed=2"], "seeds=0,1 and seed=2 do not go together"),
         (["seeds=0,1", "++seed=2,3", "-m"], "do not go together"),
         (["seeds=0,99999999999"], "seed is 99999999999"),
+        (["seeds=0,1", "calibration.seed=3"], "would run one draw several times"),
         (["seeds=0,1", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=2"], "search with one seed"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -100,7 +101,7 @@ def test_fetch_brings_what_all_seeds_read(tiny_run, capfd):
 def test_printing_takes_one_seed(capfd):
     assert main(["--cfg", "job", "--package", "seed", "seeds=3"]) == 0
     assert main(["--cfg", "job", "seeds=3,4"]) == 2
-    assert "lists several values" in capfd.readouterr().err
+    assert "'seeds=3,4' lists several values" in capfd.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -56,16 +56,22 @@ def test_a_tensor_tells_its_fallbacks_and_their_reasons():
 
 def test_only_rows_of_the_block_count_and_tensors_are_asked_for():
     def lines(event: str, data: dict, *, verbose: bool = False) -> list[str]:
-        rows = [ROW, {**ROW, "block": 2, "bits": 8.0}, {**ROW, "block": None, "bits": 16.0}]
+        ends = [("wte", 16.0), ("lm_head", 5.0)]
+        rows = [ROW, {**ROW, "block": 2, "bits": 8.0}]
+        rows += [{**ROW, "block": None, "name": name, "bits": bits} for name, bits in ends]
         return list(event_lines(event, data, lambda: rows, 40, peak=2**30, verbose=verbose))
 
     (line,) = lines("block", {"block": 11, "solve": 1.0, "calibrate": 2.0, "peak_memory_bytes": 0})
     assert line.startswith("block 12/40 ")
     assert " 2.15 bits" in line
     assert " 3.0 s" in line
-    (line,) = lines("stage", {"stage": "embedding", "solve": 1.0})
+    end = {"stage": "embedding", "name": "wte", "end": "embedding", "solve": 1.0}
+    (line,) = lines("stage", end)
     assert line.startswith("embedding ")
     assert "16.00 bits  peak   1.0 GiB" in line
+    (line,) = lines("stage", {**end, "name": "lm_head", "end": "head"})
+    assert line.startswith("head ")
+    assert " 5.00 bits" in line
     assert lines("layer", ROW) == []
     assert len(lines("layer", ROW, verbose=True)) == 1
     assert lines("transform", {"block": 1}) == []
