@@ -196,6 +196,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a head of its own, and a vocabulary padded beyond that of its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "untied"
+    model = tiny_llama(num_hidden_layers=2, tie_word_embeddings=False, vocab_size=300)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text of about 30,000 characters."""
     generator = random.Random(0)

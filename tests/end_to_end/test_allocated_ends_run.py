@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
 from safetensors.torch import load_file
 
 import claq_exp
@@ -31,16 +30,6 @@ ALLOCATED = [
     "embedding=allocated",
     "budget.kind=model",
 ]
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("models") / "untied"
-    tiny_llama(num_hidden_layers=2, tie_word_embeddings=False, vocab_size=300).save_pretrained(
-        folder
-    )
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

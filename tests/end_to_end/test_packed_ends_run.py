@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_llama
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -25,17 +24,6 @@ from claq_exp.run.plan import plan_for
 
 TOKENS = torch.arange(40).reshape(2, 20)
 SMALL = ["calibration.windows=4", "evaluation.corpora.wikipedia.windows=2"]
-
-
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory) -> Path:
-    """A model whose vocabulary is padded beyond that of its tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "untied"
-    tiny_llama(num_hidden_layers=2, tie_word_embeddings=False, vocab_size=300).save_pretrained(
-        folder
-    )
-    byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from claq_exp.quantize.solver.base import Prepared, Solved, describe
 from claq_exp.quantize.solver.columns import ColumnSystem, quantize_columns
 from claq_exp.quantize.solver.compiled import closer, compensate, descend_block
 from claq_exp.quantize.solver.gptq import Gptq
-from claq_exp.quantize.symmetric import bands
+from claq_exp.quantize.symmetric import bands, permute_
 
 GPTQ, NEAREST = "gptq", "nearest"
 STARTS = (GPTQ, NEAREST)
@@ -84,7 +84,7 @@ class QuantEase(Gptq):
         found = super().prepare(moments)
         system = {field.name: getattr(found, field.name) for field in fields(found)}
         order = found.order
-        hessian = hessian.index_select(0, order).index_select(1, order)
+        permute_(hessian, order)
         hessian.diagonal().add_(found.added[order].float())
         if lost is not None:
             lost = lost.index_select(1, order)
