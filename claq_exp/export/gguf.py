@@ -88,9 +88,8 @@ class _Tensors:
         model = opened.model
         architecture = _architecture(model.config)
         known, names = _name_map(model.config, architecture), {}
-        for name in model.state_dict():
-            if name in tied_names(model):
-                continue
+        tied = tied_names(model)
+        for name in (name for name in model.state_dict() if name not in tied):
             found = known.get_name(name, try_suffixes=(".weight", ".bias"))
             if found is None:
                 raise ConfigError(
