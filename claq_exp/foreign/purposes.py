@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from claq_exp.foreign.headers import Stored
+from claq_exp.tensor_files.shards import ITEM_BYTES
 
 CODES, CODEBOOKS, SCALES, ZEROS = "codes", "codebooks", "scales", "zeros"
 PERMUTATIONS, BLOCKS, DENSE, DESCRIPTIONS = "permutations", "blocks", "dense", "descriptions"
@@ -13,9 +14,7 @@ UNKNOWN, UNQUANTIZED = "unknown", "unquantized"
 OF_LINEARS = (  # accounts that make up the linear bits
     *(CODES, CODEBOOKS, SCALES, ZEROS, PERMUTATIONS, BLOCKS, DENSE, DESCRIPTIONS, UNKNOWN),
 )
-FLOAT_BITS = {
-    **{"F16": 16, "BF16": 16, "F32": 32, "F64": 64},
-}
+FLOAT_BITS = {kind: 8 * ITEM_BYTES[kind] for kind in ("F16", "BF16", "F32", "F64")}
 NAMES = (  # the first that fits; of a suffix behind the layer's name
     (DESCRIPTIONS, r"quant_state\.|_(shape|format)$|^(shape|nbits|axis|group_size|packing|meta)\b"),
     (PERMUTATIONS, r"g_idx|perm"),
