@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.codebook.base import ColumnQuantizer
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.solver.base import Prepared, Solved, describe
+from claq_exp.quantize.solver.base import Solved, describe
 from claq_exp.quantize.solver.columns import ColumnSystem, quantize_columns
 from claq_exp.quantize.solver.compiled import closer, compensate, descend_block
 from claq_exp.quantize.solver.gptq import Gptq
@@ -90,10 +91,8 @@ class QuantEase(Gptq):
             lost = lost.index_select(1, order)
         return DescentSystem(**system, hessian=hessian, lost=lost)
 
-    def solve(self, problem: LinearProblem, prepared: Prepared, plan: MatrixPlan) -> Solved:
-        """Quantize one matrix, see Solver."""
-        if not isinstance(prepared, DescentSystem):
-            raise TypeError("QuantEase solves what it has prepared")
+    def solve(self, problem: LinearProblem, prepared: Any, plan: MatrixPlan) -> Solved:
+        """Quantize one matrix, see Solver.  prepared: a `DescentSystem`."""
         statistics = prepared.statistics(problem, plan.row_weights)
         quantizer = plan.codebook.start(statistics, plan.columns)
         loop = prepared
