@@ -76,7 +76,14 @@ class Choices:
 
     def least(self) -> float:
         """Return the fewest bits that the matrix can take."""
-        return self.bits(np.full(self.columns, int(np.argmin(self.rates()))))
+        return self.bits(self._least())
+
+    def cheapest(self) -> Layout:
+        """Return how the matrix is stored in the fewest bits."""
+        return self.layout(self.plan(self._least()))
+
+    def _least(self) -> NDArray[np.int64]:
+        return np.full(self.columns, int(np.argmin(self.rates())))
 
     def layout(self, plan: ColumnPlan) -> Layout:
         """Return how the matrix is stored with these widths and reserved counts."""

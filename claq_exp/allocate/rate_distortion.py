@@ -110,12 +110,33 @@ class RateDistortion(Allocation):
     def planned_layouts(
         self, recipe: Recipe, shapes: Shapes, overhead: Overhead
     ) -> dict[str, Layout]:
-        """Return about how each matrix will be stored, as if all its columns were alike."""
+        """Return about how each matrix will be stored, as if all its columns were alike.
+
+        Raises ConfigError where the fewest bits of all are too many, whatever a survey will find.
+        """
+        self._check_room(shapes, overhead)
         layouts = self._expected_layouts(shapes)
         if self.count == "nominal":
             return layouts
         beside = overhead(layouts) / sum(rows * columns for rows, columns in shapes.values())
         return replace(self, target_bits=self.target_bits - beside)._expected_layouts(shapes)
+
+    def _check_room(self, shapes: Shapes, overhead: Overhead) -> None:
+        smallest = {shape: self._smallest(*shape) for shape in set(shapes.values())}
+        layouts = {name: smallest[shape].cheapest() for name, shape in shapes.items()}
+        beside = 0.0 if self.count == "nominal" else overhead(layouts)
+        weights = sum(rows * columns for rows, columns in shapes.values())
+        least = (beside + sum(smallest[shape].least() for shape in shapes.values())) / weights
+        if least > self.target_bits:
+            raise ConfigError(
+                f"allocation.target_bits={self.target_bits:g} cannot be met: with "
+                f"allocation.min_bits={self.min_bits} the fewest are {least:.4g} bits per weight"
+            )
+
+    def _smallest(self, rows: int, columns: int) -> Choices:
+        """Return the choices of a matrix in the form that can take the fewest bits."""
+        forms = [self._alike(rows, columns, variant) for variant in self._variants(KMeans())]
+        return min(forms, key=Choices.least)
 
     def _expected_layouts(self, shapes: Shapes) -> dict[str, Layout]:
         alike = {shape: self.expected_layout(*shape) for shape in set(shapes.values())}
@@ -185,12 +206,16 @@ class RateDistortion(Allocation):
 
     def expected_layout(self, rows: int, columns: int) -> Layout:
         """Return about what a matrix will take, as if all its columns were alike."""
-        options = column_options(rows, range(self.min_bits, self.max_bits + 1), ())
-        distortion = np.tile(4.0 ** -options[:, 0], (columns, 1))
         codebook = KMeans(shared=self.codebooks != "own", row_scales=self.row_scales != "never")
-        choices = Choices(rows, options, distortion, codebook, self.count == "nominal")
+        choices = self._alike(rows, columns, codebook)
         (plan,) = allocate([choices], max(self.target_bits * rows * columns, choices.least()))
         return choices.layout(plan)
+
+    def _alike(self, rows: int, columns: int, codebook: KMeans) -> Choices:
+        """Return what columns that are all alike may choose, without reservation."""
+        options = column_options(rows, range(self.min_bits, self.max_bits + 1), ())
+        distortion = np.tile(4.0 ** -options[:, 0], (columns, 1))
+        return Choices(rows, options, distortion, codebook, self.count == "nominal")
 
     def _variants(self, codebook: KMeans) -> list[KMeans]:
         shared = {"auto": (True, False), "own": (False,), "shared": (True,)}[self.codebooks]

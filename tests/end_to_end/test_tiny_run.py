@@ -154,6 +154,16 @@ def test_an_impossible_budget_is_refused_before_any_work(tiny_run, outputs, capf
     assert not list(outputs.rglob("work"))
 
 
+@pytest.mark.parametrize("kind", ["linear", "nominal", "model"])
+def test_a_budget_below_what_an_allocation_can_reach_is_refused_before_its_survey(
+    kind, tiny_run, outputs, capfd
+):
+    words = ["allocation=rate_distortion", "budget.bits=0.5", f"budget.kind={kind}"]
+    assert main([*tiny_run, *words]) == 2
+    assert "cannot be met" in capfd.readouterr().err
+    assert not list(outputs.rglob("work"))
+
+
 def test_an_asymmetric_solver_goes_with_an_allocation_and_all_that_changes_a_block(
     tiny_run, outputs
 ):

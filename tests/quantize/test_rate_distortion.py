@@ -385,6 +385,33 @@ def test_the_expected_layout_keeps_the_budget_without_weights(per_weight, codebo
     assert (layout.kind == "shared_codebooks") == (codebooks == "shared")
 
 
+@pytest.mark.parametrize("count", ["linear", "nominal"])
+@pytest.mark.parametrize("codebooks", ["auto", "own", "shared"])
+def test_a_plan_refuses_no_budget_that_a_survey_could_meet(count, codebooks):
+    shapes = {"a": (192, 24), "b": (49, 10)}
+    statistics = {name: real_statistics(*shape, 0) for name, shape in shapes.items()}
+    rule = RateDistortion(count=count, codebooks=codebooks, min_bits=2)
+
+    def refused(bits: float, *, surveyed: bool) -> bool:
+        at = replace(rule, target_bits=bits)
+        try:
+            if surveyed:
+                at.plan_model(statistics, KMeans(), overhead=beside)
+            else:
+                at.planned_layouts(recipe(), shapes, beside)
+        except ConfigError:
+            return True
+        return False
+
+    low, high = 0.0, 8.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if refused(middle, surveyed=False) else (low, middle)
+    assert low > 1.9
+    assert refused(low - 0.01, surveyed=True)
+    assert not refused(high + 0.5, surveyed=True)
+
+
 @pytest.mark.parametrize(
     "options",
     [
