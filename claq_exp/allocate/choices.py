@@ -59,7 +59,7 @@ class Choices:
         if self.nominal:
             return np.asarray(widths * (self.rows - counts) + counts * HALF, dtype=np.float64)
         codes = np.array([8 * packed_bytes(self.rows, int(width)) for width in widths])
-        books = 2 * HALF if self.codebook.shared else HALF * 2**widths
+        books = 2 * HALF if self.codebook.shared else self.codebook.book_bits(widths)
         return np.asarray(codes + books + counts * (HALF + index_width(self.rows)), np.float64)
 
     def fixed_bits(self) -> int:
@@ -142,10 +142,12 @@ def measure_choices(
     chosen = torch.arange(weight.shape[1]) if columns is None else columns
     values = weight.t()[chosen].contiguous().numpy()
     rule = FITTED if codebook.shared else codebook.rule
-    workers = torch.get_num_threads()
+    workers, level_set = torch.get_num_threads(), codebook.level_set().numpy()
     with ThreadPoolExecutor(workers) as pool:
         parts = pool.map(
-            lambda part: column_distortions(part, importance.numpy(), measured, rule, books),
+            lambda part: column_distortions(
+                part, importance.numpy(), measured, rule, books, level_set
+            ),
             np.array_split(values, 4 * workers),
         )
         found = np.concatenate(list(parts))

@@ -114,15 +114,17 @@ class RateDistortion(Allocation):
 
         Raises ConfigError where the fewest bits of all are too many, whatever a survey will find.
         """
-        self._check_room(shapes, overhead)
-        layouts = self._expected_layouts(shapes)
+        codebook = _kmeans(recipe.codebook)
+        self._check_room(shapes, overhead, codebook)
+        layouts = self._expected_layouts(shapes, codebook)
         if self.count == "nominal":
             return layouts
         beside = overhead(layouts) / sum(rows * columns for rows, columns in shapes.values())
-        return replace(self, target_bits=self.target_bits - beside)._expected_layouts(shapes)
+        within = replace(self, target_bits=self.target_bits - beside)
+        return within._expected_layouts(shapes, codebook)
 
-    def _check_room(self, shapes: Shapes, overhead: Overhead) -> None:
-        smallest = {shape: self._smallest(*shape) for shape in set(shapes.values())}
+    def _check_room(self, shapes: Shapes, overhead: Overhead, codebook: KMeans) -> None:
+        smallest = {shape: self._smallest(*shape, codebook) for shape in set(shapes.values())}
         layouts = {name: smallest[shape].cheapest() for name, shape in shapes.items()}
         beside = 0.0 if self.count == "nominal" else overhead(layouts)
         weights = sum(rows * columns for rows, columns in shapes.values())
@@ -133,13 +135,13 @@ class RateDistortion(Allocation):
                 f"allocation.min_bits={self.min_bits} the fewest are {least:.4g} bits per weight"
             )
 
-    def _smallest(self, rows: int, columns: int) -> Choices:
+    def _smallest(self, rows: int, columns: int, codebook: KMeans) -> Choices:
         """Return the choices of a matrix in the form that can take the fewest bits."""
-        forms = [self._alike(rows, columns, variant) for variant in self._variants(KMeans())]
+        forms = [self._alike(rows, columns, variant) for variant in self._variants(codebook)]
         return min(forms, key=Choices.least)
 
-    def _expected_layouts(self, shapes: Shapes) -> dict[str, Layout]:
-        alike = {shape: self.expected_layout(*shape) for shape in set(shapes.values())}
+    def _expected_layouts(self, shapes: Shapes, codebook: KMeans) -> dict[str, Layout]:
+        alike = {shape: self.expected_layout(*shape, codebook) for shape in set(shapes.values())}
         return {name: alike[shape] for name, shape in shapes.items()}
 
     def survey(self) -> Survey:
@@ -204,23 +206,28 @@ class RateDistortion(Allocation):
             "stores beside its matrices; raise it"
         )
 
-    def expected_layout(self, rows: int, columns: int) -> Layout:
+    def expected_layout(self, rows: int, columns: int, codebook: KMeans) -> Layout:
         """Return about what a matrix will take, as if all its columns were alike."""
-        codebook = KMeans(shared=self.codebooks != "own", row_scales=self.row_scales != "never")
-        choices = self._alike(rows, columns, codebook)
+        variant = codebook.variant(
+            shared=self.codebooks != "own", row_scales=self.row_scales != "never"
+        )
+        choices = self._alike(rows, columns, variant)
         (plan,) = allocate([choices], max(self.target_bits * rows * columns, choices.least()))
         return choices.layout(plan)
 
     def _alike(self, rows: int, columns: int, codebook: KMeans) -> Choices:
         """Return what columns that are all alike may choose, without reservation."""
-        options = column_options(rows, range(self.min_bits, self.max_bits + 1), ())
+        options = column_options(rows, self._widths(codebook), ())
         distortion = np.tile(4.0 ** -options[:, 0], (columns, 1))
         return Choices(rows, options, distortion, codebook, self.count == "nominal")
+
+    def _widths(self, codebook: KMeans) -> range:
+        return range(self.min_bits, min(self.max_bits, codebook.widest) + 1)
 
     def _variants(self, codebook: KMeans) -> list[KMeans]:
         shared = {"auto": (True, False), "own": (False,), "shared": (True,)}[self.codebooks]
         scaled = {"auto": (True, False), "always": (True,), "never": (False,)}[self.row_scales]
-        return [replace(codebook, shared=s, row_scales=r) for s in shared for r in scaled]
+        return [codebook.variant(shared=s, row_scales=r) for s in shared for r in scaled]
 
     def _measure(
         self,
@@ -228,9 +235,8 @@ class RateDistortion(Allocation):
         codebook: KMeans,
         columns: Tensor | None,
     ) -> Choices:
-        widths = range(self.min_bits, self.max_bits + 1)
         shares = (self.small, self.large) if self.reserve else ()
-        options = column_options(statistics.shape[0], widths, shares)
+        options = column_options(statistics.shape[0], self._widths(codebook), shares)
         nominal = self.count == "nominal"
         return measure_choices(statistics, codebook, options, nominal=nominal, columns=columns)
 

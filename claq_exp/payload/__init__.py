@@ -18,10 +18,18 @@ from claq_exp.payload.operand import Operand
 from claq_exp.payload.row_grid import RowGrid
 from claq_exp.payload.shared_codebooks import SharedCodebooks
 from claq_exp.payload.sign_scales import SignScales
+from claq_exp.payload.snapped_codebooks import SnappedCodebooks
 
 PAYLOAD: dict[str, type[Payload]] = {
     member.kind: member
-    for member in (BlockCodes, ColumnCodebooks, RowGrid, SharedCodebooks, SignScales)
+    for member in (
+        BlockCodes,
+        ColumnCodebooks,
+        RowGrid,
+        SharedCodebooks,
+        SignScales,
+        SnappedCodebooks,
+    )
 }
 
 

@@ -42,6 +42,8 @@ LATER = {  # and what stands for nothing
     "tune": {"name": "none"},
     "embedding": {"name": "none"},
     "head": {"name": "same"},
+    "codebook.snap": "none",
+    "codebook.snap_bits": 7,
     "evaluation.after": [],
     "solver.asymmetric": 0,
 }

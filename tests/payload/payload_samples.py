@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 
 from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
+from claq_exp.number_formats.level_sets import level_set
 from claq_exp.number_formats.levels import encode_weight
 from claq_exp.number_formats.table import FormatCodebooks
-from claq_exp.payload import BlockCodes, ColumnCodebooks, RowGrid, SharedCodebooks, SignScales
+from claq_exp.payload import (
+    BlockCodes,
+    ColumnCodebooks,
+    RowGrid,
+    SharedCodebooks,
+    SignScales,
+    SnappedCodebooks,
+)
 from claq_exp.payload.base import Payload
 from claq_exp.payload.columns import Reserved
 
@@ -48,6 +56,17 @@ def shared(dice: torch.Generator, widths: tuple[int, ...], share: float, scaled:
     )
 
 
+def snapped(dice: torch.Generator, widths: tuple[int, ...], bits: int, scaled: bool) -> Payload:
+    parts = coded(dice, widths, 0.2 if scaled else 0.0)
+    known = len(level_set("apot", bits))
+    indices = torch.randint(known, (COLUMNS, 2 ** max(widths)), generator=dice)
+    indices[torch.arange(indices.shape[1]) >= 2 ** parts[1][:, None].int()] = 0
+    scales = normal(dice, ROWS) if scaled else None
+    return SnappedCodebooks(
+        *parts, indices.to(torch.uint8), normal(dice, COLUMNS), "apot", bits, scales
+    )
+
+
 def grid(dice: torch.Generator, width: int, group_size: int, share: float) -> Payload:
     groups = -(-COLUMNS // group_size)
     zeros = torch.randint(2**width, (ROWS, groups), generator=dice).to(torch.uint8)
@@ -76,6 +95,8 @@ BUILD: dict[str, Callable[[torch.Generator], Payload]] = {
     "own, mixed, scaled, reserved": lambda dice: own(dice, (2, 4, 1), 0.2, True),
     "shared": lambda dice: shared(dice, (2,), 0.0, False),
     "shared, mixed, scaled, reserved": lambda dice: shared(dice, (3, 1), 0.2, True),
+    "snapped": lambda dice: snapped(dice, (3,), 7, False),
+    "snapped, mixed, scaled, reserved": lambda dice: snapped(dice, (2, 4, 1), 6, True),
     "grid": lambda dice: grid(dice, 4, 10, 0.0),
     "grid in groups, reserved": lambda dice: grid(dice, 3, 4, 0.2),
     "lo_bcq": lambda dice: blocks(dice, BlockFormat(2, 8, "e4m3", LEARNED, 4, 3, 5)),

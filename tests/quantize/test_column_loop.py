@@ -297,6 +297,8 @@ VARIANTS = [
     KMeans(shared=True),
     KMeans(row_scales=True),
     KMeans(shared=True, row_scales=True),
+    KMeans(snap="apot"),
+    KMeans(snap="grid", snap_bits=6, row_scales=True),
     *(CODEBOOK[name]() for name in ("kmeans_exact", "quantile")),
 ]
 

@@ -27,7 +27,10 @@ from claq_exp.quantize.reservation import Fixed as FixedShare
 from claq_exp.quantize.statistics import ColumnStatistics
 
 QUICK = settings(max_examples=60)
-FORMS = st.builds(KMeans, shared=st.booleans(), row_scales=st.booleans())
+FORMS = st.one_of(
+    st.builds(KMeans, shared=st.booleans(), row_scales=st.booleans()),
+    st.builds(KMeans, snap=st.sampled_from(["apot", "grid"]), snap_bits=st.sampled_from([7, 8])),
+)
 
 
 def random_choices(
@@ -380,7 +383,7 @@ def test_shares_of_the_work_add_up_to_one():
 @pytest.mark.parametrize("per_weight", [2.4, 2.6, 3.0, 5.5])
 @pytest.mark.parametrize("codebooks", ["own", "shared"])
 def test_the_expected_layout_keeps_the_budget_without_weights(per_weight, codebooks):
-    layout = RateDistortion(per_weight, codebooks=codebooks).expected_layout(512, 100)
+    layout = RateDistortion(per_weight, codebooks=codebooks).expected_layout(512, 100, KMeans())
     assert per_weight - 0.15 < layout.ledger().total / layout.weights <= per_weight
     assert (layout.kind == "shared_codebooks") == (codebooks == "shared")
 

@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from claq_exp.errors import NumericalError
+from claq_exp.number_formats.level_sets import level_set
 from claq_exp.payload.base import Payload
 from claq_exp.payload.column_codebooks import ColumnCodebooks
 from claq_exp.payload.columns import Reserved
 from claq_exp.payload.shared_codebooks import SharedCodebooks
+from claq_exp.payload.snapped_codebooks import SnappedCodebooks
 from claq_exp.payload.stored import HALF_MAX
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.base import ColumnQuantizer
@@ -32,6 +34,7 @@ class CompiledColumns(ColumnQuantizer):
 
     books: width -> [2**width] float32, ascending, for the rules that share codebooks.
     row_scales: [out] float16 or None.
+    snap: name and index bits of the set that levels stand in; None where each is a float16.
     """
 
     def __init__(
@@ -43,8 +46,11 @@ class CompiledColumns(ColumnQuantizer):
         books: Mapping[int, Tensor] | None = None,
         row_scales: Tensor | None = None,
         fit_reserved: bool = False,
+        snap: tuple[str, int] | None = None,
     ) -> None:
         rows, columns = statistics.shape
+        self._snap = snap
+        self._set = torch.zeros(0) if snap is None else level_set(*snap)
         self._books = {width: book.half() for width, book in (books or {}).items()}
         self._row_scales = row_scales
         self._plan = plan
@@ -56,6 +62,7 @@ class CompiledColumns(ColumnQuantizer):
         scales = np.ones(rows, dtype=np.float32)
         if row_scales is not None:
             scales = row_scales.float().numpy()
+        stretched = books is not None or snap is not None
         entries = 0 if books is not None else 2 ** int(plan.column_bits.max())
         self._task = ColumnTask(
             bits=plan.column_bits.numpy(),
@@ -66,9 +73,10 @@ class CompiledColumns(ColumnQuantizer):
             books=padded,
             weights=np.ascontiguousarray(statistics.importance().numpy() * scales**2),
             row_scales=scales,
+            level_set=self._set.numpy(),
             codes=np.zeros((columns, rows), dtype=np.uint8),
             levels=np.zeros((columns, entries), dtype=np.float32),
-            scales=np.zeros((columns if books is not None else 0, 2), dtype=np.float32),
+            scales=np.zeros((columns if stretched else 0, 2), dtype=np.float32),
             rows=np.zeros(offsets[-1], dtype=np.int64),
             kept=np.zeros(offsets[-1], dtype=np.float32),
         )
@@ -83,7 +91,7 @@ class CompiledColumns(ColumnQuantizer):
         code_with_levels(values, column, self._task, quantized)
         return quantized
 
-    def payload(self) -> ColumnCodebooks | SharedCodebooks:
+    def payload(self) -> ColumnCodebooks | SharedCodebooks | SnappedCodebooks:
         """Return codes, codebooks and the entries that stay in float16."""
         task, plan = self._task, self._plan
         kept = torch.from_numpy(task.kept).half()
@@ -92,7 +100,20 @@ class CompiledColumns(ColumnQuantizer):
         if self._books:
             scales = torch.from_numpy(task.scales).half()
             return SharedCodebooks(*coded, self._books, scales, self._row_scales)
-        return ColumnCodebooks(*coded, torch.from_numpy(task.levels).half(), self._row_scales)
+        levels = torch.from_numpy(task.levels)
+        if self._snap is not None:
+            scales = torch.from_numpy(task.scales[:, 0]).half()
+            indices = self._indices(levels, scales.float())
+            return SnappedCodebooks(*coded, indices, scales, *self._snap, self._row_scales)
+        return ColumnCodebooks(*coded, levels.half(), self._row_scales)
+
+    def _indices(self, levels: Tensor, scales: Tensor) -> Tensor:
+        """Return where levels stand in their set: [in, 2**widest] uint8, 0 where there is none."""
+        borders = (self._set[1:] + self._set[:-1]) / 2
+        safe = torch.where(scales > 0, scales, torch.ones_like(scales))
+        places = torch.bucketize(levels / safe[:, None], borders)
+        used = torch.arange(levels.shape[1]) < 2 ** self._plan.column_bits[:, None].int()
+        return (places * used).to(torch.uint8)
 
 
 def reserved_entries(counts: Tensor, rows: Tensor, values: Tensor) -> Reserved:

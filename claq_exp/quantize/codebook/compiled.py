@@ -21,6 +21,8 @@ from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
 
 KMEANS, EXACT, QUANTILES, FITTED, RANGE, ABSMAX = range(6)
 SHARED = FITTED  # this rule and those after it stretch a shared codebook
+SCALES = 24  # that are tried for a column whose levels stand in a set
+LEAST_SCALE, MOST_SCALE = 0.75, 1.25  # over the largest level
 HALF_MAX = np.float32(65504.0)
 HALF_OVERFLOW = np.float32(65520.0)  # midway to the next step
 
@@ -34,9 +36,12 @@ class ColumnTask(NamedTuple):
     rule: KMEANS ... ABSMAX.  books: [9, 256] float32, shared codebooks by width.
     weights: [out] float32, importance of the rows.
     row_scales: [out] float32; what a row's values are divided by before the fit.
+    level_set: [any] float32, ascending from -1 to 1, what levels over their column's scale may be;
+        empty where they may be any float16.
 
-    codes: [in, out] uint8.  levels: [in, 2**widest] float32 of float16 values, of columns with a
-    codebook of their own.  scales: [in, 2] float32 of float16 values, of shared codebooks.
+    codes: [in, out] uint8.  levels: [in, 2**widest] float32, of columns with a codebook of their
+    own.  scales: [in, 2] float32 of float16 values, scale and shift of shared codebooks, and the
+    scale of those that are made of a level set.
     rows: [reserved] int64.  kept: [reserved] float32 of float16 values; infinite beyond them.
     """
 
@@ -48,6 +53,7 @@ class ColumnTask(NamedTuple):
     books: NDArray[np.float32]
     weights: NDArray[np.float32]
     row_scales: NDArray[np.float32]
+    level_set: NDArray[np.float32]
     codes: NDArray[np.uint8]
     levels: NDArray[np.float32]
     scales: NDArray[np.float32]
@@ -187,12 +193,64 @@ def assign_codes(values, levels, codes):  # type: ignore[no-untyped-def]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def find_levels(values, weights, rule, book, levels):  # type: ignore[no-untyped-def]
+def snap_levels(values, weights, level_set, levels):  # type: ignore[no-untyped-def]
+    """Move levels to those of a set times one scale; return the scale, a float16.
+
+    values, weights: [n] float32.  level_set: [any] float32, ascending from -1 to 1.
+    levels: [entries] float32, ascending, at most as many as the set has; overwritten, ascending.
+    Of SCALES scales that is taken whose levels lie nearest, each level weighing what the values
+    around it do.  Two levels never become one (DFSQ, arXiv 2305.05888).
+    """
+    entries = len(levels)
+    codes = np.empty(len(values), dtype=np.uint8)
+    assign_codes(values, levels, codes)
+    mass = np.zeros(entries)
+    for row in range(len(values)):
+        mass[codes[row]] += weights[row]
+    top = max(abs(levels[0]), abs(levels[entries - 1]))
+    best, least = round_half(top), np.inf
+    places, chosen = np.empty(entries, dtype=np.int64), np.empty(entries, dtype=np.int64)
+    for step in range(SCALES):
+        share = LEAST_SCALE + (MOST_SCALE - LEAST_SCALE) * step / (SCALES - 1)
+        scale = round_half(np.float32(top * share))
+        _nearest_places(levels, level_set, scale, places)
+        error = 0.0
+        for entry in range(entries):
+            miss = np.float64(levels[entry]) - np.float64(scale * level_set[places[entry]])
+            error += mass[entry] * miss * miss
+        if error < least and scale <= HALF_MAX:
+            best, least = scale, error
+            chosen[:] = places
+    if least == np.inf:  # nothing has weight, or all is 0
+        _nearest_places(levels, level_set, best, chosen)
+    for entry in range(entries):
+        levels[entry] = best * level_set[chosen[entry]]
+    return best
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _nearest_places(levels, level_set, scale, places):  # type: ignore[no-untyped-def]
+    """Write ascending places in a set, no two alike, near the ascending levels over a scale."""
+    entries, known = len(levels), len(level_set)
+    place = 0
+    for entry in range(entries):
+        left = known - entries + entry  # the last place that leaves one for each level behind
+        while place < left and abs(scale * level_set[place + 1] - levels[entry]) <= abs(
+            scale * level_set[place] - levels[entry]
+        ):
+            place += 1
+        places[entry] = place
+        place = min(place + 1, known - 1)
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def find_levels(values, weights, rule, book, level_set, levels):  # type: ignore[no-untyped-def]
     """Write the levels of one column, float16 values, ascending; return its (scale, shift).
 
     values, weights: [out] float32; what has no weight does not count.  rule: KMEANS ... ABSMAX.
     book, levels: [entries] float32; the book is read, and scale and shift mean something, where the
     rule stretches a shared codebook.
+    level_set: as of the task.  The levels are then a float16 scale times those of the set.
     """
     if rule >= SHARED:
         scale, shift = fit_scale_and_shift(values, weights, book, rule - SHARED)
@@ -210,6 +268,8 @@ def find_levels(values, weights, rule, book, levels):  # type: ignore[no-untyped
         fit_levels(values, weights, centroids)
     for entry in range(len(levels)):
         levels[entry] = round_half(np.float32(centroids[entry]))
+    if len(level_set):
+        return snap_levels(values, weights, level_set, levels), np.float32(0.0)
     return np.float32(1.0), np.float32(0.0)
 
 
@@ -259,10 +319,12 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
     width = np.int64(task.bits[column])
     entries = 1 << width
     levels = np.empty(entries, dtype=np.float32)
-    scale, shift = find_levels(quantized, weights, task.rule, task.books[width, :entries], levels)
-    if task.rule >= SHARED:
+    scale, shift = find_levels(
+        quantized, weights, task.rule, task.books[width, :entries], task.level_set, levels
+    )
+    if len(task.scales):
         task.scales[column, 0], task.scales[column, 1] = scale, shift
-    else:
+    if task.rule < SHARED:
         task.levels[column, :entries] = levels
     written = task.codes[column]
     assign_codes(quantized, levels, written)
@@ -314,12 +376,13 @@ def code_in_format(values, column, task, quantized):  # type: ignore[no-untyped-
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def column_distortions(values, importance, options, rule, books):  # type: ignore[no-untyped-def]
+def column_distortions(values, importance, options, rule, books, level_set):  # type: ignore[no-untyped-def]
     """Return the weighted squared error of columns at given widths and reserved counts.
 
     values: [columns, out] float32.  importance: [out] float32.  books: [9, 256] float32, by width.
     options: [options, 2] int64, width and reserved count, the largest magnitudes; those of one
         count next to each other.
+    level_set: as of `ColumnTask`.
     Returns [columns, options] float64.
     """
     rows = values.shape[1]
@@ -337,7 +400,7 @@ def column_distortions(values, importance, options, rule, books):  # type: ignor
             width = options[option, 0]
             entries = 1 << width
             book = books[width, :entries]
-            find_levels(values[column], weights, rule, book, levels[:entries])
+            find_levels(values[column], weights, rule, book, level_set, levels[:entries])
             assign_codes(values[column], levels[:entries], codes)
             error = 0.0
             for row in range(rows):

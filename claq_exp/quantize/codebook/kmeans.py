@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from claq_exp.errors import ConfigError, check_choice
+from claq_exp.number_formats.level_sets import LEVEL_SETS, check_level_set, level_set
 from claq_exp.payload.base import Layout
 from claq_exp.payload.column_codebooks import ColumnCodebooksLayout
 from claq_exp.payload.shared_codebooks import SharedCodebooksLayout
+from claq_exp.payload.snapped_codebooks import SnappedCodebooksLayout
+from claq_exp.payload.stored import HALF, MAX_BITS, packed_bytes
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.base import Codebook, DeviceRule
 from claq_exp.quantize.codebook.clustering import fit_levels
@@ -19,6 +24,7 @@ from claq_exp.quantize.codebook.columns import CompiledColumns
 from claq_exp.quantize.codebook.compiled import EXACT, FITTED, KMEANS
 from claq_exp.quantize.statistics import ColumnStatistics
 
+FREE = "none"  # the level set of which every float16 is a member
 SAMPLE = 64  # columns that a shared codebook is learned from
 
 
@@ -34,6 +40,10 @@ class KMeans(Codebook):
         of a codebook per column (16 * 2**bits): cheaper for few rows.
     row_scales: divide rows by their root mean square first, and weight them with its square (16
         bits a row).
+    snap: none, each level is a float16; apot or grid, it is one of a set of levels
+        (`claq_exp.number_formats.level_sets`) times a scale of its column, and an index of
+        snap_bits is stored in its place.  For codebooks of columns.
+    snap_bits: 6 to 8; a codebook of so many levels must be smaller than the set.
     """
 
     mixed_widths: ClassVar[bool] = True
@@ -43,11 +53,60 @@ class KMeans(Codebook):
     fit_reserved: bool = False
     shared: bool = False
     row_scales: bool = False
+    snap: str = FREE
+    snap_bits: int = 7
+
+    def __post_init__(self) -> None:
+        check_choice("codebook.snap", self.snap, (FREE, *LEVEL_SETS))
+        if self.snap == FREE:
+            return
+        check_level_set(self.snap, self.snap_bits)
+        if self.shared:
+            raise ConfigError(
+                "codebook.snap is about codebooks of columns: leave codebook.shared=false"
+            )
+
+    def check(self, bits: int) -> None:
+        """Raise ConfigError where a codebook would take most of its level set."""
+        if bits > self.widest:
+            raise ConfigError(
+                f"{2**bits} levels of a column do not stand in a set of 2**{self.snap_bits}: "
+                "leave codebook.snap=none, or give fewer bits"
+            )
+
+    @property
+    def widest(self) -> int:
+        """The bits of the longest codes that there can be."""
+        return MAX_BITS if self.snap == FREE else self.snap_bits - 1
+
+    def variant(self, *, shared: bool, row_scales: bool) -> KMeans:
+        """Return the same with shared codebooks, which are not snapped, or with its own."""
+        snap = FREE if shared else self.snap
+        return replace(self, shared=shared, row_scales=row_scales, snap=snap)
+
+    def level_set(self) -> Tensor:
+        """Return what levels over their column's scale may be: [any] float32, empty for all."""
+        return torch.zeros(0) if self.snap == FREE else level_set(self.snap, self.snap_bits)
+
+    def book_bits(self, widths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the bits of a column's own codebook, by its width: [any] each."""
+        if self.snap == FREE:
+            return HALF * 2**widths
+        packed = [8 * packed_bytes(2 ** int(width), self.snap_bits) for width in widths]
+        return HALF + np.array(packed, dtype=np.int64)
 
     def layout(self, rows: int, plan: ColumnPlan) -> Layout:
         """Return how a matrix of so many rows is stored with a plan."""
+        coded = rows, plan.column_bits, plan.reserved_counts
+        if self.snap != FREE:
+            return SnappedCodebooksLayout.of(
+                *coded,
+                row_scaled=self.row_scales,
+                level_set=self.snap,
+                level_bits=self.snap_bits,
+            )
         form = SharedCodebooksLayout if self.shared else ColumnCodebooksLayout
-        return form.of(rows, plan.column_bits, plan.reserved_counts, row_scaled=self.row_scales)
+        return form.of(*coded, row_scaled=self.row_scales)
 
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> CompiledColumns:
         """Begin a matrix."""
@@ -59,11 +118,12 @@ class KMeans(Codebook):
             books=shared_codebooks(statistics, plan.column_bits, scales) if self.shared else None,
             row_scales=scales,
             fit_reserved=self.fit_reserved,
+            snap=None if self.snap == FREE else (self.snap, self.snap_bits),
         )
 
     def device_rule(self) -> DeviceRule | None:
         """Return the kernel's rule, for codebooks of columns that leave reserved entries out."""
-        if self.rule != KMEANS or self.shared or self.fit_reserved:
+        if self.rule != KMEANS or self.shared or self.fit_reserved or self.snap != FREE:
             return None
         return DeviceRule(self.row_scales)
 
