@@ -14,6 +14,7 @@ from claq_exp.errors import CheckpointError, one_of
 from claq_exp.payload.base import Layout, Payload
 from claq_exp.payload.block_format import BlockCodes
 from claq_exp.payload.column_codebooks import ColumnCodebooks
+from claq_exp.payload.group_table import GroupTable
 from claq_exp.payload.operand import Operand
 from claq_exp.payload.row_grid import RowGrid
 from claq_exp.payload.shared_codebooks import SharedCodebooks
@@ -21,7 +22,7 @@ from claq_exp.payload.sign_scales import SignScales
 
 PAYLOAD: dict[str, type[Payload]] = {
     member.kind: member
-    for member in (BlockCodes, ColumnCodebooks, RowGrid, SharedCodebooks, SignScales)
+    for member in (BlockCodes, ColumnCodebooks, GroupTable, RowGrid, SharedCodebooks, SignScales)
 }
 
 

@@ -10,9 +10,17 @@ from torch import Tensor
 from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
 from claq_exp.number_formats.levels import encode_weight
 from claq_exp.number_formats.table import FormatCodebooks
-from claq_exp.payload import BlockCodes, ColumnCodebooks, RowGrid, SharedCodebooks, SignScales
+from claq_exp.payload import (
+    BlockCodes,
+    ColumnCodebooks,
+    GroupTable,
+    RowGrid,
+    SharedCodebooks,
+    SignScales,
+)
 from claq_exp.payload.base import Payload
 from claq_exp.payload.columns import Reserved
+from claq_exp.payload.group_table import RowIntegers
 
 ROWS, COLUMNS = 13, 10
 Coded = tuple[Tensor, Tensor, Reserved]
@@ -55,6 +63,21 @@ def grid(dice: torch.Generator, width: int, group_size: int, share: float) -> Pa
     return RowGrid(*coded(dice, (width,), share), scales, zeros, group_size)
 
 
+def table(dice: torch.Generator, width: int, group_size: int, share: float) -> Payload:
+    levels, scales = (
+        normal(dice, 2**width).sort().values,
+        normal(dice, ROWS, -(-COLUMNS // group_size)),
+    )
+    return GroupTable(*coded(dice, (width,), share), levels, scales, group_size)
+
+
+def scaled_table(dice: torch.Generator, width: int, bits: int, share: float) -> Payload:
+    levels, rows = normal(dice, 2**width).sort().values, normal(dice, ROWS).abs()
+    integers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (ROWS, 3), generator=dice)
+    by_row = RowIntegers(rows, integers.short(), bits)
+    return GroupTable(*coded(dice, (width,), share), levels, by_row.scales(), 4, by_row)
+
+
 def blocks(dice: torch.Generator, form: BlockFormat) -> Payload:
     weight = torch.randn(ROWS, COLUMNS, generator=dice)
     if form.codewords != LEARNED:
@@ -78,6 +101,10 @@ BUILD: dict[str, Callable[[torch.Generator], Payload]] = {
     "shared, mixed, scaled, reserved": lambda dice: shared(dice, (3, 1), 0.2, True),
     "grid": lambda dice: grid(dice, 4, 10, 0.0),
     "grid in groups, reserved": lambda dice: grid(dice, 3, 4, 0.2),
+    "table": lambda dice: table(dice, 4, 10, 0.0),
+    "table in groups, reserved": lambda dice: table(dice, 3, 4, 0.2),
+    "table, 6-bit scales": lambda dice: scaled_table(dice, 4, 6, 0.0),
+    "table, 5-bit scales, reserved": lambda dice: scaled_table(dice, 1, 5, 0.2),
     "lo_bcq": lambda dice: blocks(dice, BlockFormat(2, 8, "e4m3", LEARNED, 4, 3, 5)),
     "lo_bcq, inverse": lambda dice: blocks(
         dice, BlockFormat(3, 4, "e4m3_inverse", LEARNED, 2, 1, 6)
