@@ -12,17 +12,20 @@ from torch import Tensor
 from claq_exp.allocate.allocation import Allocation, OnShare, Shapes, Survey
 from claq_exp.allocate.choices import (
     Choices,
+    Chooser,
     allocate,
     choose_variants,
     column_options,
     measure_choices,
 )
+from claq_exp.allocate.tables import TableChoices, measure_table
 from claq_exp.errors import ConfigError, one_of
 from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import MAX_BITS
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.budget import BudgetConfig, Overhead
 from claq_exp.quantize.codebook import Codebook
+from claq_exp.quantize.codebook.group_table import GroupTableCodebook
 from claq_exp.quantize.codebook.kmeans import KMeans
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
@@ -35,6 +38,8 @@ CODEBOOKS = ("auto", "own", "shared")
 ROW_SCALES = ("auto", "always", "never")
 ATTEMPTS = 8  # to fit matrices and what comes with them into a budget
 SAMPLED = 16  # every so many columns decide on the form of a matrix
+TABLES = (GroupTableCodebook(32, 6), GroupTableCodebook(64, 6))  # that compete, where they may
+Form = KMeans | GroupTableCodebook
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ class RateDistortion(Allocation):
         column; auto, what is better for each matrix.
     row_scales: divide rows by their root mean square: always, never, or auto, where it is better.
     row_weights: let the importance of rows weight the k-means too (fisher only).
+    tables: let tables with group scales compete with the column codebooks, matrix by matrix.  With
+        codebook=group_table there are tables alone, of the width that suits each matrix.
     reserve: outliers in 16 bits compete with code widths for the same bits.
     small, large: the shares of a column's entries that it may keep then, beside none.
     windows: calibration windows for the survey.
@@ -64,6 +71,7 @@ class RateDistortion(Allocation):
     codebooks: str = "auto"
     row_scales: str = "auto"
     row_weights: bool = False
+    tables: bool = False
     reserve: bool = True
     small: float = 0.0025
     large: float = 0.01
@@ -99,7 +107,7 @@ class RateDistortion(Allocation):
             raise ConfigError(
                 "allocation=rate_distortion decides what is reserved too: use reservation=none"
             )
-        _kmeans(recipe.codebook)
+        _known(recipe.codebook)
 
     def within(self, budget: BudgetConfig) -> RateDistortion:
         """Return the rule with a budget as its target."""
@@ -111,14 +119,15 @@ class RateDistortion(Allocation):
         self, recipe: Recipe, shapes: Shapes, overhead: Overhead
     ) -> dict[str, Layout]:
         """Return about how each matrix will be stored, as if all its columns were alike."""
-        layouts = self._expected_layouts(shapes)
+        layouts = self._expected_layouts(recipe.codebook, shapes)
         if self.count == "nominal":
             return layouts
         beside = overhead(layouts) / sum(rows * columns for rows, columns in shapes.values())
-        return replace(self, target_bits=self.target_bits - beside)._expected_layouts(shapes)
+        less = replace(self, target_bits=self.target_bits - beside)
+        return less._expected_layouts(recipe.codebook, shapes)
 
-    def _expected_layouts(self, shapes: Shapes) -> dict[str, Layout]:
-        alike = {shape: self.expected_layout(*shape) for shape in set(shapes.values())}
+    def _expected_layouts(self, codebook: Codebook, shapes: Shapes) -> dict[str, Layout]:
+        alike = {shape: self.expected_layout(*shape, codebook) for shape in set(shapes.values())}
         return {name: alike[shape] for name, shape in shapes.items()}
 
     def survey(self) -> Survey:
@@ -135,7 +144,7 @@ class RateDistortion(Allocation):
     ) -> dict[str, MatrixPlan]:
         """Return a plan for every matrix of a surveyed model; see `Allocation`."""
         budget = self.target_bits * sum(s.weight.numel() for s in statistics.values())
-        variants = self._variants(_kmeans(codebook))
+        variants = self._variants(_known(codebook))
         names = list(statistics)
         chosen = dict.fromkeys(names, variants[0])
         if len(variants) > 1:
@@ -148,7 +157,7 @@ class RateDistortion(Allocation):
                 samples, [len(s.weight[0]) for s in statistics.values()], budget
             )
             chosen = {name: variants[at] for name, at in zip(names, picked, strict=True)}
-        choices = []
+        choices: list[Chooser] = []
         for name in names:
             choices.append(self._measure(statistics[name], chosen[name], None))
             on_share((0.6 if len(variants) > 1 else 1.0) / len(names), name)
@@ -162,7 +171,7 @@ class RateDistortion(Allocation):
 
     def _fit(
         self,
-        choices: Mapping[str, Choices],
+        choices: Mapping[str, Chooser],
         budget: float,
         overhead: Overhead,
     ) -> dict[str, ColumnPlan]:
@@ -183,35 +192,50 @@ class RateDistortion(Allocation):
             "stores beside its matrices; raise it"
         )
 
-    def expected_layout(self, rows: int, columns: int) -> Layout:
+    def expected_layout(self, rows: int, columns: int, codebook: Codebook | None = None) -> Layout:
         """Return about what a matrix will take, as if all its columns were alike."""
-        options = column_options(rows, range(self.min_bits, self.max_bits + 1), ())
-        distortion = np.tile(4.0 ** -options[:, 0], (columns, 1))
-        codebook = KMeans(shared=self.codebooks != "own", row_scales=self.row_scales != "never")
-        choices = Choices(rows, options, distortion, codebook, self.count == "nominal")
+        choices = self._alike(rows, columns, codebook)
         (plan,) = allocate([choices], max(self.target_bits * rows * columns, choices.least()))
         return choices.layout(plan)
 
-    def _variants(self, codebook: KMeans) -> list[KMeans]:
+    def _alike(self, rows: int, columns: int, codebook: Codebook | None) -> Chooser:
+        nominal = self.count == "nominal"
+        if isinstance(codebook, GroupTableCodebook):
+            widths = np.arange(self.min_bits, self.max_bits + 1)
+            return TableChoices(
+                (rows, columns), widths, 4.0 ** -widths[None].astype(np.float64), codebook, nominal
+            )
+        options = column_options(rows, range(self.min_bits, self.max_bits + 1), ())
+        distortion = np.tile(4.0 ** -options[:, 0], (columns, 1))
+        books = KMeans(shared=self.codebooks != "own", row_scales=self.row_scales != "never")
+        return Choices(rows, options, distortion, books, nominal)
+
+    def _variants(self, codebook: Form) -> list[Form]:
+        if isinstance(codebook, GroupTableCodebook):
+            return [codebook]
         shared = {"auto": (True, False), "own": (False,), "shared": (True,)}[self.codebooks]
         scaled = {"auto": (True, False), "always": (True,), "never": (False,)}[self.row_scales]
-        return [replace(codebook, shared=s, row_scales=r) for s in shared for r in scaled]
+        books = [replace(codebook, shared=s, row_scales=r) for s in shared for r in scaled]
+        return [*books, *(TABLES if self.tables else ())]
 
     def _measure(
         self,
         statistics: ColumnStatistics,
-        codebook: KMeans,
+        codebook: Form,
         columns: Tensor | None,
-    ) -> Choices:
-        widths = range(self.min_bits, self.max_bits + 1)
+    ) -> Chooser:
+        widths, nominal = range(self.min_bits, self.max_bits + 1), self.count == "nominal"
+        if isinstance(codebook, GroupTableCodebook):
+            return measure_table(statistics, codebook, widths, nominal=nominal)
         shares = (self.small, self.large) if self.reserve else ()
         options = column_options(statistics.shape[0], widths, shares)
-        nominal = self.count == "nominal"
         return measure_choices(statistics, codebook, options, nominal=nominal, columns=columns)
 
 
-def _kmeans(codebook: Codebook) -> KMeans:
-    """Return the codebook, whose fits at all widths are what is weighed."""
-    if not isinstance(codebook, KMeans):
-        raise ConfigError("allocation=rate_distortion needs codebook=kmeans or kmeans_exact")
+def _known(codebook: Codebook) -> Form:
+    """Return the codebook, whose errors at all widths are what is weighed."""
+    if not isinstance(codebook, KMeans | GroupTableCodebook):
+        raise ConfigError(
+            "allocation=rate_distortion needs codebook=kmeans, kmeans_exact or group_table"
+        )
     return codebook

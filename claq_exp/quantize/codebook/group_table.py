@@ -33,7 +33,8 @@ from claq_exp.quantize.codebook.table_fit import (
 )
 from claq_exp.quantize.statistics import ColumnStatistics
 
-LEARNED_ON = 1 << 18  # numbers of a matrix that its table is learned on
+LEARNED_ON = 1 << 16  # numbers of a matrix that its table is learned on
+MEASURED_ON = 1 << 15  # the same, where only its error is asked for
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,11 @@ class GroupTableCodebook(Codebook):
         layout = self.layout(statistics.shape[0], plan)
         size = layout.group_size
         weight = np.ascontiguousarray(statistics.weight.numpy())
-        importance = _importance(statistics)
+        importance, rows = _importance(statistics), statistics.importance().numpy()
         left_out = _left_out(weight, plan)
-        some = _spread_rows(*weight.shape)
-        learned = learn_table(
-            weight[some],
-            importance,
-            statistics.importance().numpy()[some],
-            left_out[some] if len(left_out) else NO_MASK,
-            size,
-            2**layout.bits,
-        )
+        some = _spread_rows(*statistics.shape, LEARNED_ON)
+        mask = left_out[some] if len(left_out) else NO_MASK
+        learned = learn_table(weight[some], importance, rows[some], mask, size, 2**layout.bits)
         table = torch.from_numpy(learned).half()
         levels = table.float().numpy()
         scales = np.zeros((layout.rows, layout.groups), dtype=np.float32)
@@ -103,6 +98,24 @@ class GroupTableCodebook(Codebook):
         by_row = replace(by_row, integers=torch.from_numpy(integers).short())
         return TableColumns(plan, layout, table, by_row.scales(), by_row)
 
+    def distortion(self, statistics: ColumnStatistics, bits: int) -> float:
+        """Return about the error of a matrix at a width, measured on some of its rows.
+
+        sum_ij g_i d_j (w_ij - q_ij)^2, with the distortion weight d of the columns and the
+        importance g of the rows, before compensation and with scales as they are found.
+        """
+        shape, weights = statistics.shape, statistics.importance()
+        some = _spread_rows(*shape, MEASURED_ON)
+        # the error of a row counts as often as it weighs: a row times the root of its weight
+        weight = (statistics.weight[some] * weights[some].sqrt()[:, None]).numpy()
+        importance, ones = _importance(statistics), np.ones(len(some), dtype=np.float32)
+        size = min(self.group_size, shape[1])
+        table = learn_table(weight, importance, ones, NO_MASK, size, 2**bits)
+        scales = np.zeros((len(some), -(-shape[1] // size)), dtype=np.float32)
+        loss = search_scales(weight, importance, NO_MASK, table, size, CLIPS, scales)
+        unit = float(statistics.distortion_weight.double().mean())
+        return float(loss) * unit * float(weights.double().sum() / weights[some].double().sum())
+
 
 def _importance(statistics: ColumnStatistics) -> NDArray[np.float32]:
     """Return what an error in each column weighs, with a mean of 1: [in] float32."""
@@ -113,9 +126,9 @@ def _importance(statistics: ColumnStatistics) -> NDArray[np.float32]:
     return (weight / mean).float().numpy()
 
 
-def _spread_rows(rows: int, columns: int) -> NDArray[np.int64]:
-    """Return rows that are spread over a matrix, with about `LEARNED_ON` numbers."""
-    count = max(1, min(rows, LEARNED_ON // columns))
+def _spread_rows(rows: int, columns: int, numbers: int) -> NDArray[np.int64]:
+    """Return rows that are spread over a matrix, with about so many numbers."""
+    count = max(1, min(rows, numbers // columns))
     return np.linspace(0, rows - 1, count).round().astype(np.int64)
 
 
