@@ -16,13 +16,21 @@ from claq_exp.payload.block_format import BlockCodes
 from claq_exp.payload.column_codebooks import ColumnCodebooks
 from claq_exp.payload.group_table import GroupTable
 from claq_exp.payload.operand import Operand
-from claq_exp.payload.row_grid import RowGrid
+from claq_exp.payload.row_grid import RealGrid, RowGrid
 from claq_exp.payload.shared_codebooks import SharedCodebooks
 from claq_exp.payload.sign_scales import SignScales
 
 PAYLOAD: dict[str, type[Payload]] = {
     member.kind: member
-    for member in (BlockCodes, ColumnCodebooks, GroupTable, RowGrid, SharedCodebooks, SignScales)
+    for member in (
+        BlockCodes,
+        ColumnCodebooks,
+        GroupTable,
+        RealGrid,
+        RowGrid,
+        SharedCodebooks,
+        SignScales,
+    )
 }
 
 

@@ -45,6 +45,8 @@ LATER = {  # and what stands for nothing
     "evaluation.after": [],
     "solver.asymmetric": 0,
     "allocation.tables": False,
+    "codebook.zero_point": "whole",
+    "codebook.clip": "minmax",
 }
 _ABSENT = object()
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again

@@ -14,6 +14,7 @@ from claq_exp.payload import (
     BlockCodes,
     ColumnCodebooks,
     GroupTable,
+    RealGrid,
     RowGrid,
     SharedCodebooks,
     SignScales,
@@ -63,6 +64,12 @@ def grid(dice: torch.Generator, width: int, group_size: int, share: float) -> Pa
     return RowGrid(*coded(dice, (width,), share), scales, zeros, group_size)
 
 
+def real_grid(dice: torch.Generator, width: int, group_size: int, share: float) -> Payload:
+    groups = -(-COLUMNS // group_size)
+    zeros, scales = 3 * normal(dice, ROWS, groups), normal(dice, ROWS, groups).abs() + 0.1
+    return RealGrid(*coded(dice, (width,), share), scales, zeros, group_size)
+
+
 def table(dice: torch.Generator, width: int, group_size: int, share: float) -> Payload:
     levels, scales = (
         normal(dice, 2**width).sort().values,
@@ -101,6 +108,8 @@ BUILD: dict[str, Callable[[torch.Generator], Payload]] = {
     "shared, mixed, scaled, reserved": lambda dice: shared(dice, (3, 1), 0.2, True),
     "grid": lambda dice: grid(dice, 4, 10, 0.0),
     "grid in groups, reserved": lambda dice: grid(dice, 3, 4, 0.2),
+    "real zeros": lambda dice: real_grid(dice, 4, 10, 0.0),
+    "real zeros in groups, reserved": lambda dice: real_grid(dice, 2, 4, 0.2),
     "table": lambda dice: table(dice, 4, 10, 0.0),
     "table in groups, reserved": lambda dice: table(dice, 3, 4, 0.2),
     "table, 6-bit scales": lambda dice: scaled_table(dice, 4, 6, 0.0),

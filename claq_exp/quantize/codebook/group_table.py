@@ -79,7 +79,7 @@ class GroupTableCodebook(Codebook):
         layout = self.layout(statistics.shape[0], plan)
         size = layout.group_size
         weight = np.ascontiguousarray(statistics.weight.numpy())
-        importance, rows = _importance(statistics), statistics.importance().numpy()
+        importance, rows = statistics.column_importance().numpy(), statistics.importance().numpy()
         left_out = _left_out(weight, plan)
         some = _spread_rows(*statistics.shape, LEARNED_ON)
         mask = left_out[some] if len(left_out) else NO_MASK
@@ -108,22 +108,16 @@ class GroupTableCodebook(Codebook):
         some = _spread_rows(*shape, MEASURED_ON)
         # the error of a row counts as often as it weighs: a row times the root of its weight
         weight = (statistics.weight[some] * weights[some].sqrt()[:, None]).numpy()
-        importance, ones = _importance(statistics), np.ones(len(some), dtype=np.float32)
+        importance, ones = (
+            statistics.column_importance().numpy(),
+            np.ones(len(some), dtype=np.float32),
+        )
         size = min(self.group_size, shape[1])
         table = learn_table(weight, importance, ones, NO_MASK, size, 2**bits)
         scales = np.zeros((len(some), -(-shape[1] // size)), dtype=np.float32)
         loss = search_scales(weight, importance, NO_MASK, table, size, CLIPS, scales)
         unit = float(statistics.distortion_weight.double().mean())
         return float(loss) * unit * float(weights.double().sum() / weights[some].double().sum())
-
-
-def _importance(statistics: ColumnStatistics) -> NDArray[np.float32]:
-    """Return what an error in each column weighs, with a mean of 1: [in] float32."""
-    weight = statistics.distortion_weight.double()
-    mean = weight.mean()
-    if not mean > 0:
-        return np.ones(len(weight), dtype=np.float32)
-    return (weight / mean).float().numpy()
 
 
 def _spread_rows(rows: int, columns: int, numbers: int) -> NDArray[np.int64]:
