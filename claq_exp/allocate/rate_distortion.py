@@ -127,8 +127,22 @@ class RateDistortion(Allocation):
         return less._expected_layouts(recipe.codebook, shapes)
 
     def _expected_layouts(self, codebook: Codebook, shapes: Shapes) -> dict[str, Layout]:
-        alike = {shape: self.expected_layout(*shape, codebook) for shape in set(shapes.values())}
+        if isinstance(codebook, GroupTableCodebook):
+            return self._expected_tables(codebook, shapes)
+        alike = {shape: self.expected_layout(*shape) for shape in set(shapes.values())}
         return {name: alike[shape] for name, shape in shapes.items()}
+
+    def _expected_tables(self, codebook: GroupTableCodebook, shapes: Shapes) -> dict[str, Layout]:
+        widths, nominal = np.arange(self.min_bits, self.max_bits + 1), self.count == "nominal"
+        errors = 4.0 ** -widths[None].astype(np.float64)
+        choices = [
+            TableChoices(shape, widths, shape[0] * shape[1] * errors, codebook, nominal)
+            for shape in shapes.values()
+        ]
+        budget = self.target_bits * sum(matrix.weights for matrix in choices)
+        plans = allocate(choices, max(budget, sum(matrix.least() for matrix in choices)))
+        named = zip(shapes, choices, plans, strict=True)
+        return {name: matrix.layout(plan) for name, matrix, plan in named}
 
     def survey(self) -> Survey:
         """Return what this rule must know of the original."""
@@ -192,23 +206,14 @@ class RateDistortion(Allocation):
             "stores beside its matrices; raise it"
         )
 
-    def expected_layout(self, rows: int, columns: int, codebook: Codebook | None = None) -> Layout:
+    def expected_layout(self, rows: int, columns: int) -> Layout:
         """Return about what a matrix will take, as if all its columns were alike."""
-        choices = self._alike(rows, columns, codebook)
-        (plan,) = allocate([choices], max(self.target_bits * rows * columns, choices.least()))
-        return choices.layout(plan)
-
-    def _alike(self, rows: int, columns: int, codebook: Codebook | None) -> Chooser:
-        nominal = self.count == "nominal"
-        if isinstance(codebook, GroupTableCodebook):
-            widths = np.arange(self.min_bits, self.max_bits + 1)
-            return TableChoices(
-                (rows, columns), widths, 4.0 ** -widths[None].astype(np.float64), codebook, nominal
-            )
         options = column_options(rows, range(self.min_bits, self.max_bits + 1), ())
         distortion = np.tile(4.0 ** -options[:, 0], (columns, 1))
-        books = KMeans(shared=self.codebooks != "own", row_scales=self.row_scales != "never")
-        return Choices(rows, options, distortion, books, nominal)
+        codebook = KMeans(shared=self.codebooks != "own", row_scales=self.row_scales != "never")
+        choices = Choices(rows, options, distortion, codebook, self.count == "nominal")
+        (plan,) = allocate([choices], max(self.target_bits * rows * columns, choices.least()))
+        return choices.layout(plan)
 
     def _variants(self, codebook: Form) -> list[Form]:
         if isinstance(codebook, GroupTableCodebook):
