@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -32,6 +33,46 @@ ROUNDS = 50  # halvings of the range of the price of a bit
 HIGHEST_PRICE = 1e60
 
 
+class Chooser(Protocol):
+    """What may choose in a matrix: its columns (`Choices`), or the matrix as one (`TableChoices`).
+
+    distortion: [columns, options] float64, in the same unit for all matrices of an allocation.
+    """
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+
+    @property
+    def columns(self) -> int:
+        """How many choose."""
+
+    @property
+    def distortion(self) -> NDArray[np.float64]:
+        """See the class."""
+
+    def share_of(self, columns: int) -> float:
+        """Return how many times these columns stand for a matrix of so many."""
+
+    def rates(self) -> NDArray[np.float64]:
+        """Return the bits that one stores with each option: [options] float64."""
+
+    def fixed_bits(self) -> int:
+        """Return about what is stored beside, where that counts."""
+
+    def bits(self, chosen: NDArray[np.int64]) -> float:
+        """Return the bits of the whole matrix when its columns choose so: [columns] int64."""
+
+    def least(self) -> float:
+        """Return the fewest bits that the matrix can take."""
+
+    def layout(self, plan: ColumnPlan) -> Layout:
+        """Return how the matrix is stored with a plan."""
+
+    def plan(self, chosen: NDArray[np.int64]) -> ColumnPlan:
+        """Return widths and reserved counts where the columns choose so: [columns] int64."""
+
+
 @dataclass(frozen=True)
 class Choices:
     """What the columns of one matrix may choose.
@@ -49,9 +90,18 @@ class Choices:
     nominal: bool
 
     @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.rows * self.columns
+
+    @property
     def columns(self) -> int:
         """Number of columns."""
         return len(self.distortion)
+
+    def share_of(self, columns: int) -> float:
+        """Return how many times these columns stand for a matrix of so many."""
+        return columns / self.columns
 
     def rates(self) -> NDArray[np.float64]:
         """Return the bits that a column with each option stores: [options] float64."""
@@ -76,14 +126,7 @@ class Choices:
 
     def least(self) -> float:
         """Return the fewest bits that the matrix can take."""
-        return self.bits(self._least())
-
-    def cheapest(self) -> Layout:
-        """Return how the matrix is stored in the fewest bits."""
-        return self.layout(self.plan(self._least()))
-
-    def _least(self) -> NDArray[np.int64]:
-        return np.full(self.columns, int(np.argmin(self.rates())))
+        return self.bits(_cheapest(self))
 
     def layout(self, plan: ColumnPlan) -> Layout:
         """Return how the matrix is stored with these widths and reserved counts."""
@@ -156,18 +199,26 @@ def measure_choices(
     return Choices(rows, options, distortion, codebook, nominal)
 
 
-def allocate(matrices: Sequence[Choices], budget: float) -> list[ColumnPlan]:
+def cheapest(matrix: Chooser) -> Layout:
+    """Return how a matrix is stored in the fewest bits."""
+    return matrix.layout(matrix.plan(_cheapest(matrix)))
+
+
+def _cheapest(matrix: Chooser) -> NDArray[np.int64]:
+    return np.full(matrix.columns, int(np.argmin(matrix.rates())))
+
+
+def allocate(matrices: Sequence[Chooser], budget: float) -> list[ColumnPlan]:
     """Choose an option for every column so that all matrices together store at most `budget` bits.
 
     Raises ConfigError, with the range that can be reached, when even the cheapest options do not
     fit.
     """
     rates = [matrix.rates() for matrix in matrices]
-    cheapest = _choose(matrices, rates, np.inf)
-    least = _total(matrices, cheapest)
+    least = _total(matrices, _choose(matrices, rates, np.inf))
     if least > budget:
         dearest = _total(matrices, _choose(matrices, rates, 0.0))
-        weights = sum(matrix.rows * matrix.columns for matrix in matrices)
+        weights = sum(matrix.weights for matrix in matrices)
         raise ConfigError(
             f"a budget that leaves columns {budget / weights:.4g} bits per weight cannot be met; "
             f"these strategies reach from {least / weights:.4g} to {dearest / weights:.4g}"
@@ -181,7 +232,7 @@ def allocate(matrices: Sequence[Choices], budget: float) -> list[ColumnPlan]:
 
 
 def choose_variants(
-    samples: Sequence[Sequence[Choices]], columns: Sequence[int], budget: float
+    samples: Sequence[Sequence[Chooser]], columns: Sequence[int], budget: float
 ) -> list[int]:
     """Return which of its variants suits each matrix best at the price that fits the budget.
 
@@ -196,7 +247,7 @@ def choose_variants(
             for sample in variants:
                 rates = sample.rates()
                 option = np.argmin(sample.distortion + price * rates, axis=1)
-                share = count / sample.columns
+                share = sample.share_of(count)
                 distortion = sample.distortion[np.arange(sample.columns), option].sum() * share
                 stored = rates[option].sum() * share + sample.fixed_bits()
                 costs.append((distortion + price * stored, stored))
@@ -230,7 +281,7 @@ def _price_range(total: Callable[[float], float], budget: float) -> tuple[float,
 
 
 def _choose(
-    matrices: Sequence[Choices], rates: list[NDArray[np.float64]], price: float
+    matrices: Sequence[Chooser], rates: list[NDArray[np.float64]], price: float
 ) -> list[NDArray[np.int64]]:
     """Return what each column chooses at a price per bit; at an infinite price the cheapest."""
     if np.isinf(price):
@@ -244,12 +295,12 @@ def _choose(
     ]
 
 
-def _total(matrices: Sequence[Choices], chosen: list[NDArray[np.int64]]) -> float:
+def _total(matrices: Sequence[Chooser], chosen: list[NDArray[np.int64]]) -> float:
     return sum(matrix.bits(choice) for matrix, choice in zip(matrices, chosen, strict=True))
 
 
 def _spend_rest(
-    matrices: Sequence[Choices],
+    matrices: Sequence[Chooser],
     rates: list[NDArray[np.float64]],
     chosen: list[NDArray[np.int64]],
     dearer: list[NDArray[np.int64]],

@@ -12,17 +12,21 @@ from torch import Tensor
 from claq_exp.allocate.allocation import Allocation, OnShare, Shapes, Survey
 from claq_exp.allocate.choices import (
     Choices,
+    Chooser,
     allocate,
+    cheapest,
     choose_variants,
     column_options,
     measure_choices,
 )
+from claq_exp.allocate.tables import TableChoices, measure_table
 from claq_exp.errors import ConfigError, one_of
 from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import MAX_BITS
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.budget import BudgetConfig, Overhead
 from claq_exp.quantize.codebook import Codebook
+from claq_exp.quantize.codebook.group_table import GroupTableCodebook
 from claq_exp.quantize.codebook.kmeans import KMeans
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
@@ -35,6 +39,8 @@ CODEBOOKS = ("auto", "own", "shared")
 ROW_SCALES = ("auto", "always", "never")
 ATTEMPTS = 8  # to fit matrices and what comes with them into a budget
 SAMPLED = 16  # every so many columns decide on the form of a matrix
+TABLES = (GroupTableCodebook(32, 6), GroupTableCodebook(64, 6))  # that compete, where they may
+Form = KMeans | GroupTableCodebook
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class RateDistortion(Allocation):
         column; auto, what is better for each matrix.
     row_scales: divide rows by their root mean square: always, never, or auto, where it is better.
     row_weights: let the importance of rows weight the k-means too (fisher only).
+    tables: let tables with group scales compete with the column codebooks, matrix by matrix.  With
+        codebook=group_table there are tables alone, of the width that suits each matrix.
     reserve: outliers in 16 bits compete with code widths for the same bits.
     small, large: the shares of a column's entries that it may keep then, beside none.
     windows: calibration windows for the survey.
@@ -64,6 +72,7 @@ class RateDistortion(Allocation):
     codebooks: str = "auto"
     row_scales: str = "auto"
     row_weights: bool = False
+    tables: bool = False
     reserve: bool = True
     small: float = 0.0025
     large: float = 0.01
@@ -99,7 +108,7 @@ class RateDistortion(Allocation):
             raise ConfigError(
                 "allocation=rate_distortion decides what is reserved too: use reservation=none"
             )
-        _kmeans(recipe.codebook)
+        _known(recipe.codebook)
 
     def within(self, budget: BudgetConfig) -> RateDistortion:
         """Return the rule with a budget as its target."""
@@ -114,18 +123,18 @@ class RateDistortion(Allocation):
 
         Raises ConfigError where the fewest bits of all are too many, whatever a survey will find.
         """
-        codebook = _kmeans(recipe.codebook)
-        self._check_room(shapes, overhead, codebook)
-        layouts = self._expected_layouts(shapes, codebook)
+        codebook = _known(recipe.codebook)
+        self._check_room(codebook, shapes, overhead)
+        layouts = self._expected_layouts(codebook, shapes)
         if self.count == "nominal":
             return layouts
         beside = overhead(layouts) / sum(rows * columns for rows, columns in shapes.values())
-        within = replace(self, target_bits=self.target_bits - beside)
-        return within._expected_layouts(shapes, codebook)
+        less = replace(self, target_bits=self.target_bits - beside)
+        return less._expected_layouts(codebook, shapes)
 
-    def _check_room(self, shapes: Shapes, overhead: Overhead, codebook: KMeans) -> None:
-        smallest = {shape: self._smallest(*shape, codebook) for shape in set(shapes.values())}
-        layouts = {name: smallest[shape].cheapest() for name, shape in shapes.items()}
+    def _check_room(self, codebook: Form, shapes: Shapes, overhead: Overhead) -> None:
+        smallest = {shape: self._smallest(codebook, shape) for shape in set(shapes.values())}
+        layouts = {name: cheapest(smallest[shape]) for name, shape in shapes.items()}
         beside = 0.0 if self.count == "nominal" else overhead(layouts)
         weights = sum(rows * columns for rows, columns in shapes.values())
         least = (beside + sum(smallest[shape].least() for shape in shapes.values())) / weights
@@ -135,14 +144,23 @@ class RateDistortion(Allocation):
                 f"allocation.min_bits={self.min_bits} the fewest are {least:.4g} bits per weight"
             )
 
-    def _smallest(self, rows: int, columns: int, codebook: KMeans) -> Choices:
-        """Return the choices of a matrix in the form that can take the fewest bits."""
-        forms = [self._alike(rows, columns, variant) for variant in self._variants(codebook)]
-        return min(forms, key=Choices.least)
+    def _smallest(self, codebook: Form, shape: tuple[int, int]) -> Chooser:
+        """Return what a matrix may choose in the form that can take the fewest bits."""
+        forms = [self._alike(variant, shape) for variant in self._variants(codebook)]
+        return min(forms, key=lambda form: form.least())
 
-    def _expected_layouts(self, shapes: Shapes, codebook: KMeans) -> dict[str, Layout]:
-        alike = {shape: self.expected_layout(*shape, codebook) for shape in set(shapes.values())}
+    def _expected_layouts(self, codebook: Form, shapes: Shapes) -> dict[str, Layout]:
+        if isinstance(codebook, GroupTableCodebook):
+            return self._expected_tables(codebook, shapes)
+        alike = {shape: self.expected_layout(codebook, shape) for shape in set(shapes.values())}
         return {name: alike[shape] for name, shape in shapes.items()}
+
+    def _expected_tables(self, codebook: GroupTableCodebook, shapes: Shapes) -> dict[str, Layout]:
+        choices = [self._alike(codebook, shape) for shape in shapes.values()]
+        budget = self.target_bits * sum(matrix.weights for matrix in choices)
+        plans = allocate(choices, max(budget, sum(matrix.least() for matrix in choices)))
+        named = zip(shapes, choices, plans, strict=True)
+        return {name: matrix.layout(plan) for name, matrix, plan in named}
 
     def survey(self) -> Survey:
         """Return what this rule must know of the original."""
@@ -158,7 +176,7 @@ class RateDistortion(Allocation):
     ) -> dict[str, MatrixPlan]:
         """Return a plan for every matrix of a surveyed model; see `Allocation`."""
         budget = self.target_bits * sum(s.weight.numel() for s in statistics.values())
-        variants = self._variants(_kmeans(codebook))
+        variants = self._variants(_known(codebook))
         names = list(statistics)
         chosen = dict.fromkeys(names, variants[0])
         if len(variants) > 1:
@@ -171,7 +189,7 @@ class RateDistortion(Allocation):
                 samples, [len(s.weight[0]) for s in statistics.values()], budget
             )
             chosen = {name: variants[at] for name, at in zip(names, picked, strict=True)}
-        choices = []
+        choices: list[Chooser] = []
         for name in names:
             choices.append(self._measure(statistics[name], chosen[name], None))
             on_share((0.6 if len(variants) > 1 else 1.0) / len(names), name)
@@ -185,7 +203,7 @@ class RateDistortion(Allocation):
 
     def _fit(
         self,
-        choices: Mapping[str, Choices],
+        choices: Mapping[str, Chooser],
         budget: float,
         overhead: Overhead,
     ) -> dict[str, ColumnPlan]:
@@ -206,43 +224,57 @@ class RateDistortion(Allocation):
             "stores beside its matrices; raise it"
         )
 
-    def expected_layout(self, rows: int, columns: int, codebook: KMeans) -> Layout:
+    def expected_layout(self, codebook: KMeans, shape: tuple[int, int]) -> Layout:
         """Return about what a matrix will take, as if all its columns were alike."""
         variant = codebook.variant(
             shared=self.codebooks != "own", row_scales=self.row_scales != "never"
         )
-        choices = self._alike(rows, columns, variant)
-        (plan,) = allocate([choices], max(self.target_bits * rows * columns, choices.least()))
+        choices = self._alike(variant, shape)
+        (plan,) = allocate([choices], max(self.target_bits * choices.weights, choices.least()))
         return choices.layout(plan)
 
-    def _alike(self, rows: int, columns: int, codebook: KMeans) -> Choices:
-        """Return what columns that are all alike may choose, without reservation."""
+    def _alike(self, codebook: Form, shape: tuple[int, int]) -> Chooser:
+        """Return what a matrix may choose whose columns are all alike, without reservation."""
+        nominal = self.count == "nominal"
+        if isinstance(codebook, GroupTableCodebook):
+            widths = np.arange(self.min_bits, self.max_bits + 1)
+            errors = 4.0 ** -widths[None].astype(np.float64)
+            return TableChoices(shape, widths, shape[0] * shape[1] * errors, codebook, nominal)
+        rows, columns = shape
         options = column_options(rows, self._widths(codebook), ())
         distortion = np.tile(4.0 ** -options[:, 0], (columns, 1))
-        return Choices(rows, options, distortion, codebook, self.count == "nominal")
+        return Choices(rows, options, distortion, codebook, nominal)
 
     def _widths(self, codebook: KMeans) -> range:
         return range(self.min_bits, min(self.max_bits, codebook.widest) + 1)
 
-    def _variants(self, codebook: KMeans) -> list[KMeans]:
+    def _variants(self, codebook: Form) -> list[Form]:
+        if isinstance(codebook, GroupTableCodebook):
+            return [codebook]
         shared = {"auto": (True, False), "own": (False,), "shared": (True,)}[self.codebooks]
         scaled = {"auto": (True, False), "always": (True,), "never": (False,)}[self.row_scales]
-        return [codebook.variant(shared=s, row_scales=r) for s in shared for r in scaled]
+        books = [codebook.variant(shared=s, row_scales=r) for s in shared for r in scaled]
+        return [*books, *(TABLES if self.tables else ())]
 
     def _measure(
         self,
         statistics: ColumnStatistics,
-        codebook: KMeans,
+        codebook: Form,
         columns: Tensor | None,
-    ) -> Choices:
+    ) -> Chooser:
+        nominal = self.count == "nominal"
+        if isinstance(codebook, GroupTableCodebook):
+            widths = range(self.min_bits, self.max_bits + 1)
+            return measure_table(statistics, codebook, widths, nominal=nominal)
         shares = (self.small, self.large) if self.reserve else ()
         options = column_options(statistics.shape[0], self._widths(codebook), shares)
-        nominal = self.count == "nominal"
         return measure_choices(statistics, codebook, options, nominal=nominal, columns=columns)
 
 
-def _kmeans(codebook: Codebook) -> KMeans:
-    """Return the codebook, whose fits at all widths are what is weighed."""
-    if not isinstance(codebook, KMeans):
-        raise ConfigError("allocation=rate_distortion needs codebook=kmeans or kmeans_exact")
+def _known(codebook: Codebook) -> Form:
+    """Return the codebook, whose errors at all widths are what is weighed."""
+    if not isinstance(codebook, KMeans | GroupTableCodebook):
+        raise ConfigError(
+            "allocation=rate_distortion needs codebook=kmeans, kmeans_exact or group_table"
+        )
     return codebook

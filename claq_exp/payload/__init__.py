@@ -14,8 +14,9 @@ from claq_exp.errors import CheckpointError, one_of
 from claq_exp.payload.base import Layout, Payload
 from claq_exp.payload.block_format import BlockCodes
 from claq_exp.payload.column_codebooks import ColumnCodebooks
+from claq_exp.payload.group_table import GroupTable
 from claq_exp.payload.operand import Operand
-from claq_exp.payload.row_grid import RowGrid
+from claq_exp.payload.row_grid import RealGrid, RowGrid
 from claq_exp.payload.shared_codebooks import SharedCodebooks
 from claq_exp.payload.sign_scales import SignScales
 from claq_exp.payload.snapped_codebooks import SnappedCodebooks
@@ -25,6 +26,8 @@ PAYLOAD: dict[str, type[Payload]] = {
     for member in (
         BlockCodes,
         ColumnCodebooks,
+        GroupTable,
+        RealGrid,
         RowGrid,
         SharedCodebooks,
         SignScales,

@@ -29,7 +29,9 @@ class Part:
 
 @dataclass(frozen=True)
 class RowScales:
-    """A uniform grid per row and group of columns: w = scale * (code - zero).
+    """A scale and zero per row and group of columns: w = scale * (level - zero).
+
+    The level is the code itself where a part has no levels: a uniform grid.
 
     scales, zeros: [out, groups] float32.
     """
@@ -128,14 +130,14 @@ def reserved_by_row(operand: Operand) -> ReservedByRow:
 
 def _code_zero(operand: Operand, rows: Tensor, columns: Tensor) -> Tensor:
     """Return what code 0 stands for at some places: [r] float64."""
-    if operand.grid is not None:
-        at = rows, columns // operand.grid.group_size
-        return -operand.grid.scales.double()[at] * operand.grid.zeros.double()[at]
     first = torch.zeros(operand.columns, dtype=torch.float64, device=operand.device)
     for part in operand.parts:
         if part.levels is not None:
             own = slice(None) if part.columns is None else part.columns
             first[own] = part.levels[:, 0].double()
+    if operand.grid is not None:
+        at = rows, columns // operand.grid.group_size
+        return operand.grid.scales.double()[at] * (first[columns] - operand.grid.zeros.double()[at])
     if operand.row_scales is None:
         return first[columns]
     return first[columns] * operand.row_scales.double()[rows]

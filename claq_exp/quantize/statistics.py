@@ -46,6 +46,12 @@ class ColumnStatistics:
             return torch.ones(self.weight.shape[0])
         return self.row_weights
 
+    def column_importance(self) -> Tensor:
+        """Return the distortion weights over their mean, ones where all are 0: [in] float32."""
+        weight = self.distortion_weight.double()
+        mean = weight.mean()
+        return (weight / mean).float() if mean > 0 else torch.ones(len(weight))
+
     def sensitivity(self) -> Tensor:
         """Return the OBS saliency mean_i(W_ij^2) * distortion_weight_j: [in] float32."""
         return self._by_column(lambda part: part.square().mean(dim=0)) * self.distortion_weight

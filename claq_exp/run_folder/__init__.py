@@ -46,6 +46,9 @@ LATER = {  # and what stands for nothing
     "codebook.snap_bits": 7,
     "evaluation.after": [],
     "solver.asymmetric": 0,
+    "allocation.tables": False,
+    "codebook.zero_point": "whole",
+    "codebook.clip": "minmax",
 }
 _ABSENT = object()
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again

@@ -25,11 +25,8 @@ LINEAR = [name for name in PRESETS if name.startswith("linear/") and name not in
 ROUNDED = [name for name in PRESETS if re.match(r"w\d+a\d+/", name)]
 OWN = [name for name in PRESETS if name not in REFERENCE + LINEAR + FITTED + ROUNDED]
 DEFAULT_BLOCK = [(576, 576), (192, 576), (192, 576), (576, 576), *[(1536, 576)] * 2, (576, 1536)]
-SMALL_LLAMA = {  # the shapes of a block of SmolLM2-135M
-    **{name: (576, 576) for name in ("q", "o")},
-    **{name: (192, 576) for name in ("k", "v")},
-    **{name: (1536, 576) for name in ("gate", "up")},
-    "down": (576, 1536),
+SMALL_LLAMA = {  # the shapes of some blocks of SmolLM2-135M
+    f"{block}.{number}": shape for block in range(6) for number, shape in enumerate(DEFAULT_BLOCK)
 }
 SIDE = 4096
 PUBLISHED = {  # LLaMA-1-7B, WikiText-2: CLAQ's and GPTQ's tables

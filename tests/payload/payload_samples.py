@@ -14,6 +14,8 @@ from claq_exp.number_formats.table import FormatCodebooks
 from claq_exp.payload import (
     BlockCodes,
     ColumnCodebooks,
+    GroupTable,
+    RealGrid,
     RowGrid,
     SharedCodebooks,
     SignScales,
@@ -21,6 +23,7 @@ from claq_exp.payload import (
 )
 from claq_exp.payload.base import Payload
 from claq_exp.payload.columns import Reserved
+from claq_exp.payload.group_table import RowIntegers
 
 ROWS, COLUMNS = 13, 10
 Coded = tuple[Tensor, Tensor, Reserved]
@@ -74,6 +77,27 @@ def grid(dice: torch.Generator, width: int, group_size: int, share: float) -> Pa
     return RowGrid(*coded(dice, (width,), share), scales, zeros, group_size)
 
 
+def real_grid(dice: torch.Generator, width: int, group_size: int, share: float) -> Payload:
+    groups = -(-COLUMNS // group_size)
+    zeros, scales = 3 * normal(dice, ROWS, groups), normal(dice, ROWS, groups).abs() + 0.1
+    return RealGrid(*coded(dice, (width,), share), scales, zeros, group_size)
+
+
+def table(dice: torch.Generator, width: int, group_size: int, share: float) -> Payload:
+    levels, scales = (
+        normal(dice, 2**width).sort().values,
+        normal(dice, ROWS, -(-COLUMNS // group_size)),
+    )
+    return GroupTable(*coded(dice, (width,), share), levels, scales, group_size)
+
+
+def scaled_table(dice: torch.Generator, width: int, bits: int, share: float) -> Payload:
+    levels, rows = normal(dice, 2**width).sort().values, normal(dice, ROWS).abs()
+    integers = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (ROWS, 3), generator=dice)
+    by_row = RowIntegers(rows, integers.short(), bits)
+    return GroupTable(*coded(dice, (width,), share), levels, by_row.scales(), 4, by_row)
+
+
 def blocks(dice: torch.Generator, form: BlockFormat) -> Payload:
     weight = torch.randn(ROWS, COLUMNS, generator=dice)
     if form.codewords != LEARNED:
@@ -99,6 +123,12 @@ BUILD: dict[str, Callable[[torch.Generator], Payload]] = {
     "snapped, mixed, scaled, reserved": lambda dice: snapped(dice, (2, 4, 1), 6, True),
     "grid": lambda dice: grid(dice, 4, 10, 0.0),
     "grid in groups, reserved": lambda dice: grid(dice, 3, 4, 0.2),
+    "real zeros": lambda dice: real_grid(dice, 4, 10, 0.0),
+    "real zeros in groups, reserved": lambda dice: real_grid(dice, 2, 4, 0.2),
+    "table": lambda dice: table(dice, 4, 10, 0.0),
+    "table in groups, reserved": lambda dice: table(dice, 3, 4, 0.2),
+    "table, 6-bit scales": lambda dice: scaled_table(dice, 4, 6, 0.0),
+    "table, 5-bit scales, reserved": lambda dice: scaled_table(dice, 1, 5, 0.2),
     "lo_bcq": lambda dice: blocks(dice, BlockFormat(2, 8, "e4m3", LEARNED, 4, 3, 5)),
     "lo_bcq, inverse": lambda dice: blocks(
         dice, BlockFormat(3, 4, "e4m3_inverse", LEARNED, 2, 1, 6)

@@ -20,8 +20,10 @@ from claq_exp.allocate.choices import (
     column_options,
     measure_choices,
 )
+from claq_exp.allocate.tables import measure_table
 from claq_exp.errors import ConfigError
-from claq_exp.quantize.codebook import KMeans, Quantile
+from claq_exp.quantize.allocation import ColumnPlan
+from claq_exp.quantize.codebook import GroupTableCodebook, KMeans, Quantile
 from claq_exp.quantize.precision import NoPrecision, OutlierOrder
 from claq_exp.quantize.reservation import Fixed as FixedShare
 from claq_exp.quantize.statistics import ColumnStatistics
@@ -383,7 +385,7 @@ def test_shares_of_the_work_add_up_to_one():
 @pytest.mark.parametrize("per_weight", [2.4, 2.6, 3.0, 5.5])
 @pytest.mark.parametrize("codebooks", ["own", "shared"])
 def test_the_expected_layout_keeps_the_budget_without_weights(per_weight, codebooks):
-    layout = RateDistortion(per_weight, codebooks=codebooks).expected_layout(512, 100, KMeans())
+    layout = RateDistortion(per_weight, codebooks=codebooks).expected_layout(KMeans(), (512, 100))
     assert per_weight - 0.15 < layout.ledger().total / layout.weights <= per_weight
     assert (layout.kind == "shared_codebooks") == (codebooks == "shared")
 
@@ -464,3 +466,55 @@ def test_the_layouts_that_are_planned_leave_room_for_what_comes_beside(count):
         assert 2.75 < (stored + 20_000) / weights <= 3.0
     else:
         assert sum(x.nominal_bits() * x.weights for x in layouts.values()) / weights <= 3.0
+
+
+def surveyed(rows: int, columns: int, seed: int, spread: float) -> ColumnStatistics:
+    """A matrix whose groups of 32 columns of a row differ in size, by `spread`."""
+    dice = torch.Generator().manual_seed(seed)
+    sizes = torch.exp(spread * torch.randn(rows, -(-columns // 32), generator=dice))
+    weight = torch.randn(rows, columns, generator=dice)
+    weight *= sizes.repeat_interleave(32, dim=1)[:, :columns]
+    return ColumnStatistics(weight, torch.rand(columns, generator=dice), torch.arange(columns))
+
+
+@pytest.mark.parametrize("target", [2.3, 3.3, 4.5])
+def test_tables_get_one_width_a_matrix_within_the_budget(target):
+    statistics = {str(seed): surveyed(64, 96, seed, seed / 4) for seed in range(12)}
+    plans = RateDistortion(target).plan_model(statistics, GroupTableCodebook(32, 6))
+    layouts = [plan.codebook.layout(64, plan.columns) for plan in plans.values()]
+    assert all(len(layout.widths()) == 1 for layout in layouts)
+    stored = sum(layout.ledger().total for layout in layouts)
+    weights = sum(layout.weights for layout in layouts)
+    assert target - 0.15 < stored / weights <= target
+    assert len({layout.bits for layout in layouts}) > 1
+
+
+def test_tables_are_taken_where_they_are_better_alone():
+    statistics = {"even": surveyed(64, 96, 1, 0.0), "uneven": surveyed(64, 96, 2, 1.5)}
+    plans = RateDistortion(4.0, tables=True, reserve=False).plan_model(statistics, KMeans())
+    assert isinstance(plans["uneven"].codebook, GroupTableCodebook)
+    plain = RateDistortion(4.0, reserve=False).plan_model(statistics, KMeans())
+    assert all(isinstance(plan.codebook, KMeans) for plan in plain.values())
+
+
+def test_the_error_of_a_table_is_about_that_of_rounding_to_it():
+    statistics = replace(surveyed(300, 200, 3, 0.5), row_weights=torch.rand(300))
+    rule = GroupTableCodebook(32)
+    for bits in (2, 4):
+        plan = ColumnPlan(torch.full((200,), bits, dtype=torch.uint8), torch.zeros(200).long())
+        columns = rule.start(statistics, plan)
+        for column in range(200):
+            columns.code_column(column, statistics.weight[:, column].contiguous().numpy())
+        missed = (columns.payload().dequantize() - statistics.weight).double().square()
+        exact = statistics.row_weights.double() @ missed @ statistics.distortion_weight.double()
+        assert rule.distortion(statistics, bits) == pytest.approx(float(exact), rel=0.1)
+
+
+def test_wider_tables_than_are_measured_quarter_the_error_with_every_bit():
+    found = measure_table(
+        surveyed(32, 64, 4, 0.5), GroupTableCodebook(), [3, 4, 5, 6], nominal=True
+    )
+    (errors,) = found.distortion
+    assert errors[0] > 2 * errors[1]
+    assert errors[1:].tolist() == pytest.approx([errors[1], errors[1] / 4, errors[1] / 16])
+    assert found.rates().tolist() == [32 * 64 * bits for bits in (3, 4, 5, 6)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from claq_exp.payload import ColumnCodebooks, RowGrid, SharedCodebooks, operand_of
+from claq_exp.payload import ColumnCodebooks, GroupTable, RowGrid, SharedCodebooks, operand_of
 from claq_exp.payload.columns import ColumnPayload, Reserved
 from claq_exp.payload.operand import Operand
 
@@ -21,11 +21,12 @@ def random_weight(
     shared: bool = False,
     row_scales: bool = False,
     group_size: int = 0,
+    table: bool = False,
     seed: int = 0,
 ) -> ColumnPayload:
     """A matrix whose columns have `widths` in random order.
 
-    reserved: share of the entries.  group_size: not 0 for a row grid.
+    reserved: share of the entries.  group_size: not 0 for a row grid, or a table with scales.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -42,6 +43,9 @@ def random_weight(
     coded = codes, bits, Reserved(chosen.sum(1), places, 10 * normal(len(places)))
     if group_size:
         groups = -(-columns // group_size)
+        if table:
+            levels = normal(2 ** widths[0]).sort().values
+            return GroupTable(*coded, levels, normal(rows, groups), group_size)
         zeros = torch.randint(2 ** widths[0], (rows, groups), generator=generator)
         scales = normal(rows, groups).abs() + 0.1
         return RowGrid(*coded, scales, zeros.to(torch.uint8), group_size)

@@ -63,7 +63,7 @@ def matrix(
     reserved: float = 0.0,
     group_size: int = 64,
 ) -> ColumnPayload:
-    """A random matrix of a kind: columns (codebooks), shared (codebooks) or grid."""
+    """A random matrix of a kind: columns (codebooks), shared (codebooks), grid or table."""
     return random_weight(
         rows,
         columns,
@@ -71,7 +71,8 @@ def matrix(
         reserved=reserved,
         shared=kind == "shared",
         row_scales=scaled,
-        group_size=group_size if kind == "grid" else 0,
+        group_size=group_size if kind in ("grid", "table") else 0,
+        table=kind == "table",
         seed=rows + columns + sum(widths),
     )
 
@@ -115,14 +116,14 @@ def check(kernel: CpuKernel, weight: ColumnPayload, inputs: Tensor) -> Tensor:
     return outputs
 
 
-@pytest.mark.parametrize("kind", ["columns", "shared", "grid"])
+@pytest.mark.parametrize("kind", ["columns", "shared", "grid", "table"])
 @pytest.mark.parametrize("width", range(1, 9))
 def test_every_width(kernel: CpuKernel, width: int, kind: str) -> None:
     """Each code width, with partial vectors and a short last group.
 
     For one row, for several that share a look-up, and for more, which share what was looked up.
     """
-    weight = matrix(205, 150, [width], kind, scaled=kind != "grid", reserved=0.02)
+    weight = matrix(205, 150, [width], kind, scaled=kind in ("columns", "shared"), reserved=0.02)
     for batch in (1, 3, 5, 19):
         check(kernel, weight, torch.randn(batch, 150))
 

@@ -75,6 +75,16 @@ class GridTask(NamedTuple):
     top: np.float32
 
 
+class RealGridTask(NamedTuple):
+    """As `GridTask`, with zeros that are no codes."""
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zeros: NDArray[np.float32]
+    group_size: int
+    top: np.float32
+
+
 class FormatTask(NamedTuple):
     """Columns in a block format whose scales and codebooks are chosen.
 
@@ -329,7 +339,7 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
     written = task.codes[column]
     assign_codes(quantized, levels, written)
     if stop > start:
-        _reserve(values, chosen, start, written, task)
+        reserve(values, chosen, start, written, task)
     for row in range(rows):
         kept = levels[uintp(written[row])] * task.row_scales[row]
         kept = min(max(kept, -HALF_MAX), HALF_MAX)
@@ -337,8 +347,11 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _reserve(values, chosen, place, codes, task):  # type: ignore[no-untyped-def]
-    """Write the chosen rows of a column from `place` on, and give them code 0."""
+def reserve(values, chosen, place, codes, task):  # type: ignore[no-untyped-def]
+    """Write the chosen rows of a column from `place` on, and give them code 0.
+
+    task: with `rows` and `kept` as those of `ColumnTask`.
+    """
     for row in range(len(values)):
         if chosen[row]:
             codes[row] = 0
@@ -355,6 +368,18 @@ def code_on_grid(values, column, task, quantized):  # type: ignore[no-untyped-de
     for row in range(len(values)):
         code = np.rint(values[row] / scale[row]) + zero[row]
         code = min(max(code, np.float32(0.0)), task.top)
+        quantized[row] = min(max(scale[row] * (code - zero[row]), -HALF_MAX), HALF_MAX)
+        written[row] = np.uint8(code)
+
+
+@codes(RealGridTask)
+@njit(cache=True, nogil=True, error_model="numpy")
+def code_on_real_grid(values, column, task, quantized):  # type: ignore[no-untyped-def]
+    """Code a column on a given grid whose zeros are no codes, see `code_column`."""
+    group, written = column // task.group_size, task.codes[column]
+    scale, zero = task.scales[group], task.zeros[group]
+    for row in range(len(values)):
+        code = min(max(np.rint(values[row] / scale[row] + zero[row]), np.float32(0.0)), task.top)
         quantized[row] = min(max(scale[row] * (code - zero[row]), -HALF_MAX), HALF_MAX)
         written[row] = np.uint8(code)
 

@@ -136,7 +136,7 @@ def _objection(kernel: Kernel, operand: Operand) -> str | None:
     form = (
         type(kernel),
         operand.device,
-        tuple((part.width, part.columns is None) for part in operand.parts),
+        tuple((p.width, p.columns is None, p.levels is None) for p in operand.parts),
         operand.grid is None,
         operand.row_scales is None,
         len(operand.reserved_rows) == 0,
