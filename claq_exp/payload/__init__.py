@@ -15,13 +15,14 @@ from claq_exp.payload.base import Layout, Payload
 from claq_exp.payload.block_format import BlockCodes
 from claq_exp.payload.column_codebooks import ColumnCodebooks
 from claq_exp.payload.operand import Operand
+from claq_exp.payload.row_codebooks import RowCodebooks
 from claq_exp.payload.row_grid import RowGrid
 from claq_exp.payload.shared_codebooks import SharedCodebooks
 from claq_exp.payload.sign_scales import SignScales
 
 PAYLOAD: dict[str, type[Payload]] = {
     member.kind: member
-    for member in (BlockCodes, ColumnCodebooks, RowGrid, SharedCodebooks, SignScales)
+    for member in (BlockCodes, ColumnCodebooks, RowCodebooks, RowGrid, SharedCodebooks, SignScales)
 }
 
 

@@ -10,7 +10,14 @@ from torch import Tensor
 from claq_exp.number_formats.formats import E2M1, INTEGER, LEARNED, BlockFormat
 from claq_exp.number_formats.levels import encode_weight
 from claq_exp.number_formats.table import FormatCodebooks
-from claq_exp.payload import BlockCodes, ColumnCodebooks, RowGrid, SharedCodebooks, SignScales
+from claq_exp.payload import (
+    BlockCodes,
+    ColumnCodebooks,
+    RowCodebooks,
+    RowGrid,
+    SharedCodebooks,
+    SignScales,
+)
 from claq_exp.payload.base import Payload
 from claq_exp.payload.columns import Reserved
 
@@ -46,6 +53,10 @@ def shared(dice: torch.Generator, widths: tuple[int, ...], share: float, scaled:
     return SharedCodebooks(
         *coded(dice, widths, share), books, normal(dice, COLUMNS, 2), row_scales=scales
     )
+
+
+def by_row(dice: torch.Generator, width: int, share: float) -> Payload:
+    return RowCodebooks(*coded(dice, (width,), share), normal(dice, ROWS, 2**width))
 
 
 def grid(dice: torch.Generator, width: int, group_size: int, share: float) -> Payload:
@@ -86,6 +97,8 @@ BUILD: dict[str, Callable[[torch.Generator], Payload]] = {
     "nvfp4": lambda dice: blocks(dice, BlockFormat(4, 4, "e4m3", E2M1)),
     "vsq": lambda dice: blocks(dice, BlockFormat(3, 4, "integer", INTEGER)),
     "signs": signs,
+    "row codebooks": lambda dice: by_row(dice, 2, 0.0),
+    "row codebooks, reserved": lambda dice: by_row(dice, 3, 0.2),
 }
 SAMPLES = {
     name: build(torch.Generator().manual_seed(number))

@@ -14,7 +14,14 @@ from quantize_references import random_problem, recipe, solve
 
 from claq_exp.allocate import RateDistortion
 from claq_exp.errors import ConfigError, NumericalError
-from claq_exp.payload import BlockCodes, ColumnCodebooks, RowGrid, SignScales, unpack_weight
+from claq_exp.payload import (
+    BlockCodes,
+    ColumnCodebooks,
+    RowCodebooks,
+    RowGrid,
+    SignScales,
+    unpack_weight,
+)
 from claq_exp.payload.base import Payload
 from claq_exp.payload.column_codebooks import ColumnCodebooksLayout
 from claq_exp.quantize.codebook import CODEBOOK, Codebook
@@ -317,7 +324,9 @@ def test_a_codebook_uses_no_more_values_than_its_codes_name(name, bits):
     assert int(result.codes.max()) <= 2**bits - 1
     if isinstance(result, ColumnCodebooks):
         assert result.values.shape == (2, 2**bits)
-    if not isinstance(result, RowGrid | BlockCodes | SignScales):
+    if isinstance(result, RowCodebooks):
+        assert all(len(row.unique()) <= 2**bits for row in result.dequantize())
+    elif not isinstance(result, RowGrid | BlockCodes | SignScales):
         assert all(len(column.unique()) <= 2**bits for column in result.dequantize().t())
 
 

@@ -139,6 +139,7 @@ def _objection(kernel: Kernel, operand: Operand) -> str | None:
         tuple((part.width, part.columns is None) for part in operand.parts),
         operand.grid is None,
         operand.row_scales is None,
+        operand.row_levels is None,
         len(operand.reserved_rows) == 0,
         operand.rows % VECTOR,
     )
