@@ -171,6 +171,11 @@ VALUES = [
     (["allocation=rate_distortion", "codebook=row_kmeans"], ["codebook=kmeans"]),
     (["codebook=row_kmeans", "codebook.price=high"], ["codebook.price 'high'", "diagonal"]),
     (["codebook=row_kmeans", "codebook.power=9"], ["codebook.power is 9", "0 to 8"]),
+    (
+        ["solver=alternating", "codebook=uniform", "precision=fixed", "reservation=none"],
+        ["not free", "codebook=row_kmeans", "solver=quantease"],
+    ),
+    (["solver=alternating", "codebook.shared=true"], ["not free", "solver=quantease"]),
     (["transform.alpha=1"], ["no such key", "a field of transform=smooth"]),
     (["precision.bits=3"], ["no such key", "a field of precision=fixed"]),
     (["codebook=svid", "reservation=none"], ["one width", "precision=fixed"]),

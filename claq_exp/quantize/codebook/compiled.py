@@ -20,6 +20,7 @@ from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
 
 KMEANS, EXACT, QUANTILES, FITTED, RANGE, ABSMAX = range(6)
+SETTLED = -1  # levels are there already
 SHARED = FITTED  # this rule and those after it stretch a shared codebook
 HALF_MAX = np.float32(65504.0)
 HALF_OVERFLOW = np.float32(65520.0)  # midway to the next step
@@ -31,7 +32,8 @@ class ColumnTask(NamedTuple):
     bits: [in] uint8.  offsets: [in + 1] int64, where a column's reserved entries go.
     tails: reserve from both ends of a column in equal number instead of by magnitude.
     fit_reserved: reserved entries take part in the fit.
-    rule: KMEANS ... ABSMAX.  books: [9, 256] float32, shared codebooks by width.
+    placed: reserved entries stay in the rows that they have.
+    rule: KMEANS ... ABSMAX, or SETTLED.  books: [9, 256] float32, shared codebooks by width.
     weights: [out] float32, importance of the rows.
     row_scales: [out] float32; what a row's values are divided by before the fit.
 
@@ -43,6 +45,7 @@ class ColumnTask(NamedTuple):
     bits: NDArray[np.uint8]
     offsets: NDArray[np.int64]
     tails: bool
+    placed: bool
     fit_reserved: bool
     rule: int
     books: NDArray[np.float32]
@@ -74,7 +77,7 @@ class RowTask(NamedTuple):
 
     levels: [2**width, out] float32 of float16 values, ascending.  borders: [2**width - 1, out]
     float32, midway between them.
-    offsets: [in + 1] int64, where a column's reserved entries go.  tails: as of ColumnTask.
+    offsets: [in + 1] int64, where a column's reserved entries go.  tails, placed: as of ColumnTask.
 
     codes: [in, out] uint8, written.  rows: [reserved] int64 and kept: [reserved] float32, written,
     as of ColumnTask.
@@ -84,6 +87,7 @@ class RowTask(NamedTuple):
     borders: NDArray[np.float32]
     offsets: NDArray[np.int64]
     tails: bool
+    placed: bool
     codes: NDArray[np.uint8]
     rows: NDArray[np.int64]
     kept: NDArray[np.float32]
@@ -270,7 +274,10 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
     for row in range(rows):
         quantized[row] = values[row] / task.row_scales[row]
     start, stop = task.offsets[column], task.offsets[column + 1]
-    choose_reserved(quantized, stop - start, task.tails, chosen)
+    if task.placed:
+        _placed(task.rows[start:stop], chosen)
+    else:
+        choose_reserved(quantized, stop - start, task.tails, chosen)
     weights = task.weights
     if stop > start and not task.fit_reserved:
         weights = np.empty(rows, dtype=np.float32)
@@ -279,11 +286,15 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
     width = np.int64(task.bits[column])
     entries = 1 << width
     levels = np.empty(entries, dtype=np.float32)
-    scale, shift = find_levels(quantized, weights, task.rule, task.books[width, :entries], levels)
-    if task.rule >= SHARED:
-        task.scales[column, 0], task.scales[column, 1] = scale, shift
+    if task.rule == SETTLED:
+        levels[:] = task.levels[column, :entries]
     else:
-        task.levels[column, :entries] = levels
+        book = task.books[width, :entries]
+        scale, shift = find_levels(quantized, weights, task.rule, book, levels)
+        if task.rule >= SHARED:
+            task.scales[column, 0], task.scales[column, 1] = scale, shift
+        else:
+            task.levels[column, :entries] = levels
     written = task.codes[column]
     assign_codes(quantized, levels, written)
     if stop > start:
@@ -292,6 +303,14 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
         kept = levels[uintp(written[row])] * task.row_scales[row]
         kept = min(max(kept, -HALF_MAX), HALF_MAX)
         quantized[row] = round_half(values[row]) if chosen[row] else kept
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _placed(rows, chosen):  # type: ignore[no-untyped-def]
+    """Mark the rows that are given: [n] int64 -> [out] bool, overwritten."""
+    chosen[:] = False
+    for row in rows:
+        chosen[row] = True
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -319,7 +338,10 @@ def code_by_row(values, column, task, quantized):  # type: ignore[no-untyped-def
     start, stop = task.offsets[column], task.offsets[column + 1]
     if stop > start:
         chosen = np.empty(len(values), dtype=np.bool_)
-        choose_reserved(values, stop - start, task.tails, chosen)
+        if task.placed:
+            _placed(task.rows[start:stop], chosen)
+        else:
+            choose_reserved(values, stop - start, task.tails, chosen)
         _reserve(values, chosen, start, written, task)
         for place in range(start, stop):
             quantized[task.rows[place]] = task.kept[place]

@@ -44,6 +44,11 @@ class KMeans(Codebook):
     shared: bool = False
     row_scales: bool = False
 
+    @property
+    def free_levels(self) -> bool:
+        """Whether a solver may choose the levels: not those of a codebook that columns share."""
+        return not self.shared
+
     def layout(self, rows: int, plan: ColumnPlan) -> Layout:
         """Return how a matrix of so many rows is stored with a plan."""
         form = SharedCodebooksLayout if self.shared else ColumnCodebooksLayout

@@ -13,8 +13,13 @@ from torch import Tensor
 from claq_exp.errors import ConfigError, check_choice
 from claq_exp.payload.row_codebooks import RowCodebooks, RowCodebooksLayout
 from claq_exp.quantize.allocation import ColumnPlan
-from claq_exp.quantize.codebook.base import Codebook, ColumnQuantizer
-from claq_exp.quantize.codebook.columns import reserved_entries
+from claq_exp.quantize.codebook.base import Codebook, ColumnQuantizer, Tables
+from claq_exp.quantize.codebook.columns import (
+    ascending,
+    clear_reserved,
+    free_entries,
+    reserved_entries,
+)
 from claq_exp.quantize.codebook.compiled import (
     EXACT,
     KMEANS,
@@ -64,6 +69,11 @@ class RowKMeans(Codebook):
             raise ConfigError(
                 f"codebook.power is {self.power}; give a number from 0 to {MOST_POWER:g}"
             )
+
+    @property
+    def free_levels(self) -> bool:
+        """Whether a solver may choose the levels: it may."""
+        return True
 
     def layout(self, rows: int, plan: ColumnPlan) -> RowCodebooksLayout:
         """Return how a matrix of so many rows is stored with a plan."""
@@ -116,9 +126,10 @@ class RowColumns(ColumnQuantizer):
         entries = np.ascontiguousarray(levels.T)
         self._task = RowTask(
             levels=entries,
-            borders=np.float32(0.5) * (entries[1:] + entries[:-1]),
+            borders=borders_of(entries),
             offsets=offsets,
             tails=plan.select == "tails",
+            placed=False,
             codes=np.zeros((columns, len(levels)), dtype=np.uint8),
             rows=np.zeros(offsets[-1], dtype=np.int64),
             kept=np.zeros(offsets[-1], dtype=np.float32),
@@ -141,3 +152,25 @@ class RowColumns(ColumnQuantizer):
         reserved = reserved_entries(plan.reserved_counts, torch.from_numpy(task.rows), kept)
         levels = torch.from_numpy(task.levels).t().half().contiguous()
         return RowCodebooks(torch.from_numpy(task.codes).t(), plan.column_bits, reserved, levels)
+
+    def tables(self) -> Tables:
+        """Return the levels of rows, see ColumnQuantizer."""
+        task = self._task
+        levels = torch.from_numpy(task.levels).t()
+        return Tables(True, levels, torch.from_numpy(task.codes), free_entries(task))
+
+    def settle(self, levels: Tensor) -> None:
+        """Take other levels, see ColumnQuantizer."""
+        task = self._task
+        ranked, rank = ascending(levels.numpy())
+        task.levels[:] = ranked.T
+        task.borders[:] = borders_of(task.levels)
+        task.codes[:] = np.take_along_axis(rank.T, task.codes, axis=0)
+        self._task = task._replace(placed=True)
+        clear_reserved(task)
+
+
+def borders_of(levels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return what lies midway between neighbouring levels: [entries - 1, out] float32."""
+    borders: NDArray[np.float32] = np.float32(0.5) * (levels[1:] + levels[:-1])
+    return borders

@@ -113,6 +113,11 @@ class Solver(Protocol):
         return 0, 0
 
     @property
+    def fits_levels(self) -> bool:
+        """Whether the solver chooses levels: it is refused with codebooks that forbid it."""
+        return False
+
+    @property
     def wants(self) -> frozenset[str]:
         """What the moments of inputs must hold beside a plain Hessian.
 
