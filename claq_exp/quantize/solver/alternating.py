@@ -9,7 +9,6 @@ from torch import Tensor
 
 from claq_exp.errors import ConfigError
 from claq_exp.payload.stored import HALF_MAX
-from claq_exp.quantize.codebook.base import Tables
 from claq_exp.quantize.solver.level_fits import Assignment, column_steps, row_steps
 from claq_exp.quantize.solver.quantease import Descent, QuantEase
 
@@ -69,60 +68,41 @@ def fit_levels(descent: Descent) -> bool:
     tables = descent.quantizer.tables()
     if tables is None:
         raise ValueError("a quantizer without free levels")
-    order, hessian = descent.system.order, descent.system.hessian
+    order = descent.system.order
+    codes, coded = (part.index_select(0, order) for part in (tables.codes, tables.free))
     alive = ~descent.system.dead[order]
-    assigned = Assignment(
-        hessian,
-        tables.codes.index_select(0, order).long(),
-        tables.free.index_select(0, order) & alive[:, None],
-    )
+    assigned = Assignment(descent.system.hessian, codes.long(), coded & alive[:, None])
     slope = descent.slope(slice(None))
     entries = tables.levels.shape[1]
     if tables.by_row:
-        levels = tables.levels + row_steps(assigned, slope, entries)
-        return _take_rows(descent, assigned, slope, tables, levels.half().float())
-    scales = torch.ones(slope.shape[1]) if tables.row_scales is None else tables.row_scales
-    steps = column_steps(assigned, slope, entries, scales, descent.importance)
-    levels = tables.levels.double()
-    levels[order] += steps
-    return _take_columns(descent, assigned, slope, scales, levels.half().float())
-
-
-def _take_rows(
-    descent: Descent, assigned: Assignment, slope: Tensor, tables: Tables, levels: Tensor
-) -> bool:
-    """Take the levels of the rows whose loss they lower."""
-    values = levels.gather(1, assigned.codes.t()).t()
-    found = torch.where(assigned.free, values, descent.found)
-    better = _changes(descent, slope, found) < 0
+        levels = rounded(tables.levels + row_steps(assigned, slope, entries))
+        values = levels.gather(1, assigned.codes.t()).t()
+    else:
+        scales = torch.ones(slope.shape[1]) if tables.row_scales is None else tables.row_scales
+        levels = tables.levels.double()
+        levels[order] += column_steps(assigned, slope, entries, scales, descent.importance)
+        levels = rounded(levels)
+        values = levels.index_select(0, order).gather(1, assigned.codes) * scales
+    found = torch.where(coded, values.clamp(-HALF_MAX, HALF_MAX), descent.found)
+    grown = _grown(descent, slope, found, alive)
+    if not tables.by_row:  # all rows have their levels from all tables
+        grown = (grown @ descent.importance.double()).expand(len(grown))
+    better = grown < 0
+    tables_better = better[:, None] if tables.by_row else better[:1, None]
     descent.settle(
-        torch.where(better[:, None], levels, tables.levels),
+        torch.where(tables_better, levels, tables.levels),
         torch.where(better, found, descent.found),
     )
     return bool(better.any())
 
 
-def _take_columns(
-    descent: Descent, assigned: Assignment, slope: Tensor, scales: Tensor, levels: Tensor
-) -> bool:
-    """Take the levels of all columns, where they lower the loss of the matrix."""
-    order = descent.system.order
-    values = levels.index_select(0, order).gather(1, assigned.codes) * scales
-    values.clamp_(-HALF_MAX, HALF_MAX)
-    found = torch.where(assigned.free, values, descent.found)
-    change = float(_changes(descent, slope, found) @ descent.importance.double())
-    better = change < 0  # not where a level is beyond float16
-    if better:
-        descent.settle(levels, found)
-    else:
-        tables = descent.quantizer.tables()
-        if tables is not None:
-            descent.settle(tables.levels.clone(), descent.found.clone())
-    return better
+def rounded(levels: Tensor) -> Tensor:
+    """Return the nearest numbers of float16, as float32."""
+    return levels.clamp(-HALF_MAX, HALF_MAX).half().float()
 
 
-def _changes(descent: Descent, slope: Tensor, found: Tensor) -> Tensor:
+def _grown(descent: Descent, slope: Tensor, found: Tensor, alive: Tensor) -> Tensor:
     """Return by how much the loss of each row grows with other stored values: [out] float64."""
-    step = found - descent.found
+    step = torch.where(alive[:, None], found - descent.found, 0.0)
     grown = (descent.system.hessian @ step).add_(slope, alpha=2).mul_(step)
     return grown.sum(dim=0, dtype=torch.float64)
