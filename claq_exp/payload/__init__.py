@@ -16,6 +16,7 @@ from claq_exp.payload.block_format import BlockCodes
 from claq_exp.payload.column_codebooks import ColumnCodebooks
 from claq_exp.payload.group_table import GroupTable
 from claq_exp.payload.operand import Operand
+from claq_exp.payload.row_codebooks import RowCodebooks
 from claq_exp.payload.row_grid import RealGrid, RowGrid
 from claq_exp.payload.shared_codebooks import SharedCodebooks
 from claq_exp.payload.sign_scales import SignScales
@@ -28,6 +29,7 @@ PAYLOAD: dict[str, type[Payload]] = {
         ColumnCodebooks,
         GroupTable,
         RealGrid,
+        RowCodebooks,
         RowGrid,
         SharedCodebooks,
         SignScales,

@@ -134,6 +134,7 @@ class Lookups:
     """What the codes of a matrix stand for, as `Operand` has it; on the CPU but for `decoder`.
 
     levels: [in, 2**widest] float32.  widest: the largest magnitude that a code can stand for.
+    row_levels: [out, 2**width] float32.
     """
 
     widest: float
@@ -141,6 +142,7 @@ class Lookups:
     grid: RowScales | None = None
     row_scales: Tensor | None = None
     decoder: Decoder | None = None
+    row_levels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -279,6 +281,7 @@ class ColumnPayload(Payload):
             reserved_values=side.reserved.values.float().to(device),
             clamps=found.widest > HALF_MAX,
             decoder=found.decoder,
+            row_levels=None if found.row_levels is None else found.row_levels.to(device),
         )
 
     @classmethod

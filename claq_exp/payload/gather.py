@@ -50,6 +50,8 @@ def _scaled(operand: Operand, dense: Tensor, rows: Tensor) -> Tensor:
         grid = operand.grid
         group = columns // grid.group_size
         dense = grid.scales[rows][:, group] * (dense - grid.zeros[rows][:, group])
+    if operand.row_levels is not None:
+        dense = operand.row_levels[rows].gather(1, dense.long())
     if operand.decoder is not None:
         dense = operand.decoder.values(dense, columns, rows)
     if operand.row_scales is not None:

@@ -17,8 +17,8 @@ class Part:
     columns: [k] int64, their places among the inputs, ascending; None when they are all inputs.
     codes: [k, ceil(out * width / 8)] uint8, the codes of a column one after the other, the first in
         the lowest bits (`claq_exp.payload.packing`).
-    levels: [k, 2**width] float32, what a column's codes stand for; None where a grid or a
-        decoder says it.
+    levels: [k, 2**width] float32, what a column's codes stand for; None where a grid, levels of
+        rows or a decoder says it.
     """
 
     width: int
@@ -74,6 +74,8 @@ class Operand:
     reserved_values: [r] float32, what stands in their place; no row scale applies.
     clamps: some level times its row scale lies beyond float16, where the matrix is cut off.
     decoder: what codes stand for where kernels cannot look it up; the parts have no levels then.
+    row_levels: [out, 2**width] float32, what a row's codes stand for where they have levels of the
+        row; there is one part then, without levels of its own.
     """
 
     rows: int
@@ -86,6 +88,7 @@ class Operand:
     reserved_values: Tensor
     clamps: bool
     decoder: Decoder | None = None
+    row_levels: Tensor | None = None
 
     def derived_tensors(self) -> list[Tensor]:
         """Return the tensors that were decoded, all but the codes."""
@@ -94,7 +97,7 @@ class Operand:
             tensors += [self.grid.scales, self.grid.zeros]
         if self.decoder is not None:
             tensors += self.decoder.tensors()
-        tensors += [self.row_scales, self.reserved_rows, self.reserved_columns]
+        tensors += [self.row_levels, self.row_scales, self.reserved_rows, self.reserved_columns]
         return [tensor for tensor in [*tensors, self.reserved_values] if tensor is not None]
 
     @property
@@ -130,6 +133,8 @@ def reserved_by_row(operand: Operand) -> ReservedByRow:
 
 def _code_zero(operand: Operand, rows: Tensor, columns: Tensor) -> Tensor:
     """Return what code 0 stands for at some places: [r] float64."""
+    if operand.row_levels is not None:
+        return operand.row_levels[rows.long(), 0].double()
     first = torch.zeros(operand.columns, dtype=torch.float64, device=operand.device)
     for part in operand.parts:
         if part.levels is not None:

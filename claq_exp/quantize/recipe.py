@@ -49,6 +49,12 @@ class Recipe:
         if unmeasured := sorted(self.solver.wants - MEASURED):
             name = type(self.solver).__name__
             raise ConfigError(f"solver {name} wants {unmeasured[0]}, which no run measures yet")
+        if self.solver.fits_levels and not self.codebook.free_levels:
+            raise ConfigError(
+                "this solver fits the levels of tables, and those of this codebook are not free: "
+                "they are shared, lie on a grid or follow a rule; use codebook=kmeans or "
+                "codebook=row_kmeans, or solver=quantease"
+            )
         if self.select not in SELECTIONS:
             raise ConfigError(one_of("reservation's select", self.select, SELECTIONS))
         if self.allocated:

@@ -27,6 +27,7 @@ class ColumnStatistics:
     name: full name of the linear layer in its model, e.g. model.layers.0.self_attn.k_proj; empty
         when unknown.
     row_weights: [out] float32, importance of an error in each row; None for all alike.
+    diagonal: [in] float32, H_jj; None where the solver does not say it.
     """
 
     weight: Tensor
@@ -34,6 +35,7 @@ class ColumnStatistics:
     order: Tensor
     name: str = ""
     row_weights: Tensor | None = None
+    diagonal: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

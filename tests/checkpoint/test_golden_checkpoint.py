@@ -93,7 +93,8 @@ def test_transformers_loads_it_and_saves_it_again_as_it_was(version, tmp_path):
 def test_the_last_version_has_all_kinds_of_payload_two_files_and_a_tokenizer():
     folder = DATA / f"format_{max(GOLDEN)}"
     layouts = read_layouts(folder).values()
-    assert {layout.kind for layout in layouts} == set(PAYLOAD)
+    later = read_layouts(DATA / f"format_{max(GOLDEN)}_later").values()
+    assert {layout.kind for layout in [*layouts, *later]} == set(PAYLOAD)
     formats = [layout.block_format for layout in layouts if layout.kind == "block_format"]
     assert {block_format.scale for block_format in formats} == {"e4m3", "e8m0", "integer"}
     assert read_rounding(folder).scope == "static"

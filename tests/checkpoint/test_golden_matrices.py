@@ -12,7 +12,7 @@ from claq_exp.checkpoint.reader import read_layouts, read_weights
 
 DATA = Path(__file__).parents[1] / "data"
 # config.json, weights, and what was expected
-FOLDERS = ["format_2_matrices", "format_3_matrices", "format_4_matrices"]
+FOLDERS = ["format_2_matrices", "format_3_matrices", "format_4_matrices", "format_4_later"]
 
 
 @pytest.mark.case(69)

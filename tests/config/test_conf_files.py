@@ -75,6 +75,7 @@ NEEDS = {
         ]
         for end in ("embedding", "head")
     },
+    "codebook/row_kmeans.yaml": ["precision=fixed", "precision.bits=4"],
     "codebook/svid.yaml": ["precision=fixed", "precision.bits=1", "reservation=none"],
 }
 

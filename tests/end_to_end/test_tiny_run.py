@@ -93,9 +93,10 @@ def test_reported_perplexity_is_that_of_the_checkpoint_on_disk(tiny_run, outputs
         ["experiment=svid_1bit"],
         ["experiment=gptq_4bit_g64", "codebook.group_size=32"],
         ["experiment=kmeans_3bit"],
+        ["experiment=kmeans_3bit", "codebook=row_kmeans"],
         ["reservation=fixed", "solver=nearest"],
     ],
-    ids=lambda recipe: recipe[0],
+    ids=" ".join,
 )
 def test_every_recipe_runs(recipe, tiny_run, outputs):
     assert main([*tiny_run, *recipe]) == 0

@@ -66,21 +66,24 @@ def product_case(
     some: bool = True,
     grid: bool = False,
     half: bool = True,
+    by_row: bool = False,
 ) -> Case:
     """Sums over a part.  some: it has some of the columns.  grid: its codes are their own levels.
 
-    half: float16 holds every level.
+    half: float16 holds every level.  by_row: levels of rows.
     """
     rows, columns = SIZES[size]
     codes = torch.empty(columns, -(-rows * width // 32), dtype=torch.int32, device="meta")
-    part = TritonPart(width, None, codes, None, half)
+    own = torch.empty(1, device="meta") if by_row else None
+    part = TritonPart(width, None, codes, None, half, own)
     whole = TritonOperand(rows, columns, (part,), None, None, None, 132)
     launch = products._launch_of(whole, part, n, products.default_tuning())
     constants = {**launch.constants}
     if launch.kernel == "sum_tiles":
         constants |= products.tile_constants(dtype, half=half, rocm=rocm)
     constants |= {"columns_ptr": None} if not some else {}
-    constants |= {"levels_ptr": None} if grid else {}
+    constants |= {"levels_ptr": None} if grid or by_row else {}
+    constants |= {} if by_row else {"row_levels_ptr": None}
     types = {"inputs_ptr": TYPES[dtype], "codes_ptr": "*i32", "columns_ptr": "*i32"}
     options = {"num_warps": launch.warps, "num_stages": 1, "enable_fp_fusion": True}
     return Case(f"{DECODE}:{launch.kernel}", constants, options, types)
@@ -103,9 +106,18 @@ def finish_case(dtype: torch.dtype, *, bare: bool = False) -> Case:
     )
 
 
-def dense_case(width: int, dtype: torch.dtype, *, grid: bool = False, chosen: bool = False) -> Case:
-    """A dense copy of rows that follow each other, or of chosen ones."""
-    absent = ("levels",) if grid else ("grid_scales", "zeros")
+def dense_case(
+    width: int,
+    dtype: torch.dtype,
+    *,
+    grid: bool = False,
+    chosen: bool = False,
+    by_row: bool = False,
+) -> Case:
+    """A dense copy of rows that follow each other, or of chosen ones.  by_row: levels of rows."""
+    absent = ("levels",) if grid or by_row else ()
+    absent += () if grid else ("grid_scales", "zeros")
+    absent += () if by_row else ("row_levels",)
     absent += () if chosen else ("rows",)
     return Case(
         "claq_exp.runtime.kernels.triton_dense:dequantize",
@@ -166,6 +178,11 @@ def usual(architecture: str) -> dict[str, Case]:
             "tensor cores, 3 bits": product_case(3, 16, torch.bfloat16, rocm=rocm),
             "tensor cores, bfloat16": product_case(4, 16, torch.bfloat16, rocm=rocm),
             "no choice of codebooks": rounding_case(NVFP4, torch.float32),
+            "levels of rows, 2 bits": product_case(2, 1, half, rocm=rocm, some=False, by_row=True),
+            "tensor cores, levels of rows": product_case(
+                4, 16, half, rocm=rocm, some=False, by_row=True
+            ),
+            "a dense copy, levels of rows": dense_case(3, half, by_row=True),
         }
     return cases
 

@@ -16,6 +16,7 @@ from claq_exp.payload import (
     ColumnCodebooks,
     GroupTable,
     RealGrid,
+    RowCodebooks,
     RowGrid,
     SharedCodebooks,
     SignScales,
@@ -68,6 +69,10 @@ def snapped(dice: torch.Generator, widths: tuple[int, ...], bits: int, scaled: b
     return SnappedCodebooks(
         *parts, indices.to(torch.uint8), normal(dice, COLUMNS), "apot", bits, scales
     )
+
+
+def by_row(dice: torch.Generator, width: int, share: float) -> Payload:
+    return RowCodebooks(*coded(dice, (width,), share), normal(dice, ROWS, 2**width))
 
 
 def grid(dice: torch.Generator, width: int, group_size: int, share: float) -> Payload:
@@ -137,6 +142,8 @@ BUILD: dict[str, Callable[[torch.Generator], Payload]] = {
     "nvfp4": lambda dice: blocks(dice, BlockFormat(4, 4, "e4m3", E2M1)),
     "vsq": lambda dice: blocks(dice, BlockFormat(3, 4, "integer", INTEGER)),
     "signs": signs,
+    "row codebooks": lambda dice: by_row(dice, 2, 0.0),
+    "row codebooks, reserved": lambda dice: by_row(dice, 3, 0.2),
 }
 SAMPLES = {
     name: build(torch.Generator().manual_seed(number))

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from claq_exp.payload import ColumnCodebooks, GroupTable, RowGrid, SharedCodebooks, operand_of
+from claq_exp.payload import (
+    ColumnCodebooks,
+    GroupTable,
+    RowCodebooks,
+    RowGrid,
+    SharedCodebooks,
+    operand_of,
+)
 from claq_exp.payload.columns import ColumnPayload, Reserved
 from claq_exp.payload.operand import Operand
 
@@ -22,11 +29,13 @@ def random_weight(
     row_scales: bool = False,
     group_size: int = 0,
     table: bool = False,
+    by_row: bool = False,
     seed: int = 0,
 ) -> ColumnPayload:
     """A matrix whose columns have `widths` in random order.
 
     reserved: share of the entries.  group_size: not 0 for a row grid, or a table with scales.
+    by_row: codebooks of rows.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -49,6 +58,8 @@ def random_weight(
         zeros = torch.randint(2 ** widths[0], (rows, groups), generator=generator)
         scales = normal(rows, groups).abs() + 0.1
         return RowGrid(*coded, scales, zeros.to(torch.uint8), group_size)
+    if by_row:
+        return RowCodebooks(*coded, normal(rows, 2 ** widths[0]))
     if shared:
         books = {width: normal(2**width).sort().values for width in sorted(set(bits.tolist()))}
         return SharedCodebooks(*coded, books, normal(columns, 2), scales)

@@ -63,7 +63,7 @@ def matrix(
     reserved: float = 0.0,
     group_size: int = 64,
 ) -> ColumnPayload:
-    """A random matrix of a kind: columns (codebooks), shared (codebooks), grid or table."""
+    """A random matrix of a kind: columns (codebooks), shared (codebooks), grid, table or rows."""
     return random_weight(
         rows,
         columns,
@@ -73,6 +73,7 @@ def matrix(
         row_scales=scaled,
         group_size=group_size if kind in ("grid", "table") else 0,
         table=kind == "table",
+        by_row=kind == "rows",
         seed=rows + columns + sum(widths),
     )
 
@@ -116,7 +117,7 @@ def check(kernel: CpuKernel, weight: ColumnPayload, inputs: Tensor) -> Tensor:
     return outputs
 
 
-@pytest.mark.parametrize("kind", ["columns", "shared", "grid", "table"])
+@pytest.mark.parametrize("kind", ["columns", "shared", "grid", "table", "rows"])
 @pytest.mark.parametrize("width", range(1, 9))
 def test_every_width(kernel: CpuKernel, width: int, kind: str) -> None:
     """Each code width, with partial vectors and a short last group.
@@ -156,6 +157,10 @@ def test_shapes(kernel: CpuKernel, shape: tuple[int, int]) -> None:
         check(kernel, matrix(*shape, [width], reserved=0.05), torch.randn(2, shape[1]))
         check(kernel, matrix(*shape, [width]), torch.randn(18, shape[1]))
         check(kernel, matrix(*shape, [width], "grid", group_size=24), torch.randn(1, shape[1]))
+        for batch in (1, 3):
+            check(
+                kernel, matrix(*shape, [width], "rows", reserved=0.05), torch.randn(batch, shape[1])
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -203,8 +208,8 @@ def test_nothing_is_read_beyond_the_codes(kernel: CpuKernel, width: int) -> None
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *3 * [ctypes.c_int], ctypes.c_long]
     page = mmap.PAGESIZE
-    for rows in (49, 128, 1, 203):
-        weight = matrix(rows, 20, [width])
+    for rows, kind in [(rows, kind) for rows in (49, 128, 1, 203) for kind in ("columns", "rows")]:
+        weight = matrix(rows, 20, [width], kind)
         packed = operand(weight)
         (part,) = packed.parts
         size = part.codes.numel()

@@ -70,6 +70,24 @@ def test_every_width_multiplies_like_the_dense_matrix(device, widths, n):
     check(weight, inputs, TritonKernel().multiply(operand(weight, device), inputs))
 
 
+@pytest.mark.parametrize("width", range(1, 9))
+@pytest.mark.parametrize("n", [1, 2, 5, 17])
+def test_levels_of_rows(device, width, n):
+    weight = random_weight(70, 19, [width], reserved=0.05, by_row=True)
+    inputs = activations(n, 19, torch.float16 if n == 5 else torch.float32, device)
+    check(weight, inputs, TritonKernel().multiply(operand(weight, device), inputs))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 8])
+def test_rows_with_levels_of_their_own_are_exact(device, width):
+    weight = random_weight(49, 37, [width], reserved=0.05, by_row=True)
+    packed, dense = operand(weight, device), weight.dequantize()
+    rows = torch.tensor([3, 48, 0, 3, 17], device=device)
+    found = TritonKernel().rows(packed, rows, torch.float32)
+    assert torch.equal(found.cpu(), dense[rows.cpu()])
+    assert torch.equal(dense_rows(packed, torch.float32, 5, 44).cpu(), dense[5:44])
+
+
 @pytest.mark.parametrize("widths", MIXES)
 @pytest.mark.parametrize("row_scales", [False, True])
 def test_the_dense_copy_is_exact(device, widths, row_scales):

@@ -7,6 +7,7 @@ from claq_exp.quantize.codebook.base import ColumnQuantizer as ColumnQuantizer
 from claq_exp.quantize.codebook.block_formats import Bfp, LoBcq, MxFp4, NvFp4, Vsq
 from claq_exp.quantize.codebook.group_table import GroupTableCodebook
 from claq_exp.quantize.codebook.kmeans import KMeans, KMeansExact
+from claq_exp.quantize.codebook.row_kmeans import RowKMeans
 from claq_exp.quantize.codebook.simple import NormalFloat, Quantile, UniformColumn
 from claq_exp.quantize.codebook.sklearn_kmeans import SklearnKMeans
 from claq_exp.quantize.codebook.svid import Svid
@@ -22,6 +23,7 @@ CODEBOOK: dict[str, type] = {
     "normal_float": NormalFloat,
     "nvfp4": NvFp4,
     "quantile": Quantile,
+    "row_kmeans": RowKMeans,
     "sklearn_kmeans": SklearnKMeans,
     "svid": Svid,
     "uniform": Uniform,

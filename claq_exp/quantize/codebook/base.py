@@ -7,10 +7,29 @@ from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from claq_exp.payload.base import Layout, Payload
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.statistics import ColumnStatistics
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The levels of a coded matrix, columns in the matrix's own order.
+
+    by_row: a table for each row; else one for each column.
+    levels: [tables, entries] float32 of float16 values; 0 where a narrow table has no such level.
+    codes: [in, out] uint8.  free: [in, out] bool, entries that their code stands for; the others
+        are reserved.
+    row_scales: [out] float32 that multiply the levels; None without.
+    """
+
+    by_row: bool
+    levels: Tensor
+    codes: Tensor
+    free: Tensor
+    row_scales: Tensor | None = None
 
 
 class ColumnQuantizer(Protocol):
@@ -37,6 +56,21 @@ class ColumnQuantizer(Protocol):
     def payload(self) -> Payload:
         """Return the quantized matrix, once every column is done."""
 
+    def tables(self) -> Tables | None:
+        """Return the levels and what the codes choose, once every column is done.
+
+        None where levels are not free, see `Codebook.free_levels`.
+        """
+        return None
+
+    def settle(self, levels: Tensor) -> None:
+        """Take other levels for the codes as they are, and keep them while columns are coded again.
+
+        levels: as of `tables`, of numbers that float16 holds, in any order.  Reserved entries keep
+        their places from now on.
+        """
+        raise ValueError("a quantizer whose levels are not free")
+
 
 @dataclass(frozen=True)
 class DeviceRule:
@@ -54,11 +88,17 @@ class Codebook(Protocol):
     mixed_widths: columns of one matrix may have different widths.
     reserves: works with reserved entries.
     relative_cost: its time for a column over that of kmeans, for estimates.
+    free_levels: every level of its tables may be any number of float16, whatever the others are.
     """
 
     mixed_widths: ClassVar[bool]
     reserves: ClassVar[bool]
     relative_cost: ClassVar[float] = 1.0
+
+    @property
+    def free_levels(self) -> bool:
+        """Whether a solver may choose the levels, see Codebook."""
+        return False
 
     def check(self, bits: int) -> None:
         """Raise ConfigError where there are no codes of so many bits."""

@@ -19,10 +19,12 @@ from claq_exp.payload.shared_codebooks import SharedCodebooks
 from claq_exp.payload.snapped_codebooks import SnappedCodebooks
 from claq_exp.payload.stored import HALF_MAX
 from claq_exp.quantize.allocation import ColumnPlan
-from claq_exp.quantize.codebook.base import ColumnQuantizer
+from claq_exp.quantize.codebook.base import ColumnQuantizer, Tables
 from claq_exp.quantize.codebook.compiled import (
     KMEANS,
+    SETTLED,
     ColumnTask,
+    RowTask,
     choose_reserved,
     code_with_levels,
 )
@@ -68,6 +70,7 @@ class CompiledColumns(ColumnQuantizer):
             bits=plan.column_bits.numpy(),
             offsets=offsets,
             tails=plan.select == "tails",
+            placed=False,
             fit_reserved=fit_reserved,
             rule=rule,
             books=padded,
@@ -114,6 +117,49 @@ class CompiledColumns(ColumnQuantizer):
         places = torch.bucketize(levels / safe[:, None], borders)
         used = torch.arange(levels.shape[1]) < 2 ** self._plan.column_bits[:, None].int()
         return (places * used).to(torch.uint8)
+
+    def tables(self) -> Tables | None:
+        """Return the levels of columns, where each has its own; see ColumnQuantizer."""
+        if self._books or self._snap is not None:
+            return None
+        task = self._task
+        scales = None if self._row_scales is None else self._row_scales.float()
+        codes, levels = torch.from_numpy(task.codes), torch.from_numpy(task.levels)
+        return Tables(False, levels, codes, free_entries(task), scales)
+
+    def settle(self, levels: Tensor) -> None:
+        """Take other levels, see ColumnQuantizer."""
+        task = self._task
+        used = np.arange(task.levels.shape[1]) < 2 ** task.bits[:, None].astype(int)
+        ranked, rank = ascending(np.where(used, levels.numpy(), np.inf))
+        task.levels[:] = np.where(used, ranked, 0)
+        task.codes[:] = np.take_along_axis(rank, task.codes, axis=1)
+        self._task = task._replace(rule=SETTLED, placed=True)
+        clear_reserved(task)
+
+
+def free_entries(task: ColumnTask | RowTask) -> Tensor:
+    """Return which entries are not reserved: [in, out] bool."""
+    free = np.ones(task.codes.shape, dtype=np.bool_)
+    free[_reserved_columns(task), task.rows] = False
+    return torch.from_numpy(free)
+
+
+def clear_reserved(task: ColumnTask | RowTask) -> None:
+    """Give reserved entries code 0 again."""
+    task.codes[_reserved_columns(task), task.rows] = 0
+
+
+def _reserved_columns(task: ColumnTask | RowTask) -> NDArray[np.int64]:
+    return np.repeat(np.arange(len(task.codes)), np.diff(task.offsets))
+
+
+def ascending(levels: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Sort levels [tables, entries]; return them, and the new place of each."""
+    order = np.argsort(levels, axis=1, kind="stable")
+    rank = np.empty(order.shape, dtype=np.uint8)
+    np.put_along_axis(rank, order, np.arange(order.shape[1], dtype=np.uint8)[None, :], axis=1)
+    return np.take_along_axis(levels, order, axis=1), rank
 
 
 def reserved_entries(counts: Tensor, rows: Tensor, values: Tensor) -> Reserved:

@@ -20,6 +20,7 @@ from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
 
 KMEANS, EXACT, QUANTILES, FITTED, RANGE, ABSMAX = range(6)
+SETTLED = -1  # levels are there already
 SHARED = FITTED  # this rule and those after it stretch a shared codebook
 SCALES = 24  # that are tried for a column whose levels stand in a set
 LEAST_SCALE, MOST_SCALE = 0.75, 1.25  # over the largest level
@@ -33,7 +34,8 @@ class ColumnTask(NamedTuple):
     bits: [in] uint8.  offsets: [in + 1] int64, where a column's reserved entries go.
     tails: reserve from both ends of a column in equal number instead of by magnitude.
     fit_reserved: reserved entries take part in the fit.
-    rule: KMEANS ... ABSMAX.  books: [9, 256] float32, shared codebooks by width.
+    placed: reserved entries stay in the rows that they have.
+    rule: KMEANS ... ABSMAX, or SETTLED.  books: [9, 256] float32, shared codebooks by width.
     weights: [out] float32, importance of the rows.
     row_scales: [out] float32; what a row's values are divided by before the fit.
     level_set: [any] float32, ascending from -1 to 1, what levels over their column's scale may be;
@@ -48,6 +50,7 @@ class ColumnTask(NamedTuple):
     bits: NDArray[np.uint8]
     offsets: NDArray[np.int64]
     tails: bool
+    placed: bool
     fit_reserved: bool
     rule: int
     books: NDArray[np.float32]
@@ -83,6 +86,27 @@ class RealGridTask(NamedTuple):
     zeros: NDArray[np.float32]
     group_size: int
     top: np.float32
+
+
+class RowTask(NamedTuple):
+    """Columns on levels that each row has for itself, and that are fitted before.
+
+    levels: [2**width, out] float32 of float16 values, ascending.  borders: [2**width - 1, out]
+    float32, midway between them.
+    offsets: [in + 1] int64, where a column's reserved entries go.  tails, placed: as of ColumnTask.
+
+    codes: [in, out] uint8, written.  rows: [reserved] int64 and kept: [reserved] float32, written,
+    as of ColumnTask.
+    """
+
+    levels: NDArray[np.float32]
+    borders: NDArray[np.float32]
+    offsets: NDArray[np.int64]
+    tails: bool
+    placed: bool
+    codes: NDArray[np.uint8]
+    rows: NDArray[np.int64]
+    kept: NDArray[np.float32]
 
 
 class FormatTask(NamedTuple):
@@ -320,7 +344,10 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
     for row in range(rows):
         quantized[row] = values[row] / task.row_scales[row]
     start, stop = task.offsets[column], task.offsets[column + 1]
-    choose_reserved(quantized, stop - start, task.tails, chosen)
+    if task.placed:
+        _placed(task.rows[start:stop], chosen)
+    else:
+        choose_reserved(quantized, stop - start, task.tails, chosen)
     weights = task.weights
     if stop > start and not task.fit_reserved:
         weights = np.empty(rows, dtype=np.float32)
@@ -329,13 +356,15 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
     width = np.int64(task.bits[column])
     entries = 1 << width
     levels = np.empty(entries, dtype=np.float32)
-    scale, shift = find_levels(
-        quantized, weights, task.rule, task.books[width, :entries], task.level_set, levels
-    )
-    if len(task.scales):
-        task.scales[column, 0], task.scales[column, 1] = scale, shift
-    if task.rule < SHARED:
-        task.levels[column, :entries] = levels
+    if task.rule == SETTLED:
+        levels[:] = task.levels[column, :entries]
+    else:
+        book = task.books[width, :entries]
+        scale, shift = find_levels(quantized, weights, task.rule, book, task.level_set, levels)
+        if len(task.scales):
+            task.scales[column, 0], task.scales[column, 1] = scale, shift
+        if task.rule < SHARED:
+            task.levels[column, :entries] = levels
     written = task.codes[column]
     assign_codes(quantized, levels, written)
     if stop > start:
@@ -344,6 +373,14 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
         kept = levels[uintp(written[row])] * task.row_scales[row]
         kept = min(max(kept, -HALF_MAX), HALF_MAX)
         quantized[row] = round_half(values[row]) if chosen[row] else kept
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _placed(rows, chosen):  # type: ignore[no-untyped-def]
+    """Mark the rows that are given: [n] int64 -> [out] bool, overwritten."""
+    chosen[:] = False
+    for row in rows:
+        chosen[row] = True
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
@@ -357,6 +394,44 @@ def reserve(values, chosen, place, codes, task):  # type: ignore[no-untyped-def]
             codes[row] = 0
             task.rows[place], task.kept[place] = row, round_half(values[row])
             place += 1
+
+
+@codes(RowTask)
+@njit(cache=True, nogil=True, error_model="numpy")
+def code_by_row(values, column, task, quantized):  # type: ignore[no-untyped-def]
+    """Reserve entries of a column and code it on the levels of rows, see `code_column`."""
+    written = task.codes[column]
+    written[:] = 0
+    for entry in range(len(task.borders)):
+        border = task.borders[entry]
+        for row in range(len(values)):
+            written[row] += np.uint8(values[row] > border[row])
+    for row in range(len(values)):
+        quantized[row] = task.levels[uintp(written[row]), uintp(row)]
+    start, stop = task.offsets[column], task.offsets[column + 1]
+    if stop > start:
+        chosen = np.empty(len(values), dtype=np.bool_)
+        if task.placed:
+            _placed(task.rows[start:stop], chosen)
+        else:
+            choose_reserved(values, stop - start, task.tails, chosen)
+        reserve(values, chosen, start, written, task)
+        for place in range(start, stop):
+            quantized[task.rows[place]] = task.kept[place]
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def fit_rows(weight, weights, left_out, rule, levels):  # type: ignore[no-untyped-def]
+    """Write the levels of each row, float16 values, ascending.
+
+    weight: [out, in] float32.  weights: [in] float32, of the columns.  left_out: [out, in] bool.
+    rule: KMEANS or EXACT.  levels: [out, entries] float32, overwritten.
+    """
+    own, level_set = np.empty_like(weights), np.empty(0, dtype=np.float32)
+    for row in range(len(weight)):
+        for column in range(len(own)):
+            own[column] = np.float32(0.0) if left_out[row, column] else weights[column]
+        find_levels(weight[row], own, rule, levels[row], level_set, levels[row])
 
 
 @codes(GridTask)

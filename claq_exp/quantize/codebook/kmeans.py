@@ -95,6 +95,11 @@ class KMeans(Codebook):
         packed = [8 * packed_bytes(2 ** int(width), self.snap_bits) for width in widths]
         return HALF + np.array(packed, dtype=np.int64)
 
+    @property
+    def free_levels(self) -> bool:
+        """Whether a solver may choose the levels: not where columns share a codebook or a set."""
+        return not self.shared and self.snap == FREE
+
     def layout(self, rows: int, plan: ColumnPlan) -> Layout:
         """Return how a matrix of so many rows is stored with a plan."""
         coded = rows, plan.column_bits, plan.reserved_counts

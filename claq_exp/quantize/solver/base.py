@@ -33,6 +33,7 @@ class Prepared:
     raised: the damping had to be larger than what was asked for.
     nearest: why nothing is compensated although it was asked for: "unfed", all inputs are dead, or
         "indefinite", no damping was enough; else empty.
+    diagonal: [in] float32, of the Hessian, for codebooks that ask for it; may be left out.
     """
 
     order: Tensor
@@ -42,6 +43,7 @@ class Prepared:
     damping: float | None = None
     raised: bool = False
     nearest: str = ""
+    diagonal: Tensor | None = None
 
     def cpu(self) -> Self:
         """Return the same on the CPU."""
@@ -62,7 +64,12 @@ class Prepared:
     ) -> ColumnStatistics:
         """Return what the other strategies may know of a matrix.  row_weights: [out] float32."""
         return ColumnStatistics(
-            problem.weight, self.distortion_weight, self.order, problem.name, row_weights
+            problem.weight,
+            self.distortion_weight,
+            self.order,
+            problem.name,
+            row_weights,
+            self.diagonal,
         )
 
 
@@ -104,6 +111,11 @@ class Solver(Protocol):
     def work(self) -> tuple[int, int]:
         """Float32 matrices [in, in] and [out, in] beside a column loop's, for the plan."""
         return 0, 0
+
+    @property
+    def fits_levels(self) -> bool:
+        """Whether the solver chooses levels: it is refused with codebooks that forbid it."""
+        return False
 
     @property
     def wants(self) -> frozenset[str]:

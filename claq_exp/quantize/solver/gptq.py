@@ -112,6 +112,7 @@ class Gptq(ColumnLoop):
             raised=damping > self.damping,
             nearest="unfed" if dead.all() else "",
             correction=correction,
+            diagonal=diagonal.float(),
         )
 
 

@@ -25,4 +25,5 @@ class Nearest(ColumnLoop):
             added=torch.zeros_like(diagonal),
             dead=diagonal == 0,
             block_size=len(diagonal),
+            diagonal=diagonal.float(),
         )

@@ -101,11 +101,13 @@ class QuantEase(Gptq):
         coded = torch.empty(problem.weight.t().shape)
         quantize_columns(problem.weight, loop, quantizer, coded)
         descent = Descent(problem.weight, prepared, quantizer, coded, statistics.importance())
-        for _ in range(self.sweeps):
-            if not descent.sweep():
-                break
+        self._descend(descent)
         solved = describe(problem, prepared, quantizer.payload(), descent.loss())
         return replace(solved, unconverged=quantizer.unconverged)
+
+    def _descend(self, descent: Descent) -> None:
+        """Lower the loss of a matrix that is coded."""
+        descent.sweeps(self.sweeps)
 
     def solve_together(self, *_: object) -> None:
         """Return None: the CPU solves, see Solver."""
@@ -118,6 +120,7 @@ class Descent:
     weight: [out, in] float32.  quantizer: has coded every column.
     coded: [in, out] float32, the columns that it was given.
     importance: [out] float32, of the rows, for the codebooks and what counts as nearer.
+    found: [in, out] float32, the columns as they are stored.
     """
 
     def __init__(
@@ -128,43 +131,68 @@ class Descent:
         coded: Tensor,
         importance: Tensor,
     ) -> None:
-        self._system, self._quantizer, self._coded = system, quantizer, coded
+        self.system, self.quantizer, self._coded = system, quantizer, coded
         order = system.order
-        self._found = quantizer.payload().dequantize().t().index_select(0, order)
-        self._missed = self._found - weight.t().index_select(0, order)
-        self._weights = importance.numpy()
+        self.found = quantizer.payload().dequantize().t().index_select(0, order)
+        self._missed = self.found - weight.t().index_select(0, order)
+        self.importance = importance
         self._wanted = None if system.lost is None else system.lost.t() @ weight.t()
+
+    def sweeps(self, count: int) -> float:
+        """Sweep so often, or until nothing changes; return by how much the loss fell."""
+        gained = 0.0
+        for _ in range(count):
+            more = self.sweep()
+            if not more:
+                break
+            gained += more
+        return gained
 
     def sweep(self) -> float:
         """Code every column once more; return by how much the loss fell."""
-        hessian, step = self._system.hessian, self._system.block_size
+        hessian, step = self.system.hessian, self.system.block_size
         diagonal, gained = hessian.diagonal(), 0.0
+        weights = self.importance.numpy()
         for block in bands(len(hessian), step):
-            slope = hessian[block] @ self._missed
-            if self._wanted is not None:
-                slope -= self._wanted[block]
             scale = diagonal[block, None]
-            moved = torch.addcdiv(self._found[block], slope, scale, value=-1)
+            moved = torch.addcdiv(self.found[block], self.slope(block), scale, value=-1)
             gains = _descend(
-                self._quantizer,
-                self._system.order[block].numpy(),
+                self.quantizer,
+                self.system.order[block].numpy(),
                 moved.numpy(),
                 (hessian[block, block] / scale).numpy(),
-                self._found[block].numpy(),
+                self.found[block].numpy(),
                 self._coded[block].numpy(),
-                self._weights,
+                weights,
             )
             self._missed[block] += moved
             gained += float(torch.from_numpy(gains) @ scale[:, 0].double())
         return gained
 
+    def slope(self, columns: slice) -> Tensor:
+        """Return half of how the loss grows with the stored values of some columns: [some, out]."""
+        slope = self.system.hessian[columns] @ self._missed
+        if self._wanted is not None:
+            slope -= self._wanted[columns]
+        return slope
+
+    def settle(self, levels: Tensor, found: Tensor) -> None:
+        """Take other levels for the codes as they are, and keep them from now on.
+
+        levels: see `ColumnQuantizer.settle`.  found: [in, out] float32, what is stored then.
+        """
+        self.quantizer.settle(levels)
+        self._missed += found - self.found
+        self.found.copy_(found)
+        self._coded.copy_(found)  # a column goes back to its levels when it is coded to them
+
     def loss(self) -> float:
         """Return tr(D (H + diag(added)) D^T) without dead columns."""
         missed = self._missed.clone()
-        missed[self._system.dead[self._system.order]] = 0.0
+        missed[self.system.dead[self.system.order]] = 0.0
         total = 0.0
-        for block in bands(len(missed), self._system.block_size):
-            product = self._system.hessian[block] @ missed
+        for block in bands(len(missed), self.system.block_size):
+            product = self.system.hessian[block] @ missed
             total += float(product.mul_(missed[block]).sum(dtype=torch.float64))
         return total
 

@@ -139,6 +139,7 @@ def _objection(kernel: Kernel, operand: Operand) -> str | None:
         tuple((p.width, p.columns is None, p.levels is None) for p in operand.parts),
         operand.grid is None,
         operand.row_scales is None,
+        operand.row_levels is None,
         len(operand.reserved_rows) == 0,
         operand.rows % VECTOR,
     )

@@ -1,6 +1,7 @@
 /* Multiplies rows of activations by a matrix of packed codes without ever expanding it.
  *
  *     y[a][i] = row_scale[i] * sum_j levels[j][code[i][j]] * x[a][j]                (levels)
+ *     y[a][i] = sum_j levels[i][code[i][j]] * x[a][j]                           (levels of rows)
  *     y[a][i] = sum_g scale[i][g] * sum_{j in g} (code[i][j] - zero[i][g]) * x[a][j]  (row grid)
  *
  * and, per reserved entry (i, j), delta * x[a][j] on top.  Codes of one column lie one after the
@@ -50,6 +51,8 @@ typedef struct {
     const int64_t *reserved_starts; /* [rows + 1] into the next two, or NULL */
     const int32_t *reserved_columns;
     const float *reserved_deltas;
+    int64_t row_stride;      /* floats from the levels of one code to those of the next one */
+    const float *row_levels; /* [2**width][row_stride], or NULL */
 } Matrix;
 
 /* `lookup` returns table[code] for the codes of LANES rows at `codes`; of an index only the lowest
@@ -178,6 +181,50 @@ INLINE Vector lookup(int width, const uint8_t *codes, const float *table) {
 
 INLINE Vector load(const float *p) { Vector v; memcpy(&v, p, sizeof v); return v; }
 INLINE void store(float *p, Vector v) { memcpy(p, &v, sizeof v); }
+
+/* Looks the codes of LANES rows up, each in levels of its own row: levels[code * stride + row]. */
+#if defined(__AVX512F__) && defined(__AVX512BW__)
+INLINE Vector row_lookup(int width, const uint8_t *codes, const float *levels, int64_t stride) {
+    const __m512i row = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    if (width == 1)
+        return _mm512_mask_blend_ps(load16(codes), _mm512_loadu_ps(levels),
+                                    _mm512_loadu_ps(levels + stride));
+    __m512i index;
+    if (width == 2)
+        index = _mm512_srlv_epi32(_mm512_set1_epi32((int)load32(codes)), _mm512_slli_epi32(row, 1));
+    else if (width <= 4)
+        index = wide_codes(width, _mm512_set1_epi64((long long)load64(codes)));
+    else
+        index = wide_codes(
+            width, _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)(const void *)codes)));
+    if (width <= 4) { /* chooses by bit after bit: faster than loads of 16 places */
+        Vector found[8];
+        const __mmask16 odd = _mm512_test_epi32_mask(index, _mm512_set1_epi32(1));
+        UNROLL for (int pair = 0; pair < 1 << (width - 1); pair++)
+            found[pair] = _mm512_mask_blend_ps(odd, _mm512_loadu_ps(levels + 2 * pair * stride),
+                                               _mm512_loadu_ps(levels + (2 * pair + 1) * stride));
+        UNROLL for (int bit = 1; bit < width; bit++) {
+            const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(1 << bit));
+            UNROLL for (int part = 0; part < 1 << (width - 1 - bit); part++)
+                found[part] = _mm512_mask_blend_ps(upper, found[2 * part], found[2 * part + 1]);
+        }
+        return found[0];
+    }
+    index = _mm512_and_si512(index, _mm512_set1_epi32((1 << width) - 1));
+    index = _mm512_add_epi32(_mm512_mullo_epi32(index, _mm512_set1_epi32((int)stride)), row);
+    return _mm512_i32gather_ps(index, levels, 4);
+}
+#else
+INLINE Vector row_lookup(int width, const uint8_t *codes, const float *levels, int64_t stride) {
+    uint64_t word = 0;
+    for (int byte = 0; byte < width; byte++)
+        word |= (uint64_t)codes[byte] << (8 * byte);
+    Vector found;
+    for (int row = 0; row < LANES; row++)
+        found[row] = levels[(int64_t)((word >> (row * width)) & ((1u << width) - 1)) * stride + row];
+    return found;
+}
+#endif
 
 typedef struct {
     int columns;
@@ -316,6 +363,23 @@ DECODED(2)
 DECODED(4)
 #define decoded_8(...) /* a single activation row alone */
 
+/* Sums over the chunk's columns for LANES rows that have levels of their own. */
+INLINE void row_tile(int width, const Matrix *m, const Chunk *chunk, const uint8_t *codes,
+                     int64_t stride, int64_t row, int n, float *y) {
+    const float *own = m->row_levels + row;
+    if (n > 1) {
+        float levels[CHUNK * LANES];
+        for (int c = 0; c < chunk->columns; c++)
+            store(levels + c * LANES, row_lookup(width, codes + c * stride, own, m->row_stride));
+        decoded_1(0, m, chunk, levels, row, n, y); /* width 0: in the order of rows */
+        return;
+    }
+    Vector sums = {0};
+    for (int c = 0; c < chunk->columns; c++)
+        sums += chunk->x[0][c][0] * row_lookup(width, codes + c * stride, own, m->row_stride);
+    add_sums(m, chunk, 0, row, sums, y);
+}
+
 /* Handles `count` rows / LANES from `*group` on, as long as that many are left. */
 #define TILES(vectors)                                                                           \
     for (; *group + (vectors) <= end; *group += (vectors)) {                                     \
@@ -368,16 +432,24 @@ INLINE void multiply_part(int width, int batch, const Matrix *m, const Part *par
         chunk.stride = part->stride;
         chunk.codes = part->codes + first * part->stride;
         fill_x(batch, m, part, first, n, x, &chunk);
-        fill_tables(width, part->levels ? part->levels + (first << width) : NULL, batch == 1,
-                    &chunk);
         int64_t group = begin;
-        whole_groups(width, batch, m, &chunk, &group, safe, n, y);
+        if (m->row_levels) {
+            for (; group < safe; group++)
+                row_tile(width, m, &chunk, chunk.codes + group * bytes, chunk.stride,
+                         group * LANES, n, y);
+        } else {
+            fill_tables(width, part->levels ? part->levels + (first << width) : NULL, batch == 1,
+                        &chunk);
+            whole_groups(width, batch, m, &chunk, &group, safe, n, y);
+        }
         for (; group < end; group++) {
             int64_t left = part->stride - group * bytes;
             for (int c = 0; c < chunk.columns; c++)
                 memcpy(copy[c], chunk.codes + c * chunk.stride + group * bytes,
                        (size_t)(left < GROUP_BYTES ? left : GROUP_BYTES));
-            for (int a = 0; a < n; a += batch)
+            if (m->row_levels)
+                row_tile(width, m, &chunk, copy[0], GROUP_BYTES, group * LANES, n, y);
+            for (int a = 0; a < n && !m->row_levels; a += batch)
                 tile(width, batch, 1, m, &chunk, copy[0], GROUP_BYTES, 0, group * LANES, a, n, y);
         }
     }

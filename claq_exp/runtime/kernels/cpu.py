@@ -49,6 +49,8 @@ class _Matrix(ctypes.Structure):
         ("reserved_starts", c_void_p),
         ("reserved_columns", c_void_p),
         ("reserved_deltas", c_void_p),
+        ("row_stride", c_int64),
+        ("row_levels", c_void_p),
     ]
 
 
@@ -146,6 +148,10 @@ def _pack(operand: Operand) -> PackedMatrix:
         matrix.grid_stride = operand.rows + extra
         matrix.scales = pointer(pad(operand.grid.scales.t(), (0, extra)))
         matrix.zeros = pointer(pad(operand.grid.zeros.t(), (0, extra)))
+    if operand.row_levels is not None:
+        extra = -operand.rows % LANES_MOST
+        matrix.row_stride = operand.rows + extra
+        matrix.row_levels = pointer(pad(operand.row_levels.t(), (0, extra)))
     matrix.row_scales = pointer(operand.row_scales)
     if len(operand.reserved_rows):
         entries = reserved_by_row(operand)

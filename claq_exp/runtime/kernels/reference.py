@@ -78,6 +78,8 @@ def dense_rows(operand: Operand, start: int, stop: int) -> Tensor:
         group = torch.arange(operand.columns, device=operand.device) // grid.group_size
         zeros = grid.zeros[start:stop][:, group]
         dense = grid.scales[start:stop][:, group] * (dense - zeros)
+    if operand.row_levels is not None:
+        dense = operand.row_levels[start:stop].gather(1, dense.long())
     if operand.decoder is not None:
         columns = torch.arange(operand.columns, device=operand.device)
         dense = operand.decoder.values(dense, columns, slice(start, stop))

@@ -26,6 +26,7 @@ from claq_exp.runtime.kernels.triton_operand import (
     TritonPart,
     TritonReserved,
     prepare,
+    run_rows,
 )
 from claq_exp.system.accelerator import ROCM
 
@@ -176,16 +177,17 @@ def _launches(prepared: TritonOperand, n: int, tuning: Tuning) -> list[_Launch]:
 def _launch_of(prepared: TritonOperand, part: TritonPart, n: int, tuning: Tuning) -> _Launch:
     k, rows = len(part.codes), prepared.rows
     family = family_of(part.width, n)
+    if family == "joint" and part.row_levels is not None:
+        family = "lookups"  # every row has a table of its own
     batch = MOST_TILES if family == "tiles" else 1 << (n - 1).bit_length()
     chosen = configuration(tuning, family, part.width, rows * k)
     programs = chosen.pop("programs")
     warps = chosen.pop("warps", chosen["lanes"])
-    # The fewest rows whose codes fill whole words.
-    run_rows = 32 // (part.width & -part.width)
+    height = run_rows(part.width)
     constants = {
         "width": part.width,
-        "words": run_rows * part.width // 32,
-        "run_rows": run_rows,
+        "words": height * part.width // 32,
+        "run_rows": height,
         "batch": batch,
         **chosen,
     }
@@ -193,7 +195,7 @@ def _launch_of(prepared: TritonOperand, part: TritonPart, n: int, tuning: Tuning
     if family == "joint":
         constants["joined"] = JOINED[part.width]
         step *= JOINED[part.width]
-    row_blocks = _ceil(rows, 32 * run_rows * chosen.get("runs", 1))
+    row_blocks = _ceil(rows, 32 * height * chosen.get("runs", 1))
     block = k if prepared.grid is None else min(prepared.grid.size, k)
     blocks = _ceil(k, block)
     shares = _ceil(programs * prepared.multiprocessors, row_blocks * blocks)
@@ -265,11 +267,13 @@ def _launch_part(
         part.columns,
         part.codes,
         part.levels,
+        part.row_levels,
         partial,
         n,
         size,
         len(part.codes),
         partial.shape[2],
+        _ceil(partial.shape[2], run_rows(part.width)),
         part.codes.shape[1],
         launch.block,
         launch.per_block,
@@ -346,6 +350,7 @@ def _dense(
             part.columns,
             part.codes,
             part.levels,
+            part.row_levels,
             prepared.row_scales,
             None if grid is None else grid.scales,
             None if grid is None else grid.zeros,
@@ -354,6 +359,7 @@ def _dense(
             prepared.columns,
             k,
             prepared.rows,
+            _ceil(prepared.rows, run_rows(part.width)),
             pitch,
             1 if grid is None else grid.size,
             first,

@@ -73,22 +73,29 @@ def level_table(levels_ptr, column, last, width: tl.constexpr, skipped: tl.const
 def run_levels(
     codes_ptr,
     levels_ptr,
+    row_levels_ptr,
     table,
     column,
     last,
-    word,
+    run,
+    runs,
     pitch,
     width: tl.constexpr,
     words: tl.constexpr,
     run_rows: tl.constexpr,
 ):
-    """Return the levels of the rows of a run, `run_rows` tensors [lanes, 32] float32."""
+    """Return the levels of the rows of a run [32], `run_rows` tensors [lanes, 32] float32."""
+    word = run[None, :] * words
     read = read_words(codes_ptr, column, last, word, pitch, 1, words)
     levels = ()
     for position in tl.static_range(run_rows):
         code = _code_at(read, width, position)
         if table is not None:
             level = tl.gather(table, code, 1)
+        elif row_levels_ptr is not None:
+            at = (position * 2**width + code) * runs + run[None, :]
+            inside = (column < last)[:, None] & (run < runs)[None, :]
+            level = tl.load(row_levels_ptr + at, mask=inside, other=0.0)
         elif levels_ptr is None:
             level = code.to(tl.float32)
         else:

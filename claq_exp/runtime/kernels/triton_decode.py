@@ -85,11 +85,13 @@ def sum_lookups(
     columns_ptr,
     codes_ptr,
     levels_ptr,
+    row_levels_ptr,
     partial_ptr,
     n,
     size,
     k,
     rows,
+    row_runs,
     pitch,
     block,
     per_block,
@@ -108,7 +110,8 @@ def sum_lookups(
     fewest rows whose codes fill whole words (`run_rows` in `words`); a thread owns a run and walks
     every `lanes`-th column.
     inputs: [n, size].  columns: [k] int32 or None.  codes: [k, pitch] int32.  levels:
-    [k, 2**width] float32, or None where a code is its own level.  partial: [splits, n, rows]
+    [k, 2**width] float32, or None where a code is its own level.  row_levels: [run_rows, 2**width,
+    row_runs] float32, levels of rows in place of both, or None.  partial: [splits, n, rows]
     float32, written from split `first_split` on.
     """
     run = tl.program_id(0) * WARP + tl.arange(0, WARP)
@@ -120,9 +123,19 @@ def sum_lookups(
         table = None
         if width <= 5 and levels_ptr is not None:
             table = level_table(levels_ptr, column, last, width, 0)
-        word = run[None, :] * words
         levels = run_levels(
-            codes_ptr, levels_ptr, table, column, last, word, pitch, width, words, run_rows
+            codes_ptr,
+            levels_ptr,
+            row_levels_ptr,
+            table,
+            column,
+            last,
+            run,
+            row_runs,
+            pitch,
+            width,
+            words,
+            run_rows,
         )
         factors = ()
         for b in tl.static_range(batch):
@@ -145,11 +158,13 @@ def sum_joint_lookups(
     columns_ptr,
     codes_ptr,
     levels_ptr,
+    row_levels_ptr,
     partial_ptr,
     n,
     size,
     k,
     rows,
+    row_runs,
     pitch,
     block,
     per_block,
@@ -209,11 +224,13 @@ def sum_tiles(
     columns_ptr,
     codes_ptr,
     levels_ptr,
+    row_levels_ptr,
     partial_ptr,
     n,
     size,
     k,
     rows,
+    row_runs,
     pitch,
     block,
     per_block,
@@ -242,9 +259,19 @@ def sum_tiles(
         table = None
         if width <= 5 and levels_ptr is not None:
             table = level_table(levels_ptr, column, last, width, 0)
-        word = run[None, :] * words
         levels = run_levels(
-            codes_ptr, levels_ptr, table, column, last, word, pitch, width, words, run_rows
+            codes_ptr,
+            levels_ptr,
+            row_levels_ptr,
+            table,
+            column,
+            last,
+            run,
+            row_runs,
+            pitch,
+            width,
+            words,
+            run_rows,
         )
         tile = tl.reshape(_stacked(levels, run_rows), [lanes, WARP * run_rows])
         inside = (b < n)[:, None] & (column < last)[None, :]

@@ -10,7 +10,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _levels_at(codes_ptr, levels_ptr, column, row, inside, pitch, width: tl.constexpr):
+def _levels_at(
+    codes_ptr, levels_ptr, row_levels_ptr, column, row, inside, pitch, row_runs, width: tl.constexpr
+):
     """Return what the codes of columns [a, 1] at rows [1, b] stand for: [a, b] float32."""
     bit = row * width
     word, shift = bit >> 5, (bit & 31).to(tl.uint32)
@@ -24,6 +26,10 @@ def _levels_at(codes_ptr, levels_ptr, column, row, inside, pitch, width: tl.cons
     level = code.to(tl.float32)
     if levels_ptr is not None:
         level = tl.load(levels_ptr + column * (2**width) + code, mask=inside, other=0.0)
+    if row_levels_ptr is not None:
+        run_rows: tl.constexpr = 32 // (width & -width)
+        at = (row % run_rows * (2**width) + code) * row_runs + row // run_rows
+        level = tl.load(row_levels_ptr + at, mask=inside, other=0.0)
     return level
 
 
@@ -32,6 +38,7 @@ def dequantize(
     columns_ptr,
     codes_ptr,
     levels_ptr,
+    row_levels_ptr,
     row_scales_ptr,
     grid_scales_ptr,
     zeros_ptr,
@@ -40,6 +47,7 @@ def dequantize(
     size,
     k,
     rows,
+    row_runs,
     pitch,
     group_size,
     first_row,
@@ -62,7 +70,17 @@ def dequantize(
         row = tl.load(rows_ptr + number, mask=there, other=0).to(tl.int32)
         there &= (row >= 0) & (row < rows)
     inside = (column < k)[:, None] & there[None, :]
-    value = _levels_at(codes_ptr, levels_ptr, column[:, None], row[None, :], inside, pitch, width)
+    value = _levels_at(
+        codes_ptr,
+        levels_ptr,
+        row_levels_ptr,
+        column[:, None],
+        row[None, :],
+        inside,
+        pitch,
+        row_runs,
+        width,
+    )
     if grid_scales_ptr is not None:
         at = (column // group_size)[:, None] * rows + row[None, :]
         scale = tl.load(grid_scales_ptr + at, mask=inside, other=0.0)

@@ -17,6 +17,8 @@ class TritonPart:
 
     columns: [k] int32 or None.  codes: [k, pitch] int32.  levels: as in Part.  half: float16 holds
     every level.
+    row_levels: [run_rows, 2**width, runs] float32, levels of rows, or None: row i is number
+    i % run_rows of run i // run_rows, and lanes of a warp own neighbouring runs.
     """
 
     width: int
@@ -24,6 +26,12 @@ class TritonPart:
     codes: Tensor
     levels: Tensor | None
     half: bool
+    row_levels: Tensor | None = None
+
+
+def run_rows(width: int) -> int:
+    """Return the fewest rows whose codes fill whole words: a run."""
+    return 32 // (width & -width)
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ def prepare(operand: Operand) -> TritonOperand:
     return TritonOperand(
         rows=operand.rows,
         columns=operand.columns,
-        parts=tuple(_prepare_part(part) for part in operand.parts),
+        parts=tuple(_prepare_part(part, operand.row_levels) for part in operand.parts),
         grid=None if operand.grid is None else _prepare_grid(operand.grid),
         row_scales=operand.row_scales,
         reserved=_prepare_reserved(operand) if len(operand.reserved_rows) else None,
@@ -82,19 +90,28 @@ def prepare(operand: Operand) -> TritonOperand:
     )
 
 
-def _prepare_part(part: Part) -> TritonPart:
+def _prepare_part(part: Part, row_levels: Tensor | None) -> TritonPart:
     codes = part.codes.contiguous()
     if codes.shape[1] % 4 or codes.data_ptr() % 4:
         # Kernels read whole words; of the shapes of language models none needs this copy.
         codes = functional.pad(codes, (0, -codes.shape[1] % 4)).clone()
     levels = part.levels
+    known = levels if row_levels is None else row_levels
     return TritonPart(
         width=part.width,
         columns=None if part.columns is None else part.columns.int(),
         codes=codes.view(torch.int32),
         levels=None if levels is None else levels.contiguous(),
-        half=levels is None or torch.equal(levels.half().float(), levels),
+        half=known is None or torch.equal(known.half().float(), known),
+        row_levels=None if row_levels is None else _by_run(row_levels, run_rows(part.width)),
     )
+
+
+def _by_run(row_levels: Tensor, size: int) -> Tensor:
+    """Return [out, entries] as [size, entries, runs], with zeros in the last run."""
+    rows, entries = row_levels.shape
+    padded = functional.pad(row_levels, (0, 0, 0, -rows % size))
+    return padded.view(-1, size, entries).permute(1, 2, 0).contiguous()
 
 
 def _prepare_grid(grid: RowScales) -> TritonGrid:
