@@ -44,6 +44,7 @@ LATER = {  # and what stands for nothing
     "head": {"name": "same"},
     "evaluation.after": [],
     "solver.asymmetric": 0,
+    "objective": {"name": "plain"},
 }
 _ABSENT = object()
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again

@@ -115,6 +115,11 @@ class Solver(Protocol):
         """
         return frozenset()
 
+    @property
+    def row_groups(self) -> bool:
+        """Whether groups of rows may have a Hessian each."""
+        return False
+
     def prepare(self, moments: Moments) -> Prepared:
         """Do what is the same for all linears with one input.
 
