@@ -85,7 +85,8 @@ def survey_model(
                 full_name = f"{path}.{index}.{name}"
                 distortion = prepared.distortion_weight * measured.share
                 if not gradients:
-                    whole = (weight @ measured.hessian.float()).mul_(weight).sum()
+                    hessian = Moments(measured.hessian).single().float()
+                    whole = (weight @ hessian).mul_(weight).sum()
                     distortion = distortion / whole.clamp(min=torch.finfo(torch.float32).tiny)
                 statistics[full_name] = ColumnStatistics(
                     weight, distortion, prepared.order, full_name, importance.get(full_name)
@@ -155,7 +156,10 @@ def statistics_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 @dataclass(frozen=True)
 class GroupHessian:
-    """A group of linears, the Hessian of its input, and the share of all tokens that it saw."""
+    """A group of linears, the Hessian of its input, and the share of all tokens that it saw.
+
+    hessian: [in, in] float64, or [groups, in, in] for groups of rows.
+    """
 
     names: tuple[str, ...]
     hessian: Tensor
@@ -206,7 +210,8 @@ def _measured(
     seen = sum(accumulator.tokens for accumulator in accumulators)
     for group, accumulator in zip(wave, accumulators, strict=True):
         if accumulator.tokens:
-            hessian = accumulator.moments().single()
+            found = accumulator.moments()
+            hessian = found.hessian if found.groups > 1 else found.single()
         else:
             hessian = _mean(accumulators, seen)
         yield GroupHessian(group.names, hessian, max(accumulator.tokens, 1) / tokens)

@@ -18,10 +18,11 @@ def results(tmp_path: Path, name: str) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["plain", "asymmetric", "allocated"])
+@pytest.mark.parametrize("name", ["plain", "asymmetric", "allocated", "groups"])
 def test_a_weighed_run_from_plan_to_numbers(name, tiny_run, tmp_path, capfd):
     more = {
         "plain": COARSE,
+        "groups": [*COARSE, "objective.groups=2", "solver=quantease", "solver.sweeps=1"],
         "asymmetric": [*COARSE, "solver.asymmetric=0.25"],
         "allocated": [
             "allocation=rate_distortion",
@@ -35,7 +36,9 @@ def test_a_weighed_run_from_plan_to_numbers(name, tiny_run, tmp_path, capfd):
     assert main(words) == 0
     found = results(tmp_path, name)
     assert found["timings"]["gradients"] > 0
-    assert found["config"]["objective"] == {"name": "output_gradient", "groups": 1, "power": 1.0}
+    groups = 2 if name == "groups" else 1
+    expected = {"name": "output_gradient", "groups": groups, "power": 1.0}
+    assert found["config"]["objective"] == expected
     assert not list((tmp_path / "outputs" / name).rglob("work"))
 
 

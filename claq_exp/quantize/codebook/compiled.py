@@ -32,7 +32,8 @@ class ColumnTask(NamedTuple):
     tails: reserve from both ends of a column in equal number instead of by magnitude.
     fit_reserved: reserved entries take part in the fit.
     rule: KMEANS ... ABSMAX.  books: [9, 256] float32, shared codebooks by width.
-    weights: [out] float32, importance of the rows.
+    weights: [out] float32, importance of the rows.  shares: [groups, in] float32, what that is
+    multiplied by in a column for each group of neighbouring rows; [0, in] for all alike.
     row_scales: [out] float32; what a row's values are divided by before the fit.
 
     codes: [in, out] uint8.  levels: [in, 2**widest] float32 of float16 values, of columns with a
@@ -47,6 +48,7 @@ class ColumnTask(NamedTuple):
     rule: int
     books: NDArray[np.float32]
     weights: NDArray[np.float32]
+    shares: NDArray[np.float32]
     row_scales: NDArray[np.float32]
     codes: NDArray[np.uint8]
     levels: NDArray[np.float32]
@@ -252,10 +254,15 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
     start, stop = task.offsets[column], task.offsets[column + 1]
     choose_reserved(quantized, stop - start, task.tails, chosen)
     weights = task.weights
-    if stop > start and not task.fit_reserved:
+    if len(task.shares):
         weights = np.empty(rows, dtype=np.float32)
+        size = rows // len(task.shares)
         for row in range(rows):
-            weights[row] = np.float32(0.0) if chosen[row] else task.weights[row]
+            weights[row] = task.weights[row] * task.shares[row // size, column]
+    if stop > start and not task.fit_reserved:
+        given, weights = weights, np.empty(rows, dtype=np.float32)
+        for row in range(rows):
+            weights[row] = np.float32(0.0) if chosen[row] else given[row]
     width = np.int64(task.bits[column])
     entries = 1 << width
     levels = np.empty(entries, dtype=np.float32)

@@ -65,6 +65,11 @@ class Prepared:
             problem.weight, self.distortion_weight, self.order, problem.name, row_weights
         )
 
+    def excess(self, difference: Tensor) -> float:
+        """Return what `added` adds to the loss of a difference [out, in]; dead columns add none."""
+        squares = _column_squares(difference)
+        return float((squares * self.added)[~self.dead].sum())
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -170,10 +175,7 @@ def describe(
         )
     difference = quantized.dequantize().sub_(weight)
     squares, norm = _column_squares(difference), float(_column_squares(weight).sum())
-    if loss is None:
-        wrong = problem.error(difference)
-    else:  # what was added to the diagonal is taken off; dead columns are not in it
-        wrong = loss - float((squares * prepared.added)[~prepared.dead].sum())
+    wrong = problem.error(difference) if loss is None else loss - prepared.excess(difference)
     whole = problem.energy()
     return Solved(
         quantized=quantized,
