@@ -64,7 +64,10 @@ class OutputGradient(Objective):
     share the mean of g^2, so that their Hessian is sum over tokens of mean(g^2) x x^T.
 
     groups: neighbouring rows of a matrix, in so many groups, each with a Hessian of its own.
-    power: of the mean of g^2; 1 is the paper's, 0 makes all tokens alike.
+    power: of the mean of g^2; 1 is the paper's, and towards 0 all tokens become alike.
+    clip: the most that a token may weigh, where 1 is the mean; null for no bound, as in the paper.
+        A few tokens can have nearly all of the weight, e.g. the first of each window, to which
+        attention looks, in the matrix of its values.  A Hessian of so few tokens fits their noise.
 
     Source: GuidedQuant (arXiv 2505.07004), eq. 7.
     """
@@ -72,6 +75,7 @@ class OutputGradient(Objective):
     wants: ClassVar[frozenset[str]] = frozenset({OUTPUT_GRADIENTS})
     groups: int = 1
     power: float = 1.0
+    clip: float | None = None
 
     def __post_init__(self) -> None:
         if self.groups < 1:
@@ -83,13 +87,39 @@ class OutputGradient(Objective):
                 f"objective.power is {self.power}; give a number in (0, 1], or objective=plain"
             )
 
+        if self.clip is not None and not self.clip > 1:
+            raise ConfigError(
+                f"objective.clip is {self.clip}; give a number above 1, the mean weight, or null"
+            )
+
     def weights(self, squares: Tensor) -> Tensor:
         """Return the weights, see Objective.  Outputs that change nothing weigh 1."""
         largest = squares.max()
         if not largest > 0:
             return torch.ones_like(squares)
-        powers = (squares / largest).pow(self.power)
-        return (powers / powers.mean(dtype=torch.float64)).float()
+        powers = (squares / largest).double().pow(self.power)
+        if self.clip is not None:
+            powers = clipped(powers, self.clip)
+        return (powers / powers.mean()).float()
+
+
+def clipped(values: Tensor, times: float) -> Tensor:
+    """Return values cut to a bound that is so many times the mean of what is returned.
+
+    values: float64, none negative.  times: above 1.
+    With the k largest of n cut to b and S the sum of the others, b = times (k b + S) / n: of the k
+    for which b is no less than the others, the smallest.  Where so few values differ from 0 that
+    there is none, they all become alike.
+    """
+    ordered = values.reshape(-1).sort(descending=True).values
+    size = len(ordered)
+    rest = ordered.flip(0).cumsum(0).flip(0)  # of a value and all smaller ones
+    left = size / times - torch.arange(size, dtype=values.dtype, device=values.device)
+    bounds = torch.where(left > 0, rest / left, torch.inf)
+    fits = (bounds >= ordered) & (left > 0) & (rest > 0)
+    if not fits.any():
+        return (values > 0).to(values.dtype)
+    return values.clamp(max=bounds[fits.int().argmax()])
 
 
 PLAIN = Plain()
