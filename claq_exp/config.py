@@ -19,6 +19,7 @@ from claq_exp.quantize.activation import ACTIVATION, Activation
 from claq_exp.quantize.budget import BudgetConfig
 from claq_exp.quantize.codebook import CODEBOOK
 from claq_exp.quantize.ends import EMBEDDING, HEAD, EndRule
+from claq_exp.quantize.objective import OBJECTIVE, Objective
 from claq_exp.quantize.precision import PRECISION
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import RESERVATION
@@ -39,6 +40,7 @@ FAMILIES: dict[str, dict[str, type]] = {
     "codebook": CODEBOOK,
     "embedding": EMBEDDING,
     "head": HEAD,
+    "objective": OBJECTIVE,
     "precision": PRECISION,
     "reservation": RESERVATION,
     "solver": SOLVER,
@@ -251,6 +253,7 @@ class ExperimentConfig:
     precision: dict[str, Any] = field(default_factory=dict)
     reservation: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=lambda: {"name": "plain"})
     embedding: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
     head: dict[str, Any] = field(default_factory=lambda: {"name": "same"})
     activation: dict[str, Any] = field(default_factory=lambda: {"name": "none"})
@@ -303,6 +306,13 @@ class ExperimentConfig:
         """Build the rule for activations; raises as `recipe`."""
         rule: Activation = self._strategy("activation")
         check_members("activation", rule, Activation)
+        return rule
+
+    def objective_rule(self) -> Objective:
+        """Build the rule for what tokens weigh; raises as `recipe`."""
+        rule: Objective = self._strategy("objective")
+        check_members("objective", rule, Objective)
+        rule.check(self.recipe().solver)
         return rule
 
     def rewriting(self) -> Transform:
@@ -358,6 +368,9 @@ class ExperimentConfig:
             parts.append(f"reserve_{self.reservation['name']}{self.reservation.get('ratio', '')}")
         share = self.solver.get("asymmetric", 0)
         parts.append(f"{self.solver['name']}{f'_asymmetric{share:g}' if share else ''}")
+        if self.objective["name"] != "plain":
+            groups = self.objective.get("groups", 1)
+            parts.append(f"{self.objective['name']}{groups if groups > 1 else ''}")
         if self.activation["name"] != "none":
             parts.append(f"a_{self.activation['name']}{self.activation.get('bits', '')}")
         if self.tune["name"] != "none":
@@ -387,6 +400,7 @@ def config_from_omegaconf(composed: DictConfig) -> ExperimentConfig:
     assert isinstance(config, ExperimentConfig)
     config.allocation_rule()
     config.activation_rule()
+    config.objective_rule()
     config.rewriting()
     config.tuning()
     config.end_rules()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from claq_exp.allocate.allocation import Allocation, OnShare
 from claq_exp.allocate.head import SurveyedHead
 from claq_exp.allocate.survey import statistics_of, statistics_tensors, survey_model
+from claq_exp.calibration.token_weights import TokenWeights
 from claq_exp.quantize.allocation import MatrixPlan
 from claq_exp.quantize.budget import Overhead
 from claq_exp.quantize.recipe import Recipe
@@ -32,6 +33,7 @@ def allocate_model(  # noqa: PLR0913 - every one has a default, but what is allo
     overhead: Overhead,
     blocks_path: str | None = None,
     head: SurveyedHead | None = None,
+    weights: TokenWeights | None = None,
     keep: Keep = lambda _key, make: make(),
     on_share: OnShare = lambda _share, _where: None,
 ) -> dict[str, MatrixPlan]:
@@ -40,6 +42,7 @@ def allocate_model(  # noqa: PLR0913 - every one has a default, but what is allo
     batches: calibration token ids [batch, seqlen].
     overhead: bits that a checkpoint with given layouts takes beside its matrices.
     head: a head whose columns compete with those of the blocks.
+    weights: of the calibration tokens, where they do not count alike.
     keep: returns the survey's tensors for what they depend on besides the model, or makes them.
     Raises ConfigError when the budget cannot be met.
     """
@@ -56,6 +59,7 @@ def allocate_model(  # noqa: PLR0913 - every one has a default, but what is allo
             gradients=survey.gradients,
             blocks_path=blocks_path,
             head=head,
+            weights=weights,
             on_share=lambda share, where: on_share(SURVEY * share, where),
         )
         return statistics_tensors(statistics)
@@ -68,6 +72,9 @@ def allocate_model(  # noqa: PLR0913 - every one has a default, but what is allo
     }
     if head is not None:
         key["head"] = [head.name, head.tied, repr(head.solver)]
+    if weights is not None:
+        key["objective"] = repr(weights.objective)
+        key["weighed"] = [digest_of(batch) for batch in batches]
     return allocation.plan_model(
         statistics_of(model, keep(key, measure)),
         recipe.codebook,

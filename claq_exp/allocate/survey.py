@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from claq_exp.allocate.head import HeadSurvey, SurveyedHead, at_least
 from claq_exp.calibration.moments import MomentsAccumulator
+from claq_exp.calibration.token_weights import TokenWeights
 from claq_exp.errors import CalibrationError, NumericalError
 from claq_exp.models.blocks import BlockInputs, capture_inputs, entering_head, run_block, watched
-from claq_exp.models.discover import Wave, find_waves, linear_weight, linears_of
+from claq_exp.models.discover import Wave, apart, find_waves, linear_weight, linears_of
 from claq_exp.models.experts import ExpertPlace, expert_lists, place_among_experts
 from claq_exp.models.stream import WholeModel
-from claq_exp.quantize.moments import CROSS, Moments
+from claq_exp.quantize.moments import CROSS, OUTPUT_GRADIENTS, Moments
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.solver.base import Prepared
 from claq_exp.quantize.statistics import ColumnStatistics
@@ -47,6 +48,7 @@ def survey_model(
     gradients: bool,
     blocks_path: str | None = None,
     head: SurveyedHead | None = None,
+    weights: TokenWeights | None = None,
     on_share: Callable[[float, str], None] = lambda _share, _where: None,
 ) -> dict[str, ColumnStatistics]:
     """Return the statistics of every linear layer of the original model's decoder blocks.
@@ -57,6 +59,7 @@ def survey_model(
         the distortion weights of each matrix are divided by tr(W H W^T), so that all matrices count
         alike.
     head: measure it too, behind the blocks; needs gradients.
+    weights: of tokens, where they do not count alike; of the same windows and maybe some behind.
     Experts count by the share of tokens that they see.  Raises CalibrationError when a gradient is
     not finite.
     """
@@ -70,7 +73,7 @@ def survey_model(
     inputs = capture_inputs(blocked, batches)
     statistics: dict[str, ColumnStatistics] = {}
     for index, block in enumerate(blocks):
-        hidden, hessians = block_hessians(block, inputs[index], f"{path}.{index}")
+        hidden, hessians = block_hessians(block, inputs[index], f"{path}.{index}", weights)
         inputs[index].hidden = []
         if index + 1 < len(blocks):
             inputs[index + 1].hidden = hidden
@@ -82,7 +85,8 @@ def survey_model(
                 full_name = f"{path}.{index}.{name}"
                 distortion = prepared.distortion_weight * measured.share
                 if not gradients:
-                    whole = (weight @ measured.hessian.float()).mul_(weight).sum()
+                    hessian = Moments(measured.hessian).single().float()
+                    whole = (weight @ hessian).mul_(weight).sum()
                     distortion = distortion / whole.clamp(min=torch.finfo(torch.float32).tiny)
                 statistics[full_name] = ColumnStatistics(
                     weight, distortion, prepared.order, full_name, importance.get(full_name)
@@ -152,7 +156,10 @@ def statistics_of(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 
 @dataclass(frozen=True)
 class GroupHessian:
-    """A group of linears, the Hessian of its input, and the share of all tokens that it saw."""
+    """A group of linears, the Hessian of its input, and the share of all tokens that it saw.
+
+    hessian: [in, in] float64, or [groups, in, in] for groups of rows.
+    """
 
     names: tuple[str, ...]
     hessian: Tensor
@@ -161,21 +168,32 @@ class GroupHessian:
 
 @torch.no_grad()
 def block_hessians(
-    block: nn.Module, inputs: BlockInputs, where: str
+    block: nn.Module, inputs: BlockInputs, where: str, weights: TokenWeights | None = None
 ) -> tuple[list[Tensor], list[GroupHessian]]:
     """Run a block; return its outputs and the Hessian of each group of linears.
+
+    where: name of the block in its model.
+    weights: of tokens, where they do not count alike; each linear is a group of its own then.
 
     An expert that saw no token gets the mean of the others, as if it had seen one.
     """
     waves = find_waves(block, inputs)
+    if weights is not None:
+        waves = apart(waves)
     sums: list[list[MomentsAccumulator]] = []
     sinks = {}
     for wave in waves:
         sums.append([])
         for group in wave:
             first = block.get_submodule(group.names[0])
-            sums[-1].append(MomentsAccumulator(linear_weight(first).shape[1]))
-            sinks[first] = _accumulate(sums[-1][-1], f"{where}.{group.names[0]}")
+            columns, name = linear_weight(first).shape[1], f"{where}.{group.names[0]}"
+            if weights is None:
+                sums[-1].append(MomentsAccumulator(columns))
+                sinks[first] = _accumulate(sums[-1][-1], name)
+            else:
+                groups = weights.objective.groups
+                sums[-1].append(MomentsAccumulator(columns, {OUTPUT_GRADIENTS}, groups))
+                sinks[first] = _weighed(sums[-1][-1], name, weights.of(name))
     with watched(sinks):
         hidden = [run_block(block, inputs, batch) for batch in range(len(inputs.hidden))]
     tokens = sum(states.shape[:-1].numel() for states in inputs.hidden)
@@ -192,7 +210,8 @@ def _measured(
     seen = sum(accumulator.tokens for accumulator in accumulators)
     for group, accumulator in zip(wave, accumulators, strict=True):
         if accumulator.tokens:
-            hessian = accumulator.moments().single()
+            found = accumulator.moments()
+            hessian = found.hessian if found.groups > 1 else found.single()
         else:
             hessian = _mean(accumulators, seen)
         yield GroupHessian(group.names, hessian, max(accumulator.tokens, 1) / tokens)
@@ -206,6 +225,20 @@ def _mean(accumulators: list[MomentsAccumulator], seen: int) -> Tensor:
 
 def _accumulate(accumulator: MomentsAccumulator, where: str) -> Callable[[Tensor], None]:
     return lambda entering: accumulator.add(entering, where=where)
+
+
+def _weighed(
+    accumulator: MomentsAccumulator, where: str, weights: list[Tensor]
+) -> Callable[[Tensor], None]:
+    """Return what adds one batch after another.  weights: of the batches, and maybe more."""
+    coming = iter(weights)
+
+    def add(entering: Tensor) -> None:
+        own = next(coming).flatten(0, -2)[: entering.shape[:-1].numel()]
+        weighing = own.to(entering.device)
+        accumulator.add(entering.flatten(0, -2), where=where, weights=weighing)
+
+    return add
 
 
 def _row_importance(

@@ -137,6 +137,14 @@ def find_waves(block: nn.Module, inputs: BlockInputs) -> list[Wave]:
     return waves
 
 
+def apart(waves: list[Wave]) -> list[Wave]:
+    """Return the same waves with every linear in a group of its own.
+
+    For moments in which a token does not weigh the same for all linears that receive it.
+    """
+    return [tuple(LinearGroup((name,)) for group in wave for name in group.names) for wave in waves]
+
+
 def _waves(groups: list[tuple[str, ...]], lists: Mapping[str, nn.ModuleList]) -> list[Wave]:
     """Gather the groups of experts that do the same; give it to those that did nothing too."""
     waves: dict[object, dict[int, LinearGroup]] = {}

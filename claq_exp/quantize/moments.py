@@ -9,7 +9,6 @@ from torch import Tensor
 
 CROSS, OUTPUT_GRADIENTS = "cross", "output_gradients"
 WANTED = (CROSS, OUTPUT_GRADIENTS)  # what a solver may want beside the plain Hessian
-MEASURED = frozenset({CROSS})  # what of it a run hands to the accumulators of moments
 
 
 @dataclass

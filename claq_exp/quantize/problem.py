@@ -18,6 +18,7 @@ class LinearProblem:
 
     weight: [out, in] float32.
     hessian: [in, in] float64, 2/n * sum over n tokens of x x^T (GPTQ, arXiv 2210.17323, eq. 1-2);
+        [groups, in, in] for groups of neighbouring rows, in equal numbers;
         None once a solver that compensates has used it up: all it must still tell is the energy.
     name: full name of the layer in its model; empty when unknown.
     known_energy: tr(W H W^T), where it is known already.
@@ -35,11 +36,11 @@ class LinearProblem:
                 raise ValueError("a problem without its Hessian needs the energy")
             return
         columns = self.weight.shape[1]
-        if tuple(self.hessian.shape) != (columns, columns):
+        if self.hessian.dim() > 3 or tuple(self.hessian.shape[-2:]) != (columns, columns):
             raise ValueError(
                 f"hessian is {tuple(self.hessian.shape)}, weight has {columns} columns"
             )
-        if not is_finite(self.hessian):
+        if not all(map(is_finite, self._hessians)):
             raise NumericalError(
                 f"{self._where}the Hessian is not finite; check the calibration inputs"
             )
@@ -54,7 +55,14 @@ class LinearProblem:
         """Return tr(D H D^T), the squared error of the outputs: [out, in] float32."""
         if self.hessian is None:
             raise ValueError("the Hessian of this problem is gone")
-        return energy(difference, self.hessian)
+        rows = difference.chunk(len(self._hessians))
+        return sum(energy(own, h) for own, h in zip(rows, self._hessians, strict=True))
+
+    @property
+    def _hessians(self) -> Tensor:
+        """That of each group of rows: [groups, in, in]."""
+        assert self.hessian is not None
+        return self.hessian if self.hessian.dim() == 3 else self.hessian[None]
 
     @property
     def _where(self) -> str:

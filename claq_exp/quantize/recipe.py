@@ -13,7 +13,7 @@ from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import MAX_BITS
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook import Codebook
-from claq_exp.quantize.moments import MEASURED, WANTED
+from claq_exp.quantize.moments import WANTED
 from claq_exp.quantize.precision import NoPrecision, Precision
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.reservation import Reservation
@@ -46,9 +46,6 @@ class Recipe:
             check_members(family, getattr(self, family), protocol)
         if unknown := sorted(self.solver.wants - set(WANTED)):
             raise ConfigError(one_of("solver's wants", unknown[0], WANTED))
-        if unmeasured := sorted(self.solver.wants - MEASURED):
-            name = type(self.solver).__name__
-            raise ConfigError(f"solver {name} wants {unmeasured[0]}, which no run measures yet")
         if self.solver.fits_levels and not self.codebook.free_levels:
             raise ConfigError(
                 "this solver fits the levels of tables, and those of this codebook are not free: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ class ColumnStatistics:
         when unknown.
     row_weights: [out] float32, importance of an error in each row; None for all alike.
     diagonal: [in] float32, H_jj; None where the solver does not say it.
+    group_shares: [groups, in] float32, what an error in a column costs in each group of
+        neighbouring rows, in equal numbers, over `distortion_weight`; None for all alike.
     """
 
     weight: Tensor
@@ -36,6 +38,7 @@ class ColumnStatistics:
     name: str = ""
     row_weights: Tensor | None = None
     diagonal: Tensor | None = None
+    group_shares: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,7 +59,15 @@ class ColumnStatistics:
 
     def sensitivity(self) -> Tensor:
         """Return the OBS saliency mean_i(W_ij^2) * distortion_weight_j: [in] float32."""
-        return self._by_column(lambda part: part.square().mean(dim=0)) * self.distortion_weight
+        if self.group_shares is None:
+            return self._by_column(lambda part: part.square().mean(dim=0)) * self.distortion_weight
+        groups = [
+            replace(self, weight=own, group_shares=None).sensitivity() * share
+            for own, share in zip(
+                self.weight.chunk(len(self.group_shares)), self.group_shares, strict=True
+            )
+        ]
+        return torch.stack(groups).mean(dim=0)
 
     def outlier_counts(self, threshold: float) -> Tensor:
         """Return how many entries reach `threshold` times the matrix mean of |W|: [in] int64."""

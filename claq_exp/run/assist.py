@@ -11,6 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 from claq_exp.calibration.streams import HiddenForm
+from claq_exp.calibration.token_weights import TokenWeights
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.config import ExperimentConfig
 from claq_exp.models.load import open_model
@@ -56,22 +57,11 @@ class Quantization:
     transform: Transform = UNTRANSFORMED
     tune: Tune = UNTUNED
     ends: tuple[End, ...] = ()
+    weights: TokenWeights | None = None
 
     def take_part(self, ranks: Ranks) -> None:
         """Do this process' part; where it is asked to end, so that all end after the same group."""
-        config = self.config
-        device = choose_device(config.device)
-        drop_stale_kernels()
-        settle(config.seed, config.threads)
-        model = open_model(
-            self.source,
-            self.work,
-            dtype=config.model.dtype,
-            device=device,
-            blocks_path=config.model.blocks,
-            trust_remote_code=config.model.trust_remote_code,
-            check=False,
-        )
+        model = opened(self.config, self.source, self.work)
         with graceful() as interruption, interruption.finishing():
             self.quantize(model, self.store, Watcher(stopping=lambda: interruption.asked), ranks)
 
@@ -89,10 +79,27 @@ class Quantization:
             transform=self.transform,
             tune=self.tune,
             ends=self.ends,
+            weights=self.weights,
             watcher=watcher,
             strict=self.config.strict,
             ranks=ranks,
         )
+
+
+def opened(config: ExperimentConfig, source: Path, work: Path) -> BlockedModel:
+    """Open the original in a process that takes part; fields as of `Quantization`."""
+    device = choose_device(config.device)
+    drop_stale_kernels()
+    settle(config.seed, config.threads)
+    return open_model(
+        source,
+        work,
+        dtype=config.model.dtype,
+        device=device,
+        blocks_path=config.model.blocks,
+        trust_remote_code=config.model.trust_remote_code,
+        check=False,
+    )
 
 
 def assist(ranks: Ranks) -> int:

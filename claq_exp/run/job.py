@@ -17,6 +17,7 @@ from torch import Tensor
 from claq_exp.allocate.model import allocate_model
 from claq_exp.allocate.plans_file import load_plans, save_plans
 from claq_exp.calibration.streams import HiddenForm
+from claq_exp.calibration.token_weights import TokenWeights
 from claq_exp.checkpoint.reader import read_layouts
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import Sizes, checkpoint_sizes, write_card, write_checkpoint
@@ -45,6 +46,7 @@ from claq_exp.run.results import build_results, text_rows, window_rows
 from claq_exp.run.shape import HIDDEN_SHARE
 from claq_exp.run.stages import STAGES, Stage
 from claq_exp.run.watcher import Watcher
+from claq_exp.run.weighing import Weighing
 from claq_exp.run_folder import (
     LAYERS_FILE,
     PICTURE_FILE,
@@ -66,7 +68,12 @@ from claq_exp.tracking.progress import RunProgress
 
 ALLOCATION = "allocation.safetensors"
 CONVERTED = "converted"
-SURVEY_CODE = ("claq_exp.allocate.survey", "claq_exp.models.load")
+GRADIENTS = "output_gradients"
+SURVEY_CODE = (
+    "claq_exp.allocate.survey",
+    "claq_exp.calibration.output_gradients",
+    "claq_exp.models.load",
+)
 
 
 @dataclass
@@ -198,6 +205,26 @@ class Job:
         device_map = self.config.device_map
         self.original = self.bench.measure_original(self.model, lambda: loaded(load(), device_map))
 
+    @cached_property
+    def weights(self) -> TokenWeights | None:
+        """What calibration tokens weigh; None where they count alike."""
+        objective = self.config.objective_rule()
+        if not objective.wants:
+            return None
+        names = tuple(self.plan.layouts)
+        return TokenWeights(self.folder.work / GRADIENTS, self.batches, names, objective)
+
+    def weigh(self) -> None:
+        """Measure what calibration tokens weigh, with the other processes of the run."""
+        assert self.weights is not None
+        place, states = self.folder.work / CONVERTED, self.plan.states_bytes
+        shared = Weighing(self.config, self.fetched.model, place, self.weights, states)
+        self.ranks.tell(shared)
+        with self.interruption.finishing():
+            shared.measure(
+                self.model, self.ranks, lambda: self.interruption.asked, self.progress.advance
+            )
+
     def quantize(self) -> None:
         """Quantize block by block, with the other processes of the run."""
         self.store = BlockStore(self.folder.work / "blocks", self._store_identity())
@@ -215,6 +242,7 @@ class Job:
             self.config.rewriting(),
             self.config.tuning(),
             self.plan.ends,
+            self.weights,
         )
         self.ranks.tell(shared)
         watcher = Watcher(
@@ -371,6 +399,7 @@ class Job:
             self.plan.allocation,
             blocks_path=self.config.model.blocks,
             head=next((end.surveyed() for end in self.plan.ends if end.allocated), None),
+            weights=self.weights,
             overhead=self.plan.description,
             keep=self._keep_survey,
             on_share=self.progress.advance,
@@ -397,6 +426,7 @@ class Step:
 STEPS = {  # by the name of the stage
     stages.LOAD.name: Step(Job.load),
     stages.EVALUATE_ORIGINAL.name: Step(Job.evaluate_original),
+    stages.WEIGH.name: Step(Job.weigh),
     stages.ALLOCATE.name: Step(Job.allocate, Job.allocated),
     stages.QUANTIZE.name: Step(Job.quantize),
     stages.EVALUATE_AFTER_QUANTIZE.name: Step(Job.evaluate_after_quantize),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,10 +24,19 @@ from claq_exp.payload.stored import HALF
 from claq_exp.quantize.activation.rounding import expected_rounding
 from claq_exp.quantize.budget import Overhead, fit_budget
 from claq_exp.quantize.moments import CROSS
+from claq_exp.quantize.objective import Objective
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.run.ends import End, planned_ends
 from claq_exp.run.needs import Needs, needs
-from claq_exp.run.shape import HIDDEN_BYTES, Mixture, ModelShape, Planned, shape_of, sides
+from claq_exp.run.shape import (
+    HIDDEN_BYTES,
+    Mixture,
+    ModelShape,
+    Planned,
+    shape_of,
+    sides,
+    states_of_all_blocks,
+)
 from claq_exp.run.stages import Cost, costs
 from claq_exp.run.teacher import check_routes
 from claq_exp.tensor_files.shards import index_bytes
@@ -46,6 +55,7 @@ class Plan:
     sizes: bytes and bits of the checkpoint.  costs: stage -> what it takes, in order.
     needs: memory and disk by stage.  original_bytes: of the model's weights in 16 bits.
     hidden_dtype, hidden_bytes: of the hidden states between two blocks, of all streams.
+    states_bytes: of what enters all blocks, of one batch.
     activation_bits: of a number that enters a layer, on average; None where they are not rounded.
     notes: what a person must know of the stored tensors, and `kept_ends`.
     kept_ends: why embedding and head stay in 16 bits where the rules would quantize them.
@@ -60,6 +70,7 @@ class Plan:
     needs: Needs
     hidden_dtype: torch.dtype
     hidden_bytes: int
+    states_bytes: int
     costs: dict[str, Cost]
     blocks: int
     parameters: int
@@ -104,10 +115,13 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
     rounding = expected_rounding(config.activation_rule(), layouts)
     packed = {**layouts, **{end.name: end.layout() for end in ends}}
     sizes = planned_sizes(model, packed, stored, rounding)
-    model_shape = ModelShape.of(model, blocks, parameters, model_config)
+    objective = config.objective_rule()
+    if objective.wants:
+        check_weighable(shapes, mixture.beside, objective)
+    model_shape = ModelShape.of(model, blocks, parameters, model_config, objective)
     hidden_dtype, hidden_bytes = _hidden(config, model_shape.width, model_config)
     survey = fitted.allocation.survey()
-    planned = Planned(fitted.recipe, survey, layouts, hidden_bytes, sizes.bytes, ends)
+    planned = Planned(fitted.recipe, objective, survey, layouts, hidden_bytes, sizes.bytes, ends)
     shape = shape_of(config, planned, model_shape, mixture, device, context)
     taken = costs(shape)
     return Plan(
@@ -120,6 +134,7 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         needs=needs(taken, streams=shape.streams),
         hidden_dtype=hidden_dtype,
         hidden_bytes=hidden_bytes,
+        states_bytes=states_of_all_blocks(config, model_shape),
         costs=taken,
         blocks=len(blocks),
         parameters=parameters,
@@ -127,6 +142,26 @@ def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: 
         ends=ends,
         kept_ends=fitted.kept_ends,
     )
+
+
+def check_weighable(
+    shapes: Mapping[str, tuple[int, int]], experts: Collection[str], objective: Objective
+) -> None:
+    """Raise ConfigError for linears that an objective cannot weigh.
+
+    shapes: name -> (out, in).  experts: names of those of experts.
+    """
+    for name in experts:
+        raise ConfigError(
+            f"{name} is of an expert, and objective=output_gradient does not follow tokens to "
+            "experts yet; set objective=plain"
+        )
+    for name, (rows, _) in shapes.items():
+        if rows % objective.groups:
+            raise ConfigError(
+                f"objective.groups={objective.groups} does not divide the {rows} rows of {name}; "
+                "choose another number of groups"
+            )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,17 +19,26 @@ from claq_exp.calibration.streams import (
     Streams,
     streams_for,
 )
+from claq_exp.calibration.token_weights import TokenWeights
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.checkpoint.writer import PackedWeight
 from claq_exp.models.blocks import BlockInputs, block_arguments, entering_hidden, feed, run_block
-from claq_exp.models.discover import LinearGroup, Wave, find_waves, linear_weight, linears_of
+from claq_exp.models.discover import (
+    LinearGroup,
+    Wave,
+    apart,
+    find_waves,
+    linear_weight,
+    linears_of,
+)
 from claq_exp.models.overlay import Overlay
 from claq_exp.models.stream import BlockedModel, RowsOf
 from claq_exp.payload import unpack_weight
 from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.moments import CROSS, Moments
+from claq_exp.quantize.moments import CROSS, OUTPUT_GRADIENTS, Moments
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.run.ends import End, OwnEnds
+from claq_exp.run.pending import Pending
 from claq_exp.run.solve import report_row, solve_linears
 from claq_exp.run.teacher import TeacherBlock
 from claq_exp.run.watcher import UNWATCHED, Watcher
@@ -41,7 +50,6 @@ from claq_exp.train.window import UNTUNED, Tune, Window
 from claq_exp.transform.folding import UNTRANSFORMED, Transform
 
 REWRITE, QUANTIZE, TUNING = "transform", "quantize", "tune"  # stages of the store
-PUBLISH_SECONDS = 5.0  # of solving that a kill may cost, where a group does not take longer
 
 
 def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quantized
@@ -55,6 +63,7 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     transform: Transform = UNTRANSFORMED,
     tune: Tune = UNTUNED,
     ends: Sequence[End] = (),
+    weights: TokenWeights | None = None,
     watcher: Watcher = UNWATCHED,
     strict: bool = False,
     ranks: Ranks = ALONE,
@@ -71,6 +80,7 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
     ranks > 0 pass a `follower` of the first one's store.
     batches: token ids [batch, seqlen], all of one length.  store: open.
     plans: name of a linear or end -> what an allocation over the whole model decided of it.
+    weights: of the tokens, where they do not count alike; each linear has moments of its own then.
     strict: raise NumericalError at the first layer with a fallback, see
         `claq_exp.run_folder.fallbacks`.
     Raises Interrupted once the group is in the store at which `watcher` wants to stop.
@@ -93,7 +103,16 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
         packed = {f"{path}.{name}.weight" for name in linears_of(model.blocks[index])}
         with model.block(index, packed=packed) as module:
             block = _Block(
-                module, inputs[index], path, index, recipe, plans or {}, strict, ranks, seconds
+                module,
+                inputs[index],
+                path,
+                index,
+                recipe,
+                plans or {},
+                weights,
+                strict,
+                ranks,
+                seconds,
             )
             block.quantize(store, watcher, share, teacher)
             if teacher is not None:
@@ -207,6 +226,7 @@ class _Block:
     index: int
     recipe: Recipe
     plans: Mapping[str, MatrixPlan]
+    weights: TokenWeights | None
     strict: bool
     ranks: Ranks
     seconds: dict[str, float]
@@ -223,9 +243,11 @@ class _Block:
             self._take_over(full_name, packed)
         found_here = find_waves(self.module, self.inputs) if self.ranks.is_first else []
         waves = self.ranks.tell(found_here)
+        if self.weights is not None:
+            waves = apart(waves)
         groups = [group for wave in waves for group in wave]
         weights = sum(self._weight(name).numel() for group in groups for name in group.names)
-        pending = _Pending(store, self.index)
+        pending = Pending(store, QUANTIZE, self.index)
         for wave in waves:
             left = tuple(g for g in wave if not all(f"{self.path}.{n}" in done for n in g.names))
             found = self._accumulate(left, teacher) if left else {}
@@ -273,16 +295,16 @@ class _Block:
         self, wave: Wave, teacher: TeacherBlock | None
     ) -> dict[LinearGroup, MomentsAccumulator]:
         """Run every batch once and sum up what enters each group of a wave."""
-        found = {
-            group: MomentsAccumulator(
-                self._weight(group.names[0]).shape[1], self.recipe.solver.wants
-            )
-            for group in wave
-        }
+        found = {group: self._accumulator(group) for group in wave}
+        weights = {group: self._own_weights(group) for group in wave}
         for batch in range(len(self.inputs.hidden)):
             where = f"calibration batch {self.ranks.number(batch)}"
             adds = {
-                group.names[0]: self._adding(accumulator, f"{self.path}.{group.names[0]} ({where})")
+                group.names[0]: self._adding(
+                    accumulator,
+                    f"{self.path}.{group.names[0]} ({where})",
+                    weights[group][batch] if weights[group] else None,
+                )
                 for group, accumulator in found.items()
             }
             started, before = time.perf_counter(), self.seconds["hessian"]
@@ -297,10 +319,25 @@ class _Block:
             self.seconds["calibrate"] += time.perf_counter() - started - within
         return found
 
-    def _adding(self, accumulator: MomentsAccumulator, where: str) -> Callable[..., None]:
+    def _accumulator(self, group: LinearGroup) -> MomentsAccumulator:
+        wants, groups = self.recipe.solver.wants, 1
+        if self.weights is not None:
+            wants, groups = wants | {OUTPUT_GRADIENTS}, self.weights.objective.groups
+        return MomentsAccumulator(self._weight(group.names[0]).shape[1], wants, groups)
+
+    def _own_weights(self, group: LinearGroup) -> list[Tensor]:
+        """Return what the tokens of this rank's batches weigh; nothing where they count alike."""
+        if self.weights is None:
+            return []
+        return self.ranks.share(self.weights.of(f"{self.path}.{group.names[0]}"))
+
+    def _adding(
+        self, accumulator: MomentsAccumulator, where: str, weights: Tensor | None
+    ) -> Callable[..., None]:
         def add(entering: Tensor, original: Tensor | None = None) -> None:
             started = time.perf_counter()
-            accumulator.add(entering, original, where=where)
+            own = None if weights is None else weights.to(entering.device)
+            accumulator.add(entering, original, where=where, weights=own)
             self.seconds["hessian"] += time.perf_counter() - started
 
         return add
@@ -374,24 +411,3 @@ class _Block:
 
     def _weight(self, name: str) -> Tensor:
         return linear_weight(self.module.get_submodule(name))
-
-
-@dataclass
-class _Pending:
-    """Finished linears that are not in the store yet."""
-
-    store: BlockStore
-    block: int
-    packed: dict[str, PackedWeight] = field(default_factory=dict)
-    report: list[dict[str, Any]] = field(default_factory=list)
-    since: float = field(default_factory=time.monotonic)
-
-    def add(self, packed: PackedWeight, row: dict[str, Any]) -> None:
-        self.packed[row["name"]] = packed
-        self.report.append(row)
-
-    def publish(self, *, now: bool) -> None:
-        """Bring them into the store, now or when it is time to."""
-        if self.packed and (now or time.monotonic() - self.since > PUBLISH_SECONDS):
-            self.store.add(QUANTIZE, self.block, packed=self.packed, report=self.report)
-            self.packed, self.report, self.since = {}, [], time.monotonic()

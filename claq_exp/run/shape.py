@@ -18,10 +18,11 @@ from claq_exp.models.towers import text_config
 from claq_exp.payload.base import Layout
 from claq_exp.quantize.activation.rounding import needs_text
 from claq_exp.quantize.moments import CROSS
+from claq_exp.quantize.objective import PLAIN, Objective
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.run.ends import End
 from claq_exp.run.needs import wants_stream
-from claq_exp.run.stages import Footprint, Linear, Shape, Times
+from claq_exp.run.stages import GRADIENTS, Footprint, Linear, Shape, Times
 from claq_exp.system.accelerator import is_cpu
 from claq_exp.system.machine import matmul_speed
 from claq_exp.system.resources import free_memory
@@ -39,6 +40,8 @@ ROUNDED = 1.5  # forward passes that a pass with rounded activations takes
 CORPUS_TOKENS = 300_000  # of a corpus of unknown length, about WikiText-2's test split
 TASK_TOKENS = 90  # of a row of a multiple-choice task, all choices together
 TASK_START = 8.0  # seconds until lm-eval is ready
+BACKWARD_PASSES = 3.5  # forward passes that finding output gradients takes
+LOSS_COPIES = 4.0  # of a window's logits: in their type, float32, as probabilities, the gradient
 HIDDEN_BYTES = 2**30  # of hidden states that are kept as they were computed
 HIDDEN_SHARE = 0.25  # of the free memory that hidden states may take
 
@@ -48,6 +51,7 @@ class Planned:
     """What is settled of a run before its costs are; checkpoint: its bytes."""
 
     recipe: Recipe
+    objective: Objective
     survey: Survey | None
     layouts: dict[str, Layout]
     hidden_bytes: int
@@ -101,17 +105,27 @@ class ModelShape:
 
     @staticmethod
     def of(
-        model: PreTrainedModel, blocks: nn.ModuleList, parameters: int, config: PretrainedConfig
+        model: PreTrainedModel,
+        blocks: nn.ModuleList,
+        parameters: int,
+        config: PretrainedConfig,
+        objective: Objective = PLAIN,
     ) -> ModelShape:
-        """Count a model, which may be on the meta device."""
+        """Count a model, which may be on the meta device.
+
+        objective: linears that receive the same share no Hessian where it weighs their tokens.
+        """
         counts = [sum(p.numel() for p in block.parameters()) for block in blocks]
         largest = blocks[counts.index(max(counts))]
         lists = expert_lists(largest)
         linears = []
         for name, module in linears_of(largest).items():
             place = place_among_experts(name, lists)
-            experts = len(lists[place.experts]) if place else 1
-            linears.append(Linear(*sides(linear_weight(module)), experts))
+            hessians = len(lists[place.experts]) if place else 1
+            shape = sides(linear_weight(module))
+            if objective.wants:
+                hessians *= objective.groups * _neighbours(largest, name, shape[1])
+            linears.append(Linear(*shape, hessians))
         table, last = model.get_input_embeddings(), model.get_output_embeddings()
         return ModelShape(
             parameters=parameters,
@@ -122,6 +136,15 @@ class ModelShape:
             blocks=len(blocks),
             linears=tuple(linears),
         )
+
+
+def _neighbours(block: nn.Module, name: str, columns: int) -> int:
+    """Count the linears beside one that may receive what it receives, and itself."""
+    above = name.rpartition(".")[0]
+    return sum(
+        other.rpartition(".")[0] == above and linear_weight(module).shape[1] == columns
+        for other, module in linears_of(block).items()
+    )
 
 
 def shape_of(
@@ -180,6 +203,9 @@ def _sizes(
         observed=float(size * calibration.windows * batch),
         beside=_beside(config, plan, model),
         work=plan.recipe.solver.work,
+        groups=plan.objective.groups,
+        weighed=_weighed(config, plan, model, device),
+        kept_weights=4.0 * calibration.windows * calibration.seqlen * _weights(plan),
         logits=logits * model.vocabulary,
         streamed_hidden=min(max(tokens, default=0) * model.width * size, HIDDEN_BYTES),
         surveyed=batch * model.blocks if gradients else 0,
@@ -199,6 +225,34 @@ def _beside(config: ExperimentConfig, plan: Planned, model: ModelShape) -> float
     return float(size * model.block + 2 * size * tokens * widest)
 
 
+def states_of_all_blocks(config: ExperimentConfig, model: ModelShape) -> int:
+    """Return the bytes of what enters all blocks, and what leaves the last, of one batch."""
+    calibration, size = config.calibration, DTYPES[config.model.dtype].itemsize
+    batch = min(calibration.batch_size, calibration.windows) * calibration.seqlen * model.width
+    return size * batch * (model.blocks + 1)
+
+
+def _weighed(config: ExperimentConfig, plan: Planned, model: ModelShape, device: str) -> float:
+    """Return the bytes of a backward pass beside a block: states, its graph, or a window's logits.
+
+    States of as many batches are in memory as have room.
+    """
+    if not plan.objective.wants:
+        return 0.0
+    calibration = config.calibration
+    states = states_of_all_blocks(config, model)
+    batches = -(-calibration.windows // calibration.batch_size)
+    held = max(min(HIDDEN_SHARE * free_memory(device), float(states * batches)), float(states))
+    graph = 4.0 * GRADIENTS * calibration.batch_size * calibration.seqlen * model.width
+    logits = 4.0 * LOSS_COPIES * calibration.seqlen * model.vocabulary
+    return held + max(graph, logits)
+
+
+def _weights(plan: Planned) -> int:
+    """Return how many weights a token has."""
+    return plan.objective.groups * len(plan.layouts) if plan.objective.wants else 0
+
+
 def _tuning(config: ExperimentConfig) -> TuneCost:
     calibration = config.calibration
     return config.tuning().cost(-(-calibration.windows // calibration.batch_size))
@@ -216,8 +270,10 @@ def _times(
     tokens = config.calibration.windows * config.calibration.seqlen
     layouts = plan.layouts
     weights = sum(mixture.share(name) * layout.weights for name, layout in layouts.items())
-    # about half of the layers share their input
-    squares = sum(mixture.share(name) * w.columns**2 for name, w in layouts.items()) / 2
+    groups = plan.objective.groups if plan.objective.wants else 1
+    # about half of the layers share their input, and with it the Hessian if tokens count alike
+    apart = groups if plan.objective.wants else 0.5
+    squares = sum(mixture.share(name) * w.columns**2 for name, w in layouts.items()) * apart
     passed = parameters - sum(layout.weights for layout in layouts.values()) + weights
     coded = plan.recipe.solver.passes
     solve = (
@@ -236,7 +292,7 @@ def _times(
     )
     # factors of the Hessians, and errors that go from each column to those behind it
     compensated = [*layouts.values(), *(end.layout() for end in plan.ends if end.head)]
-    solve += sum(w.columns**3 / 2 + w.rows * w.columns**2 for w in compensated) / speed
+    solve += sum(groups * w.columns**3 / 2 + w.rows * w.columns**2 for w in compensated) / speed
     solve += (coded - 1) * sum(2 * w.rows * w.columns**2 for w in layouts.values()) / speed
     crossed = CROSS in plan.recipe.solver.wants
     if crossed:  # corrections, shifts and losses
@@ -261,5 +317,16 @@ def _times(
         solve=solve,
         survey=2 * surveyed * (4 * passed + squares) / speed,
         evaluate=evaluate,
+        weigh=_weighing_seconds(config, plan, passed, parameters, speed),
         rounded=1.0 if config.activation_rule().block_format() is None else ROUNDED,
     )
+
+
+def _weighing_seconds(
+    config: ExperimentConfig, plan: Planned, passed: float, parameters: int, speed: float
+) -> float:
+    """Return the seconds of a pass forth and back, in which each block runs forth twice."""
+    if not plan.objective.wants:
+        return 0.0
+    tokens = config.calibration.windows * config.calibration.seqlen
+    return 2 + 2 * 2 * parameters / 5e8 + 2 * tokens * BACKWARD_PASSES * passed / speed

@@ -23,11 +23,15 @@ FEWER = "use fewer calibration.windows or a smaller calibration.batch_size"
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer of a block.  experts: how many of its kind gather a Hessian at once."""
+    """A linear layer of a block.
+
+    hessians: how many are gathered at once of its shape: one for each expert, and, where tokens do
+    not weigh alike, one for each group of rows of every linear beside it.
+    """
 
     rows: int
     columns: int
-    experts: int = 1
+    hessians: int = 1
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class Footprint:
     beside: bytes of an original block and of what enters its linears, where a solver compares them
     with the quantized block's.  logits: numbers in those of a batch.
     work: a solver's float32 matrices [in, in] and [out, in] beside those of a column loop.
+    groups: of rows, each with a Hessian of its own.
+    weighed: bytes of a pass back through the model, which finds what tokens weigh; kept_weights:
+    bytes of what it finds, on disk.
     streamed_hidden: bytes of hidden states while a model is measured block by block.
     surveyed: hidden numbers of a window, times blocks, where an allocation looks at gradients.
     kept_hidden, checkpoint, compared: bytes on disk, of hidden states, of the checkpoint and of the
@@ -65,6 +72,9 @@ class Footprint:
     compared: float
     ends: tuple[Linear, ...] = ()
     work: tuple[float, float] = (0.0, 0.0)
+    groups: int = 1
+    weighed: float = 0.0
+    kept_weights: float = 0.0
 
     def measured(self, *, streams: bool) -> float:
         """Return the bytes of a model that is measured, whole or block by block."""
@@ -83,6 +93,7 @@ class Times:
     calibrate: the passes of all blocks, and their Hessians.  solve: factors and column loops.
     survey: what an allocation asks of the original.  evaluate: all corpora and tasks.
     rounded: how many times as long it takes with rounded activations.
+    weigh: the calibration tokens through the model and back.
     """
 
     read: float
@@ -92,6 +103,7 @@ class Times:
     survey: float
     evaluate: float
     rounded: float
+    weigh: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -138,7 +150,8 @@ class Cost:
 class Stage:
     """A stage of a run.
 
-    unit: what a kill costs at most, of this stage: a window of blocks, or the stage on the model.
+    unit: what a kill costs at most, of this stage: a window of blocks, the batches of text that are
+    in memory at once, or the stage on the model.
     timings: the fields of results.json that its seconds go to; where there are several, its units
     report them themselves.
     cost: None where a run has no such stage.  advice: what to do where memory is short; the second
@@ -146,7 +159,7 @@ class Stage:
     """
 
     name: str
-    unit: Literal["window", "model"]
+    unit: Literal["window", "batch", "model"]
     timings: tuple[str, ...]
     cost: Callable[[Shape], Cost | None]
     advice: tuple[str, str] = (FEWER, FEWER)
@@ -161,11 +174,21 @@ def _evaluate_original(shape: Shape) -> Cost:
     return shape.cost(shape.times.evaluate, taken, disk=shape.sizes.compared)
 
 
+def _weigh(shape: Shape) -> Cost | None:
+    if not shape.times.weigh:
+        return None
+    sizes = shape.sizes
+    taken = sizes.block + sizes.head + sizes.weighed
+    return shape.cost(shape.times.weigh, taken, disk=sizes.kept_weights)
+
+
 def _allocate(shape: Shape) -> Cost | None:
     if not shape.allocates:
         return None
     sizes = shape.sizes
     hessians = sum(8.0 * columns**2 for columns in {li.columns for li in sizes.linears})
+    if shape.times.weigh:
+        hessians = sum(8.0 * sizes.groups * li.columns**2 for li in sizes.linears)
     taken = sizes.whole + hessians + 4.0 * GRADIENTS * sizes.surveyed
     return shape.cost(shape.times.survey + TRIALS * shape.times.solve, taken)
 
@@ -177,7 +200,7 @@ def _quantize(shape: Shape) -> Cost:
     if shape.on_gpu:
         passed += max(_on_gpu(sizes.linears, crossed=crossed), _on_gpu(sizes.ends, crossed=False))
     solved = max(
-        _solving(sizes.linears, shape.threads, crossed=crossed, work=sizes.work),
+        _solving(sizes.linears, shape.threads, sizes.groups, crossed=crossed, work=sizes.work),
         _solving(sizes.ends, 1, work=(0.0, COPY)),
     )
     return shape.cost(seconds, passed, solved, disk=2 * sizes.kept_hidden + sizes.checkpoint)
@@ -210,12 +233,14 @@ def _evaluate_quantized(shape: Shape) -> Cost:
 def _solving(
     linears: Iterable[Linear],
     threads: int,
+    groups: int = 1,
     *,
     crossed: bool = False,
     work: tuple[float, float] = (0.0, 0.0),
 ) -> float:
     """Return the bytes that Hessians and the linears that share one take on the CPU.
 
+    groups: of rows.
     crossed: there is a cross moment beside each, and then a correction beside its factor.
     work: float32 matrices [in, in] and [out, in] beside those of a column loop.
     """
@@ -223,10 +248,10 @@ def _solving(
     shared: dict[int, list[int]] = {}
     for linear in linears:
         shared.setdefault(linear.columns, []).append(linear.rows * linear.columns)
-        most = max(most, 8.0 * matrices * linear.columns**2 * linear.experts)
+        most = max(most, 8.0 * matrices * linear.columns**2 * linear.hessians)
     for columns, weights in shared.items():
         together = sorted(weights, reverse=True)[: max(1, threads)]
-        squares = 4.0 * (matrices + work[0]) * columns**2
+        squares = 4.0 * (matrices + work[0]) * groups * columns**2
         most = max(most, squares + (WORK + work[1]) * 4 * sum(together))
     return most
 
@@ -245,6 +270,7 @@ SMALLER = ("measure no tasks and set stream=true, or evaluation=none", FEWER)
 OTHER_RULE = "use allocation=none with another precision"
 LOAD = Stage("load", "model", ("load",), _load)
 EVALUATE_ORIGINAL = Stage("evaluate original", "model", ("evaluate",), _evaluate_original, SMALLER)
+WEIGH = Stage("output gradients", "batch", ("gradients",), _weigh)
 ALLOCATE = Stage("allocate", "model", ("allocate",), _allocate, (OTHER_RULE, OTHER_RULE))
 QUANTIZE_TIMINGS = ("transform", "calibrate", "hessian", "solve", "tune")
 QUANTIZE = Stage("quantize", "window", QUANTIZE_TIMINGS, _quantize)
@@ -259,6 +285,7 @@ EVALUATE_QUANTIZED = Stage(
 STAGES = (
     LOAD,
     EVALUATE_ORIGINAL,
+    WEIGH,
     ALLOCATE,
     QUANTIZE,
     EVALUATE_AFTER_QUANTIZE,

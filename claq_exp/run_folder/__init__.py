@@ -49,6 +49,7 @@ LATER = {  # and what stands for nothing
     "allocation.tables": False,
     "codebook.zero_point": "whole",
     "codebook.clip": "minmax",
+    "objective": {"name": "plain"},
 }
 _ABSENT = object()
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again

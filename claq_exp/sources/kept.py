@@ -28,13 +28,12 @@ def kept_tensors(
     """
     text = json.dumps(key, sort_keys=True)
     path = cache_folder() / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.safetensors"
-    found = _read(path, text)
+    found = read_tensors(path, text)
     if found is not None:
         return found
     tensors = make()
     with contextlib.suppress(OSError):  # a cache that is full or cannot be written keeps nothing
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(path, save(tensors, {"key": text, "sha256": _digest(tensors)}))
+        write_tensors(path, text, tensors)
     return tensors
 
 
@@ -43,7 +42,14 @@ def digest_of(tensor: Tensor) -> str:
     return _digest({"": tensor})
 
 
-def _read(path: Path, key: str) -> dict[str, Tensor] | None:
+def write_tensors(path: Path, key: str, tensors: Mapping[str, Tensor]) -> None:
+    """Keep tensors in a file of their own, which is whole or not there.  key: as `read_tensors`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, save(dict(tensors), {"key": key, "sha256": _digest(tensors)}))
+
+
+def read_tensors(path: Path, key: str) -> dict[str, Tensor] | None:
+    """Return what `write_tensors` kept under a key; None where that is not what the file holds."""
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -19,7 +19,7 @@ NAMES = [stage.name for stage in STAGES]
 OBSERVED = ["activation=lo_bcq", "activation.books=local"]
 SHAPE = Shape(
     sizes=Footprint((Linear(8, 6),), *(float(2**power) for power in range(20, 34))),
-    times=Times(1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 1.5),
+    times=Times(1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 1.5, 64.0),
     threads=1,
     on_gpu=False,
     streams=False,
@@ -45,24 +45,28 @@ def test_every_second_of_a_stage_has_a_field_in_the_results():
 
 
 def test_a_plan_has_the_stages_that_the_run_will_have_in_order():
-    extra = ("allocate", "activations", "evaluate after quantize")
+    extra = ("output gradients", "allocate", "activations", "evaluate after quantize")
     usual = [name for name in NAMES if name not in extra]
     assert list(plan().seconds) == usual
     assert list(plan("allocation=rate_distortion", "allocation.target_bits=9").seconds) == [
-        name for name in NAMES if name not in extra[1:]
+        name for name in NAMES if name == "allocate" or name not in extra
     ]
     found = plan(*OBSERVED, "evaluation.after=[quantize]")
-    assert list(found.seconds) == [name for name in NAMES if name != "allocate"]
+    assert list(found.seconds) == [name for name in NAMES if name not in extra[:2]]
     assert found.seconds["activations"] > 0
     assert found.needs.host["activations"] > plan().needs.host["evaluate original"] / 2
     assert list(plan("activation=nvfp4").seconds) == usual  # it looks at nothing
+    weighed = plan("objective=output_gradient")
+    assert list(weighed.seconds) == [name for name in NAMES if name not in extra[1:]]
+    assert weighed.needs.host["output gradients"] > plan().needs.host["evaluate original"] / 2
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_bytes_are_where_the_passes_run(on_gpu):
     found = costs(replace(SHAPE, on_gpu=on_gpu))
     plain = costs(SHAPE)
-    for name in ("evaluate original", "allocate", "activations", "evaluate quantized"):
+    passing = ("evaluate original", "output gradients", "allocate", "activations")
+    for name in (*passing, "evaluate quantized"):
         forward = found[name].device if on_gpu else found[name].host
         assert forward == plain[name].host
         assert (found[name].host if on_gpu else found[name].device) == 0
@@ -88,8 +92,9 @@ def test_the_stages_to_measure_after_are_those_that_change_the_model():
 
 
 def test_a_stage_that_a_run_does_not_have_costs_nothing():
-    found = costs(replace(SHAPE, allocates=False, observes=False))
-    assert {"allocate", "activations"}.isdisjoint(found)
+    times = replace(SHAPE.times, weigh=0.0)
+    found = costs(replace(SHAPE, times=times, allocates=False, observes=False))
+    assert {"output gradients", "allocate", "activations"}.isdisjoint(found)
     assert all(isinstance(cost, Cost) for cost in found.values())
 
 

@@ -121,11 +121,13 @@ def test_a_whole_run_takes_it_by_its_dotted_name(tiny_run, tmp_path):
     assert sum(errors["own"]) < 0.8 * sum(errors["nearest"])
 
 
-def test_a_solver_that_wants_more_than_runs_measure_is_refused_at_the_door(tiny_run, capfd):
+def test_a_solver_that_wants_what_the_objective_does_not_measure_is_refused(tiny_run, capfd):
     words = ["solver=nearest", "solver.name=own_solvers:Weighted"]
     assert main(["plan", *tiny_run, *words]) == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert "solver Weighted wants output_gradients, which no run measures yet" in line
+    assert "solver Weighted wants output gradients" in line
+    assert "objective=output_gradient" in line
+    assert main(["plan", *tiny_run, *words, "objective=output_gradient"]) == 0
 
 
 def test_a_solver_that_wants_the_cross_moment_gets_it(tiny_run):

@@ -281,7 +281,7 @@ def test_a_solver_keeps_moments_as_they_are_or_says_that_it_has_used_them_up(sol
 
 
 @every_solver
-def test_a_solver_takes_the_mean_of_groups_that_it_does_not_want(solver):
+def test_a_solver_takes_the_mean_of_groups_or_says_that_it_takes_each(solver):
     assert not solver.wants
     problems = [random_problem(20, 9, seed=seed) for seed in (14, 15, 16)]
     groups = torch.stack([hessian for _, hessian in problems])
@@ -291,7 +291,8 @@ def test_a_solver_takes_the_mean_of_groups_that_it_does_not_want(solver):
         moments = Moments(groups.clone(), disposable=disposable)
         prepared = solver.prepare(moments)
         found = quantize_weight(LinearProblem(weight, mean), prepared, recipe(solver=solver))
-        assert torch.equal(found.quantized.codes, expected.quantized.codes)
+        same = torch.equal(found.quantized.codes, expected.quantized.codes)
+        assert same or solver.row_groups
         assert moments.used_up or torch.equal(moments.hessian, groups)
 
 

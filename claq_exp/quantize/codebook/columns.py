@@ -61,6 +61,9 @@ class CompiledColumns(ColumnQuantizer):
         padded = np.zeros((9, 256), dtype=np.float32)
         for width, book in self._books.items():
             padded[width, : len(book)] = book.float().numpy()
+        shares = statistics.group_shares
+        if shares is None:
+            shares = torch.zeros(0, columns)
         scales = np.ones(rows, dtype=np.float32)
         if row_scales is not None:
             scales = row_scales.float().numpy()
@@ -75,6 +78,7 @@ class CompiledColumns(ColumnQuantizer):
             rule=rule,
             books=padded,
             weights=np.ascontiguousarray(statistics.importance().numpy() * scales**2),
+            shares=shares.numpy(),
             row_scales=scales,
             level_set=self._set.numpy(),
             codes=np.zeros((columns, rows), dtype=np.uint8),

@@ -36,7 +36,8 @@ class ColumnTask(NamedTuple):
     fit_reserved: reserved entries take part in the fit.
     placed: reserved entries stay in the rows that they have.
     rule: KMEANS ... ABSMAX, or SETTLED.  books: [9, 256] float32, shared codebooks by width.
-    weights: [out] float32, importance of the rows.
+    weights: [out] float32, importance of the rows.  shares: [groups, in] float32, what that is
+    multiplied by in a column for each group of neighbouring rows; [0, in] for all alike.
     row_scales: [out] float32; what a row's values are divided by before the fit.
     level_set: [any] float32, ascending from -1 to 1, what levels over their column's scale may be;
         empty where they may be any float16.
@@ -55,6 +56,7 @@ class ColumnTask(NamedTuple):
     rule: int
     books: NDArray[np.float32]
     weights: NDArray[np.float32]
+    shares: NDArray[np.float32]
     row_scales: NDArray[np.float32]
     level_set: NDArray[np.float32]
     codes: NDArray[np.uint8]
@@ -335,6 +337,23 @@ def codes(kind: type[tuple[Any, ...]]) -> Callable[[Any], Any]:
     return register
 
 
+@njit(cache=True, nogil=True, error_model="numpy")
+def _fit_weights(column, task, chosen):  # type: ignore[no-untyped-def]
+    """Return what rows weigh in the fit of a column: [out] float32.  chosen: reserved rows."""
+    leave_out = task.offsets[column + 1] > task.offsets[column] and not task.fit_reserved
+    if not leave_out and not len(task.shares):
+        return task.weights
+    weights, rows = task.weights.copy(), len(task.weights)
+    if len(task.shares):
+        size = rows // len(task.shares)
+        for row in range(rows):
+            weights[row] *= task.shares[row // size, column]
+    if leave_out:
+        for row in range(rows):
+            weights[row] = np.float32(0.0) if chosen[row] else weights[row]
+    return weights
+
+
 @codes(ColumnTask)
 @njit(cache=True, nogil=True, error_model="numpy")
 def code_with_levels(values, column, task, quantized):  # type: ignore[no-untyped-def]
@@ -348,11 +367,7 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
         _placed(task.rows[start:stop], chosen)
     else:
         choose_reserved(quantized, stop - start, task.tails, chosen)
-    weights = task.weights
-    if stop > start and not task.fit_reserved:
-        weights = np.empty(rows, dtype=np.float32)
-        for row in range(rows):
-            weights[row] = np.float32(0.0) if chosen[row] else task.weights[row]
+    weights = _fit_weights(column, task, chosen)
     width = np.int64(task.bits[column])
     entries = 1 << width
     levels = np.empty(entries, dtype=np.float32)

@@ -53,6 +53,11 @@ class Alternating(QuantEase):
         """Tell that it does, see Solver."""
         return True
 
+    @property
+    def row_groups(self) -> bool:
+        """Whether groups of rows may have a Hessian each: levels are fitted on one."""
+        return False
+
     def _descend(self, descent: Descent) -> None:
         if descent.quantizer.tables() is None:
             super()._descend(descent)

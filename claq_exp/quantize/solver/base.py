@@ -72,6 +72,11 @@ class Prepared:
             self.diagonal,
         )
 
+    def excess(self, difference: Tensor) -> float:
+        """Return what `added` adds to the loss of a difference [out, in]; dead columns add none."""
+        squares = _column_squares(difference)
+        return float((squares * self.added)[~self.dead].sum())
+
 
 @dataclass(frozen=True)
 class Solved:
@@ -127,6 +132,11 @@ class Solver(Protocol):
         """
         return frozenset()
 
+    @property
+    def row_groups(self) -> bool:
+        """Whether groups of rows may have a Hessian each."""
+        return False
+
     def prepare(self, moments: Moments) -> Prepared:
         """Do what is the same for all linears with one input.
 
@@ -177,10 +187,7 @@ def describe(
         )
     difference = quantized.dequantize().sub_(weight)
     squares, norm = _column_squares(difference), float(_column_squares(weight).sum())
-    if loss is None:
-        wrong = problem.error(difference)
-    else:  # what was added to the diagonal is taken off; dead columns are not in it
-        wrong = loss - float((squares * prepared.added)[~prepared.dead].sum())
+    wrong = problem.error(difference) if loss is None else loss - prepared.excess(difference)
     whole = problem.energy()
     return Solved(
         quantized=quantized,

@@ -60,6 +60,56 @@ def quantize_block(values, lower, columns, task, coded):  # type: ignore[no-unty
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def quantize_block_of_groups(values, lower, columns, task, coded):  # type: ignore[no-untyped-def]
+    """Do what `quantize_block` does, for groups of neighbouring rows in equal numbers.
+
+    lower: [groups, block, block] float32, of each.
+    """
+    quantized = np.empty(values.shape[1], dtype=np.float32)
+    size = values.shape[1] // len(lower)
+    for position in range(len(columns)):
+        for group in range(len(lower)):
+            compensate(values[:, group * size : (group + 1) * size], lower[group], position)
+        current = values[position]
+        if len(coded):
+            coded[position] = current
+        code_column(current, columns[position], task, quantized)
+        for row in range(len(current)):
+            divisor = lower[row // size, position, position]
+            current[row] = (current[row] - quantized[row]) / divisor
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def descend_block_of_groups(values, ratios, prices, columns, task, quantized, coded, weights):  # type: ignore[no-untyped-def]
+    """Do what `descend_block` does, for groups of neighbouring rows in equal numbers.
+
+    ratios: [groups, block, block] float32, of each.  prices: [groups, block] float32, H_pp of each.
+    Returns by how much the loss of each column fell: [block].
+    """
+    gains = np.zeros(len(columns))
+    found = np.empty(values.shape[1], dtype=np.float32)
+    priced = np.empty(values.shape[1], dtype=np.float32)
+    size = values.shape[1] // len(ratios)
+    for position in range(len(columns)):
+        for group in range(len(ratios)):
+            compensate(values[:, group * size : (group + 1) * size], ratios[group], position)
+        for row in range(len(weights)):
+            priced[row] = weights[row] * prices[row // size, position]
+        current, kept = values[position], quantized[position]
+        code_column(current, columns[position], task, found)
+        gain = closer(current, kept, found, priced)
+        if gain >= 0.0:
+            gains[position] = gain
+            coded[position] = current
+        else:
+            code_column(coded[position], columns[position], task, found)
+        for row in range(len(current)):
+            current[row] = found[row] - kept[row]
+            kept[row] = found[row]
+    return gains
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def descend_block(values, ratios, columns, task, quantized, coded, weights):  # type: ignore[no-untyped-def]
     """Code the columns of a block again, one after the other, where that lowers the error.
 

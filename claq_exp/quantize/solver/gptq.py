@@ -10,7 +10,7 @@ from torch import Tensor
 from claq_exp.errors import ConfigError, NumericalError
 from claq_exp.quantize.moments import CROSS, Moments
 from claq_exp.quantize.solver.column_loop import ColumnLoop
-from claq_exp.quantize.solver.columns import ColumnSystem
+from claq_exp.quantize.solver.columns import ColumnSystem, GroupedSystem
 from claq_exp.quantize.solver.factor import inverse_factor
 from claq_exp.quantize.symmetric import bands, permute_
 
@@ -60,27 +60,47 @@ class Gptq(ColumnLoop):
         """The cross moment, where the solver is asymmetric."""
         return frozenset({CROSS}) if self.asymmetric else frozenset()
 
-    def prepare(self, moments: Moments) -> ColumnSystem:
-        """Order the columns and factorize.
+    @property
+    def row_groups(self) -> bool:
+        """Each group has a factor of its own, see Solver."""
+        return True
 
+    def prepare(self, moments: Moments) -> ColumnSystem | GroupedSystem:
+        """Order the columns and factorize, for each group of rows.
+
+        All groups are visited in one order, by the mean over their Hessians.
         A dead input (H_jj = 0) gets the mean diagonal of the others: its column is rounded to
         nearest, takes no error of others and gives none.  The factor is found in the memory of
         disposable moments.
         Raises NumericalError when no damping makes the Hessian positive definite; it is as before
         then.  Raises ValueError where the cross moment is wanted and was not measured.
         """
-        hessian, cross = moments.single(), moments.single_cross()
-        if self.asymmetric and cross is None:
+        if self.asymmetric and moments.cross is None:
             raise ValueError("an asymmetric solver needs the cross moment of teacher and student")
+        order = self._order(moments)
+        if moments.groups == 1:
+            return self._system(moments, order)
+        parts = []
+        for group, hessian in enumerate(moments.hessian):
+            cross = None if moments.cross is None else moments.cross[group]
+            parts.append(self._system(Moments(hessian, cross, moments.tokens), order))
+        if moments.disposable:
+            moments.use_up()
+        return GroupedSystem.of(parts)
+
+    def _order(self, moments: Moments) -> Tensor:
+        """Return the columns as they are visited: [in] int64."""
+        diagonal = moments.hessian.diagonal(dim1=1, dim2=2).mean(dim=0)
+        if not self.act_order:
+            return torch.arange(len(diagonal), device=diagonal.device)
+        return torch.argsort(_filled(diagonal), descending=True, stable=True)
+
+    def _system(self, moments: Moments, order: Tensor) -> ColumnSystem:
+        """Factorize for all rows, or a group of them; see `prepare`."""
+        hessian, cross = moments.single(), moments.single_cross()
         diagonal = hessian.diagonal().clone()
         dead = diagonal == 0
-        fill = diagonal[~dead].mean() if not dead.all() else hessian.new_ones(())
-        filled = torch.where(dead, fill, diagonal)
-        order = (
-            torch.argsort(filled, descending=True, stable=True)
-            if self.act_order
-            else torch.arange(len(filled), device=hessian.device)
-        )
+        filled = _filled(diagonal)
         backwards = order.flip(0)
         matrix = hessian
         if not (moments.disposable and hessian.is_contiguous()):
@@ -106,7 +126,7 @@ class Gptq(ColumnLoop):
             inverse_factor=factor,
             distortion_weight=weight,
             damping=damping,
-            added=damping * filled.mean() + torch.where(dead, fill, 0.0),
+            added=damping * filled.mean() + torch.where(dead, filled, 0.0),
             dead=dead,
             block_size=self.block_size,
             raised=damping > self.damping,
@@ -114,6 +134,13 @@ class Gptq(ColumnLoop):
             correction=correction,
             diagonal=diagonal.float(),
         )
+
+
+def _filled(diagonal: Tensor) -> Tensor:
+    """Return a Hessian's diagonal with the mean of the others, or 1, in the place of zeros."""
+    dead = diagonal == 0
+    fill = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
+    return torch.where(dead, fill, diagonal)
 
 
 def correction_of(cross: Tensor, order: Tensor, factor: Tensor) -> Tensor:

@@ -16,8 +16,18 @@ from claq_exp.quantize.codebook.base import ColumnQuantizer
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.solver.base import Solved, describe
-from claq_exp.quantize.solver.columns import ColumnSystem, quantize_columns
-from claq_exp.quantize.solver.compiled import closer, compensate, descend_block
+from claq_exp.quantize.solver.columns import (
+    ColumnSystem,
+    GroupedSystem,
+    parts_of,
+    quantize_columns,
+)
+from claq_exp.quantize.solver.compiled import (
+    closer,
+    compensate,
+    descend_block,
+    descend_block_of_groups,
+)
 from claq_exp.quantize.solver.gptq import Gptq
 from claq_exp.quantize.symmetric import bands, permute_
 
@@ -75,16 +85,15 @@ class QuantEase(Gptq):
         asymmetric = bool(self.asymmetric)
         return 1 + asymmetric, 3 + asymmetric
 
-    def prepare(self, moments: Moments) -> DescentSystem:
+    def _system(self, moments: Moments, order: Tensor) -> DescentSystem:
         """Do what Gptq does, and keep the Hessian.  Raises as Gptq's."""
         hessian, cross = moments.single().float(), moments.single_cross()
         lost = (
             cross.float().mul_(self.asymmetric) if self.asymmetric and cross is not None else None
         )
         del cross
-        found = super().prepare(moments)
+        found = super()._system(moments, order)
         system = {field.name: getattr(found, field.name) for field in fields(found)}
-        order = found.order
         permute_(hessian, order)
         hessian.diagonal().add_(found.added[order].float())
         if lost is not None:
@@ -92,12 +101,12 @@ class QuantEase(Gptq):
         return DescentSystem(**system, hessian=hessian, lost=lost)
 
     def solve(self, problem: LinearProblem, prepared: Any, plan: MatrixPlan) -> Solved:
-        """Quantize one matrix, see Solver.  prepared: a `DescentSystem`."""
+        """Quantize one matrix, see Solver.  prepared: of `DescentSystem`s."""
         statistics = prepared.statistics(problem, plan.row_weights)
         quantizer = plan.codebook.start(statistics, plan.columns)
         loop = prepared
         if self.start == NEAREST:
-            loop = replace(prepared, inverse_factor=None, correction=None)
+            loop = _without_compensation(prepared)
         coded = torch.empty(problem.weight.t().shape)
         quantize_columns(problem.weight, loop, quantizer, coded)
         descent = Descent(problem.weight, prepared, quantizer, coded, statistics.importance())
@@ -118,6 +127,7 @@ class Descent:
     """The sweeps over one matrix, its columns in visiting order.
 
     weight: [out, in] float32.  quantizer: has coded every column.
+    system: a `DescentSystem`, or one of them for each group of rows.
     coded: [in, out] float32, the columns that it was given.
     importance: [out] float32, of the rows, for the codebooks and what counts as nearer.
     found: [in, out] float32, the columns as they are stored.
@@ -126,7 +136,7 @@ class Descent:
     def __init__(
         self,
         weight: Tensor,
-        system: DescentSystem,
+        system: Any,
         quantizer: ColumnQuantizer,
         coded: Tensor,
         importance: Tensor,
@@ -136,7 +146,11 @@ class Descent:
         self.found = quantizer.payload().dequantize().t().index_select(0, order)
         self._missed = self.found - weight.t().index_select(0, order)
         self.importance = importance
-        self._wanted = None if system.lost is None else system.lost.t() @ weight.t()
+        self._parts: list[tuple[DescentSystem, slice]] = parts_of(system, len(weight))  # type: ignore[assignment]
+        self._wanted = [
+            None if part.lost is None else part.lost.t() @ weight[rows].t()
+            for part, rows in self._parts
+        ]
 
     def sweeps(self, count: int) -> float:
         """Sweep so often, or until nothing changes; return by how much the loss fell."""
@@ -150,30 +164,37 @@ class Descent:
 
     def sweep(self) -> float:
         """Code every column once more; return by how much the loss fell."""
-        hessian, step = self.system.hessian, self.system.block_size
-        diagonal, gained = hessian.diagonal(), 0.0
-        weights = self.importance.numpy()
-        for block in bands(len(hessian), step):
-            scale = diagonal[block, None]
-            moved = torch.addcdiv(self.found[block], self.slope(block), scale, value=-1)
-            gains = _descend(
+        weights, gained = self.importance.numpy(), 0.0
+        for block in bands(len(self.found), self._parts[0][0].block_size):
+            slope, ratios, prices = self.slope(block), [], []
+            moved = torch.empty_like(slope)
+            for part, rows in self._parts:
+                price = part.hessian.diagonal()[block]
+                moved[:, rows] = torch.addcdiv(
+                    self.found[block, rows], slope[:, rows], price[:, None], value=-1
+                )
+                ratios.append(part.hessian[block, block] / price[:, None])
+                prices.append(price)
+            gained += _descend(
                 self.quantizer,
                 self.system.order[block].numpy(),
                 moved.numpy(),
-                (hessian[block, block] / scale).numpy(),
+                torch.stack(ratios).numpy(),
+                torch.stack(prices).numpy(),
                 self.found[block].numpy(),
                 self._coded[block].numpy(),
                 weights,
             )
             self._missed[block] += moved
-            gained += float(torch.from_numpy(gains) @ scale[:, 0].double())
         return gained
 
     def slope(self, columns: slice) -> Tensor:
         """Return half of how the loss grows with the stored values of some columns: [some, out]."""
-        slope = self.system.hessian[columns] @ self._missed
-        if self._wanted is not None:
-            slope -= self._wanted[columns]
+        slope = torch.empty_like(self.found[columns])
+        for (part, rows), wanted in zip(self._parts, self._wanted, strict=True):
+            slope[:, rows] = part.hessian[columns] @ self._missed[:, rows]
+            if wanted is not None:
+                slope[:, rows] -= wanted[columns]
         return slope
 
     def settle(self, levels: Tensor, found: Tensor) -> None:
@@ -188,13 +209,21 @@ class Descent:
 
     def loss(self) -> float:
         """Return tr(D (H + diag(added)) D^T) without dead columns."""
-        missed = self._missed.clone()
-        missed[self.system.dead[self.system.order]] = 0.0
         total = 0.0
-        for block in bands(len(missed), self.system.block_size):
-            product = self.system.hessian[block] @ missed
-            total += float(product.mul_(missed[block]).sum(dtype=torch.float64))
+        for part, rows in self._parts:
+            missed = self._missed[:, rows].clone()
+            missed[part.dead[part.order]] = 0.0
+            for block in bands(len(missed), part.block_size):
+                product = part.hessian[block] @ missed
+                total += float(product.mul_(missed[block]).sum(dtype=torch.float64))
         return total
+
+
+def _without_compensation(system: Any) -> Any:
+    """Return a system, or one of groups, whose column loop rounds to nearest."""
+    if isinstance(system, GroupedSystem):
+        return replace(system, parts=tuple(map(_without_compensation, system.parts)))
+    return replace(system, inverse_factor=None, correction=None)
 
 
 def _descend(
@@ -202,27 +231,39 @@ def _descend(
     columns: NDArray[np.int64],
     values: NDArray[np.float32],
     ratios: NDArray[np.float32],
+    prices: NDArray[np.float32],
     found: NDArray[np.float32],
     coded: NDArray[np.float32],
     weights: NDArray[np.float32],
-) -> NDArray[np.float64]:
-    """Code the columns of a block again: `descend_block`, in Python where a codebook is."""
+) -> float:
+    """Code the columns of a block again: `descend_block`, in Python where a codebook is.
+
+    ratios: [groups, block, block], of each group of rows.  prices: [groups, block], its H_pp.
+    Returns by how much the loss fell.
+    """
     task = quantizer.compiled()
+    if task is not None and len(ratios) == 1:
+        gains = descend_block(values, ratios[0], columns, task, found, coded, weights)
+        return float(gains @ prices[0].astype(np.float64))
     if task is not None:
-        gains: NDArray[np.float64] = descend_block(
-            values, ratios, columns, task, found, coded, weights
+        return float(
+            descend_block_of_groups(
+                values, ratios, prices, columns, task, found, coded, weights
+            ).sum()
         )
-        return gains
-    gains = np.zeros(len(columns))
+    gained = 0.0
+    groups = np.split(values, len(ratios), axis=1)
+    each = len(weights) // len(ratios)
     for position, column in enumerate(columns.tolist()):
-        compensate(values, ratios, position)
+        for own, ratio in zip(groups, ratios, strict=True):
+            compensate(own, ratio, position)
         current, kept = values[position], found[position]
         stored = quantizer.code_column(column, current)
-        gain = closer(current, kept, stored, weights)
+        gain = closer(current, kept, stored, weights * np.repeat(prices[:, position], each))
         if gain >= 0:
-            gains[position], coded[position] = gain, current
+            gained, coded[position] = gained + gain, current
         else:
             stored = quantizer.code_column(column, coded[position])
         current[:] = stored - kept
         kept[:] = stored
-    return gains
+    return gained
