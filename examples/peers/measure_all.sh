@@ -10,17 +10,18 @@
 # two texts like those that it was trained on.  PYTHON runs the peers, if they live elsewhere.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
+[ -n "${MODEL:-}" ] && MODEL=$(realpath "$MODEL") TEXT=$(realpath "$TEXT") HELD_OUT=$(realpath "$HELD_OUT")
 which=$1 folder=$2 gguf=${3:+$(realpath "$3")} python=${PYTHON:-python}
 mkdir -p "$folder/made" && cd "$folder" || exit 1
 case $which in
   smollm)
-    model="model=smollm2_135m" calibration="calibration.windows=16" group=64 light="--iterations 50 --rate 5e-3"
+    model="model=smollm2_135m" calibration="calibration.windows=16" group=64
     evaluation="evaluation=perplexity" ;;
   stories)
-    model="model=hf model.source=$MODEL" group=96 light="--iterations 200 --batch-size 8"
+    model="model=hf model.source=$MODEL" group=96
     calibration="calibration=text calibration.path=$TEXT calibration.windows=128 calibration.seqlen=256"
-    evaluation="evaluation=none +corpus@evaluation.corpora.held_out=text evaluation.context=256 evaluation.kl_windows=48"
-    evaluation+=" evaluation.corpora.held_out.path=$HELD_OUT evaluation.corpora.held_out.windows=96" ;;
+    evaluation="evaluation=none +corpus@evaluation.corpora.held_out=text evaluation.context=256 evaluation.kl_windows=32"
+    evaluation+=" evaluation.corpora.held_out.path=$HELD_OUT evaluation.corpora.held_out.windows=64" ;;
   *) echo "smollm or stories" >&2; exit 2 ;;
 esac
 
@@ -49,15 +50,19 @@ llama() { # TYPE
 }
 
 export OMP_NUM_THREADS=1
+light="--iterations 50 --rate 5e-3"
 own rd2.3 experiment=linear/rate_distortion_2.3
 own rd3.3 experiment=linear/rate_distortion_3.3
 own rd4.5 experiment=linear/rate_distortion_3.3 budget.bits=4.5
 own kmeans4 experiment=kmeans_4bit
 own default
-for type in IQ4_NL Q4_K_M IQ3_XXS; do llama $type; done
+llama IQ4_NL
 for bits in 3 4; do
   peer hqq$bits with_hqq.py --bits $bits
   peer llmc$bits with_llm_compressor.py --bits $bits --group-size $group
 done
 peer ar2ext with_auto_round.py --bits 2 --group-size $group $light --alg-ext
 for bits in 2 3 4; do peer ar$bits with_auto_round.py --bits $bits --group-size $group $light; done
+peer ar2ext-200 with_auto_round.py --bits 2 --group-size $group --iterations 200 --batch-size 8 --alg-ext
+peer ar2-200 with_auto_round.py --bits 2 --group-size $group --iterations 200 --batch-size 8
+for type in IQ2_M IQ3_XXS Q4_K_M; do llama $type; done

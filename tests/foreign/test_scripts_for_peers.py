@@ -73,6 +73,10 @@ def test_table_and_picture_have_a_row_for_each_checkpoint(run, tmp_path, capsys)
     (tmp_path / "made").mkdir()
     header = "name,cpu_seconds,wall_seconds,peak_gib"
     (tmp_path / "made" / "costs.csv").write_text(f"{header}\nllmc3,102.4,120,1.5\n")
+    older = "Tiny,old,HQQ,2 bits,9.5,11.0,0.2,10.0,,"
+    columns = "model,name,family,label,bits,perplexity,kl,original,cpu_seconds,peak_gib"
+    again = older.replace("old", "default")  # measured now, so this line is replaced
+    (tmp_path / "peers.csv").write_text(f"{columns}\n{older}\n{again}\n")
     run("table.py", tmp_path, f"Tiny={tmp_path}")
     title, _, *table = capsys.readouterr().out.strip().splitlines()
     assert title == "## Tiny"
@@ -82,10 +86,12 @@ def test_table_and_picture_have_a_row_for_each_checkpoint(run, tmp_path, capsys)
         ("this project", "k-means columns, 4 bits"),
         ("AutoRound, alg_ext", "2 bits, groups of 64"),
         ("AutoRound", "3 bits, groups of 64, 200 iterations"),
-        ("GPTQ", "3 bits, groups of 64"),
+        ("GPTQ of llm-compressor", "3 bits, groups of 64"),
         ("HQQ", "4 bits"),
         ("llama.cpp", "IQ4_NL"),
+        ("HQQ", "2 bits"),
     ]
+    assert len((tmp_path / "peers.csv").read_text().splitlines()) == 10
     assert "| 7.00 | 14.29 | 0.143 | 102 | 1.5 |" in table[8]
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
 
