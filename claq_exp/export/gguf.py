@@ -58,6 +58,18 @@ def write_gguf(folder: Path, target: Path, *, dtype: str, trust_remote_code: boo
     opened = open_checkpoint(folder, trust_remote_code=trust_remote_code)
     if dtype != "float32":
         check_dtype(folder, layouts, "float16")
+    write_opened(opened, folder, target, dtype=dtype, trust_remote_code=trust_remote_code)
+
+
+def write_opened(
+    opened: StreamedModel,
+    folder: Path,
+    target: Path,
+    *,
+    dtype: str,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write an open model, of an original too, as `write_gguf`; its tokenizer is in `folder`."""
     tensors = _Tensors.of(opened, dtype)
     rows = opened.model.get_input_embeddings().get_parameter("weight").shape[0]
     vocabulary = read_vocabulary(folder, rows, trust_remote_code=trust_remote_code)

@@ -18,7 +18,7 @@ from claq_exp.sources.cache import sha256_of
 from claq_exp.sources.weight_files import weight_files
 from claq_exp.system.files import read_json
 
-DENSE, GGUF, HQQ = "dense", "gguf", "hqq"
+DENSE, GGUF, HQQ, COMPRESSED = "dense", "gguf", "hqq", "compressed-tensors"
 HQQ_WEIGHTS = "qmodel.pt"  # what save_quantized of hqq writes, beside a config.json without a word
 MAGIC = b"GGUF"
 
@@ -42,7 +42,7 @@ PACKAGES = {
     "gptq": Package(("gptqmodel", "optimum"), ("gptqmodel", "optimum")),
     "awq": _one("gptqmodel"),
     "auto-round": _one("auto-round", "auto_round"),
-    "compressed-tensors": _one("compressed-tensors", "compressed_tensors"),
+    COMPRESSED: _one("compressed-tensors", "compressed_tensors"),
     HQQ: _one("hqq"),
     "bitsandbytes": _one("bitsandbytes"),
     "torchao": _one("torchao"),
@@ -80,6 +80,21 @@ class Foreign:
     def is_pickled_hqq(self) -> bool:
         """Tell whether hqq itself wrote the weights, in a file that only hqq reads."""
         return self.method == HQQ and (self.path / HQQ_WEIGHTS).is_file()
+
+    def has_packed_zeros(self) -> bool:
+        """Tell whether it is an asymmetric grid of compressed-tensors on weights alone.
+
+        transformers 5.24 reads their zero points only when it dequantizes at load, which would
+        also drop the rounding of activations.
+        """
+        groups = self.quantization.get("config_groups")
+        if self.method != COMPRESSED or not isinstance(groups, dict):
+            return False
+        parts = [group for group in groups.values() if isinstance(group, dict)]
+        rounds = any(part.get("input_activations") for part in parts)
+        grids = [part.get("weights") for part in parts]
+        packed = any(isinstance(grid, dict) and grid.get("symmetric") is False for grid in grids)
+        return packed and not rounds
 
     def weight_files(self) -> tuple[Path, ...]:
         """Return the files of its weights.  Raises ConfigError where there are none."""

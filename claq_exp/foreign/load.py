@@ -98,6 +98,11 @@ def _by_transformers(
     foreign: Foreign, *, dtype: str, device: str, device_map: str | None, trust_remote_code: bool
 ) -> PreTrainedModel:
     config = load_config(foreign.path, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {}
+    if foreign.has_packed_zeros():
+        from transformers import CompressedTensorsConfig
+
+        options["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     model, report = model_factory(_plain(config)).from_pretrained(
         foreign.path,
         dtype=DTYPES[dtype],
@@ -106,6 +111,7 @@ def _by_transformers(
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that the message can name the tensor
         trust_remote_code=trust_remote_code,
+        **options,
     )
     by = f"transformers and {foreign.method}"
     if wrong := sorted(map(str, report["mismatched_keys"])):

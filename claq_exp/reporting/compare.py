@@ -11,6 +11,7 @@ from claq_exp.errors import ConfigError
 from claq_exp.reporting.cells import NOT_FINITE, NOT_MEASURED, Marks, number
 from claq_exp.reporting.collect import Measure, Run, is_run_folder, read_run
 from claq_exp.reporting.columns import same_content
+from claq_exp.reporting.external import is_external
 from claq_exp.reporting.render import to_markdown
 from claq_exp.reporting.report_table import Cell, ReportTable, Row
 from claq_exp.reporting.settings import flatten, is_seed
@@ -36,10 +37,9 @@ def compare_runs(first: Path, second: Path) -> list[ReportTable]:
     """
     one, two = finished_run(first), finished_run(second)
     columns = ["", "A", "B"]
-    settings = _differences(flatten(one.config), flatten(two.config))
     about = _differences(_about(one), _about(two))
     tables = [
-        ReportTable("Settings that differ", columns, [False] * 3, settings),
+        _settings(one, two),
         ReportTable("Made by what differs", columns, [False] * 3, about),
         window_verdicts(one, two),
         _measures(one, two),
@@ -58,15 +58,7 @@ def compare_folders(first: Path, second: Path, *, seeds: bool = False) -> list[R
     if is_run_folder(first) and is_run_folder(second) and not seeds:
         return compare_runs(first, second)
     one, two = (runs_of(folder, seeds=seeds) for folder in (first, second))
-    settings = [
-        row
-        for row in _differences(flatten(one[0].config), flatten(two[0].config))
-        if not is_seed(row.cells[0].text)
-    ]
-    tables = [
-        ReportTable("Settings that differ", ["", "A", "B"], [False] * 3, settings),
-        seed_verdicts(one, two),
-    ]
+    tables = [_settings(one[0], two[0], seeds=False), seed_verdicts(one, two)]
     return [table for table in tables if table.rows]
 
 
@@ -84,6 +76,20 @@ def finished_run(folder: Path) -> Run:
         state = ": ".join(filter(None, (run.state.name, run.state.reason)))
         raise ConfigError(f"report: the run in {folder} has no results, it is {state}")
     return run
+
+
+def _settings(one: Run, two: Run, *, seeds: bool = True) -> ReportTable:
+    """Return the settings that differ; beside a checkpoint of others, those that both have."""
+    before, after = flatten(one.config), flatten(two.config)
+    outside = [name for name, run in (("A", one), ("B", two)) if is_external(run.results or {})]
+    notes = [f"{name} is external: how it was made is not known." for name in outside]
+    if outside:
+        shared = before.keys() & after.keys()
+        before, after = ({k: v for k, v in each.items() if k in shared} for each in (before, after))
+    rows = _differences(before, after)
+    if not seeds:
+        rows = [row for row in rows if not is_seed(row.cells[0].text)]
+    return ReportTable("Settings that differ", ["", "A", "B"], [False] * 3, rows, notes)
 
 
 def _differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[Row]:

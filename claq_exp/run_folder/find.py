@@ -15,6 +15,8 @@ def checkpoint_folder(folder: str | Path) -> Path:
     Raises ConfigError when there is none.
     """
     path = Path(folder).expanduser()
+    if not path.exists():
+        raise ConfigError(f"'{path}' does not exist; name a checkpoint or the folder of a run")
     if not path.is_dir():
         raise ConfigError(f"'{path}' is no folder; name a checkpoint or the folder of a run")
     inside = path / CHECKPOINT

@@ -11,12 +11,18 @@ iterations and batch 8, on 128 windows of 2048 tokens.
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
-from auto_round import AutoRound
+from needs import missing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import claq_exp
+
+try:
+    from auto_round import AutoRound
+except ModuleNotFoundError as error:
+    sys.exit(missing(error, "pip install auto-round"))
 
 
 def main() -> None:

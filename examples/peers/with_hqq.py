@@ -9,13 +9,19 @@ WORDS are those of the command line that name the model: model=...
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
-from hqq.core.quantize import BaseQuantizeConfig
-from hqq.models.hf.base import AutoHQQHFModel
+from needs import missing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import claq_exp
+
+try:
+    from hqq.core.quantize import BaseQuantizeConfig
+    from hqq.models.hf.base import AutoHQQHFModel
+except ModuleNotFoundError as error:
+    sys.exit(missing(error, "pip install hqq"))
 
 
 def main() -> None:

@@ -14,11 +14,16 @@ import sys
 
 import gguf
 import torch
-from llama_cpp_py_sync._cffi_bindings import ffi, get_lib
+from needs import missing
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import claq_exp
+
+try:
+    from llama_cpp_py_sync._cffi_bindings import ffi, get_lib
+except ModuleNotFoundError as error:
+    sys.exit(missing(error, "pip install --no-deps llama-cpp-py-sync && pip install cffi"))
 
 
 @torch.inference_mode()

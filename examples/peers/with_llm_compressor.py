@@ -3,22 +3,29 @@
     pip install --no-deps llmcompressor && pip install compressed-tensors loguru
     python examples/peers/with_llm_compressor.py TARGET --bits 4 [WORDS]
 
-llmcompressor 0.14 asks for transformers up to 5.17, hence --no-deps; with transformers 5.24 its
-symmetric checkpoints are read back, and asymmetric ones are refused (packed zero points).
+llmcompressor 0.14 asks for transformers up to 5.17, hence --no-deps.  The grid has zero points,
+unless --symmetric is given.
 WORDS are those of the command line: model=..., calibration=..., calibration.windows=16.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
-from datasets import Dataset
-from llmcompressor import oneshot
-from llmcompressor.modifiers.gptq import GPTQModifier
+from needs import missing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import claq_exp
+
+try:
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+except ModuleNotFoundError as error:
+    command = "pip install --no-deps llmcompressor && pip install compressed-tensors loguru"
+    sys.exit(missing(error, command))
 
 
 def main() -> None:
@@ -27,6 +34,7 @@ def main() -> None:
     parser.add_argument("target")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--symmetric", action="store_true", help="no zero points")
     asked, words = parser.parse_known_args()
 
     calibration = claq_exp.calibration_inputs(*words)
@@ -34,7 +42,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(calibration.model, dtype=torch.float32)
     windows = calibration.windows.tolist()
     masks = torch.ones_like(calibration.windows).tolist()
-    weights = {"num_bits": asked.bits, "type": "int", "symmetric": True}
+    weights = {"num_bits": asked.bits, "type": "int", "symmetric": asked.symmetric}
     weights |= {"strategy": "group", "group_size": asked.group_size}
     oneshot(
         model=model,

@@ -134,8 +134,9 @@ def test_inspect_says_how_it_is_called(words, capfd):
 @pytest.mark.parametrize("command", ["inspect", "export"])
 def test_a_folder_without_a_checkpoint_is_refused(command, tiny_model, tmp_path, capfd):
     more = [str(tmp_path / "new")] if command == "export" else []
-    assert main([command, str(tmp_path / "nothing"), *more]) == REQUEST
-    assert "is no folder" in complaint(capfd)
+    for missing in ("nothing", "nothing.gguf"):
+        assert main([command, str(tmp_path / missing), *more]) == REQUEST
+        assert f"{missing}' does not exist" in complaint(capfd)
     if command == "dequantize":  # the other one takes what others made
         assert main([command, str(tiny_model), *more]) == REQUEST
         assert "is not quantized by claq_exp" in complaint(capfd)

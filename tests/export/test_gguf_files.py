@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, tiny_words
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
@@ -70,6 +73,21 @@ def test_transformers_reads_equal_weights(dtype, packed, tmp_path, capsys):
         torch.testing.assert_close(found(TOKENS).logits, expected(TOKENS).logits)
     own, read = AutoTokenizer.from_pretrained(packed), AutoTokenizer.from_pretrained(**place)
     assert read(TEXT).input_ids == own(TEXT).input_ids
+
+
+def test_an_original_is_written_by_the_script_for_peers(
+    tiny_model, text_file, tmp_path, monkeypatch
+):
+    folder, target = tmp_path / "tiny", tmp_path / "tiny.gguf"
+    shutil.copytree(tiny_model, folder)
+    byte_level().save_pretrained(folder)
+    monkeypatch.setattr(sys, "argv", ["as_gguf.py", str(target), *tiny_words(folder, text_file)])
+    script = Path(__file__).parents[2] / "examples" / "peers" / "as_gguf.py"
+    runpy.run_path(str(script), run_name="__main__")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(target).tensors}
+    weight = load_file(folder / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    assert np.array_equal(tensors["blk.1.ffn_up.weight"].data, weight.half().numpy())
+    assert tensors["blk.0.attn_norm.weight"].tensor_type.name == "F32"
 
 
 def test_rows_of_q_and_k_are_in_the_order_of_llama_cpp(packed, tmp_path):

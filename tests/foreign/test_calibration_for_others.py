@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from conftest import byte_tokenizer, tiny_words
 
 import claq_exp
 
-PEERS = sorted((Path(__file__).parents[2] / "examples" / "peers").glob("*.py"))
+FOLDER = Path(__file__).parents[2] / "examples" / "peers"
+PEERS = sorted(FOLDER.glob("with_*.py"))
 
 
 def test_windows_are_those_of_the_text_and_no_evaluation_text_is_asked_for(tiny_model, text_file):
@@ -37,3 +40,24 @@ def test_scripts_say_what_to_install_and_take_the_windows(script):
     assert "pip install" in about
     assert f"python examples/peers/{script.name}" in about
     assert "claq_exp.calibration_inputs(" in text
+
+
+@pytest.mark.parametrize(
+    ("script", "package", "command"),
+    [
+        ("with_auto_round", "auto_round", "pip install auto-round"),
+        ("with_hqq", "hqq", "pip install hqq"),
+        ("with_llm_compressor", "llmcompressor", "pip install --no-deps llmcompressor"),
+        ("with_llama_cpp", "llama_cpp_py_sync", "pip install --no-deps llama-cpp-py-sync"),
+    ],
+)
+def test_a_script_without_its_package_says_in_one_line_how_to_install_it(
+    script, package, command, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.syspath_prepend(str(FOLDER))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(FOLDER / f"{script}.py"), run_name="__main__")
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"'{package}' is not installed: {command}" in line

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from claq_exp.cli import main
 from claq_exp.errors import CheckpointError, ConfigError
 from claq_exp.foreign import found
-from claq_exp.foreign.found import PACKAGES, find_foreign
+from claq_exp.foreign.found import PACKAGES, Foreign, find_foreign
 from claq_exp.foreign.load import load_foreign
 from claq_exp.run import evaluate as evaluation
 
@@ -198,6 +198,38 @@ def test_the_owners_package_gives_the_logits_that_it_gave_when_the_file_was_made
         logits = model(torch.arange(8)[None]).logits[0, -1, :16].float()
     made = json.loads((STORED / name / "made.json").read_text())["logits"]
     torch.testing.assert_close(logits, torch.tensor(made), rtol=2e-2, atol=2e-3)
+
+
+def test_packed_zero_points_are_read_as_their_format_says():
+    pytest.importorskip("compressed_tensors")
+    folder = STORED / "packed_zeros"
+    model = load_foreign(find_foreign(folder), dtype="float32", device="cpu")
+    stored, name = load_file(folder / "model.safetensors"), "model.layers.0.mlp.down_proj"
+    codes, zeros = (  # eight in an int32: codes along inputs, zero points along outputs
+        (stored[f"{name}.weight_{part}"].unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15
+        for part in ("packed", "zero_point")
+    )
+    zeros = zeros.transpose(1, 2).flatten(0, 1)
+    grid = (codes.flatten(1) - zeros.repeat_interleave(32, dim=1)).float()
+    scales = stored[f"{name}.weight_scale"].float().repeat_interleave(32, dim=1)
+    found = model.get_submodule(name).weight
+    torch.testing.assert_close(found, grid * scales, rtol=1e-3, atol=1e-5)
+    assert zeros.unique().numel() > 1
+
+
+def test_only_asymmetric_weights_alone_are_read_dequantized():
+    grid = {"symmetric": False}
+    for groups, expected in (
+        ({"group_0": {"weights": grid, "input_activations": None}}, True),
+        ({"group_0": {"weights": grid, "input_activations": {"num_bits": 8}}}, False),
+        ({"group_0": {"weights": {"symmetric": True}}}, False),
+        (None, False),
+    ):
+        quantization = {"config_groups": groups}
+        assert Foreign(STORED, "compressed-tensors", quantization).has_packed_zeros() is expected
+    assert not Foreign(
+        STORED, "gptq", {"config_groups": {"0": {"weights": grid}}}
+    ).has_packed_zeros()
 
 
 def test_a_tensor_that_is_missing_is_named_and_not_made_up(tmp_path):

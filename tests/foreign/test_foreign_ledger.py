@@ -69,6 +69,8 @@ def bits(name: str) -> float:
             total += 3 * weights + groups * rows * (16 + 3)
         elif name == "compressed_tensors":  # and the shape in two int64
             total += 4 * weights + groups * rows * 16 + 128
+        elif name == "packed_zeros":  # the same, and eight zero points of a group in a word
+            total += 4 * weights + groups * rows * 16 + groups * -(-rows // 8) * 32 + 128
         elif name == "torchao":  # float32 scale and zero of 8 bits for each row
             total += 8 * weights + rows * (32 + 8)
         elif name == "hqq":  # ten codes in a word, groups as rows; scale and zero in float16
@@ -88,7 +90,10 @@ def test_linear_bits_are_those_that_the_format_asks_for(name):
 @pytest.mark.parametrize(
     ("name", "nominal"),
     [
-        *[(name, 4) for name in ("gptq", "awq", "compressed_tensors", "bitsandbytes")],
+        *[
+            (name, 4)
+            for name in ("gptq", "awq", "compressed_tensors", "packed_zeros", "bitsandbytes")
+        ],
         *[("auto_round", 3), ("hqq", 3), ("torchao", 8)],
     ],
 )

@@ -37,6 +37,21 @@ def tables(grids):
     }
 
 
+def test_beside_a_checkpoint_of_others_only_settings_that_both_have_are_compared(pair):
+    external = {"quant_method": "gptq", "form": "", "name": "made", "notes": [], "model": None}
+    external |= {"package": "gptqmodel", "version": "7.7", "written_by": "auto-round 0.16"}
+    other = result({"status": "evaluated", "external": external, "checkpoint": "made"})
+    other["evaluation"] = {"kl_windows": 8}
+    own, made = pair(result(), other)
+    for runs, name in (((own, made), "B"), ((made, own), "A")):
+        settings = compare_runs(*runs)[0]
+        assert settings.title == "Settings that differ"
+        keys = {row.cells[0].text for row in settings.rows}
+        assert {"codebook.name", "solver.name"} <= keys
+        assert all(cell.text for row in settings.rows for cell in row.cells)
+        assert settings.footnotes == [f"{name} is external: how it was made is not known."]
+
+
 def test_settings_and_circumstances_that_differ_are_listed_with_both_values(pair):
     other = result(
         {

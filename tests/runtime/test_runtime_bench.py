@@ -64,7 +64,7 @@ def test_kernels_of_a_device():
         (["bench"], "claq-exp bench runtime checkpoint=FOLDER"),
         (["bench", "speed"], "claq-exp bench runtime checkpoint=FOLDER"),
         (["bench", "runtime"], "bench needs checkpoint=FOLDER"),
-        (["bench", "runtime", "checkpoint=/nowhere"], "'/nowhere' is no folder"),
+        (["bench", "runtime", "checkpoint=/nowhere"], "'/nowhere' does not exist"),
         (["bench", "runtime", "runtime.kernel=fast"], "runtime.kernel 'fast' is not known"),
     ],
 )

@@ -3,8 +3,9 @@
     pip install auto-round llmcompressor bitsandbytes torchao hqq
     python tests/data/foreign/make.py NAME ...
 
-NAME: auto_round gptq awq compressed_tensors bitsandbytes torchao hqq.  `made.json` of a folder has
-the packages' versions, and the logits that the package gave for the first eight tokens.
+NAME: auto_round gptq awq compressed_tensors packed_zeros bitsandbytes torchao hqq.  `made.json`
+of a folder has the packages' versions, and the logits that the package gave for the first eight
+tokens.
 Made with auto-round 0.16.1, llmcompressor 0.14.0.1, bitsandbytes 0.50.2, torchao 0.18.0,
 hqq 0.2.8.post1, gptqmodel 7.7.0, torch 2.13 and transformers 5.24.
 """
@@ -64,13 +65,13 @@ def awq(source: Path, target: Path) -> None:
     auto_round(source, target, "auto_awq", 4)
 
 
-def compressed_tensors(source: Path, target: Path) -> None:
+def compressed_tensors(source: Path, target: Path, *, symmetric: bool = True) -> None:
     from conftest import byte_tokenizer
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    weights = {"num_bits": 4, "type": "int", "symmetric": True}
+    weights = {"num_bits": 4, "type": "int", "symmetric": symmetric}
     weights |= {"strategy": "group", "group_size": 32, "actorder": None}
     group = {"targets": ["Linear"], "weights": weights}
     ids = [window[0].tolist() for window in windows()]
@@ -84,6 +85,10 @@ def compressed_tensors(source: Path, target: Path) -> None:
         num_calibration_samples=8,
     )
     model.save_pretrained(target, save_compressed=True)
+
+
+def packed_zeros(source: Path, target: Path) -> None:
+    compressed_tensors(source, target, symmetric=False)
 
 
 def bitsandbytes(source: Path, target: Path) -> None:
@@ -122,6 +127,7 @@ MAKERS = {  # and the packages behind each
     "gptq": (gptq, ["auto-round", "gptqmodel", "optimum"]),
     "awq": (awq, ["auto-round", "gptqmodel"]),
     "compressed_tensors": (compressed_tensors, ["llmcompressor", "compressed-tensors"]),
+    "packed_zeros": (packed_zeros, ["llmcompressor", "compressed-tensors"]),
     "bitsandbytes": (bitsandbytes, ["bitsandbytes"]),
     "torchao": (torchao, ["torchao"]),
     "hqq": (hqq, ["hqq"]),
