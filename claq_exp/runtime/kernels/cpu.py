@@ -145,7 +145,8 @@ def _pack(operand: Operand) -> PackedMatrix:
         matrix.group_size = operand.grid.group_size
         matrix.grid_stride = operand.rows + extra
         matrix.scales = pointer(pad(operand.grid.scales.t(), (0, extra)))
-        matrix.zeros = pointer(pad(operand.grid.zeros.t(), (0, extra)))
+        if operand.grid.zeros is not None:
+            matrix.zeros = pointer(pad(operand.grid.zeros.t(), (0, extra)))
     matrix.row_scales = pointer(operand.row_scales)
     if len(operand.reserved_rows):
         entries = reserved_by_row(operand)

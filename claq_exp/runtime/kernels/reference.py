@@ -74,10 +74,8 @@ def dense_rows(operand: Operand, start: int, stop: int) -> Tensor:
             dense[part.columns] = values
     dense = dense.t().contiguous()
     if operand.grid is not None:
-        grid = operand.grid
-        group = torch.arange(operand.columns, device=operand.device) // grid.group_size
-        zeros = grid.zeros[start:stop][:, group]
-        dense = grid.scales[start:stop][:, group] * (dense - zeros)
+        columns = torch.arange(operand.columns, device=operand.device)
+        dense = operand.grid.decoded(dense, columns, slice(start, stop))
     if operand.decoder is not None:
         columns = torch.arange(operand.columns, device=operand.device)
         dense = operand.decoder.values(dense, columns, slice(start, stop))
