@@ -47,9 +47,7 @@ def _scaled(operand: Operand, dense: Tensor, rows: Tensor) -> Tensor:
     """Return what levels or codes of some rows stand for: [n, in] float32."""
     columns = torch.arange(operand.columns, device=operand.device)
     if operand.grid is not None:
-        grid = operand.grid
-        group = columns // grid.group_size
-        dense = grid.scales[rows][:, group] * (dense - grid.zeros[rows][:, group])
+        dense = operand.grid.decoded(dense, columns, rows)
     if operand.row_levels is not None:
         dense = operand.row_levels[rows].gather(1, dense.long())
     if operand.decoder is not None:

@@ -194,5 +194,5 @@ class GroupTable(ColumnPayload):
     def _lookups(self, device: torch.device) -> Lookups:
         scales, table = self.scales.float(), self.table.float()
         widest = float(scales.abs().max() * table.abs().max())
-        grid = RowScales(scales, torch.zeros_like(scales), self.group_size)
+        grid = RowScales(scales, None, self.group_size)
         return Lookups(widest, table.expand(self.shape[1], len(table)), grid=grid)

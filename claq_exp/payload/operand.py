@@ -33,16 +33,24 @@ class RowScales:
 
     The level is the code itself where a part has no levels: a uniform grid.
 
-    scales, zeros: [out, groups] float32.
+    scales, zeros: [out, groups] float32; no zeros stand for 0 everywhere.
     """
 
     scales: Tensor
-    zeros: Tensor
+    zeros: Tensor | None
     group_size: int
 
     def to(self, device: torch.device) -> RowScales:
         """Return the same on a device."""
-        return RowScales(self.scales.to(device), self.zeros.to(device), self.group_size)
+        zeros = None if self.zeros is None else self.zeros.to(device)
+        return RowScales(self.scales.to(device), zeros, self.group_size)
+
+    def decoded(self, levels: Tensor, columns: Tensor, rows: slice | Tensor) -> Tensor:
+        """Return what levels of some rows and columns stand for: [rows, k] float32."""
+        group = columns // self.group_size
+        if self.zeros is not None:
+            levels = levels - self.zeros[rows][:, group]
+        return self.scales[rows][:, group] * levels
 
 
 class Decoder(Protocol):
@@ -141,8 +149,10 @@ def _code_zero(operand: Operand, rows: Tensor, columns: Tensor) -> Tensor:
             own = slice(None) if part.columns is None else part.columns
             first[own] = part.levels[:, 0].double()
     if operand.grid is not None:
-        at = rows, columns // operand.grid.group_size
-        return operand.grid.scales.double()[at] * (first[columns] - operand.grid.zeros.double()[at])
+        at, level = (rows, columns // operand.grid.group_size), first[columns]
+        if operand.grid.zeros is not None:
+            level = level - operand.grid.zeros.double()[at]
+        return operand.grid.scales.double()[at] * level
     if operand.row_scales is None:
         return first[columns]
     return first[columns] * operand.row_scales.double()[rows]

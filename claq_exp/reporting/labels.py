@@ -94,10 +94,14 @@ def method_label(config: dict[str, Any]) -> str:
 
 
 def codebook_label(codebook: dict[str, Any]) -> str:
-    """Return a codebook's name, with its group size, or its array and number of codebooks."""
+    """Return a codebook's name with its sizes and rules, but for those of every run."""
     name, group_size = str(codebook["name"]), codebook.get("group_size")
     if name != "lo_bcq":
-        return f"{name} g{group_size}" if group_size else name
+        label = f"{name} g{group_size}" if group_size else name
+        real = " real zeros" if codebook.get("zero_point", "whole") == "real" else ""
+        sought = " sought" if codebook.get("clip", "minmax") == "search" else ""
+        narrow = codebook.get("scale_bits", 16)
+        return label + real + sought + (f" scales {narrow}" if narrow != 16 else "")
     words = [name, f"{codebook.get('array')}/{codebook.get('codebooks')}"]
     if codebook.get("codeword_bits", 6) != 6:
         words.append(f"INT{codebook['codeword_bits']}")

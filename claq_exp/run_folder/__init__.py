@@ -36,7 +36,8 @@ NEUTRAL = (
     "embedding.required",
     "head.required",
 )  # these change no result
-LATER = {  # and what stands for nothing
+LATER = {  # and what stands for nothing; a field before its group, which may go as a whole
+    "allocation.tables": False,
     "allocation": {"name": "none"},
     "transform": {"name": "none"},
     "tune": {"name": "none"},
@@ -46,7 +47,6 @@ LATER = {  # and what stands for nothing
     "codebook.snap_bits": 7,
     "evaluation.after": [],
     "solver.asymmetric": 0,
-    "allocation.tables": False,
     "codebook.zero_point": "whole",
     "codebook.clip": "minmax",
     "objective": {"name": "plain"},

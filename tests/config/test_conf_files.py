@@ -65,7 +65,7 @@ NEEDS = {
     "corpus/text.yaml": ["evaluation.corpora.wikipedia.path=some.txt"],
     **{
         f"codebook/{name}.yaml": ["precision=fixed", "precision.bits=4", "reservation=none"]
-        for name in ("bfp", "lo_bcq", "mxfp4", "nvfp4", "uniform", "vsq")
+        for name in ("bfp", "group_table", "lo_bcq", "mxfp4", "nvfp4", "uniform", "vsq")
     },
     **{
         f"{end}/allocated.yaml": [

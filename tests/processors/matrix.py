@@ -32,8 +32,8 @@ SENSITIVE = {
     "calibration": "moments_accumulator",
     "quantize": (
         "adaptive_precision block_formats claq_reference column_loop extreme_weights "
-        "gptq_solver lo_bcq moments one_dimensional_clustering outlier_reservation "
-        "rate_distortion scale_and_shift sklearn_codebook solver_of_ones_own "
+        "gptq_solver group_table lo_bcq moments one_dimensional_clustering outlier_reservation "
+        "rate_distortion real_zero_points scale_and_shift sklearn_codebook solver_of_ones_own "
         "strategy_conformance svid symmetric_matrices uniform_grid"
     ),
     "kernels": "block_rounding device_columns",

@@ -410,6 +410,9 @@ def test_where_a_run_rounds_activations_all_show_what_to_and_its_bits(table):
         ({"name": "lo_bcq", "array": 128, "codebooks": 16, "books": "universal"}, "lo_bcq 128/16"),
         ({**LO_BCQ, "codeword_bits": 8, "books": "/a/b.json"}, "lo_bcq 64/8 INT8 file"),
         ({"name": "uniform", "group_size": 64}, "uniform g64"),
+        ({"name": "uniform", "zero_point": "real", "clip": "search"}, "uniform real zeros sought"),
+        ({"name": "group_table", "group_size": 32, "scale_bits": 16}, "group_table g32"),
+        ({"name": "group_table", "group_size": 64, "scale_bits": 6}, "group_table g64 scales 6"),
         ({"name": "nvfp4", "array": 16}, "nvfp4"),
     ],
 )

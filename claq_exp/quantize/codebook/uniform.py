@@ -8,9 +8,9 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from claq_exp.errors import ConfigError, check_choice
-from claq_exp.payload.operand import RowScales
 from claq_exp.payload.row_grid import RealGrid, RealGridLayout, RowGrid, RowGridLayout
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.base import Codebook
@@ -90,27 +90,29 @@ class Uniform(Codebook):
             )
             scales = scales.half()
         zeros = zeros.half() if real else zeros.to(torch.uint8)
-        return UniformColumns(plan, top, RowScales(scales, zeros, group_size))
+        return UniformColumns(plan, top, scales, zeros, group_size)
 
 
 class UniformColumns(FixedColumns):
     """The codes found so far on a fixed grid.
 
-    grid: scales float16, zeros uint8, or float16 where they are numbers.
+    scales: [out, groups] float16.  zeros: [out, groups] uint8, or float16 where they are numbers.
     """
 
-    def __init__(self, plan: ColumnPlan, top: int, grid: RowScales) -> None:
-        super().__init__(grid.scales.shape[0], plan)
-        self._grid = grid
+    def __init__(
+        self, plan: ColumnPlan, top: int, scales: Tensor, zeros: Tensor, group_size: int
+    ) -> None:
+        super().__init__(len(scales), plan)
+        self._grid = scales, zeros, group_size
         kind: type[GridTask] | type[RealGridTask] = GridTask
         self._step = code_on_grid
-        if grid.zeros.is_floating_point():
+        if zeros.is_floating_point():
             kind, self._step = RealGridTask, code_on_real_grid
         self._task = kind(
             codes=self._codes,
-            scales=np.ascontiguousarray(grid.scales.float().numpy().T),
-            zeros=np.ascontiguousarray(grid.zeros.float().numpy().T),
-            group_size=grid.group_size,
+            scales=np.ascontiguousarray(scales.float().numpy().T),
+            zeros=np.ascontiguousarray(zeros.float().numpy().T),
+            group_size=group_size,
             top=np.float32(top),
         )
 
@@ -126,6 +128,5 @@ class UniformColumns(FixedColumns):
 
     def payload(self) -> RowGrid | RealGrid:
         """Return codes and grid."""
-        grid = self._grid
-        kind = RealGrid if grid.zeros.is_floating_point() else RowGrid
-        return kind(*self.coded(), grid.scales, grid.zeros, grid.group_size)
+        kind = RealGrid if self._grid[1].is_floating_point() else RowGrid
+        return kind(*self.coded(), *self._grid)

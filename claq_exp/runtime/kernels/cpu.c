@@ -3,6 +3,7 @@
  *     y[a][i] = row_scale[i] * sum_j levels[j][code[i][j]] * x[a][j]                (levels)
  *     y[a][i] = sum_j levels[i][code[i][j]] * x[a][j]                           (levels of rows)
  *     y[a][i] = sum_g scale[i][g] * sum_{j in g} (code[i][j] - zero[i][g]) * x[a][j]  (row grid)
+ *     y[a][i] = sum_g scale[i][g] * sum_{j in g} levels[j][code[i][j]] * x[a][j]      (group table)
  *
  * and, per reserved entry (i, j), delta * x[a][j] on top.  Codes of one column lie one after the
  * other along the rows, so that a vector holds the codes of LANES rows: they are shifted into place
@@ -44,9 +45,9 @@ typedef struct {
     int64_t rows, columns;
     int64_t part_count;
     const Part *parts;
-    int64_t group_size;             /* columns that share a row grid; 0 without grids */
+    int64_t group_size;             /* columns that share a scale of a row; 0 without scales */
     int64_t grid_stride;            /* floats from one group's scales to the next one's */
-    const float *scales, *zeros;    /* [groups][grid_stride] */
+    const float *scales, *zeros;    /* [groups][grid_stride]; zeros NULL on a group table */
     const float *row_scales;        /* [rows], or NULL */
     const int64_t *reserved_starts; /* [rows + 1] into the next two, or NULL */
     const int32_t *reserved_columns;
@@ -266,7 +267,7 @@ INLINE void fill_x(int batch, const Matrix *m, const Part *part, int64_t first, 
             int64_t column = part->columns ? part->columns[first + c] : first + c;
             place[c * BATCH] = a < n ? x[a * m->columns + column] : 0;
         }
-        if (!m->group_size)
+        if (!m->zeros)
             continue;
         chunk->total[a] = 0;
         for (int c = 0; c < chunk->columns; c++)
@@ -277,8 +278,10 @@ INLINE void fill_x(int batch, const Matrix *m, const Part *part, int64_t first, 
 /* Adds the chunk's sums of LANES rows to the outputs of one activation row. */
 INLINE void add_sums(const Matrix *m, const Chunk *chunk, int a, int64_t row, Vector sums,
                      float *y) {
+    if (chunk->zeros)
+        sums -= load(chunk->zeros + row) * chunk->total[a];
     if (chunk->scales)
-        sums = load(chunk->scales + row) * (sums - load(chunk->zeros + row) * chunk->total[a]);
+        sums *= load(chunk->scales + row);
     y += a * m->rows + row;
     if (row + LANES <= m->rows) {
         store(y, load(y) + sums);
@@ -426,7 +429,7 @@ INLINE void multiply_part(int width, int batch, const Matrix *m, const Part *par
             int64_t grid = first / m->group_size;
             last = last < (grid + 1) * m->group_size ? last : (grid + 1) * m->group_size;
             chunk.scales = m->scales + grid * m->grid_stride;
-            chunk.zeros = m->zeros + grid * m->grid_stride;
+            chunk.zeros = m->zeros ? m->zeros + grid * m->grid_stride : NULL;
         }
         chunk.columns = (int)(last - first);
         chunk.stride = part->stride;

@@ -147,7 +147,8 @@ def _pack(operand: Operand) -> PackedMatrix:
         matrix.group_size = operand.grid.group_size
         matrix.grid_stride = operand.rows + extra
         matrix.scales = pointer(pad(operand.grid.scales.t(), (0, extra)))
-        matrix.zeros = pointer(pad(operand.grid.zeros.t(), (0, extra)))
+        if operand.grid.zeros is not None:
+            matrix.zeros = pointer(pad(operand.grid.zeros.t(), (0, extra)))
     if operand.row_levels is not None:
         extra = -operand.rows % LANES_MOST
         matrix.row_stride = operand.rows + extra

@@ -74,10 +74,8 @@ def dense_rows(operand: Operand, start: int, stop: int) -> Tensor:
             dense[part.columns] = values
     dense = dense.t().contiguous()
     if operand.grid is not None:
-        grid = operand.grid
-        group = torch.arange(operand.columns, device=operand.device) // grid.group_size
-        zeros = grid.zeros[start:stop][:, group]
-        dense = grid.scales[start:stop][:, group] * (dense - zeros)
+        columns = torch.arange(operand.columns, device=operand.device)
+        dense = operand.grid.decoded(dense, columns, slice(start, stop))
     if operand.row_levels is not None:
         dense = operand.row_levels[start:stop].gather(1, dense.long())
     if operand.decoder is not None:

@@ -238,7 +238,7 @@ def _from_codes(prepared: TritonOperand, inputs: Tensor, launches: list[_Launch]
         prepared.row_scales,
         None if grid is None else grid.scales,
         None if grid is None else grid.offsets,
-        None if grid is None else _group_sums(inputs, grid.size),
+        None if grid is None or grid.offsets is None else _group_sums(inputs, grid.size),
         None if reserved is None else reserved.starts,
         None if reserved is None else reserved.columns,
         None if reserved is None else reserved.changes,

@@ -311,10 +311,10 @@ def finish(
     """Add up partial sums, scale them, and add what reserved entries change.
 
     Program (r, b): `height` rows of input b.  partial: [splits, n, rows] float32.  inputs:
-    [n, size].  row_scales: [rows] float32 or None.  grid_scales, offsets (scale * zero): [groups,
-    rows] float32 or None; group_sums: [n, groups] float32, sums of the inputs.  starts: [rows + 1]
-    int32 or None, the entries of a row in places (int32, columns) and changes (float32).  outputs:
-    [n, rows], written.
+    [n, size].  row_scales: [rows] float32 or None.  grid_scales: [groups, rows] float32 or None.
+    offsets: scale * zero alike, or None; group_sums: [n, groups] float32, sums of the inputs.
+    starts: [rows + 1] int32 or None, the entries of a row in places (int32, columns) and changes
+    (float32).  outputs: [n, rows], written.
     """
     row = tl.program_id(0) * height + tl.arange(0, height)
     b = tl.program_id(1)
@@ -329,7 +329,7 @@ def finish(
             at = (split // per_block)[:, None] * rows + row[None, :]
             value *= tl.load(grid_scales_ptr + at, mask=inside, other=0.0)
         total += tl.sum(value, axis=0)
-    if grid_scales_ptr is not None:
+    if offsets_ptr is not None:
         for begin in range(0, groups, depth):
             group = begin + part
             inside = (group < groups)[:, None] & (row < rows)[None, :]

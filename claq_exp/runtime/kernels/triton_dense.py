@@ -59,8 +59,8 @@ def dequantize(
     """Write the columns of one width as a dense matrix, but for reserved entries.
 
     weight: [count, size], written.  rows_ptr: [count] int64, the rows of the matrix that it has;
-    None for those from first_row on.  grid_scales, zeros: [groups, rows] float32 or None.  The rest
-    as in `triton_decode`.
+    None for those from first_row on.  grid_scales, zeros: [groups, rows] float32, or None each.
+    The rest as in `triton_decode`.
     """
     number = tl.program_id(0) * height + tl.arange(0, height)
     column = tl.program_id(1) * depth + tl.arange(0, depth)
@@ -84,7 +84,9 @@ def dequantize(
     if grid_scales_ptr is not None:
         at = (column // group_size)[:, None] * rows + row[None, :]
         scale = tl.load(grid_scales_ptr + at, mask=inside, other=0.0)
-        value = scale * (value - tl.load(zeros_ptr + at, mask=inside, other=0.0))
+        if zeros_ptr is not None:
+            value -= tl.load(zeros_ptr + at, mask=inside, other=0.0)
+        value *= scale
     if row_scales_ptr is not None:
         value *= tl.load(row_scales_ptr + row, mask=there, other=0.0)[None, :]
     place = column

@@ -36,11 +36,14 @@ def run_rows(width: int) -> int:
 
 @dataclass(frozen=True)
 class TritonGrid:
-    """A row grid, groups first: scales, zeros, offsets (scale * zero) are [groups, out] float32."""
+    """A row grid, groups first: scales, zeros, offsets (scale * zero) are [groups, out] float32.
+
+    zeros, offsets: None for 0 everywhere.
+    """
 
     scales: Tensor
-    zeros: Tensor
-    offsets: Tensor
+    zeros: Tensor | None
+    offsets: Tensor | None
     size: int
 
 
@@ -115,7 +118,10 @@ def _by_run(row_levels: Tensor, size: int) -> Tensor:
 
 
 def _prepare_grid(grid: RowScales) -> TritonGrid:
-    scales, zeros = grid.scales.t().contiguous(), grid.zeros.t().contiguous()
+    scales = grid.scales.t().contiguous()
+    if grid.zeros is None:
+        return TritonGrid(scales, None, None, grid.group_size)
+    zeros = grid.zeros.t().contiguous()
     return TritonGrid(scales, zeros, scales * zeros, grid.group_size)
 
 
