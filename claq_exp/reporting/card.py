@@ -17,11 +17,11 @@ from claq_exp.sources.hub import is_hub_name
 from claq_exp.sources.paths import looks_like_path
 
 RECIPE = (
-    *("codebook", "precision", "reservation", "solver", "allocation", "budget", "embedding"),
-    *("head", "transform", "activation", "tune", "calibration"),
+    *("codebook", "precision", "reservation", "solver", "objective", "allocation", "budget"),
+    *("embedding", "head", "transform", "activation", "tune", "calibration"),
 )
 SILENT = ("batch_size", "keep_in")  # settings that are about the machine
-UNUSED = {"none", "same"}  # names of options that do nothing
+UNUSED = {"none", "same", "plain"}  # names of options that do nothing
 FLAGS = ("-v", "--verbose", "--debug", "run")
 ONE_PATH = re.compile(r"('?\"?)(?:~|\.{1,2})?/[^,\[\]{}]*?([^/,\[\]{}]+)\1")
 FOLDERS = re.compile(r"(?<![\w:./])(?:~|\.{1,2})?(?:/[^\s/,'\"\]}]+)*/(?=[^\s/,'\"\]}])")

@@ -8,10 +8,12 @@ from typing import Any
 RECIPE = ("codebook", "precision", "reservation", "solver")
 ALLOCATION = "allocation"
 ACTIVATION = "activation"
+OBJECTIVE = "objective"
 TRANSFORM = "transform"
 TUNE = "tune"
 EMBEDDING, HEAD = "embedding", "head"
 SAME = "same"  # the name of the rule for a head that is quantized as the embedding
+PLAIN = "plain"  # the name of the objective in which tokens count alike
 KEPT = "none"  # the name of the rules that leave activations, or what is not packed, alone
 
 
@@ -20,8 +22,8 @@ def families_of(configs: Iterable[dict[str, Any]]) -> tuple[str, ...]:
     configs = list(configs)
     used = [
         family
-        for family in (ALLOCATION, ACTIVATION, TRANSFORM, TUNE, EMBEDDING, HEAD)
-        if any(_beside(config, family)["name"] not in (KEPT, SAME) for config in configs)
+        for family in (OBJECTIVE, ALLOCATION, ACTIVATION, TRANSFORM, TUNE, EMBEDDING, HEAD)
+        if any(_beside(config, family)["name"] not in (KEPT, SAME, PLAIN) for config in configs)
     ]
     return (*RECIPE, *used)
 
@@ -33,6 +35,7 @@ def recipe_labels(config: dict[str, Any], families: Sequence[str] = RECIPE) -> d
         "precision": _widths_label(config, "precision"),
         "reservation": _described(config["reservation"], "ratio"),
         "solver": solver_label(config["solver"]),
+        OBJECTIVE: objective_label(config),
         ALLOCATION: _widths_label(config, ALLOCATION),
         ACTIVATION: activation_label(_beside(config, ACTIVATION)),
         TRANSFORM: _described(_beside(config, TRANSFORM), "alpha"),
@@ -60,6 +63,18 @@ def solver_label(solver: dict[str, Any]) -> str:
     return f"{name} {_asymmetric(solver)}".strip()
 
 
+def objective_label(config: dict[str, Any]) -> str:
+    """Return what tokens count in, e.g. `output_gradient clip 2, 4 groups`."""
+    objective = config.get(OBJECTIVE) or {"name": PLAIN}
+    label = str(objective["name"])
+    if objective.get("power", 1) != 1:
+        label += f" power {objective['power']:g}"
+    if objective.get("clip") is not None:
+        label += f" clip {objective['clip']:g}"
+    groups = objective.get("groups", 1)
+    return f"{label}, {groups} groups" if groups > 1 else label
+
+
 def _asymmetric(solver: dict[str, Any]) -> str:
     share = solver.get("asymmetric", 0)
     return f"asymmetric {share:g}" if share else ""
@@ -75,6 +90,8 @@ def method_label(config: dict[str, Any]) -> str:
     parts = [codebook if solver != "nearest" else f"{codebook}, nearest"]
     if asymmetric := _asymmetric(config["solver"]):
         parts.append(asymmetric)
+    if (objective := objective_label(config)) != PLAIN:
+        parts.append(objective)
     if (transform := _beside(config, TRANSFORM))["name"] != KEPT:
         parts.insert(0, str(transform["name"]))
     precision, reservation = config["precision"]["name"], config["reservation"]["name"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 NONE = {"name": "none"}
+PLAIN = {"name": "plain"}
 RATE_DISTORTION = "rate_distortion"  # once a precision and a reservation, now an allocation
 SHARES = {"small": 0.0025, "large": 0.01}  # that it had where nothing else was asked
 
@@ -14,6 +15,7 @@ def current(config: dict[str, Any]) -> dict[str, Any]:
     precision, reservation = config.get("precision"), config.get("reservation")
     if not isinstance(precision, dict) or not isinstance(reservation, dict):
         return config
+    config = {"objective": PLAIN, **config}
     solver = config.get("solver")
     if isinstance(solver, dict) and solver.get("name") == "gptq":
         config = {**config, "solver": {"asymmetric": 0.0, **solver}}

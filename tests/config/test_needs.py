@@ -85,6 +85,29 @@ def test_what_an_asymmetric_solver_takes_is_planned_for(tiny_run):
     assert 1.0 < asymmetric.seconds["quantize"] / plain.seconds["quantize"] < 4
 
 
+def test_what_weighed_tokens_take_is_planned_for(tiny_run):
+    def planned(*words: str) -> Plan:
+        return plan_for(compose_config([*tiny_run, "embedding=none", *words]), "cpu")
+
+    plain, one = planned(), planned("objective=output_gradient")
+    four = planned("objective=output_gradient", "objective.groups=4")
+    assert planned("objective=plain").costs == plain.costs
+    weights = 8 * 64 * 7 * 3 * 4  # tokens, linears of a block, blocks, float32
+    assert one.needs.disk == plain.needs.disk + weights
+    assert four.needs.disk == plain.needs.disk + 4 * weights
+    entering = 4 * 2 * 64 * 48  # bytes of what enters a block, of a batch of two windows
+    assert one.states_bytes == 4 * entering
+    held = one.costs["output gradients"].host
+    states, graph = 4 * one.states_bytes, 40 * entering
+    assert states + graph < held < states + 1.5 * graph + 2**20
+    squares = 4 * 4 * 8 * 48**2  # q, k, v (and maybe o) receive the same; of each four groups
+    more = four.costs["quantize"].host - plain.costs["quantize"].host
+    assert squares / 4 < more < squares
+    assert four.costs["quantize"].host > squares
+    assert one.seconds["quantize"] < four.seconds["quantize"]
+    assert one.sizes == plain.sizes
+
+
 @pytest.mark.case(102)
 @pytest.mark.parametrize("stage", ["evaluate", "quantize"])
 def test_a_run_that_needs_more_memory_than_is_free_does_not_start(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from claq_exp.allocate.survey import survey_model
 from claq_exp.calibration.moments import MomentsAccumulator
+from claq_exp.calibration.output_gradients import BackwardPass
 from claq_exp.checkpoint.store import BlockStore
 from claq_exp.errors import CalibrationError, NumericalError
 from claq_exp.evaluation.divergence import Comparison, LogitStore
@@ -116,6 +117,16 @@ def test_blocks_are_quantized_on_the_device_to_the_same_bytes(pretend, stream, t
             assert torch.equal(tensor, second[name].tensors[suffix]), (name, suffix)
     for ours, theirs in zip(*(store.report("quantize") for store in stores), strict=True):
         assert ours["output_error"] == pytest.approx(theirs["output_error"], rel=0.05)
+
+
+def test_gradients_are_found_on_the_device(pretend, stream):
+    ours, theirs = (
+        BackwardPass(stream(at), batches(), 2).squares([0, 1]) for at in ("cpu", pretend)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        for name, squares in one.items():
+            assert other[name].device.type == "cpu"
+            assert torch.allclose(squares, other[name], rtol=1e-3, atol=1e-5 * float(squares.max()))
 
 
 def test_an_interrupted_quantization_goes_on_on_the_device(pretend, stream, tmp_path):

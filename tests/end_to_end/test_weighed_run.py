@@ -37,7 +37,7 @@ def test_a_weighed_run_from_plan_to_numbers(name, tiny_run, tmp_path, capfd):
     found = results(tmp_path, name)
     assert found["timings"]["gradients"] > 0
     groups = 2 if name == "groups" else 1
-    expected = {"name": "output_gradient", "groups": groups, "power": 1.0}
+    expected = {"name": "output_gradient", "groups": groups, "power": 1.0, "clip": None}
     assert found["config"]["objective"] == expected
     assert not list((tmp_path / "outputs" / name).rglob("work"))
 
@@ -47,6 +47,7 @@ def test_a_weighed_run_from_plan_to_numbers(name, tiny_run, tmp_path, capfd):
     [
         (["objective.groups=0"], "objective.groups is 0; give a whole number of groups from 1"),
         (["objective.power=2"], "objective.power is 2"),
+        (["objective.clip=1"], "objective.clip is 1.0; give a number above 1"),
         (
             ["objective.groups=5"],
             "objective.groups=5 does not divide the 48 rows of model.",

@@ -107,6 +107,32 @@ def test_outputs_that_change_nothing_weigh_all_tokens_alike():
     assert torch.equal(OutputGradient(2).weights(nothing), torch.ones(7, 2))
 
 
+@pytest.mark.parametrize("times", [1.5, 3.0, 50.0])
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_no_token_weighs_more_than_the_bound(times, power):
+    """Found by bisection: the bound that is so many times the mean of what it leaves."""
+    squares = torch.rand(400, 2, generator=torch.Generator().manual_seed(0)).pow(-3.0)
+    powers = squares.double().pow(power)
+    low, high = 0.0, float(powers.max())
+    for _ in range(200):
+        middle = (low + high) / 2
+        left = powers.clamp(max=middle)
+        low, high = (middle, high) if middle < times * left.mean() else (low, middle)
+    expected = powers.clamp(max=high)
+    found = OutputGradient(2, power, times).weights(squares)
+    assert torch.allclose(found.double(), expected / expected.mean(), rtol=1e-5)
+    assert float(found.max()) <= times * (1 + 1e-6)
+    assert float(found.mean()) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_bound_that_so_few_tokens_cannot_keep_makes_them_alike():
+    squares = torch.tensor([[0.0], [0.0], [0.0], [5.0], [1.0]])
+    expected = torch.tensor([[0.0], [0.0], [0.0], [2.5], [2.5]])
+    assert torch.allclose(OutputGradient(clip=2.0).weights(squares), expected)
+    alike = torch.full((4, 1), 3.0)
+    assert torch.allclose(OutputGradient(clip=2.0).weights(alike), torch.ones(4, 1))
+
+
 def test_a_pass_that_stops_goes_on_to_the_same_weights(tmp_path):
     kind, objective, asked = ARCHITECTURES["llama"], OutputGradient(), []
     whole = kept(tmp_path / "whole", WholeModel(kind.build()), objective, states=2**60)
