@@ -24,10 +24,10 @@ from claq_exp.quantize.codebook.compiled import (
     KMEANS,
     SETTLED,
     ColumnTask,
-    RowTask,
     choose_reserved,
     code_with_levels,
 )
+from claq_exp.quantize.codebook.compiled_rows import RowTask
 from claq_exp.quantize.statistics import ColumnStatistics
 
 

@@ -23,11 +23,9 @@ from claq_exp.quantize.codebook.columns import (
 from claq_exp.quantize.codebook.compiled import (
     EXACT,
     KMEANS,
-    RowTask,
     choose_reserved,
-    code_by_row,
-    fit_rows,
 )
+from claq_exp.quantize.codebook.compiled_rows import RowTask, code_by_row, fit_rows
 from claq_exp.quantize.statistics import ColumnStatistics
 
 INVERSE, DIAGONAL = "inverse", "diagonal"
