@@ -13,6 +13,7 @@ from claq_exp.payload.column_codebooks import ColumnCodebooks, ColumnCodebooksLa
 from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.codebook import CODEBOOK, Codebook, KMeans
 from claq_exp.quantize.codebook.affine import fit_scale_and_shift
+from claq_exp.quantize.codebook.basics import choose_reserved, round_half
 from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.codebook.columns import CompiledColumns, PythonColumns
 from claq_exp.quantize.codebook.compiled import (
@@ -22,9 +23,7 @@ from claq_exp.quantize.codebook.compiled import (
     KMEANS,
     QUANTILES,
     RANGE,
-    choose_reserved,
     column_distortions,
-    round_half,
 )
 from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
 from claq_exp.quantize.codebook.kmeans import shared_codebooks

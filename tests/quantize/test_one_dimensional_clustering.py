@@ -15,8 +15,8 @@ from safetensors import safe_open
 from sklearn.cluster import KMeans as ReferenceKMeans
 from threadpoolctl import threadpool_limits
 
+from claq_exp.quantize.codebook.basics import assign_codes
 from claq_exp.quantize.codebook.clustering import fit_levels
-from claq_exp.quantize.codebook.compiled import assign_codes
 from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
 
 QUICK = settings(max_examples=80)

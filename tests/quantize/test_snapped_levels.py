@@ -15,7 +15,7 @@ from claq_exp.allocate import RateDistortion
 from claq_exp.errors import ConfigError
 from claq_exp.number_formats.level_sets import TERMS, level_set
 from claq_exp.quantize.codebook import KMeans
-from claq_exp.quantize.codebook.compiled import LEAST_SCALE, MOST_SCALE, SCALES, snap_levels
+from claq_exp.quantize.codebook.snap import LEAST_SCALE, MOST_SCALE, SCALES, snap_levels
 from claq_exp.quantize.precision import Fixed
 
 SETS = [(name, bits) for name in ("apot", "grid") for bits in (6, 7, 8)]

@@ -20,13 +20,8 @@ from claq_exp.payload.snapped_codebooks import SnappedCodebooks
 from claq_exp.payload.stored import HALF_MAX
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.base import ColumnQuantizer, Tables
-from claq_exp.quantize.codebook.compiled import (
-    KMEANS,
-    SETTLED,
-    ColumnTask,
-    choose_reserved,
-    code_with_levels,
-)
+from claq_exp.quantize.codebook.basics import choose_reserved
+from claq_exp.quantize.codebook.compiled import KMEANS, SETTLED, ColumnTask, code_with_levels
 from claq_exp.quantize.codebook.compiled_rows import RowTask
 from claq_exp.quantize.statistics import ColumnStatistics
 

@@ -16,16 +16,19 @@ from numpy.typing import NDArray
 
 from claq_exp.number_formats.compiled import place_of
 from claq_exp.quantize.codebook.affine import fit_scale_and_shift
+from claq_exp.quantize.codebook.basics import (
+    HALF_MAX,
+    assign_codes,
+    choose_reserved,
+    round_half,
+)
 from claq_exp.quantize.codebook.clustering import fit_levels
 from claq_exp.quantize.codebook.exact import fit_levels_exact, fit_quantiles
+from claq_exp.quantize.codebook.snap import snap_levels
 
 KMEANS, EXACT, QUANTILES, FITTED, RANGE, ABSMAX = range(6)
 SETTLED = -1  # levels are there already
 SHARED = FITTED  # this rule and those after it stretch a shared codebook
-SCALES = 24  # that are tried for a column whose levels stand in a set
-LEAST_SCALE, MOST_SCALE = 0.75, 1.25  # over the largest level
-HALF_MAX = np.float32(65504.0)
-HALF_OVERFLOW = np.float32(65520.0)  # midway to the next step
 
 
 class ColumnTask(NamedTuple):
@@ -109,153 +112,6 @@ class FormatTask(NamedTuple):
     array: int
     selectors: NDArray[np.uint8]
     block: int
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def round_half(value):  # type: ignore[no-untyped-def]
-    """Return a float32 rounded to the nearest float16 (ties to even), infinite beyond its range."""
-    magnitude = abs(value)
-    if magnitude >= HALF_OVERFLOW:
-        rounded = np.float32(np.inf)
-    elif magnitude < np.float32(2.0**-14):  # subnormal: steps of 2**-24, the ulp of 0.5 to 1
-        rounded = (magnitude + np.float32(0.75)) - np.float32(0.75)
-    else:
-        stretched = magnitude * np.float32(8193.0)  # 2**13 + 1 leaves 11 significant bits
-        rounded = stretched - (stretched - magnitude)
-    return np.copysign(rounded, value)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _mark_largest(words, count, chosen):  # type: ignore[no-untyped-def]
-    """Mark the rows of the `count` largest words, ties from the lowest row: bisection on counts."""
-    low, high = np.int64(words[0]), np.int64(words[0])
-    for word in words:
-        low, high = min(low, np.int64(word)), max(high, np.int64(word))
-    high += 1
-    exactly = False
-    while high - low > 1 and not exactly:  # at least `count` words reach low
-        middle = (low + high) // 2
-        bound = np.int32(middle)
-        reached = np.int32(0)
-        for word in words:
-            reached += word >= bound
-        exactly = reached == count
-        if reached >= count:
-            low = middle
-        else:
-            high = middle
-    bound = np.int32(low)
-    left = count
-    for row in range(len(words)):
-        if words[row] > bound:
-            chosen[row] = True
-            left -= 1
-    for row in range(len(words)):
-        if left > 0 and words[row] == bound and not chosen[row]:
-            chosen[row] = True
-            left -= 1
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def choose_reserved(values, count, tails, chosen):  # type: ignore[no-untyped-def]
-    """Mark the rows to keep: [out] float32 -> [out] bool, overwritten.
-
-    The `count` largest magnitudes; with `tails` the count/2 largest values, rounded up, and the
-    count/2 smallest.  Ties go to the lower row.
-    """
-    chosen[:] = False
-    if count == 0:
-        return
-    words = np.empty(len(values), dtype=np.int32)
-    bits = values.view(np.int32)
-    for row in range(len(values)):  # the words of floats without sign are in their order
-        words[row] = bits[row] & np.int32(0x7FFFFFFF)
-    if not tails:
-        _mark_largest(words, count, chosen)
-        return
-    for row in range(len(values)):
-        words[row] = -words[row] if bits[row] < 0 else words[row]
-    _mark_largest(words, (count + 1) // 2, chosen)
-    if count // 2:
-        for row in range(len(values)):
-            words[row] = np.int32(-(1 << 31)) if chosen[row] else -words[row]
-        _mark_largest(words, count // 2, chosen)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def assign_codes(values, levels, codes):  # type: ignore[no-untyped-def]
-    """Write the index of the nearest level (the lower one on a tie) of each value.
-
-    values: [n] float32.  levels: [k] float32, ascending.  codes: [n] uint8, overwritten.
-    """
-    half = np.float32(0.5)
-    codes[:] = 0
-    level = 0
-    while level + 3 < len(levels):  # three borders a pass over the values
-        first = half * (levels[level] + levels[level + 1])
-        second = half * (levels[level + 1] + levels[level + 2])
-        third = half * (levels[level + 2] + levels[level + 3])
-        for index in range(len(values)):
-            value = values[index]
-            codes[index] += (
-                np.uint8(value > first) + np.uint8(value > second) + np.uint8(value > third)
-            )
-        level += 3
-    for last in range(level, len(levels) - 1):
-        border = half * (levels[last] + levels[last + 1])
-        for index in range(len(values)):
-            codes[index] += np.uint8(values[index] > border)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def snap_levels(values, weights, level_set, levels):  # type: ignore[no-untyped-def]
-    """Move levels to those of a set times one scale; return the scale, a float16.
-
-    values, weights: [n] float32.  level_set: [any] float32, ascending from -1 to 1.
-    levels: [entries] float32, ascending, at most as many as the set has; overwritten, ascending.
-    Of SCALES scales that is taken whose levels lie nearest, each level weighing what the values
-    around it do.  Two levels never become one (DFSQ, arXiv 2305.05888).
-    """
-    entries = len(levels)
-    codes = np.empty(len(values), dtype=np.uint8)
-    assign_codes(values, levels, codes)
-    mass = np.zeros(entries)
-    for row in range(len(values)):
-        mass[codes[row]] += weights[row]
-    top = max(abs(levels[0]), abs(levels[entries - 1]))
-    best, least = round_half(top), np.inf
-    places, chosen = np.empty(entries, dtype=np.int64), np.empty(entries, dtype=np.int64)
-    for step in range(SCALES):
-        share = LEAST_SCALE + (MOST_SCALE - LEAST_SCALE) * step / (SCALES - 1)
-        scale = round_half(np.float32(top * share))
-        _nearest_places(levels, level_set, scale, places)
-        error = 0.0
-        for entry in range(entries):
-            miss = np.float64(levels[entry]) - np.float64(scale * level_set[places[entry]])
-            error += mass[entry] * miss * miss
-        if error < least and scale <= HALF_MAX:
-            best, least = scale, error
-            chosen[:] = places
-    if least == np.inf:  # nothing has weight, or all is 0
-        _nearest_places(levels, level_set, best, chosen)
-    for entry in range(entries):
-        levels[entry] = best * level_set[chosen[entry]]
-    return best
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _nearest_places(levels, level_set, scale, places):  # type: ignore[no-untyped-def]
-    """Write ascending places in a set, no two alike, near the ascending levels over a scale."""
-    entries, known = len(levels), len(level_set)
-    place = 0
-    for entry in range(entries):
-        left = known - entries + entry  # the last place that leaves one for each level behind
-        while place < left and abs(scale * level_set[place + 1] - levels[entry]) <= abs(
-            scale * level_set[place] - levels[entry]
-        ):
-            place += 1
-        places[entry] = place
-        place = min(place + 1, known - 1)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")

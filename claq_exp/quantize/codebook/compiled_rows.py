@@ -8,13 +8,8 @@ import numpy as np
 from numba import njit, uintp
 from numpy.typing import NDArray
 
-from claq_exp.quantize.codebook.compiled import (
-    choose_reserved,
-    codes,
-    find_levels,
-    keep_reserved,
-    mark_placed,
-)
+from claq_exp.quantize.codebook.basics import choose_reserved
+from claq_exp.quantize.codebook.compiled import codes, find_levels, keep_reserved, mark_placed
 
 
 class RowTask(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from claq_exp.quantize.codebook.compiled import round_half
+from claq_exp.quantize.codebook.basics import round_half
 
 SHRINK = 0.92  # from a scale that is tried to the next
 LARGEST = SHRINK**-1  # over the scale that spans the group

@@ -16,14 +16,9 @@ from claq_exp.payload.group_table import SCALE_BITS, GroupTable, GroupTableLayou
 from claq_exp.payload.stored import HALF, HALF_MAX
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.base import Codebook, ColumnQuantizer
+from claq_exp.quantize.codebook.basics import assign_codes, choose_reserved, round_half
 from claq_exp.quantize.codebook.columns import reserved_entries
-from claq_exp.quantize.codebook.compiled import (
-    assign_codes,
-    choose_reserved,
-    codes,
-    keep_reserved,
-    round_half,
-)
+from claq_exp.quantize.codebook.compiled import codes, keep_reserved
 from claq_exp.quantize.codebook.table_fit import (
     CLIPS,
     NO_MASK,

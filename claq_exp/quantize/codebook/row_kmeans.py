@@ -14,17 +14,14 @@ from claq_exp.errors import ConfigError, check_choice
 from claq_exp.payload.row_codebooks import RowCodebooks, RowCodebooksLayout
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.base import Codebook, ColumnQuantizer, Tables
+from claq_exp.quantize.codebook.basics import choose_reserved
 from claq_exp.quantize.codebook.columns import (
     ascending,
     clear_reserved,
     free_entries,
     reserved_entries,
 )
-from claq_exp.quantize.codebook.compiled import (
-    EXACT,
-    KMEANS,
-    choose_reserved,
-)
+from claq_exp.quantize.codebook.compiled import EXACT, KMEANS
 from claq_exp.quantize.codebook.compiled_rows import RowTask, code_by_row, fit_rows
 from claq_exp.quantize.statistics import ColumnStatistics
 

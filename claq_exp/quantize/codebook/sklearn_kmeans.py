@@ -15,8 +15,8 @@ from claq_exp.payload.base import Layout
 from claq_exp.payload.column_codebooks import ColumnCodebooks, ColumnCodebooksLayout
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.base import Codebook
+from claq_exp.quantize.codebook.basics import assign_codes
 from claq_exp.quantize.codebook.columns import PythonColumns
-from claq_exp.quantize.codebook.compiled import assign_codes
 from claq_exp.quantize.statistics import ColumnStatistics
 
 PASSES = 300  # at most
