@@ -130,7 +130,7 @@ VALUES = [
     (["codebook=group_table", "reservation=none"], ["one width", "precision=fixed"]),
     (
         ["codebook=group_table", "codebook.scale_bits=3"],
-        ["codebook.scale_bits '3'", "16, 4, 5, 6, 7, 8"],
+        ["codebook.scale_bits '3'", "6, 7, 8"],
     ),
     (["calibration.windows=0"], ["calibration.windows is 0"]),
     (["evaluation.batch_size=0"], ["evaluation.batch_size is 0"]),

@@ -89,10 +89,14 @@ def product_case(
     return Case(f"{DECODE}:{launch.kernel}", constants, options, types)
 
 
-def finish_case(dtype: torch.dtype, *, bare: bool = False) -> Case:
-    """The sums of sums.  bare: no scales, no grid and nothing reserved."""
-    names = ("row_scales", "grid_scales", "offsets", "group_sums", "starts", "places", "changes")
-    absent = {f"{name}_ptr": None for name in names} if bare else {}
+def finish_case(dtype: torch.dtype, *, bare: bool = False, table: bool = False) -> Case:
+    """The sums of sums.
+
+    bare: no scales, no grid and nothing reserved.  table: a scale for each group, and no zeros.
+    """
+    names: tuple[str, ...] = ("row_scales", "offsets", "group_sums", "starts", "places", "changes")
+    names += () if table else ("grid_scales",)
+    absent = {f"{name}_ptr": None for name in names} if bare or table else {}
     return Case(
         f"{DECODE}:finish",
         {"height": products.FINISH_ROWS, "depth": products.FINISH_DEPTH, **absent},
@@ -111,12 +115,17 @@ def dense_case(
     dtype: torch.dtype,
     *,
     grid: bool = False,
+    table: bool = False,
     chosen: bool = False,
     by_row: bool = False,
 ) -> Case:
-    """A dense copy of rows that follow each other, or of chosen ones.  by_row: levels of rows."""
-    absent = ("levels",) if grid or by_row else ()
-    absent += () if grid else ("grid_scales", "zeros")
+    """A dense copy of rows that follow each other, or of chosen ones.
+
+    grid: codes are their own levels.  table: levels with a scale for each group.
+    by_row: levels of rows.
+    """
+    absent: tuple[str, ...] = ("levels",) if grid or by_row else ()
+    absent += ("zeros",) if table else () if grid else ("grid_scales", "zeros")
     absent += () if by_row else ("row_levels",)
     absent += () if chosen else ("rows",)
     return Case(
@@ -173,6 +182,8 @@ def usual(architecture: str) -> dict[str, Case]:
             "two inputs, fours of 1 bit": product_case(1, 2, half, rocm=rocm, some=False),
             "two inputs, 3 bits": product_case(3, 2, half, rocm=rocm),
             "one input, 8 bits": product_case(8, 1, half, rocm=rocm),
+            "sums of a group table": finish_case(half, table=True),
+            "a dense copy of a group table": dense_case(4, half, table=True),
             "a uniform grid": product_case(4, 2, half, rocm=rocm, some=False, grid=True),
             "tensor cores, float16": product_case(6, 16, half, rocm=rocm),
             "tensor cores, 3 bits": product_case(3, 16, torch.bfloat16, rocm=rocm),
@@ -218,6 +229,10 @@ def every(architecture: str) -> dict[str, Case]:
         )
     for width, dtype, grid in itertools.product(range(1, 9), TYPES, (True, False)):
         cases[f"dense {width} {dtype} {grid}"] = dense_case(width, dtype, grid=grid)
+    for width, dtype in itertools.product(range(1, 9), TYPES):
+        cases[f"dense {width} {dtype} table"] = dense_case(width, dtype, table=True)
+    for dtype in TYPES:
+        cases[f"finish {dtype} table"] = finish_case(dtype, table=True)
     for dtype, bare in itertools.product(TYPES, (True, False)):
         cases[f"finish {dtype} {bare}"] = finish_case(dtype, bare=bare)
     for dtype, (name, block_format), columns in itertools.product(

@@ -83,7 +83,7 @@ class GroupTableCodebook(Codebook):
         levels = table.float().numpy()
         scales = np.zeros((layout.rows, layout.groups), dtype=np.float32)
         search_scales(weight, importance, left_out, levels, size, CLIPS, scales)
-        found = torch.from_numpy(scales).clamp(-HALF_MAX, HALF_MAX)
+        found = torch.from_numpy(scales)
         if self.scale_bits == HALF:
             return TableColumns(plan, layout, table, found.half(), None)
         by_row = RowIntegers.near(found, self.scale_bits)

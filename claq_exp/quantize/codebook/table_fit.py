@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit, uintp
 from numpy.typing import NDArray
 
+from claq_exp.payload.stored import HALF_MAX
 from claq_exp.quantize.codebook.clustering import fit_levels
 
 ROUNDS = 12  # of scales and table in turn, at most
@@ -41,7 +42,7 @@ def nearest_levels(values, inverse, table, found):  # type: ignore[no-untyped-de
 def _fit_at(values, weights, scale, table, found):  # type: ignore[no-untyped-def]
     """Return (gain, scale): of the codes at a scale, the best scale and what it explains.
 
-    The gain is what is taken off sum h w^2: (sum h w t)^2 / sum h t^2.  found: [n] float32 scratch.
+    The gain is what is taken off sum h w^2.  found: [n] float32 scratch.
     """
     nearest_levels(values, np.float32(1.0) / scale, table, found)
     products, squares = np.zeros(LANES, dtype=np.float32), np.zeros(LANES, dtype=np.float32)
@@ -62,7 +63,8 @@ def _fit_at(values, weights, scale, table, found):  # type: ignore[no-untyped-de
         square += weighed * found[index]
     if square <= 0.0:
         return 0.0, np.float32(0.0)
-    return product * product / square, np.float32(product / square)
+    best = min(max(product / square, -HALF_MAX), HALF_MAX)
+    return best * (2.0 * product - best * square), np.float32(best)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
