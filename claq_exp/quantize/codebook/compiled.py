@@ -277,7 +277,7 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
     written = task.codes[column]
     assign_codes(quantized, levels, written)
     if stop > start:
-        reserve(values, chosen, start, written, task)
+        keep_reserved(values, chosen, start, written, task)
     for row in range(rows):
         kept = levels[uintp(written[row])] * task.row_scales[row]
         kept = min(max(kept, -HALF_MAX), HALF_MAX)
@@ -285,11 +285,8 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def reserve(values, chosen, place, codes, task):  # type: ignore[no-untyped-def]
-    """Write the chosen rows of a column from `place` on, and give them code 0.
-
-    task: with `rows` and `kept` as those of `ColumnTask`.
-    """
+def keep_reserved(values, chosen, place, codes, task):  # type: ignore[no-untyped-def]
+    """Write the chosen rows of a column from `place` on, and give them code 0."""
     for row in range(len(values)):
         if chosen[row]:
             codes[row] = 0

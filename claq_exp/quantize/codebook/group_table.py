@@ -21,7 +21,7 @@ from claq_exp.quantize.codebook.compiled import (
     assign_codes,
     choose_reserved,
     codes,
-    reserve,
+    keep_reserved,
     round_half,
 )
 from claq_exp.quantize.codebook.table_fit import (
@@ -170,7 +170,7 @@ def code_on_table(values, column, task, quantized):  # type: ignore[no-untyped-d
         quantized[row] = values[row] / scale[row] if scale[row] != 0 else np.float32(0.0)
     assign_codes(quantized, task.table, written)
     if stop > start:
-        reserve(values, chosen, start, written, task)
+        keep_reserved(values, chosen, start, written, task)
     for row in range(rows):
         kept = task.table[uintp(written[row])] * scale[row]
         kept = min(max(kept, np.float32(-HALF_MAX)), np.float32(HALF_MAX))
