@@ -39,6 +39,7 @@ from claq_exp.quantize.moments import CROSS, OUTPUT_GRADIENTS, Moments
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.run.ends import End, OwnEnds
 from claq_exp.run.pending import Pending
+from claq_exp.run.rewriting import rewrite
 from claq_exp.run.solve import report_row, solve_linears
 from claq_exp.run.teacher import TeacherBlock
 from claq_exp.run.watcher import UNWATCHED, Watcher
@@ -49,7 +50,7 @@ from claq_exp.system.interruption import Interrupted
 from claq_exp.train.window import UNTUNED, Tune, Window
 from claq_exp.transform.folding import UNTRANSFORMED, Transform
 
-REWRITE, QUANTIZE, TUNING = "transform", "quantize", "tune"  # stages of the store
+QUANTIZE, TUNING = "quantize", "tune"  # stages of the store
 
 
 def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quantized
@@ -99,7 +100,7 @@ def quantize_model(  # noqa: PLR0913 - every one has a default, but what is quan
         path, seconds = f"{model.path}.{index}", {"calibrate": 0.0, "hessian": 0.0, "solve": 0.0}
         teacher = _teacher(model, index, inputs[index], streams, seconds, beside=CROSS in wants)
         inputs[index].hidden = streams.entering(STUDENT)
-        _rewrite(model, index, inputs[index], transform, store, seconds, watcher, ranks)
+        rewrite(model, index, inputs[index], transform, store, seconds, watcher, ranks)
         packed = {f"{path}.{name}.weight" for name in linears_of(model.blocks[index])}
         with model.block(index, packed=packed) as module:
             block = _Block(
@@ -162,45 +163,6 @@ def _teacher(
     with model.block(index, original=True) as module:
         streams.keep(TEACHER, _outputs(module, original, seconds))
     return None
-
-
-@torch.no_grad()
-def _rewrite(
-    model: BlockedModel,
-    index: int,
-    inputs: BlockInputs,
-    transform: Transform,
-    store: BlockStore,
-    seconds: dict[str, float],
-    watcher: Watcher,
-    ranks: Ranks,
-) -> None:
-    """Rewrite a block in the overlay, unless an earlier try has."""
-    if not transform.passes or ranks.tell(store.has(REWRITE, index)):
-        return
-    started, path, overlay = time.perf_counter(), f"{model.path}.{index}", model.overlay
-    with model.block(index) as block:
-        made = []
-        for move in transform.run(block, inputs, ranks):
-            norm = move.norm(block, overlay.rounded)
-            made.append((move, norm, move.columns(block, norm)))
-    dense: dict[str, Tensor] = {}
-    for _, norm, factors in made:
-        for name, value in norm.items():
-            dense[f"{path}.{name}"] = overlay.change(f"{path}.{name}", value)
-        for name, factor in factors.items():
-            dense |= overlay.multiply(f"{path}.{name}", factor)
-    row = {
-        "block": index,
-        "name": path,
-        "norms": {
-            move.fold.norm: {"least": float(move.scales.min()), "most": float(move.scales.max())}
-            for move, _, _ in made
-        },
-    }
-    store.add(REWRITE, index, dense=dense, report=[row])
-    seconds["transform"] = time.perf_counter() - started
-    watcher.event("transform", row)
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ def test_run_leaves_results_layers_events_and_a_checkpoint(tiny_run, outputs, dr
     assert results["bits"]["nominal"] < results["bits"]["linear"] < results["bits"]["model"]
     assert set(results["timings"]) == {
         "load",
+        "gradients",
         "allocate",
         "transform",
         "activations",
