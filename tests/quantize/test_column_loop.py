@@ -274,7 +274,8 @@ def test_column_distortions_are_the_weighted_errors_of_direct_fits(rule):
     for width, book in shared_codebooks(flat(weight), bits, None).items():
         books[width, : len(book)] = book.half().float().numpy()
     values = weight.t().contiguous().numpy()
-    found = column_distortions(values, importance, OPTIONS, rule, books)
+    free = np.zeros(0, dtype=np.float32)
+    found = column_distortions(values, importance, OPTIONS, rule, books, free)
     for column, current in enumerate(values):
         for at, (width, count) in enumerate(OPTIONS.tolist()):
             weights = importance.copy()

@@ -78,7 +78,7 @@ class Gptq(ColumnLoop):
         if self.asymmetric and moments.cross is None:
             raise ValueError("an asymmetric solver needs the cross moment of teacher and student")
         order = self._order(moments)
-        if moments.groups == 1:
+        if moments.groups == 1 or not self.row_groups:
             return self._system(moments, order)
         parts = []
         for group, hessian in enumerate(moments.hessian):
