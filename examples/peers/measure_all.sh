@@ -51,6 +51,7 @@ llama() { # TYPE
 
 export OMP_NUM_THREADS=1
 light="--iterations 50 --rate 5e-3"
+own rd2.2 experiment=linear/rate_distortion_2.3 budget.bits=2.2
 own rd2.3 experiment=linear/rate_distortion_2.3
 own rd3.3 experiment=linear/rate_distortion_3.3
 own rd4.5 experiment=linear/rate_distortion_3.3 budget.bits=4.5
