@@ -87,7 +87,9 @@ def run_sweep(
         except KeyboardInterrupt:
             stopped = True
         except Exception as error:  # noqa: BLE001 - a launcher's own; the jobs are on record
-            _line(note, f"claq-exp: the launcher failed: {telling_line(error)}")
+            stopped = interruption.asked  # Hydra makes an error of one that meets it composing
+            if not stopped:
+                _line(note, f"claq-exp: the launcher failed: {telling_line(error)}")
         if stopped:
             _stop(sweep)
     for folder in sweep.folder.iterdir():

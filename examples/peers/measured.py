@@ -42,9 +42,15 @@ def peak(process: int) -> int:
     return max([int(own[1]) if own else 0, *(peak(int(child)) for child in children)])
 
 
+def cpu_seconds() -> float:
+    """Return user and system time of all children that have ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main(name: str, *command: str) -> int:
     """Return the exit status of the command; a command that fails leaves no line."""
-    start, most = time.monotonic(), 0
+    start, most, before = time.monotonic(), 0, cpu_seconds()
     with subprocess.Popen(command) as running:
         while running.poll() is None:
             most = max(most, peak(running.pid))
@@ -52,12 +58,11 @@ def main(name: str, *command: str) -> int:
     wall = time.monotonic() - start
     if running.returncode:
         return running.returncode
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     row = {
         "name": name,
-        "cpu_seconds": f"{used.ru_utime + used.ru_stime:.1f}",
+        "cpu_seconds": f"{cpu_seconds() - before:.1f}",
         "wall_seconds": f"{wall:.1f}",
-        "peak_gib": f"{max(most, used.ru_maxrss) / 2**20:.2f}",
+        "peak_gib": f"{most / 2**20:.2f}",
     }
     COSTS.parent.mkdir(parents=True, exist_ok=True)
     rows = costs() | {name: row}

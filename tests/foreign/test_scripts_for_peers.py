@@ -28,7 +28,7 @@ def run(monkeypatch, tmp_path):
 
 
 def test_cpu_seconds_and_memory_of_a_command_are_noted_and_replaced(run, tmp_path):
-    work = "x = bytearray(200 << 20)\nfor i in range(10**6): i * i"
+    work = "x = bytearray(200 << 20)\nfor i in range(10**7): i * i"
     for name in ("a", "b", "a"):
         with pytest.raises(SystemExit) as ended:
             run("measured.py", name, sys.executable, "-c", work)

@@ -104,6 +104,21 @@ def test_a_job_does_not_see_what_an_earlier_one_did_to_its_process(tiny_run, out
     assert peaks["look"] < peaks["spoil"] - (500 << 20)
 
 
+@pytest.mark.usefixtures("heeds_interruptions")
+def test_an_interruption_that_a_launcher_makes_an_error_of_stays_one(
+    tiny_run, outputs, capfd, monkeypatch
+):
+    """Hydra does so with one that meets it while it composes a job."""
+
+    def launch(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+        raise RuntimeError("composition")
+
+    monkeypatch.setattr("claq_exp.sweep.run.with_hydra", launch)
+    assert main(["-m", *tiny_run, "seed=0,1"]) == 75
+    assert "launcher failed" not in capfd.readouterr().err
+
+
 @pytest.mark.case(3)
 @pytest.mark.usefixtures("heeds_interruptions")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
