@@ -21,7 +21,11 @@ FOLDER = Path(__file__).resolve().parents[2] / "conf" / "experiment"
 PRESETS = groups()["experiment"]
 REFERENCE = [name for name in PRESETS if name.startswith("claq_reference/")]
 FITTED = [name for name in PRESETS if name.startswith("linear/or_")]  # by their share alone
-LINEAR = [name for name in PRESETS if name.startswith("linear/") and name not in FITTED]
+LINEAR = [
+    name
+    for name in PRESETS
+    if name.startswith(("linear/", "best/")) and name not in FITTED and not name.endswith("bit")
+]
 ROUNDED = [name for name in PRESETS if re.match(r"w\d+a\d+/", name)]
 OWN = [name for name in PRESETS if name not in REFERENCE + LINEAR + FITTED + ROUNDED]
 DEFAULT_BLOCK = [(576, 576), (192, 576), (192, 576), (576, 576), *[(1536, 576)] * 2, (576, 1536)]
