@@ -73,7 +73,7 @@ def shrunk(words: list[str], tiny: list[str]) -> list[str]:
     """Let the tiny run's model, texts and sizes take the place of the command's."""
     groups = {word: word.lstrip("+~").partition("=")[0].split(".")[0] for word in words}
     kept = [word for word in words if groups[word] not in SHRUNK]
-    tight = ("budget.bits=", "experiment=linear/", "sweep=recipe_search")
+    tight = ("budget.bits=", "experiment=linear/", "experiment=best/free_3.", "sweep=recipe_search")
     if any(word.startswith(tight) for word in kept):
         kept.append("budget.bits=13")  # in so few rows codebooks and header weigh more than codes
     return [*kept, *(word for word in tiny if not word.startswith("outputs="))]
