@@ -10,10 +10,10 @@ Optimal for this separable model of the loss up to the last column's step.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -33,48 +33,62 @@ ROUNDS = 50  # halvings of the range of the price of a bit
 HIGHEST_PRICE = 1e60
 
 
-class Chooser(Protocol):
+class Chooser(ABC):
     """What may choose in a matrix: its columns (`Choices`), or the matrix as one (`TableChoices`).
 
     distortion: [columns, options] float64, in the same unit for all matrices of an allocation.
+    nominal: bits are what papers print, not everything that is stored.
     """
 
+    distortion: NDArray[np.float64]
+    nominal: bool
+
     @property
+    @abstractmethod
     def weights(self) -> int:
         """Number of weights."""
 
     @property
+    @abstractmethod
     def columns(self) -> int:
         """How many choose."""
 
-    @property
-    def distortion(self) -> NDArray[np.float64]:
-        """See the class."""
-
+    @abstractmethod
     def share_of(self, columns: int) -> float:
         """Return how many times these columns stand for a matrix of so many."""
 
+    @abstractmethod
     def rates(self) -> NDArray[np.float64]:
         """Return the bits that one stores with each option: [options] float64."""
 
+    @abstractmethod
     def fixed_bits(self) -> int:
         """Return about what is stored beside, where that counts."""
 
-    def bits(self, chosen: NDArray[np.int64]) -> float:
-        """Return the bits of the whole matrix when its columns choose so: [columns] int64."""
-
-    def least(self) -> float:
-        """Return the fewest bits that the matrix can take."""
-
+    @abstractmethod
     def layout(self, plan: ColumnPlan) -> Layout:
         """Return how the matrix is stored with a plan."""
 
+    @abstractmethod
     def plan(self, chosen: NDArray[np.int64]) -> ColumnPlan:
         """Return widths and reserved counts where the columns choose so: [columns] int64."""
 
+    def bits(self, chosen: NDArray[np.int64]) -> float:
+        """Return the bits of the whole matrix when its columns choose so: [columns] int64."""
+        layout = self.layout(self.plan(chosen))
+        return layout.nominal_bits() * layout.weights if self.nominal else layout.ledger().total
+
+    def cheapest(self) -> NDArray[np.int64]:
+        """Return what columns choose that take the fewest bits: [columns] int64."""
+        return np.full(self.columns, int(np.argmin(self.rates())))
+
+    def least(self) -> float:
+        """Return the fewest bits that the matrix can take."""
+        return self.bits(self.cheapest())
+
 
 @dataclass(frozen=True)
-class Choices:
+class Choices(Chooser):
     """What the columns of one matrix may choose.
 
     options: [options, 2] int64, width and reserved count.
@@ -118,15 +132,6 @@ class Choices:
             return 0
         books = HALF * sum(2 ** int(width) for width in range(2, 5))
         return HALF * self.rows * self.codebook.row_scales + books * self.codebook.shared
-
-    def bits(self, chosen: NDArray[np.int64]) -> float:
-        """Return the bits of the whole matrix when its columns choose so: [columns] int64."""
-        layout = self.layout(self.plan(chosen))
-        return layout.nominal_bits() * layout.weights if self.nominal else layout.ledger().total
-
-    def least(self) -> float:
-        """Return the fewest bits that the matrix can take."""
-        return self.bits(_cheapest(self))
 
     def layout(self, plan: ColumnPlan) -> Layout:
         """Return how the matrix is stored with these widths and reserved counts."""
@@ -199,15 +204,6 @@ def measure_choices(
     return Choices(rows, options, distortion, codebook, nominal)
 
 
-def cheapest(matrix: Chooser) -> Layout:
-    """Return how a matrix is stored in the fewest bits."""
-    return matrix.layout(matrix.plan(_cheapest(matrix)))
-
-
-def _cheapest(matrix: Chooser) -> NDArray[np.int64]:
-    return np.full(matrix.columns, int(np.argmin(matrix.rates())))
-
-
 def allocate(matrices: Sequence[Chooser], budget: float) -> list[ColumnPlan]:
     """Choose an option for every column so that all matrices together store at most `budget` bits.
 
@@ -240,12 +236,13 @@ def choose_variants(
     are in all.
     """
 
+    priced = [[(sample, sample.rates()) for sample in variants] for variants in samples]
+
     def at_price(price: float) -> tuple[float, list[int]]:
         bits, picked = 0.0, []
-        for variants, count in zip(samples, columns, strict=True):
+        for variants, count in zip(priced, columns, strict=True):
             costs = []
-            for sample in variants:
-                rates = sample.rates()
+            for sample, rates in variants:
                 option = np.argmin(sample.distortion + price * rates, axis=1)
                 share = sample.share_of(count)
                 distortion = sample.distortion[np.arange(sample.columns), option].sum() * share
@@ -285,10 +282,7 @@ def _choose(
 ) -> list[NDArray[np.int64]]:
     """Return what each column chooses at a price per bit; at an infinite price the cheapest."""
     if np.isinf(price):
-        return [
-            np.full(matrix.columns, int(np.argmin(rate)))
-            for matrix, rate in zip(matrices, rates, strict=True)
-        ]
+        return [matrix.cheapest() for matrix in matrices]
     return [
         np.argmin(matrix.distortion + price * rate, axis=1)
         for matrix, rate in zip(matrices, rates, strict=True)

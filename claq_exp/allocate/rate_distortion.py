@@ -14,7 +14,6 @@ from claq_exp.allocate.choices import (
     Choices,
     Chooser,
     allocate,
-    cheapest,
     choose_variants,
     column_options,
     measure_choices,
@@ -102,13 +101,14 @@ class RateDistortion(Allocation):
             )
 
     def check(self, recipe: Recipe) -> None:
-        """Raise ConfigError for another codebook than k-means, or rules that decide beside this."""
+        """Raise ConfigError for a codebook whose errors none can tell before, or for other rules."""
         super().check(recipe)
         if recipe.reservation != NoReservation():
             raise ConfigError(
                 "allocation=rate_distortion decides what is reserved too: use reservation=none"
             )
-        _known(recipe.codebook)
+        for form in self._variants(_known(recipe.codebook)):
+            form.check(self.min_bits)
 
     def within(self, budget: BudgetConfig) -> RateDistortion:
         """Return the rule with a budget as its target."""
@@ -134,14 +134,17 @@ class RateDistortion(Allocation):
 
     def _check_room(self, codebook: Form, shapes: Shapes, overhead: Overhead) -> None:
         smallest = {shape: self._smallest(codebook, shape) for shape in set(shapes.values())}
-        layouts = {name: cheapest(smallest[shape]) for name, shape in shapes.items()}
+        stored = {s: form.layout(form.plan(form.cheapest())) for s, form in smallest.items()}
+        fewest = {shape: form.least() for shape, form in smallest.items()}
+        layouts = {name: stored[shape] for name, shape in shapes.items()}
         beside = 0.0 if self.count == "nominal" else overhead(layouts)
         weights = sum(rows * columns for rows, columns in shapes.values())
-        least = (beside + sum(smallest[shape].least() for shape in shapes.values())) / weights
+        least = (beside + sum(fewest[shape] for shape in shapes.values())) / weights
         if least > self.target_bits:
             raise ConfigError(
-                f"allocation.target_bits={self.target_bits:g} cannot be met: with "
-                f"allocation.min_bits={self.min_bits} the fewest are {least:.4g} bits per weight"
+                f"a budget of {self.target_bits:.4g} {self.count} bits per weight of these "
+                f"matrices cannot be met: with allocation.min_bits={self.min_bits} the fewest are "
+                f"{least:.4g}"
             )
 
     def _smallest(self, codebook: Form, shape: tuple[int, int]) -> Chooser:

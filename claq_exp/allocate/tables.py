@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from claq_exp.allocate.choices import MEASURED_BITS
+from claq_exp.allocate.choices import MEASURED_BITS, Chooser
 from claq_exp.payload.base import Layout
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.group_table import GroupTableCodebook
@@ -17,7 +17,7 @@ from claq_exp.quantize.statistics import ColumnStatistics
 
 
 @dataclass(frozen=True)
-class TableChoices:
+class TableChoices(Chooser):
     """As `claq_exp.allocate.choices.Choices`, with the matrix itself as the one that chooses.
 
     shape: (out, in).  widths: [options] int64.  distortion: [1, options] float64, of the whole
@@ -51,15 +51,6 @@ class TableChoices:
     def fixed_bits(self) -> int:
         """Return 0: the rates have everything."""
         return 0
-
-    def bits(self, chosen: NDArray[np.int64]) -> float:
-        """Return the bits of the whole matrix with an option: [1] int64."""
-        layout = self.layout(self.plan(chosen))
-        return layout.nominal_bits() * layout.weights if self.nominal else layout.ledger().total
-
-    def least(self) -> float:
-        """Return the fewest bits that the matrix can take."""
-        return float(self.rates().min())
 
     def layout(self, plan: ColumnPlan) -> Layout:
         """Return how the matrix is stored with a plan."""

@@ -16,11 +16,11 @@ class Moments:
     """The second moments of the inputs of linears that share them.
 
     hessian: [groups, in, in] float64, 2/n * sum over n tokens of g x x^T (GPTQ, arXiv 2210.17323,
-        eq. 1-2).  g is what an error in the outputs of a group of rows weighs at a token: the mean
-        of their squared gradients (GuidedQuant, arXiv 2505.07004), one group with g = 1 without.
+        eq. 1-2).  g is what an error in the outputs of a group of rows weighs at a token, 1 on
+        average (`claq_exp.quantize.objective`); one group with g = 1 where tokens count alike.
         Groups are neighbouring rows, in equal numbers.  [in, in] may be given for one group.
     cross: [groups, in, in] float64, 2/n * sum of g (x_teacher - x_student) x_student^T (GPTAQ,
-        arXiv 2504.02692); None where no solver wants it.
+        arXiv 2504.02692); None where nothing wants it.
     tokens: n.
     disposable: nobody needs the tensors afterwards.  A solver may work in their memory, and calls
         `use_up` where it did.

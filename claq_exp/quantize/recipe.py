@@ -48,9 +48,9 @@ class Recipe:
             raise ConfigError(one_of("solver's wants", unknown[0], WANTED))
         if self.solver.fits_levels and not self.codebook.free_levels:
             raise ConfigError(
-                "this solver fits the levels of tables, and those of this codebook are not free: "
-                "they are shared, lie on a grid or follow a rule; use codebook=kmeans or "
-                "codebook=row_kmeans, or solver=quantease"
+                f"solver {type(self.solver).__name__} fits the levels of tables, and those of "
+                "this codebook are not free: they are shared, lie on a grid or follow a rule; use "
+                "codebook=kmeans or codebook=row_kmeans, or solver=quantease"
             )
         if self.select not in SELECTIONS:
             raise ConfigError(one_of("reservation's select", self.select, SELECTIONS))

@@ -151,10 +151,10 @@ def check_weighable(
 
     shapes: name -> (out, in).  experts: names of those of experts.
     """
-    for name in experts:
+    if experts:
         raise ConfigError(
-            f"{name} is of an expert, and objective=output_gradient does not follow tokens to "
-            "experts yet; set objective=plain"
+            f"{next(iter(experts))} is of an expert, and objective=output_gradient does not follow "
+            "tokens to experts yet; set objective=plain"
         )
     for name, (rows, _) in shapes.items():
         if rows % objective.groups:

@@ -41,7 +41,7 @@ def solve_linears(
     plans, device: as in `solve_group`.
     Raises NumericalError that names a layer.
     """
-    retreats, hessian = 0, moments.hessian if moments.groups > 1 else moments.single()
+    retreats, hessian = 0, moments.hessian
     problems = [LinearProblem(weight, hessian, name) for name, weight in weights.items()]
     energies = [problem.energy() for problem in problems]
     name = problems[0].name
@@ -51,9 +51,7 @@ def solve_linears(
     except torch.OutOfMemoryError:
         device, retreats = CPU, 1
         recipe, prepared = _prepare(recipe, moments, device, name, strict)
-    left = None
-    if not moments.used_up:
-        left = moments.hessian if moments.groups > 1 else moments.single()
+    left = None if moments.used_up else moments.hessian
     problems = [
         LinearProblem(weight, left, name, known_energy=energy)
         for (name, weight), energy in zip(weights.items(), energies, strict=True)

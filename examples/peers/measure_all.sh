@@ -4,8 +4,8 @@
 #     bash examples/peers/measure_all.sh smollm FOLDER [ORIGINAL.gguf]
 #     bash examples/peers/measure_all.sh stories FOLDER [ORIGINAL.gguf]
 #
-# FOLDER gets made/, own/ and outputs/; table.py reads them.  What exists is left as it is, so a
-# second call goes on.  Without the GGUF file, llama.cpp's types are left out; `as_gguf.py` writes
+# FOLDER gets made/, own/ and outputs/; table.py reads them.  What is made and measured is left as
+# it is, so a second call goes on.  Without the GGUF file, llama.cpp's types are left out; `as_gguf.py` writes
 # one.  `smollm` is the default model.  `stories` is a folder: set MODEL, and TEXT and HELD_OUT to
 # two texts like those that it was trained on.  PYTHON runs the peers, if they live elsewhere.
 set -u
@@ -25,28 +25,39 @@ case $which in
   *) echo "smollm or stories" >&2; exit 2 ;;
 esac
 
+done_with() { [ -e "made/$1.measured" ]; }           # NAME
+is_made() { grep -qs "^$1," made/costs.csv; }        # NAME; measured.py writes it last
 measure() { # NAME CHECKPOINT
-  "$python" -m claq_exp evaluate checkpoint="$2" $model $evaluation threads=1 name=peers > "made/$1.evaluated" 2>&1 ||
+  "$python" -m claq_exp evaluate checkpoint="$2" $model $evaluation threads=1 name=peers > "made/$1.evaluated" 2>&1 &&
+    touch "made/$1.measured" ||
     echo "$1 was not measured: made/$1.evaluated" >&2
 }
 own() { # NAME WORDS
   local name=$1; shift
-  [ -e "own/$name" ] && return
-  "$python" "$here/measured.py" "$name" "$python" -m claq_exp "$@" $model $calibration evaluation=none \
-    tracking=none threads=1 outputs=own name="$name" > "made/$name.made" 2>&1 &&
-    measure "$name" own/"$name"/*/checkpoint
+  done_with "$name" && return
+  is_made "$name" || "$python" "$here/measured.py" "$name" "$python" -m claq_exp "$@" $model $calibration \
+    evaluation=none tracking=none threads=1 outputs=own name="$name" > "made/$name.made" 2>&1 ||
+    { echo "$name was not made: made/$name.made" >&2; return; }
+  measure "$name" own/"$name"/*/checkpoint
 }
 peer() { # NAME SCRIPT OPTIONS
   local name=$1 script=$2; shift 2
-  [ -e "made/$name" ] && return
-  "$python" "$here/measured.py" "$name" "$python" "$here/$script" "made/$name" "$@" $model $calibration \
-    > "made/$name.made" 2>&1 || { echo "$name was not made: made/$name.made" >&2; return; }
+  done_with "$name" && return
+  if ! is_made "$name"; then
+    rm -rf "made/$name"
+    "$python" "$here/measured.py" "$name" "$python" "$here/$script" "made/$name" "$@" $model $calibration \
+      > "made/$name.made" 2>&1 || { echo "$name was not made: made/$name.made" >&2; return; }
+  fi
   measure "$name" "$(dirname "$(ls made/"$name"/config.json made/"$name"/*/config.json 2> /dev/null)")"
 }
 llama() { # TYPE
-  [ -z "$gguf" ] || [ -e "made/$1.gguf" ] && return
-  "$python" "$here/measured.py" "$1" "$python" "$here/with_llama_cpp.py" "$gguf" "made/$1.gguf" "$1" $model \
-    $calibration > "made/$1.made" 2>&1 && measure "$1" "made/$1.gguf"
+  { [ -z "$gguf" ] || done_with "$1"; } && return
+  if ! is_made "$1"; then
+    rm -f "made/$1.gguf"
+    "$python" "$here/measured.py" "$1" "$python" "$here/with_llama_cpp.py" "$gguf" "made/$1.gguf" "$1" $model \
+      $calibration > "made/$1.made" 2>&1 || { echo "$1 was not made: made/$1.made" >&2; return; }
+  fi
+  measure "$1" "made/$1.gguf"
 }
 
 export OMP_NUM_THREADS=1

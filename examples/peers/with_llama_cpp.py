@@ -1,6 +1,6 @@
 """llama.cpp's own quantizer, with an importance matrix from the calibration windows of a run.
 
-    pip install --no-deps llama-cpp-py-sync && pip install cffi
+    pip install --no-deps llama-cpp-py-sync && pip install cffi    # its wheel needs glibc 2.38
     python examples/peers/with_llama_cpp.py SOURCE.gguf TARGET.gguf IQ4_NL [WORDS]
 
 SOURCE.gguf is the original in llama.cpp's form (its convert_hf_to_gguf.py writes one).  The third

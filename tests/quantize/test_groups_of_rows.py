@@ -174,3 +174,10 @@ def test_what_strategies_know_of_groups_is_what_each_row_costs():
     assert torch.allclose(known.sensitivity(), by_hand)
     plain = ColumnStatistics(weight, known.distortion_weight, known.order)
     assert not torch.allclose(plain.sensitivity(), by_hand)
+
+
+def test_the_price_of_rows_tables_is_the_mean_diagonal_of_groups():
+    _, moments = problem(3)
+    expected = moments.single().diagonal().float()
+    prepared = Gptq().prepare(moments)
+    assert torch.allclose(prepared.diagonal, expected)

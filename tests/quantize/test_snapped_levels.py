@@ -16,7 +16,7 @@ from claq_exp.errors import ConfigError
 from claq_exp.number_formats.level_sets import TERMS, level_set
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.codebook.snap import LEAST_SCALE, MOST_SCALE, SCALES, snap_levels
-from claq_exp.quantize.precision import Fixed
+from claq_exp.quantize.precision import Fixed, NoPrecision
 
 SETS = [(name, bits) for name in ("apot", "grid") for bits in (6, 7, 8)]
 
@@ -149,6 +149,13 @@ def test_codes_as_long_as_the_index_are_refused():
     KMeans(snap="apot", snap_bits=6).check(5)
     with pytest.raises(ConfigError, match=r"fewer bits"):
         KMeans(snap="apot", snap_bits=6).check(6)
+
+
+def test_an_allocation_without_a_width_that_a_set_allows_is_refused():
+    snapped_by_seven = recipe(codebook=KMeans(snap="apot"), precision=NoPrecision())
+    RateDistortion(min_bits=6).check(snapped_by_seven)
+    with pytest.raises(ConfigError, match="fewer bits"):
+        RateDistortion(min_bits=7).check(snapped_by_seven)
 
 
 def test_an_allocation_snaps_codebooks_of_columns_and_leaves_shared_ones():

@@ -116,12 +116,13 @@ class FormatTask(NamedTuple):
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def find_levels(values, weights, rule, book, level_set, levels):  # type: ignore[no-untyped-def]
-    """Write the levels of one column, float16 values, ascending; return its (scale, shift).
+    """Write the levels of one column, ascending; return its (scale, shift).
 
     values, weights: [out] float32; what has no weight does not count.  rule: KMEANS ... ABSMAX.
     book, levels: [entries] float32; the book is read, and scale and shift mean something, where the
     rule stretches a shared codebook.
-    level_set: as of the task.  The levels are then a float16 scale times those of the set.
+    level_set: as of the task.  Levels are float16 values without one, and a float16 scale times
+    those of the set with one.
     """
     if rule >= SHARED:
         scale, shift = fit_scale_and_shift(values, weights, book, rule - SHARED)

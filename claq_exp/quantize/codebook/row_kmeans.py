@@ -76,9 +76,12 @@ class RowKMeans(Codebook):
 
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> RowColumns:
         """Begin a matrix; all columns have one width."""
-        price = statistics.distortion_weight
-        if self.price == DIAGONAL and statistics.diagonal is not None:
-            price = statistics.diagonal
+        price = statistics.diagonal if self.price == DIAGONAL else statistics.distortion_weight
+        if price is None:
+            raise ConfigError(
+                "codebook.price=diagonal needs a solver that tells the Hessian's diagonal; choose "
+                "codebook.price=inverse"
+            )
         chosen = np.zeros(statistics.shape, dtype=np.bool_)
         if not self.fit_reserved:
             mark_reserved(statistics.weight, plan, chosen)

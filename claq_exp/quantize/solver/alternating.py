@@ -9,6 +9,8 @@ from torch import Tensor
 
 from claq_exp.errors import ConfigError
 from claq_exp.payload.stored import HALF_MAX
+from claq_exp.quantize.moments import Moments
+from claq_exp.quantize.solver.columns import ColumnSystem
 from claq_exp.quantize.solver.level_fits import Assignment, column_steps, row_steps
 from claq_exp.quantize.solver.quantease import Descent, QuantEase
 
@@ -57,6 +59,10 @@ class Alternating(QuantEase):
     def row_groups(self) -> bool:
         """Whether groups of rows may have a Hessian each: levels are fitted on one."""
         return False
+
+    def prepare(self, moments: Moments) -> ColumnSystem:
+        """Order the columns and factorize the mean over groups, see Solver."""
+        return self._system(moments, self._order(moments))
 
     def _descend(self, descent: Descent) -> None:
         if descent.quantizer.tables() is None:

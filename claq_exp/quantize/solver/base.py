@@ -127,14 +127,17 @@ class Solver(Protocol):
         """What the moments of inputs must hold beside a plain Hessian.
 
         Members of `claq_exp.quantize.moments.WANTED`: "cross", the cross moment of teacher and
-        student; "output_gradients", a Hessian for each group of rows.  Nobody measures what is not
-        wanted.
+        student; "output_gradients", tokens that are weighed by the gradients of the loss, which the
+        objective measures.  Nobody measures what is not wanted.
         """
         return frozenset()
 
     @property
     def row_groups(self) -> bool:
-        """Whether groups of rows may have a Hessian each."""
+        """Whether groups of rows may have a Hessian each.
+
+        If not, `prepare` takes the mean over groups, and an objective with groups is refused.
+        """
         return False
 
     def prepare(self, moments: Moments) -> Prepared:

@@ -61,6 +61,7 @@ class GroupedSystem(Prepared):
         """Put groups together, which were prepared in one order."""
         weights = torch.stack([part.distortion_weight for part in parts])
         mean = weights.mean(dim=0)
+        diagonals = [part.diagonal for part in parts if part.diagonal is not None]
         return GroupedSystem(
             order=parts[0].order,
             distortion_weight=mean,
@@ -69,6 +70,7 @@ class GroupedSystem(Prepared):
             damping=max(part.damping or 0.0 for part in parts),
             raised=any(part.raised for part in parts),
             nearest=parts[0].nearest if all(part.nearest for part in parts) else "",
+            diagonal=torch.stack(diagonals).mean(dim=0) if len(diagonals) == len(parts) else None,
             parts=tuple(parts),
             group_shares=weights / mean,
         )

@@ -64,6 +64,7 @@ def quantize_block_of_groups(values, lower, columns, task, coded):  # type: igno
     """Do what `quantize_block` does, for groups of neighbouring rows in equal numbers.
 
     lower: [groups, block, block] float32, of each.
+    One group has the other loop: numba does not know that the slice of all rows is contiguous.
     """
     quantized = np.empty(values.shape[1], dtype=np.float32)
     size = values.shape[1] // len(lower)

@@ -75,10 +75,8 @@ class Gptq(ColumnLoop):
         Raises NumericalError when no damping makes the Hessian positive definite; it is as before
         then.  Raises ValueError where the cross moment is wanted and was not measured.
         """
-        if self.asymmetric and moments.cross is None:
-            raise ValueError("an asymmetric solver needs the cross moment of teacher and student")
         order = self._order(moments)
-        if moments.groups == 1 or not self.row_groups:
+        if moments.groups == 1:
             return self._system(moments, order)
         parts = []
         for group, hessian in enumerate(moments.hessian):
@@ -98,6 +96,8 @@ class Gptq(ColumnLoop):
     def _system(self, moments: Moments, order: Tensor) -> ColumnSystem:
         """Factorize for all rows, or a group of them; see `prepare`."""
         hessian, cross = moments.single(), moments.single_cross()
+        if self.asymmetric and cross is None:
+            raise ValueError("an asymmetric solver needs the cross moment of teacher and student")
         diagonal = hessian.diagonal().clone()
         dead = diagonal == 0
         filled = _filled(diagonal)
@@ -114,7 +114,7 @@ class Gptq(ColumnLoop):
             matrix.diagonal().copy_(diagonal)
             raise
         correction = None
-        if self.asymmetric and cross is not None:
+        if cross is not None and self.asymmetric:
             correction = correction_of(cross, order, factor).mul_(self.asymmetric)
         del cross
         if moments.disposable:
