@@ -101,7 +101,7 @@ class RateDistortion(Allocation):
             )
 
     def check(self, recipe: Recipe) -> None:
-        """Raise ConfigError for a codebook whose errors none can tell before, or for other rules."""
+        """Raise ConfigError for a codebook of unknown errors, or rules that decide beside this."""
         super().check(recipe)
         if recipe.reservation != NoReservation():
             raise ConfigError(
