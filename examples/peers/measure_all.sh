@@ -8,6 +8,7 @@
 # it is, so a second call goes on.  Without the GGUF file, llama.cpp's types are left out; `as_gguf.py` writes
 # one.  `smollm` is the default model.  `stories` is a folder: set MODEL, and TEXT and HELD_OUT to
 # two texts like those that it was trained on.  PYTHON runs the peers, if they live elsewhere.
+# ONLY="hqq3 IQ4_NL" makes and measures these alone.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
 [ -n "${MODEL:-}" ] && MODEL=$(realpath "$MODEL") TEXT=$(realpath "$TEXT") HELD_OUT=$(realpath "$HELD_OUT")
@@ -25,7 +26,8 @@ case $which in
   *) echo "smollm or stories" >&2; exit 2 ;;
 esac
 
-done_with() { [ -e "made/$1.measured" ]; }           # NAME
+left_out() { [[ -n ${ONLY:-} && " $ONLY " != *" $1 "* ]]; } # NAME
+done_with() { [ -e "made/$1.measured" ] || left_out "$1"; } # NAME
 is_made() { grep -qs "^$1," made/costs.csv; }        # NAME; measured.py writes it last
 measure() { # NAME CHECKPOINT
   "$python" -m claq_exp evaluate checkpoint="$2" $model $evaluation threads=1 name=peers > "made/$1.evaluated" 2>&1 &&
