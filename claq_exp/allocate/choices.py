@@ -10,10 +10,10 @@ Optimal for this separable model of the loss up to the last column's step.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import HALF, MAX_BITS, index_width, packed_bytes
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.compiled import FITTED, column_distortions
+from claq_exp.quantize.codebook.group_table import GroupTableCodebook
 from claq_exp.quantize.codebook.kmeans import KMeans, root_mean_squares, shared_codebooks
 from claq_exp.quantize.statistics import ColumnStatistics
 
@@ -33,45 +34,70 @@ ROUNDS = 50  # halvings of the range of the price of a bit
 HIGHEST_PRICE = 1e60
 
 
-class Chooser(ABC):
-    """What may choose in a matrix: its columns (`Choices`), or the matrix as one (`TableChoices`).
+class Form(Protocol):
+    """A codebook whose errors are known before a matrix is quantized."""
 
+    @property
+    def widest(self) -> int:
+        """The bits of the longest codes that there can be."""
+
+    def column_bits(self, widths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the bits of a column beside its codes, by its width: [any] each."""
+
+    def fixed_bits(self, rows: int, columns: int) -> int:
+        """Return about what a matrix stores beside its columns."""
+
+    def layout(self, rows: int, plan: ColumnPlan) -> Layout:
+        """Return how a matrix of so many rows is stored with a plan."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the columns of one matrix may choose.
+
+    options: [options, 2] int64, width and reserved count.
     distortion: [columns, options] float64, in the same unit for all matrices of an allocation.
-    nominal: bits are what papers print, not everything that is stored.
+    codebook: says how the matrix is stored.
+    nominal: rates are what papers print, not everything that is stored.
     """
 
+    rows: int
+    options: NDArray[np.int64]
     distortion: NDArray[np.float64]
+    codebook: Form
     nominal: bool
 
     @property
-    @abstractmethod
     def weights(self) -> int:
         """Number of weights."""
+        return self.rows * self.columns
 
     @property
-    @abstractmethod
     def columns(self) -> int:
-        """How many choose."""
+        """Number of columns."""
+        return len(self.distortion)
 
-    @abstractmethod
-    def share_of(self, columns: int) -> float:
-        """Return how many times these columns stand for a matrix of so many."""
-
-    @abstractmethod
     def rates(self) -> NDArray[np.float64]:
-        """Return the bits that one stores with each option: [options] float64."""
+        """Return the bits that a column with each option stores: [options] float64."""
+        widths, counts = self.options[:, 0], self.options[:, 1]
+        if self.nominal:
+            return np.asarray(widths * (self.rows - counts) + counts * HALF, dtype=np.float64)
+        codes = np.array([8 * packed_bytes(self.rows, int(width)) for width in widths])
+        kept = counts * (HALF + index_width(self.rows))
+        return np.asarray(codes + self.codebook.column_bits(widths) + kept, np.float64)
 
-    @abstractmethod
-    def fixed_bits(self) -> int:
-        """Return about what is stored beside, where that counts."""
+    def fixed_bits(self, columns: int) -> int:
+        """Return about what a matrix of so many such columns stores beside, where that counts."""
+        return 0 if self.nominal else self.codebook.fixed_bits(self.rows, columns)
 
-    @abstractmethod
     def layout(self, plan: ColumnPlan) -> Layout:
-        """Return how the matrix is stored with a plan."""
+        """Return how the matrix is stored with these widths and reserved counts."""
+        return self.codebook.layout(self.rows, plan)
 
-    @abstractmethod
     def plan(self, chosen: NDArray[np.int64]) -> ColumnPlan:
-        """Return widths and reserved counts where the columns choose so: [columns] int64."""
+        """Return widths and reserved counts of the columns that choose so: [columns] int64."""
+        picked = torch.from_numpy(self.options[chosen])
+        return ColumnPlan(picked[:, 0].to(torch.uint8), picked[:, 1].contiguous())
 
     def bits(self, chosen: NDArray[np.int64]) -> float:
         """Return the bits of the whole matrix when its columns choose so: [columns] int64."""
@@ -85,62 +111,6 @@ class Chooser(ABC):
     def least(self) -> float:
         """Return the fewest bits that the matrix can take."""
         return self.bits(self.cheapest())
-
-
-@dataclass(frozen=True)
-class Choices(Chooser):
-    """What the columns of one matrix may choose.
-
-    options: [options, 2] int64, width and reserved count.
-    distortion: [columns, options] float64, in the same unit for all matrices of an allocation.
-    codebook: says how the matrix is stored.
-    nominal: rates are what papers print, not everything that is stored.
-    """
-
-    rows: int
-    options: NDArray[np.int64]
-    distortion: NDArray[np.float64]
-    codebook: KMeans
-    nominal: bool
-
-    @property
-    def weights(self) -> int:
-        """Number of weights."""
-        return self.rows * self.columns
-
-    @property
-    def columns(self) -> int:
-        """Number of columns."""
-        return len(self.distortion)
-
-    def share_of(self, columns: int) -> float:
-        """Return how many times these columns stand for a matrix of so many."""
-        return columns / self.columns
-
-    def rates(self) -> NDArray[np.float64]:
-        """Return the bits that a column with each option stores: [options] float64."""
-        widths, counts = self.options[:, 0], self.options[:, 1]
-        if self.nominal:
-            return np.asarray(widths * (self.rows - counts) + counts * HALF, dtype=np.float64)
-        codes = np.array([8 * packed_bytes(self.rows, int(width)) for width in widths])
-        books = 2 * HALF if self.codebook.shared else self.codebook.book_bits(widths)
-        return np.asarray(codes + books + counts * (HALF + index_width(self.rows)), np.float64)
-
-    def fixed_bits(self) -> int:
-        """Return about what the codebook stores beside its columns, where that counts."""
-        if self.nominal:
-            return 0
-        books = HALF * sum(2 ** int(width) for width in range(2, 5))
-        return HALF * self.rows * self.codebook.row_scales + books * self.codebook.shared
-
-    def layout(self, plan: ColumnPlan) -> Layout:
-        """Return how the matrix is stored with these widths and reserved counts."""
-        return self.codebook.layout(self.rows, plan)
-
-    def plan(self, chosen: NDArray[np.int64]) -> ColumnPlan:
-        """Return widths and reserved counts of the columns that choose so: [columns] int64."""
-        picked = torch.from_numpy(self.options[chosen])
-        return ColumnPlan(picked[:, 0].to(torch.uint8), picked[:, 1].contiguous())
 
 
 def column_options(
@@ -178,10 +148,7 @@ def measure_choices(
         scales = root_mean_squares(weight)
         weight = weight / scales.float()[:, None]
         importance = importance * scales.float().square()
-    known = options.copy()
-    known[:, 0] = np.minimum(known[:, 0], MEASURED_BITS)
-    by_count, place = np.unique(known[:, ::-1], axis=0, return_inverse=True)
-    measured = np.ascontiguousarray(by_count[:, ::-1])
+    measured, place, beyond = _measured(options)
     widths = torch.from_numpy(np.unique(measured[:, 0])).to(torch.uint8)
     books = np.zeros((MAX_BITS + 1, 2**MAX_BITS), dtype=np.float32)
     if codebook.shared:
@@ -200,11 +167,39 @@ def measure_choices(
         )
         found = np.concatenate(list(parts))
     found *= statistics.distortion_weight[chosen].double().numpy()[:, None]
-    distortion = found[:, place.ravel()] / 4.0 ** (options[:, 0] - known[:, 0])
-    return Choices(rows, options, distortion, codebook, nominal)
+    return Choices(rows, options, found[:, place] / 4.0**beyond, codebook, nominal)
 
 
-def allocate(matrices: Sequence[Chooser], budget: float) -> list[ColumnPlan]:
+def measure_tables(
+    statistics: ColumnStatistics,
+    codebook: GroupTableCodebook,
+    options: NDArray[np.int64],
+    *,
+    nominal: bool,
+) -> Choices:
+    """Learn tables on some rows of the matrix as it stands, at every option.
+
+    The distortion is as of `measure_choices`.
+    """
+    measured, place, beyond = _measured(options)
+    found = codebook.distortions(statistics, measured)
+    found *= statistics.distortion_weight.double().numpy()[:, None]
+    distortion = found[:, place] / 4.0**beyond
+    return Choices(statistics.shape[0], options, distortion, codebook, nominal)
+
+
+def _measured(
+    options: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Return the options that are measured, which of them stands for each, and the bits beyond."""
+    known = options.copy()
+    known[:, 0] = np.minimum(known[:, 0], MEASURED_BITS)
+    by_count, place = np.unique(known[:, ::-1], axis=0, return_inverse=True)
+    measured = np.ascontiguousarray(by_count[:, ::-1])
+    return measured, place.ravel(), options[:, 0] - known[:, 0]
+
+
+def allocate(matrices: Sequence[Choices], budget: float) -> list[ColumnPlan]:
     """Choose an option for every column so that all matrices together store at most `budget` bits.
 
     Raises ConfigError, with the range that can be reached, when even the cheapest options do not
@@ -228,7 +223,7 @@ def allocate(matrices: Sequence[Chooser], budget: float) -> list[ColumnPlan]:
 
 
 def choose_variants(
-    samples: Sequence[Sequence[Chooser]], columns: Sequence[int], budget: float
+    samples: Sequence[Sequence[Choices]], columns: Sequence[int], budget: float
 ) -> list[int]:
     """Return which of its variants suits each matrix best at the price that fits the budget.
 
@@ -244,9 +239,9 @@ def choose_variants(
             costs = []
             for sample, rates in variants:
                 option = np.argmin(sample.distortion + price * rates, axis=1)
-                share = sample.share_of(count)
+                share = count / sample.columns
                 distortion = sample.distortion[np.arange(sample.columns), option].sum() * share
-                stored = rates[option].sum() * share + sample.fixed_bits()
+                stored = rates[option].sum() * share + sample.fixed_bits(count)
                 costs.append((distortion + price * stored, stored))
             best = min(range(len(costs)), key=lambda at: costs[at][0])
             picked.append(best)
@@ -278,7 +273,7 @@ def _price_range(total: Callable[[float], float], budget: float) -> tuple[float,
 
 
 def _choose(
-    matrices: Sequence[Chooser], rates: list[NDArray[np.float64]], price: float
+    matrices: Sequence[Choices], rates: list[NDArray[np.float64]], price: float
 ) -> list[NDArray[np.int64]]:
     """Return what each column chooses at a price per bit; at an infinite price the cheapest."""
     if np.isinf(price):
@@ -289,12 +284,12 @@ def _choose(
     ]
 
 
-def _total(matrices: Sequence[Chooser], chosen: list[NDArray[np.int64]]) -> float:
+def _total(matrices: Sequence[Choices], chosen: list[NDArray[np.int64]]) -> float:
     return sum(matrix.bits(choice) for matrix, choice in zip(matrices, chosen, strict=True))
 
 
 def _spend_rest(
-    matrices: Sequence[Chooser],
+    matrices: Sequence[Choices],
     rates: list[NDArray[np.float64]],
     chosen: list[NDArray[np.int64]],
     dearer: list[NDArray[np.int64]],

@@ -12,13 +12,12 @@ from torch import Tensor
 from claq_exp.allocate.allocation import Allocation, OnShare, Shapes, Survey
 from claq_exp.allocate.choices import (
     Choices,
-    Chooser,
     allocate,
     choose_variants,
     column_options,
     measure_choices,
+    measure_tables,
 )
-from claq_exp.allocate.tables import TableChoices, measure_table
 from claq_exp.errors import ConfigError, one_of
 from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import MAX_BITS
@@ -59,7 +58,7 @@ class RateDistortion(Allocation):
     row_scales: divide rows by their root mean square: always, never, or auto, where it is better.
     row_weights: let the importance of rows weight the k-means too (fisher only).
     tables: let tables with group scales compete with the column codebooks, matrix by matrix.  With
-        codebook=group_table there are tables alone, of the width that suits each matrix.
+        codebook=group_table there are tables alone.
     reserve: outliers in 16 bits compete with code widths for the same bits.
     small, large: the shares of a column's entries that it may keep then, beside none.
     windows: calibration windows for the survey.
@@ -147,23 +146,14 @@ class RateDistortion(Allocation):
                 f"{least:.4g}"
             )
 
-    def _smallest(self, codebook: Form, shape: tuple[int, int]) -> Chooser:
+    def _smallest(self, codebook: Form, shape: tuple[int, int]) -> Choices:
         """Return what a matrix may choose in the form that can take the fewest bits."""
         forms = [self._alike(variant, shape) for variant in self._variants(codebook)]
         return min(forms, key=lambda form: form.least())
 
     def _expected_layouts(self, codebook: Form, shapes: Shapes) -> dict[str, Layout]:
-        if isinstance(codebook, GroupTableCodebook):
-            return self._expected_tables(codebook, shapes)
         alike = {shape: self.expected_layout(codebook, shape) for shape in set(shapes.values())}
         return {name: alike[shape] for name, shape in shapes.items()}
-
-    def _expected_tables(self, codebook: GroupTableCodebook, shapes: Shapes) -> dict[str, Layout]:
-        choices = [self._alike(codebook, shape) for shape in shapes.values()]
-        budget = self.target_bits * sum(matrix.weights for matrix in choices)
-        plans = allocate(choices, max(budget, sum(matrix.least() for matrix in choices)))
-        named = zip(shapes, choices, plans, strict=True)
-        return {name: matrix.layout(plan) for name, matrix, plan in named}
 
     def survey(self) -> Survey:
         """Return what this rule must know of the original."""
@@ -192,7 +182,7 @@ class RateDistortion(Allocation):
                 samples, [len(s.weight[0]) for s in statistics.values()], budget
             )
             chosen = {name: variants[at] for name, at in zip(names, picked, strict=True)}
-        choices: list[Chooser] = []
+        choices: list[Choices] = []
         for name in names:
             choices.append(self._measure(statistics[name], chosen[name], None))
             on_share((0.6 if len(variants) > 1 else 1.0) / len(names), name)
@@ -206,7 +196,7 @@ class RateDistortion(Allocation):
 
     def _fit(
         self,
-        choices: Mapping[str, Chooser],
+        choices: Mapping[str, Choices],
         budget: float,
         overhead: Overhead,
     ) -> dict[str, ColumnPlan]:
@@ -227,28 +217,24 @@ class RateDistortion(Allocation):
             "stores beside its matrices; raise it"
         )
 
-    def expected_layout(self, codebook: KMeans, shape: tuple[int, int]) -> Layout:
+    def expected_layout(self, codebook: Form, shape: tuple[int, int]) -> Layout:
         """Return about what a matrix will take, as if all its columns were alike."""
-        variant = codebook.variant(
-            shared=self.codebooks != "own", row_scales=self.row_scales != "never"
-        )
-        choices = self._alike(variant, shape)
+        if isinstance(codebook, KMeans):
+            codebook = codebook.variant(
+                shared=self.codebooks != "own", row_scales=self.row_scales != "never"
+            )
+        choices = self._alike(codebook, shape)
         (plan,) = allocate([choices], max(self.target_bits * choices.weights, choices.least()))
         return choices.layout(plan)
 
-    def _alike(self, codebook: Form, shape: tuple[int, int]) -> Chooser:
+    def _alike(self, codebook: Form, shape: tuple[int, int]) -> Choices:
         """Return what a matrix may choose whose columns are all alike, without reservation."""
-        nominal = self.count == "nominal"
-        if isinstance(codebook, GroupTableCodebook):
-            widths = np.arange(self.min_bits, self.max_bits + 1)
-            errors = 4.0 ** -widths[None].astype(np.float64)
-            return TableChoices(shape, widths, shape[0] * shape[1] * errors, codebook, nominal)
         rows, columns = shape
         options = column_options(rows, self._widths(codebook), ())
         distortion = np.tile(4.0 ** -options[:, 0], (columns, 1))
-        return Choices(rows, options, distortion, codebook, nominal)
+        return Choices(rows, options, distortion, codebook, self.count == "nominal")
 
-    def _widths(self, codebook: KMeans) -> range:
+    def _widths(self, codebook: Form) -> range:
         return range(self.min_bits, min(self.max_bits, codebook.widest) + 1)
 
     def _variants(self, codebook: Form) -> list[Form]:
@@ -264,13 +250,12 @@ class RateDistortion(Allocation):
         statistics: ColumnStatistics,
         codebook: Form,
         columns: Tensor | None,
-    ) -> Chooser:
+    ) -> Choices:
         nominal = self.count == "nominal"
-        if isinstance(codebook, GroupTableCodebook):
-            widths = range(self.min_bits, self.max_bits + 1)
-            return measure_table(statistics, codebook, widths, nominal=nominal)
         shares = (self.small, self.large) if self.reserve else ()
         options = column_options(statistics.shape[0], self._widths(codebook), shares)
+        if isinstance(codebook, GroupTableCodebook):  # neighbours share scales: all are measured
+            return measure_tables(statistics, codebook, options, nominal=nominal)
         return measure_choices(statistics, codebook, options, nominal=nominal, columns=columns)
 
 

@@ -1,13 +1,14 @@
-"""The form `group_table`: a table of levels for the matrix, a scale per output row and group.
+"""The form `group_table`: a table of levels per code width, a scale per output row and group.
 
-w = scale * table[code].  llama.cpp's IQ4_NL is of this kind, with a table that is always the same.
+w = scale * table[code].  The columns of a group have one width.  llama.cpp's IQ4_NL is of
+this kind, with a table that is always the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -30,9 +31,9 @@ SCALE_BITS = (4, 5, 6, 7, 8, HALF)  # of the scale of a group; less than 16 unde
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTableLayout(ColumnLayout):
-    """The layout of a table and scales.
+    """The layout of tables and scales.
 
-    group_size: columns that share a scale of a row.
+    group_size: columns of one width that share a scale of a row.
     scale_bits: of a group's scale: 16, a float16; or 4 to 8, a signed integer times a row scale.
     """
 
@@ -45,25 +46,21 @@ class GroupTableLayout(ColumnLayout):
         """Raise CheckpointError for numbers that do not fit each other."""
         super().__post_init__()
         whole_numbers(self.group_size, self.scale_bits)
-        if len(self.columns_per_width) != 1 or self.group_size < 1:
-            raise CheckpointError("a group table has one code width and a positive group size")
+        if self.group_size < 1:
+            raise CheckpointError("a group table has a positive group size")
         if self.scale_bits not in SCALE_BITS:
             raise CheckpointError(f"a group table has no scales of {self.scale_bits} bits")
 
     @property
-    def bits(self) -> int:
-        """The one width of codes."""
-        return min(self.columns_per_width)
-
-    @property
     def groups(self) -> int:
         """Groups of columns."""
-        return -(-self.columns // self.group_size)
+        return sum(-(-columns // self.group_size) for columns in self.columns_per_width.values())
 
     def stored_tensors(self) -> dict[str, StoredTensor]:
-        """Return codes and reserved entries, the table, and the scale of each row and group."""
+        """Return codes and reserved entries, the tables, and the scale of each row and group."""
         tensors = coded_tensors(self)
-        tensors["table"] = StoredTensor("F16", (2**self.bits,), "codebooks")
+        entries = sum(2**width for width in self.columns_per_width)
+        tensors["table"] = StoredTensor("F16", (entries,), "codebooks")
         if self.scale_bits == HALF:
             tensors["scales"] = StoredTensor("F16", (self.rows, self.groups), "scales")
         else:
@@ -124,12 +121,42 @@ class RowIntegers:
         return RowIntegers(tensors["row_scales"], integers, bits)
 
 
+class Grouped(NamedTuple):
+    """The table and the group of each column.
+
+    widths: the code widths in use, ascending.  which: [in] int64, the width of each column among
+    them.  starts: [widths] int64, where the table of a width begins.  group_of: [in] int64; the
+    groups of the narrowest width come first.
+    """
+
+    widths: list[int]
+    which: Tensor
+    starts: Tensor
+    group_of: Tensor
+
+    @staticmethod
+    def of(column_bits: Tensor, group_size: int) -> Grouped:
+        """Group neighbours among the columns of each width: [in] uint8."""
+        widths, which = torch.unique(column_bits, return_inverse=True)
+        entries = 2 ** widths.long()
+        group_of = torch.empty_like(which)
+        first = 0
+        for number in range(len(widths)):
+            own = torch.nonzero(which == number).flatten()
+            groups = torch.arange(len(own), device=own.device) // group_size
+            group_of[own] = first + groups
+            first += int(groups[-1]) + 1
+        return Grouped(widths.tolist(), which, entries.cumsum(0) - entries, group_of)
+
+
 @dataclass(frozen=True)
 class GroupTable(ColumnPayload):
-    """A matrix of levels out of one table, times scales; all columns have one width.
+    """A matrix of levels out of the table of each column's width, times scales.
 
-    table: [2**bits] float16.  scales: [out, groups] float16, or float32 where `by_row` has them.
-    group_size: columns that share a scale.
+    table: [sum of 2**bits over the widths] float16, the tables one after the other, the narrowest
+        first.
+    scales: [out, groups] float16, or float32 where `by_row` has them.
+    group_size: neighbours among the columns of one width that share a scale.
     by_row: what is stored of scales of fewer than 16 bits, or None.
     """
 
@@ -169,10 +196,11 @@ class GroupTable(ColumnPayload):
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         table, scales = wide(self.table), wide(self.scales)
+        grouped = Grouped.of(self.column_bits, self.group_size)
+        starts = grouped.starts[grouped.which]
         for columns in bands(self.shape[1]):
-            places = torch.arange(columns.start, columns.stop, device=self.codes.device)
-            levels = table[self.codes[:, columns].long()]
-            yield columns, levels * scales[:, places // self.group_size]
+            levels = table[self.codes[:, columns].long() + starts[columns]]
+            yield columns, levels * scales[:, grouped.group_of[columns]]
 
     def _pack_own(self, columns_of: Mapping[int, Tensor]) -> dict[str, Tensor]:
         if self.by_row is None:
@@ -194,5 +222,9 @@ class GroupTable(ColumnPayload):
     def _lookups(self, device: torch.device) -> Lookups:
         scales, table = self.scales.float(), self.table.float()
         widest = float(scales.abs().max() * table.abs().max())
-        grid = RowScales(scales, None, self.group_size)
-        return Lookups(widest, table.expand(self.shape[1], len(table)), grid=grid)
+        grouped = Grouped.of(self.column_bits, self.group_size)
+        grid = RowScales(scales, None, self.group_size, grouped.group_of)
+        # what lies behind a column's own table belongs to the next one, and no code reaches it
+        reach = torch.arange(2 ** grouped.widths[-1])
+        places = grouped.starts[grouped.which, None] + reach
+        return Lookups(widest, table[places.clamp(max=len(table) - 1)], grid=grid)

@@ -34,20 +34,26 @@ class RowScales:
     The level is the code itself where a part has no levels: a uniform grid.
 
     scales, zeros: [out, groups] float32; no zeros stand for 0 everywhere.
+    group_of: [in] int64.  In a part, column number k is in group number k // group_size of its own.
     """
 
     scales: Tensor
     zeros: Tensor | None
     group_size: int
+    group_of: Tensor
 
     def to(self, device: torch.device) -> RowScales:
         """Return the same on a device."""
         zeros = None if self.zeros is None else self.zeros.to(device)
-        return RowScales(self.scales.to(device), zeros, self.group_size)
+        return RowScales(self.scales.to(device), zeros, self.group_size, self.group_of.to(device))
+
+    def first_group(self, part: Part) -> int:
+        """Return the group of the first column of a part."""
+        return int(self.group_of[0 if part.columns is None else part.columns[0]])
 
     def decoded(self, levels: Tensor, columns: Tensor, rows: slice | Tensor) -> Tensor:
         """Return what levels of some rows and columns stand for: [rows, k] float32."""
-        group = columns // self.group_size
+        group = self.group_of[columns]
         if self.zeros is not None:
             levels = levels - self.zeros[rows][:, group]
         return self.scales[rows][:, group] * levels
@@ -102,7 +108,7 @@ class Operand:
         """Return the tensors that were decoded, all but the codes."""
         tensors = [part.levels for part in self.parts] + [part.columns for part in self.parts]
         if self.grid is not None:
-            tensors += [self.grid.scales, self.grid.zeros]
+            tensors += [self.grid.scales, self.grid.zeros, self.grid.group_of]
         if self.decoder is not None:
             tensors += self.decoder.tensors()
         tensors += [self.row_levels, self.row_scales, self.reserved_rows, self.reserved_columns]
@@ -149,7 +155,7 @@ def _code_zero(operand: Operand, rows: Tensor, columns: Tensor) -> Tensor:
             own = slice(None) if part.columns is None else part.columns
             first[own] = part.levels[:, 0].double()
     if operand.grid is not None:
-        at, level = (rows, columns // operand.grid.group_size), first[columns]
+        at, level = (rows, operand.grid.group_of[columns]), first[columns]
         if operand.grid.zeros is not None:
             level = level - operand.grid.zeros.double()[at]
         return operand.grid.scales.double()[at] * level

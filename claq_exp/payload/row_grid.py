@@ -128,7 +128,8 @@ class Grid(ColumnPayload):
         scales, zeros = self.scales.float(), self.zeros.float()
         top = 2.0 ** int(self.column_bits[0]) - 1
         widest = float((scales.abs() * torch.maximum(zeros.abs(), (top - zeros).abs())).max())
-        return Lookups(widest, grid=RowScales(scales, zeros, self.group_size))
+        group_of = torch.arange(self.shape[1]) // self.group_size
+        return Lookups(widest, grid=RowScales(scales, zeros, self.group_size, group_of))
 
 
 @dataclass(frozen=True)

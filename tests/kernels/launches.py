@@ -95,7 +95,7 @@ def finish_case(dtype: torch.dtype, *, bare: bool = False, table: bool = False) 
     bare: no scales, no grid and nothing reserved.  table: a scale for each group, and no zeros.
     """
     names: tuple[str, ...] = ("row_scales", "offsets", "group_sums", "starts", "places", "changes")
-    names += () if table else ("grid_scales",)
+    names += () if table else ("grid_scales", "split_groups")
     absent = {f"{name}_ptr": None for name in names} if bare or table else {}
     return Case(
         f"{DECODE}:finish",
@@ -106,6 +106,7 @@ def finish_case(dtype: torch.dtype, *, bare: bool = False, table: bool = False) 
             "outputs_ptr": TYPES[dtype],
             "starts_ptr": "*i32",
             "places_ptr": "*i32",
+            "split_groups_ptr": "*i32",
         },
     )
 

@@ -88,12 +88,12 @@ def real_grid(dice: torch.Generator, width: int, group_size: int, share: float) 
     return RealGrid(*coded(dice, (width,), share), scales, zeros, group_size)
 
 
-def table(dice: torch.Generator, width: int, group_size: int, share: float) -> Payload:
-    levels, scales = (
-        normal(dice, 2**width).sort().values,
-        normal(dice, ROWS, -(-COLUMNS // group_size)),
-    )
-    return GroupTable(*coded(dice, (width,), share), levels, scales, group_size)
+def table(dice: torch.Generator, widths: tuple[int, ...], group_size: int, share: float) -> Payload:
+    codes, bits, reserved = coded(dice, widths, share)
+    levels = torch.cat([normal(dice, 2**width).sort().values for width in widths])
+    counts = torch.unique(bits, return_counts=True)[1].tolist()
+    scales = normal(dice, ROWS, sum(-(-count // group_size) for count in counts))
+    return GroupTable(codes, bits, reserved, levels, scales, group_size)
 
 
 def scaled_table(dice: torch.Generator, width: int, bits: int, share: float) -> Payload:
@@ -130,8 +130,9 @@ BUILD: dict[str, Callable[[torch.Generator], Payload]] = {
     "grid in groups, reserved": lambda dice: grid(dice, 3, 4, 0.2),
     "real zeros": lambda dice: real_grid(dice, 4, 10, 0.0),
     "real zeros in groups, reserved": lambda dice: real_grid(dice, 2, 4, 0.2),
-    "table": lambda dice: table(dice, 4, 10, 0.0),
-    "table in groups, reserved": lambda dice: table(dice, 3, 4, 0.2),
+    "table": lambda dice: table(dice, (4,), 10, 0.0),
+    "table in groups, reserved": lambda dice: table(dice, (3,), 4, 0.2),
+    "tables of several widths, reserved": lambda dice: table(dice, (1, 3, 4), 4, 0.2),
     "table, 6-bit scales": lambda dice: scaled_table(dice, 4, 6, 0.0),
     "table, 5-bit scales, reserved": lambda dice: scaled_table(dice, 1, 5, 0.2),
     "lo_bcq": lambda dice: blocks(dice, BlockFormat(2, 8, "e4m3", LEARNED, 4, 3, 5)),

@@ -26,6 +26,7 @@ from claq_exp.quantize.codebook.table_fit import (
     improve_table,
     learn_table,
     round_scales,
+    round_to_table,
     search_scales,
 )
 from claq_exp.quantize.precision import Fixed, OutlierOrder
@@ -189,23 +190,90 @@ def test_integers_of_scales_are_the_best_of_three_neighbours():
             assert chosen == pytest.approx(best, rel=1e-5)
 
 
+def tables_and_scales(matrix: GroupTable) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The table and the scales of each column, by the words of docs/format.md, in float64."""
+    table, scales = matrix.table.double().numpy(), matrix.scales.double().numpy()
+    found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    entries = groups = 0
+    for width in sorted(set(matrix.column_bits.tolist())):
+        columns = np.flatnonzero(matrix.column_bits.numpy() == width)
+        for number, column in enumerate(columns.tolist()):
+            own = table[entries : entries + 2**width]
+            found[column] = own, scales[:, groups + number // matrix.group_size]
+        entries += 2**width
+        groups += -(-len(columns) // matrix.group_size)
+    assert (entries, groups) == (len(table), scales.shape[1])
+    return [found[column] for column in range(matrix.shape[1])]
+
+
+@pytest.mark.parametrize("bits", [16, 6])
+def test_columns_of_several_widths_stand_for_their_tables_times_their_scales(bits):
+    weight, hessian = random_problem(20, 50, seed=20)
+    asked = recipe(
+        codebook=GroupTableCodebook(8, bits),
+        precision=OutlierOrder(2.5),
+        reservation=FixedReservation(0.05),
+    )
+    found = solve(weight, hessian, asked).quantized
+    assert len(found.layout().widths()) == 2
+    dense = found.dequantize().double().numpy()
+    kept = np.zeros(dense.shape, dtype=bool)
+    kept[found.reserved.rows, found.reserved.columns()] = True
+    for column, (table, scale) in enumerate(tables_and_scales(found)):
+        expected = table[found.codes[:, column].numpy()] * scale
+        free = ~kept[:, column]
+        assert dense[free, column] == pytest.approx(expected[free], rel=1e-6)
+    again = unpack_weight(found.layout(), found.pack())
+    assert torch.equal(again.dequantize(), found.dequantize())
+
+
+def test_columns_with_more_bits_have_smaller_errors():
+    weight, _ = random_problem(64, 96, seed=19)
+    asked = recipe(
+        codebook=GroupTableCodebook(32, 6),
+        precision=OutlierOrder(3, low_bits=2, high_bits=4),
+        solver=Nearest(),
+    )
+    found = solve(weight, torch.eye(96, dtype=torch.float64), asked).quantized
+    missed = (found.dequantize() - weight).square().mean(dim=0) / weight.square().mean(dim=0)
+    narrow, wide = missed[found.column_bits == 2], missed[found.column_bits == 4]
+    assert len(narrow) == len(wide) == 48
+    assert wide.mean() < 0.3 * narrow.mean()
+
+
+def test_weights_are_rounded_to_the_nearest_level():
+    weight, importance = rows_and_weights(6, 16, seed=10)
+    table = table_of(8, seed=11)
+    scales, _ = scales_of(weight, importance, table, 5)
+    scales[2, 1] = 0
+    rounded = np.empty_like(weight)
+    round_to_table(weight, table, 5, scales, rounded)
+    for (row, column), value in np.ndenumerate(rounded):
+        offered = float(scales[row, column // 5]) * table.astype(np.float64)
+        assert value == pytest.approx(offered[np.abs(offered - weight[row, column]).argmin()])
+
+
 @pytest.mark.parametrize(("size", "bits"), [(4, 16), (5, 6), (64, 8)])
+@pytest.mark.parametrize("precision", [Fixed(3), OutlierOrder(2.4)], ids=["fixed", "mixed"])
 @pytest.mark.parametrize("block_size", [1, 128])
-def test_gptq_on_a_table_is_optimal_brain_surgery_on_it(size, bits, block_size):
+def test_gptq_on_tables_is_optimal_brain_surgery_on_them(size, bits, precision, block_size):
     weight, hessian = random_problem(rows=12, columns=13, seed=1)
     rule = GroupTableCodebook(size, bits)
-    fixed = solve(weight, hessian, recipe(codebook=rule, solver=Gptq())).quantized
-    table, scales = fixed.table.double().numpy(), fixed.scales.double().numpy()
+    asked = recipe(codebook=rule, precision=precision, solver=Gptq())
+    fixed = solve(weight, hessian, asked).quantized
+    own = tables_and_scales(fixed)
 
     def quantize(column: int, values: np.ndarray) -> np.ndarray:
-        scale = scales[:, column // fixed.group_size]
+        table, scale = own[column]
         cells = np.abs(values[:, None] / scale[:, None] - table[None, :]).argmin(axis=1)
         return scale * table[cells]
 
     order = np.argsort(-hessian.diagonal().numpy(), kind="stable")
     expected, compensated = explicit_obs(weight, damped(hessian, 0.01), order, quantize)
-    chosen = recipe(codebook=Led(rule, compensated), solver=Gptq(block_size=block_size))
-    found = solve(weight, hessian, chosen).quantized.dequantize()
+    led = recipe(
+        codebook=Led(rule, compensated), precision=precision, solver=Gptq(block_size=block_size)
+    )
+    found = solve(weight, hessian, led).quantized.dequantize()
     assert found.numpy() == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
@@ -264,11 +332,6 @@ def test_a_column_that_weighs_more_is_rounded_better():
     assert missed[5] < 0.6 * others.mean()
 
 
-def test_widths_per_column_are_refused_with_what_to_use():
-    with pytest.raises(ConfigError, match="precision=fixed"):
-        recipe(codebook=GroupTableCodebook(), precision=OutlierOrder(2.5))
-
-
 @pytest.mark.parametrize(("field", "value"), [("group_size", 0), ("scale_bits", 9)])
 def test_impossible_sizes_are_refused(field, value):
     with pytest.raises(ConfigError, match=rf"codebook\.{field}"):
@@ -298,6 +361,8 @@ def test_the_ledger_counts_table_and_scales():
     layout = GroupTableLayout(rows=100, columns=64, columns_per_width={4: 64}, group_size=32)
     ledger = layout.ledger()
     assert (ledger.codes, ledger.codebooks, ledger.scales) == (25600, 256, 3200)
+    two = replace(layout, columns_per_width={2: 20, 4: 44}).ledger()
+    assert (two.codebooks, two.scales) == ((4 + 16) * 16, 100 * 3 * 16)
     short = replace(layout, scale_bits=6).ledger()
     assert short.scales == 100 * 16 + 100 * 2 * 6
     with pytest.raises(CheckpointError, match="scales of 3 bits"):

@@ -51,10 +51,12 @@ def random_weight(
     codes[places, owners] = 0
     coded = codes, bits, Reserved(chosen.sum(1), places, 10 * normal(len(places)))
     if group_size:
-        groups = -(-columns // group_size)
         if table:
-            levels = normal(2 ** widths[0]).sort().values
+            used, counts = torch.unique(bits, return_counts=True)
+            levels = torch.cat([normal(2**width).sort().values for width in used.tolist()])
+            groups = sum(-(-count // group_size) for count in counts.tolist())
             return GroupTable(*coded, levels, normal(rows, groups), group_size)
+        groups = -(-columns // group_size)
         zeros = torch.randint(2 ** widths[0], (rows, groups), generator=generator)
         scales = normal(rows, groups).abs() + 0.1
         return RowGrid(*coded, scales, zeros.to(torch.uint8), group_size)

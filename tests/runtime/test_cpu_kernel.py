@@ -137,6 +137,10 @@ def test_mixed_widths(kernel: CpuKernel, widths: list[int]) -> None:
         weight = matrix(121, 200, widths, scaled=scaled, reserved=reserved)
         for batch in (1, 3):
             check(kernel, weight, torch.randn(batch, 200))
+    for size in (7, 48):
+        weight = matrix(121, 200, widths, "table", reserved=0.01, group_size=size)
+        for batch in (1, 3):
+            check(kernel, weight, torch.randn(batch, 200))
 
 
 @pytest.mark.case(71)

@@ -187,10 +187,16 @@ def test_tiles_that_few_devices_have_the_shared_memory_for_are_left_out(
     assert bool(counted.launches) == tiles
 
 
-@pytest.mark.parametrize(("width", "group_size"), [(2, 16), (4, 7), (3, 64), (8, 1)])
-@pytest.mark.parametrize("table", [False, True])
-def test_row_grids_and_tables_with_a_short_last_group(device, width, group_size, table):
-    weight = random_weight(49, 37, (width,), group_size=group_size, reserved=0.05, table=table)
+GROUPED = [((2,), 16), ((4,), 7), ((3,), 64), ((8,), 1)]
+MIXED = [((2, 4), 7), ((1, 3, 4), 5)]
+
+
+@pytest.mark.parametrize(
+    ("widths", "group_size", "table"),
+    [(*case, False) for case in GROUPED] + [(*case, True) for case in GROUPED + MIXED],
+)
+def test_row_grids_and_tables_with_a_short_last_group(device, widths, group_size, table):
+    weight = random_weight(49, 37, widths, group_size=group_size, reserved=0.05, table=table)
     packed = operand(weight, device)
     assert torch.equal(dense_rows(packed, torch.float32, 0, 49).cpu(), weight.dequantize())
     kernel = TritonKernel()

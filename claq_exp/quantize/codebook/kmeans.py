@@ -88,12 +88,19 @@ class KMeans(Codebook):
         """Return what levels over their column's scale may be: [any] float32, empty for all."""
         return torch.zeros(0) if self.snap == FREE else level_set(self.snap, self.snap_bits)
 
-    def book_bits(self, widths: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the bits of a column's own codebook, by its width: [any] each."""
+    def column_bits(self, widths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the bits of a column beside its codes, by its width: [any] each."""
+        if self.shared:
+            return np.full_like(widths, 2 * HALF)
         if self.snap == FREE:
             return HALF * 2**widths
         packed = [8 * packed_bytes(2 ** int(width), self.snap_bits) for width in widths]
         return HALF + np.array(packed, dtype=np.int64)
+
+    def fixed_bits(self, rows: int, _columns: int) -> int:
+        """Return about what a matrix stores beside its columns."""
+        books = HALF * sum(2**width for width in range(2, 5)) if self.shared else 0
+        return HALF * rows * self.row_scales + books
 
     @property
     def free_levels(self) -> bool:

@@ -164,6 +164,24 @@ def round_scales(weight, importance, left_out, table, size, steps, top, integers
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def round_to_table(weight, table, size, scales, rounded):  # type: ignore[no-untyped-def]
+    """Write what the nearest codes stand for: [out, in] float32, overwritten.
+
+    scales: [out, groups] float32.  The rest as of `search_scales`.
+    """
+    columns = weight.shape[1]
+    for row in range(len(weight)):
+        for group in range(scales.shape[1]):
+            first, last = group * size, min((group + 1) * size, columns)
+            scale, found = scales[row, group], rounded[row, first:last]
+            found[:] = np.float32(0.0)
+            if scale != 0:
+                nearest_levels(weight[row, first:last], np.float32(1.0) / scale, table, found)
+            for index in range(last - first):
+                found[index] *= scale
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def improve_table(weight, importance, rows, left_out, size, scales, table):  # type: ignore[no-untyped-def]
     """Move every level to the mean of the scaled entries that are nearest to it, in place.
 

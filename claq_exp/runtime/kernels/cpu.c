@@ -39,6 +39,7 @@ typedef struct {
     const int64_t *columns; /* [count] places among the inputs, or NULL for all of them */
     const uint8_t *codes;   /* [count][stride] */
     const float *levels;    /* [count][2**width], or NULL on a row grid */
+    int64_t first_group;    /* of its columns, where they share scales */
 } Part;
 
 typedef struct {
@@ -428,8 +429,9 @@ INLINE void multiply_part(int width, int batch, const Matrix *m, const Part *par
         if (m->group_size) {
             int64_t grid = first / m->group_size;
             last = last < (grid + 1) * m->group_size ? last : (grid + 1) * m->group_size;
-            chunk.scales = m->scales + grid * m->grid_stride;
-            chunk.zeros = m->zeros ? m->zeros + grid * m->grid_stride : NULL;
+            int64_t offset = (part->first_group + grid) * m->grid_stride;
+            chunk.scales = m->scales + offset;
+            chunk.zeros = m->zeros ? m->zeros + offset : NULL;
         }
         chunk.columns = (int)(last - first);
         chunk.stride = part->stride;

@@ -30,6 +30,7 @@ class _Part(ctypes.Structure):
         ("columns", c_void_p),
         ("codes", c_void_p),
         ("levels", c_void_p),
+        ("first_group", c_int64),
     ]
 
 
@@ -140,6 +141,7 @@ def _pack(operand: Operand) -> PackedMatrix:
         place.width, (place.count, place.stride) = part.width, part.codes.shape
         place.columns, place.codes = pointer(part.columns), pointer(part.codes)
         place.levels = pointer(part.levels)
+        place.first_group = 0 if operand.grid is None else operand.grid.first_group(part)
     matrix = _Matrix(rows=operand.rows, columns=operand.columns, part_count=len(parts))
     matrix.parts = ctypes.addressof(parts)
     if operand.grid is not None:

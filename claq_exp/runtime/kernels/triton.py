@@ -247,7 +247,7 @@ def _from_codes(prepared: TritonOperand, inputs: Tensor, launches: list[_Launch]
         prepared.columns,
         rows,
         splits,
-        launches[0].per_block,
+        None if grid is None else _group_of_split(prepared, launches),
         1 if grid is None else len(grid.scales),
         height=FINISH_ROWS,
         depth=FINISH_DEPTH,
@@ -255,6 +255,20 @@ def _from_codes(prepared: TritonOperand, inputs: Tensor, launches: list[_Launch]
         enable_fp_fusion=True,
     )
     return outputs
+
+
+def _group_of_split(prepared: TritonOperand, launches: list[_Launch]) -> Tensor:
+    """Return the group whose columns each partial sum is of: [splits] int32; kept."""
+    shape = tuple((launch.splits, launch.per_block) for launch in launches)
+    found = prepared.split_groups.get(shape)
+    if found is None:
+        groups = [
+            launch.part.first_group + torch.arange(launch.splits) // launch.per_block
+            for launch in launches
+        ]
+        found = torch.cat(groups).int().to(launches[0].part.codes.device)
+        prepared.split_groups[shape] = found
+    return found
 
 
 def _launch_part(
@@ -352,8 +366,8 @@ def _dense(
             part.levels,
             part.row_levels,
             prepared.row_scales,
-            None if grid is None else grid.scales,
-            None if grid is None else grid.zeros,
+            None if grid is None else grid.scales[part.first_group :],
+            None if grid is None or grid.zeros is None else grid.zeros[part.first_group :],
             rows,
             weight,
             prepared.columns,

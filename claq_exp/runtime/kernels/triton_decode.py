@@ -287,7 +287,7 @@ def sum_tiles(
     tl.store(partial_ptr + here + row[None, :], total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "splits", "per_block"])
+@triton.jit(do_not_specialize=["n", "splits"])
 def finish(
     partial_ptr,
     inputs_ptr,
@@ -303,7 +303,7 @@ def finish(
     size,
     rows,
     splits,
-    per_block,
+    split_groups_ptr,
     groups,
     height: tl.constexpr,
     depth: tl.constexpr,
@@ -311,7 +311,8 @@ def finish(
     """Add up partial sums, scale them, and add what reserved entries change.
 
     Program (r, b): `height` rows of input b.  partial: [splits, n, rows] float32.  inputs:
-    [n, size].  row_scales: [rows] float32 or None.  grid_scales: [groups, rows] float32 or None.
+    [n, size].  row_scales: [rows] float32 or None.  grid_scales: [groups, rows] float32 or None;
+    split_groups: [splits] int32 then, the group of each partial sum.
     offsets: scale * zero alike, or None; group_sums: [n, groups] float32, sums of the inputs.
     starts: [rows + 1] int32 or None, the entries of a row in places (int32, columns) and changes
     (float32).  outputs: [n, rows], written.
@@ -326,7 +327,8 @@ def finish(
         at = (split * n + b).to(tl.int64)[:, None] * rows + row[None, :]
         value = tl.load(partial_ptr + at, mask=inside, other=0.0)
         if grid_scales_ptr is not None:
-            at = (split // per_block)[:, None] * rows + row[None, :]
+            group = tl.load(split_groups_ptr + split, mask=split < splits, other=0)
+            at = group[:, None] * rows + row[None, :]
             value *= tl.load(grid_scales_ptr + at, mask=inside, other=0.0)
         total += tl.sum(value, axis=0)
     if offsets_ptr is not None:

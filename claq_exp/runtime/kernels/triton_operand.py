@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ class TritonPart:
 
     columns: [k] int32 or None.  codes: [k, pitch] int32.  levels: as in Part.  half: float16 holds
     every level.
+    first_group: the group of its first column on a row grid.
     row_levels: [run_rows, 2**width, runs] float32, levels of rows, or None: row i is number
     i % run_rows of run i // run_rows, and lanes of a warp own neighbouring runs.
     """
@@ -26,6 +27,7 @@ class TritonPart:
     codes: Tensor
     levels: Tensor | None
     half: bool
+    first_group: int = 0
     row_levels: Tensor | None = None
 
 
@@ -65,7 +67,10 @@ class TritonReserved:
 
 @dataclass(frozen=True)
 class TritonOperand:
-    """What is worked out once for a matrix; it shares the large tensors with its operand."""
+    """What is worked out once for a matrix; it shares the large tensors with its operand.
+
+    split_groups: for launches of so many partial sums, the group that each is of: [splits] int32.
+    """
 
     rows: int
     columns: int
@@ -74,6 +79,7 @@ class TritonOperand:
     row_scales: Tensor | None
     reserved: TritonReserved | None
     multiprocessors: int
+    split_groups: dict[tuple[tuple[int, int], ...], Tensor] = field(default_factory=dict)
 
 
 def prepare(operand: Operand) -> TritonOperand:
@@ -85,7 +91,7 @@ def prepare(operand: Operand) -> TritonOperand:
     return TritonOperand(
         rows=operand.rows,
         columns=operand.columns,
-        parts=tuple(_prepare_part(part, operand.row_levels) for part in operand.parts),
+        parts=tuple(_prepare_part(operand, part) for part in operand.parts),
         grid=None if operand.grid is None else _prepare_grid(operand.grid),
         row_scales=operand.row_scales,
         reserved=_prepare_reserved(operand) if len(operand.reserved_rows) else None,
@@ -93,7 +99,8 @@ def prepare(operand: Operand) -> TritonOperand:
     )
 
 
-def _prepare_part(part: Part, row_levels: Tensor | None) -> TritonPart:
+def _prepare_part(operand: Operand, part: Part) -> TritonPart:
+    row_levels = operand.row_levels
     codes = part.codes.contiguous()
     if codes.shape[1] % 4 or codes.data_ptr() % 4:
         # Kernels read whole words; of the shapes of language models none needs this copy.
@@ -106,6 +113,7 @@ def _prepare_part(part: Part, row_levels: Tensor | None) -> TritonPart:
         codes=codes.view(torch.int32),
         levels=None if levels is None else levels.contiguous(),
         half=known is None or torch.equal(known.half().float(), known),
+        first_group=0 if operand.grid is None else operand.grid.first_group(part),
         row_levels=None if row_levels is None else _by_run(row_levels, run_rows(part.width)),
     )
 
