@@ -11,8 +11,9 @@ from claq_exp.errors import ConfigError
 from claq_exp.payload.stored import HALF_MAX
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.solver.columns import ColumnSystem
+from claq_exp.quantize.solver.descent import Descent
 from claq_exp.quantize.solver.level_fits import Assignment, column_steps, row_steps
-from claq_exp.quantize.solver.quantease import Descent, QuantEase
+from claq_exp.quantize.solver.quantease import QuantEase
 
 
 @dataclass(frozen=True)

@@ -5,48 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from claq_exp.errors import ConfigError, check_choice
 from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.codebook.base import ColumnQuantizer
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.solver.base import Solved, describe
-from claq_exp.quantize.solver.columns import (
-    ColumnSystem,
-    GroupedSystem,
-    parts_of,
-    quantize_columns,
-)
-from claq_exp.quantize.solver.compiled import (
-    closer,
-    compensate,
-    descend_block,
-    descend_block_of_groups,
-)
+from claq_exp.quantize.solver.columns import GroupedSystem, quantize_columns
+from claq_exp.quantize.solver.descent import Descent, DescentSystem
 from claq_exp.quantize.solver.gptq import Gptq
-from claq_exp.quantize.symmetric import bands, permute_
+from claq_exp.quantize.symmetric import permute_
 
 GPTQ, NEAREST = "gptq", "nearest"
 STARTS = (GPTQ, NEAREST)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DescentSystem(ColumnSystem):
-    """A column system whose columns are coded again.
-
-    hessian: [in, in] float32, H + diag(added), rows and columns in visiting order.
-    lost: [in, in] float32, the solver's share of the cross moment, 2/n * sum of
-        (x_teacher - x_student) x_student^T, columns in visiting order and rows in the matrix's own;
-        None where nothing is made up for.
-    """
-
-    hessian: Tensor
-    lost: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -123,147 +96,8 @@ class QuantEase(Gptq):
         return
 
 
-class Descent:
-    """The sweeps over one matrix, its columns in visiting order.
-
-    weight: [out, in] float32.  quantizer: has coded every column.
-    system: a `DescentSystem`, or one of them for each group of rows.
-    coded: [in, out] float32, the columns that it was given.
-    importance: [out] float32, of the rows, for the codebooks and what counts as nearer.
-    found: [in, out] float32, the columns as they are stored.
-    """
-
-    def __init__(
-        self,
-        weight: Tensor,
-        system: Any,
-        quantizer: ColumnQuantizer,
-        coded: Tensor,
-        importance: Tensor,
-    ) -> None:
-        self.system, self.quantizer, self._coded = system, quantizer, coded
-        order = system.order
-        self.found = quantizer.payload().dequantize().t().index_select(0, order)
-        self._missed = self.found - weight.t().index_select(0, order)
-        self.importance = importance
-        self._parts: list[tuple[DescentSystem, slice]] = parts_of(system, len(weight))  # type: ignore[assignment]
-        self._wanted = [
-            None if part.lost is None else part.lost.t() @ weight[rows].t()
-            for part, rows in self._parts
-        ]
-
-    def sweeps(self, count: int) -> float:
-        """Sweep so often, or until nothing changes; return by how much the loss fell."""
-        gained = 0.0
-        for _ in range(count):
-            more = self.sweep()
-            if not more:
-                break
-            gained += more
-        return gained
-
-    def sweep(self) -> float:
-        """Code every column once more; return by how much the loss fell."""
-        weights, gained = self.importance.numpy(), 0.0
-        for block in bands(len(self.found), self._parts[0][0].block_size):
-            slope, ratios, prices = self.slope(block), [], []
-            moved = torch.empty_like(slope)
-            for part, rows in self._parts:
-                price = part.hessian.diagonal()[block]
-                moved[:, rows] = torch.addcdiv(
-                    self.found[block, rows], slope[:, rows], price[:, None], value=-1
-                )
-                ratios.append(part.hessian[block, block] / price[:, None])
-                prices.append(price)
-            gained += _descend(
-                self.quantizer,
-                self.system.order[block].numpy(),
-                moved.numpy(),
-                torch.stack(ratios).numpy(),
-                torch.stack(prices).numpy(),
-                self.found[block].numpy(),
-                self._coded[block].numpy(),
-                weights,
-            )
-            self._missed[block] += moved
-        return gained
-
-    def slope(self, columns: slice) -> Tensor:
-        """Return half of how the loss grows with the stored values of some columns: [some, out]."""
-        slope = torch.empty_like(self.found[columns])
-        for (part, rows), wanted in zip(self._parts, self._wanted, strict=True):
-            slope[:, rows] = part.hessian[columns] @ self._missed[:, rows]
-            if wanted is not None:
-                slope[:, rows] -= wanted[columns]
-        return slope
-
-    def settle(self, levels: Tensor, found: Tensor) -> None:
-        """Take other levels for the codes as they are, and keep them from now on.
-
-        levels: see `ColumnQuantizer.settle`.  found: [in, out] float32, what is stored then.
-        """
-        self.quantizer.settle(levels)
-        self._missed += found - self.found
-        self.found.copy_(found)
-        self._coded.copy_(found)  # a column goes back to its levels when it is coded to them
-
-    def loss(self) -> float:
-        """Return tr(D (H + diag(added)) D^T) without dead columns."""
-        total = 0.0
-        for part, rows in self._parts:
-            missed = self._missed[:, rows].clone()
-            missed[part.dead[part.order]] = 0.0
-            for block in bands(len(missed), part.block_size):
-                product = part.hessian[block] @ missed
-                total += float(product.mul_(missed[block]).sum(dtype=torch.float64))
-        return total
-
-
 def _without_compensation(system: Any) -> Any:
     """Return a system, or one of groups, whose column loop rounds to nearest."""
     if isinstance(system, GroupedSystem):
         return replace(system, parts=tuple(map(_without_compensation, system.parts)))
     return replace(system, inverse_factor=None, correction=None)
-
-
-def _descend(
-    quantizer: ColumnQuantizer,
-    columns: NDArray[np.int64],
-    values: NDArray[np.float32],
-    ratios: NDArray[np.float32],
-    prices: NDArray[np.float32],
-    found: NDArray[np.float32],
-    coded: NDArray[np.float32],
-    weights: NDArray[np.float32],
-) -> float:
-    """Code the columns of a block again: `descend_block`, in Python where a codebook is.
-
-    ratios: [groups, block, block], of each group of rows.  prices: [groups, block], its H_pp.
-    Returns by how much the loss fell.
-    """
-    task = quantizer.compiled()
-    if task is not None and len(ratios) == 1:
-        gains = descend_block(values, ratios[0], columns, task, found, coded, weights)
-        return float(gains @ prices[0].astype(np.float64))
-    if task is not None:
-        return float(
-            descend_block_of_groups(
-                values, ratios, prices, columns, task, found, coded, weights
-            ).sum()
-        )
-    gained = 0.0
-    groups = np.split(values, len(ratios), axis=1)
-    each = len(weights) // len(ratios)
-    for position, column in enumerate(columns.tolist()):
-        for own, ratio in zip(groups, ratios, strict=True):
-            compensate(own, ratio, position)
-        current, kept = values[position], found[position]
-        stored = quantizer.code_column(column, current)
-        gain = closer(current, kept, stored, weights * np.repeat(prices[:, position], each))
-        if gain >= 0:
-            gained, coded[position] = gained + gain, current
-        else:
-            stored = quantizer.code_column(column, coded[position])
-        current[:] = stored - kept
-        kept[:] = stored
-    return gained

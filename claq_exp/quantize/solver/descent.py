@@ -1,0 +1,182 @@
+"""Coordinate descent on the columns of one matrix: sweeps in which each is coded again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from claq_exp.quantize.codebook.base import ColumnQuantizer
+from claq_exp.quantize.solver.columns import ColumnSystem, parts_of
+from claq_exp.quantize.solver.compiled import (
+    closer,
+    compensate,
+    descend_block,
+    descend_block_of_groups,
+)
+from claq_exp.quantize.symmetric import bands
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescentSystem(ColumnSystem):
+    """A column system whose columns are coded again.
+
+    hessian: [in, in] float32, H + diag(added), rows and columns in visiting order.
+    lost: [in, in] float32, the solver's share of the cross moment, 2/n * sum of
+        (x_teacher - x_student) x_student^T, columns in visiting order and rows in the matrix's own;
+        None where nothing is made up for.
+    """
+
+    hessian: Tensor
+    lost: Tensor | None = None
+
+
+class Descent:
+    """The sweeps over one matrix, its columns in visiting order.
+
+    weight: [out, in] float32.  quantizer: has coded every column.
+    system: a `DescentSystem`, or one of them for each group of rows.
+    coded: [in, out] float32, the columns that it was given.
+    importance: [out] float32, of the rows, for the codebooks and what counts as nearer.
+    found: [in, out] float32, the columns as they are stored.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        system: Any,
+        quantizer: ColumnQuantizer,
+        coded: Tensor,
+        importance: Tensor,
+    ) -> None:
+        self.system, self.quantizer, self._coded = system, quantizer, coded
+        order = system.order
+        self.found = quantizer.payload().dequantize().t().index_select(0, order)
+        self._missed = self.found - weight.t().index_select(0, order)
+        self.importance = importance
+        self._parts: list[tuple[DescentSystem, slice]] = parts_of(system, len(weight))  # type: ignore[assignment]
+        self._wanted = [
+            None if part.lost is None else part.lost.t() @ weight[rows].t()
+            for part, rows in self._parts
+        ]
+        self._blocks = list(bands(len(self.found), self._parts[0][0].block_size))
+        self._prices = torch.stack([part.hessian.diagonal() for part, _ in self._parts])
+        self._ratios = [self._ratios_of(block) for block in self._blocks]
+
+    def _ratios_of(self, block: slice) -> NDArray[np.float32]:
+        """Return H_pk / H_pp of a block, of each group of rows: [groups, block, block]."""
+        corners = torch.stack([part.hessian[block, block] for part, _ in self._parts])
+        return (corners / self._prices[:, block, None]).numpy()
+
+    def sweeps(self, count: int) -> float:
+        """Sweep so often, or until nothing changes; return by how much the loss fell."""
+        gained = 0.0
+        for _ in range(count):
+            more = self.sweep()
+            if not more:
+                break
+            gained += more
+        return gained
+
+    def sweep(self) -> float:
+        """Code every column once more; return by how much the loss fell."""
+        weights, gained = self.importance.numpy(), 0.0
+        for block, ratios in zip(self._blocks, self._ratios, strict=True):
+            moved = self._best(block)
+            gained += _descend(
+                self.quantizer,
+                self.system.order[block].numpy(),
+                moved.numpy(),
+                ratios,
+                self._prices[:, block].contiguous().numpy(),
+                self.found[block].numpy(),
+                self._coded[block].numpy(),
+                weights,
+            )
+            self._missed[block] += moved
+        return gained
+
+    def _best(self, block: slice) -> Tensor:
+        """Return where each column is best while all others stay: [block, out]."""
+        best = self.slope(block)
+        for (_, rows), price in zip(self._parts, self._prices, strict=True):
+            own = best[:, rows]
+            torch.addcdiv(self.found[block, rows], own, price[block, None], value=-1, out=own)
+        return best
+
+    def slope(self, columns: slice) -> Tensor:
+        """Return half of how the loss grows with the stored values of some columns: [some, out]."""
+        slope = torch.empty_like(self.found[columns])
+        for (part, rows), wanted in zip(self._parts, self._wanted, strict=True):
+            slope[:, rows] = part.hessian[columns] @ self._missed[:, rows]
+            if wanted is not None:
+                slope[:, rows] -= wanted[columns]
+        return slope
+
+    def settle(self, levels: Tensor, found: Tensor) -> None:
+        """Take other levels for the codes as they are, and keep them from now on.
+
+        levels: see `ColumnQuantizer.settle`.  found: [in, out] float32, what is stored then.
+        """
+        self.quantizer.settle(levels)
+        self._missed += found - self.found
+        self.found.copy_(found)
+        self._coded.copy_(found)  # a column goes back to its levels when it is coded to them
+
+    def loss(self) -> float:
+        """Return tr(D (H + diag(added)) D^T) without dead columns."""
+        total = 0.0
+        for part, rows in self._parts:
+            missed = self._missed[:, rows].clone()
+            missed[part.dead[part.order]] = 0.0
+            for block in self._blocks:
+                product = part.hessian[block] @ missed
+                total += float(product.mul_(missed[block]).sum(dtype=torch.float64))
+        return total
+
+
+def _descend(
+    quantizer: ColumnQuantizer,
+    columns: NDArray[np.int64],
+    values: NDArray[np.float32],
+    ratios: NDArray[np.float32],
+    prices: NDArray[np.float32],
+    found: NDArray[np.float32],
+    coded: NDArray[np.float32],
+    weights: NDArray[np.float32],
+) -> float:
+    """Code the columns of a block again: `descend_block`, in Python where a codebook is.
+
+    ratios: [groups, block, block], of each group of rows.  prices: [groups, block], its H_pp.
+    Returns by how much the loss fell.
+    """
+    task = quantizer.compiled()
+    if task is not None and len(ratios) == 1:
+        gains = descend_block(values, ratios[0], columns, task, found, coded, weights)
+        return float(gains @ prices[0].astype(np.float64))
+    if task is not None:
+        return float(
+            descend_block_of_groups(
+                values, ratios, prices, columns, task, found, coded, weights
+            ).sum()
+        )
+    gained = 0.0
+    groups = np.split(values, len(ratios), axis=1)
+    each = len(weights) // len(ratios)
+    for position, column in enumerate(columns.tolist()):
+        for own, ratio in zip(groups, ratios, strict=True):
+            compensate(own, ratio, position)
+        current, kept = values[position], found[position]
+        stored = quantizer.code_column(column, current)
+        gain = closer(current, kept, stored, weights * np.repeat(prices[:, position], each))
+        if gain >= 0:
+            gained, coded[position] = gained + gain, current
+        else:
+            stored = quantizer.code_column(column, coded[position])
+        current[:] = stored - kept
+        kept[:] = stored
+    return gained
