@@ -52,6 +52,12 @@ class Recipe:
                 "this codebook are not free: they are shared, lie on a grid or follow a rule; use "
                 "codebook=kmeans or codebook=row_kmeans, or solver=quantease"
             )
+        if self.solver.holds_levels and not self.codebook.holds_levels:
+            name = type(self.codebook).__name__
+            raise ConfigError(
+                f"solver.refit=false keeps the levels of the start, and codebook {name} fits them "
+                "whenever it codes a column; use solver.refit=true"
+            )
         if self.select not in SELECTIONS:
             raise ConfigError(one_of("reservation's select", self.select, SELECTIONS))
         if self.allocated:

@@ -71,6 +71,13 @@ class ColumnQuantizer(Protocol):
         """
         raise ValueError("a quantizer whose levels are not free")
 
+    def hold(self) -> None:
+        """Keep the levels as they are, once every column is done, while columns are coded again.
+
+        Raises ValueError where the codebook is none that `holds_levels`.
+        """
+        raise ValueError("a quantizer that fits levels whenever it codes")
+
 
 @dataclass(frozen=True)
 class DeviceRule:
@@ -89,11 +96,13 @@ class Codebook(Protocol):
     reserves: works with reserved entries.
     relative_cost: its time for a column over that of kmeans, for estimates.
     free_levels: every level of its tables may be any number of float16, whatever the others are.
+    holds_levels: its quantizers can `hold` the levels that they have, where they do not always.
     """
 
     mixed_widths: ClassVar[bool]
     reserves: ClassVar[bool]
     relative_cost: ClassVar[float] = 1.0
+    holds_levels: ClassVar[bool] = False
 
     @property
     def free_levels(self) -> bool:

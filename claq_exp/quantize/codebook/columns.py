@@ -136,6 +136,10 @@ class CompiledColumns(ColumnQuantizer):
         self._task = task._replace(rule=SETTLED, placed=True)
         clear_reserved(task)
 
+    def hold(self) -> None:
+        """Keep the levels, see ColumnQuantizer; which entries are reserved may still change."""
+        self._task = self._task._replace(rule=SETTLED)
+
 
 def free_entries(task: ColumnTask | RowTask) -> Tensor:
     """Return which entries are not reserved: [in, out] bool."""
@@ -179,6 +183,9 @@ class FixedColumns(ColumnQuantizer, ABC):
     def __init__(self, rows: int, plan: ColumnPlan) -> None:
         self._plan = plan
         self._codes = np.zeros((len(plan.column_bits), rows), dtype=np.uint8)
+
+    def hold(self) -> None:
+        """Do nothing: no level changes, see ColumnQuantizer."""
 
     def coded(self) -> tuple[Tensor, Tensor, Reserved]:
         """Return codes [out, in] uint8, their widths and no reserved entries."""

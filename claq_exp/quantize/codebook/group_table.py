@@ -48,6 +48,7 @@ class GroupTableCodebook(Codebook):
 
     mixed_widths: ClassVar[bool] = False
     reserves: ClassVar[bool] = True
+    holds_levels: ClassVar[bool] = True
 
     group_size: int = 32
     scale_bits: int = HALF
@@ -210,6 +211,9 @@ class TableColumns(ColumnQuantizer):
         quantized = np.empty_like(values)
         code_on_table(values, column, self._task, quantized)
         return quantized
+
+    def hold(self) -> None:
+        """Do nothing: table and scales are fixed before, see ColumnQuantizer."""
 
     def payload(self) -> GroupTable:
         """Return codes, table and scales, and the entries that stay in float16."""

@@ -52,6 +52,7 @@ class RowKMeans(Codebook):
 
     mixed_widths: ClassVar[bool] = False
     reserves: ClassVar[bool] = True
+    holds_levels: ClassVar[bool] = True
 
     price: str = INVERSE
     power: float = 3.0
@@ -166,6 +167,9 @@ class RowColumns(ColumnQuantizer):
         task.codes[:] = np.take_along_axis(rank.T, task.codes, axis=0)
         self._task = task._replace(placed=True)
         clear_reserved(task)
+
+    def hold(self) -> None:
+        """Do nothing: the levels of rows are fixed before, see ColumnQuantizer."""
 
 
 def borders_of(levels: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -123,6 +123,11 @@ class Solver(Protocol):
         return False
 
     @property
+    def holds_levels(self) -> bool:
+        """Whether quantizers must `hold` their levels: refused with codebooks that cannot."""
+        return False
+
+    @property
     def wants(self) -> frozenset[str]:
         """What the moments of inputs must hold beside a plain Hessian.
 

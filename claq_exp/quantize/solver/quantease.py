@@ -2,102 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from claq_exp.errors import ConfigError, check_choice
-from claq_exp.quantize.allocation import MatrixPlan
-from claq_exp.quantize.moments import Moments
-from claq_exp.quantize.problem import LinearProblem
-from claq_exp.quantize.solver.base import Solved, describe
-from claq_exp.quantize.solver.columns import GroupedSystem, quantize_columns
-from claq_exp.quantize.solver.descent import Descent, DescentSystem
-from claq_exp.quantize.solver.gptq import Gptq
-from claq_exp.quantize.symmetric import permute_
-
-GPTQ, NEAREST = "gptq", "nearest"
-STARTS = (GPTQ, NEAREST)
+from claq_exp.quantize.solver.descent import Descent
+from claq_exp.quantize.solver.sweeping import Sweeping
 
 
 @dataclass(frozen=True)
-class QuantEase(Gptq):
+class QuantEase(Sweeping):
     """Code the columns of a solution again and again, each at its best while all others stay.
 
     With D = Q - W the loss tr(D H D^T) is least in column j at u_j = q_j - (D H)_j / H_jj, and
-    grows by H_jj |q - u_j|^2 around it.  So each column is fitted and coded to u_j, with its
-    codebook and its reserved entries; it keeps its old codes where the new ones are no nearer.  The
-    loss, damped as GPTQ's, therefore never rises, and the result is never worse than the start.
+    grows by H_jj |q - u_j|^2 around it.  So each column is coded to u_j, with its codebook and its
+    reserved entries; it keeps its old codes where the new ones are no nearer.  The loss, damped as
+    GPTQ's, therefore never rises, and the result is never worse than the start.
 
-    start: gptq, or nearest.  sweeps: over all columns.
-    The other fields are Gptq's.  Where the solver is asymmetric, the sweeps lower the distance to
-    the original's outputs, |Q x_student - W (x_student + asymmetric (x_teacher - x_student))|^2.
+    refit: fit the levels of a column to u_j whenever it is coded; false keeps those of the start,
+        as in the paper, so that codes alone move, and reserved entries.
+    The other fields are those of `Sweeping`.
 
     Source: QuantEase (arXiv 2309.01885), eq. 6 and Algorithm 2, in blocks of columns.
     """
 
-    start: str = GPTQ
-    sweeps: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("solver.start", self.start, STARTS)
-        if self.sweeps < 1:
-            raise ConfigError(f"solver.sweeps is {self.sweeps}; give a positive number")
+    refit: bool = True
 
     @property
-    def passes(self) -> int:
-        """The start and the sweeps, see Solver."""
-        return 1 + self.sweeps
-
-    @property
-    def work(self) -> tuple[int, int]:
-        """The Hessian, and the columns as they are, were coded and are missed; see Solver."""
-        asymmetric = bool(self.asymmetric)
-        return 1 + asymmetric, 3 + asymmetric
-
-    def _system(self, moments: Moments, order: Tensor) -> DescentSystem:
-        """Do what Gptq does, and keep the Hessian.  Raises as Gptq's."""
-        hessian, cross = moments.single().float(), moments.single_cross()
-        lost = (
-            cross.float().mul_(self.asymmetric) if self.asymmetric and cross is not None else None
-        )
-        del cross
-        found = super()._system(moments, order)
-        system = {field.name: getattr(found, field.name) for field in fields(found)}
-        permute_(hessian, order)
-        hessian.diagonal().add_(found.added[order].float())
-        if lost is not None:
-            lost = lost.index_select(1, order)
-        return DescentSystem(**system, hessian=hessian, lost=lost)
-
-    def solve(self, problem: LinearProblem, prepared: Any, plan: MatrixPlan) -> Solved:
-        """Quantize one matrix, see Solver.  prepared: of `DescentSystem`s."""
-        statistics = prepared.statistics(problem, plan.row_weights)
-        quantizer = plan.codebook.start(statistics, plan.columns)
-        loop = prepared
-        if self.start == NEAREST:
-            loop = _without_compensation(prepared)
-        coded = torch.empty(problem.weight.t().shape)
-        quantize_columns(problem.weight, loop, quantizer, coded)
-        descent = Descent(problem.weight, prepared, quantizer, coded, statistics.importance())
-        self._descend(descent)
-        solved = describe(problem, prepared, quantizer.payload(), descent.loss())
-        return replace(solved, unconverged=quantizer.unconverged)
+    def holds_levels(self) -> bool:
+        """Whether levels stay as the start has them, see Solver."""
+        return not self.refit
 
     def _descend(self, descent: Descent) -> None:
-        """Lower the loss of a matrix that is coded."""
+        if not self.refit:
+            descent.quantizer.hold()
         descent.sweeps(self.sweeps)
-
-    def solve_together(self, *_: object) -> None:
-        """Return None: the CPU solves, see Solver."""
-        return
-
-
-def _without_compensation(system: Any) -> Any:
-    """Return a system, or one of groups, whose column loop rounds to nearest."""
-    if isinstance(system, GroupedSystem):
-        return replace(system, parts=tuple(map(_without_compensation, system.parts)))
-    return replace(system, inverse_factor=None, correction=None)
