@@ -84,7 +84,7 @@ def fit_levels(descent: Descent) -> bool:
     codes, coded = (part.index_select(0, order) for part in (tables.codes, tables.free))
     alive = ~descent.system.dead[order]
     assigned = Assignment(descent.system.hessian, codes.long(), coded & alive[:, None])
-    slope = descent.slope(slice(None))
+    slope = descent.slope()
     entries = tables.levels.shape[1]
     if tables.by_row:
         levels = rounded(tables.levels + row_steps(assigned, slope, entries))

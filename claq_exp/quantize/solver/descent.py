@@ -20,6 +20,8 @@ from claq_exp.quantize.solver.compiled import (
 )
 from claq_exp.quantize.symmetric import bands
 
+BLOCKS = 4  # of columns that are one panel: products of more rows are faster
+
 
 @dataclass(frozen=True, kw_only=True)
 class DescentSystem(ColumnSystem):
@@ -63,14 +65,17 @@ class Descent:
             None if part.lost is None else part.lost.t() @ weight[rows].t()
             for part, rows in self._parts
         ]
-        self._blocks = list(bands(len(self.found), self._parts[0][0].block_size))
+        self._block_size = self._parts[0][0].block_size
+        self._panels = list(bands(len(self.found), BLOCKS * self._block_size))
         self._prices = torch.stack([part.hessian.diagonal() for part, _ in self._parts])
-        self._ratios = [self._ratios_of(block) for block in self._blocks]
+        self._ratios = [self._ratios_of(panel) for panel in self._panels]
+        self._earlier = torch.empty_like(self._missed)  # what earlier panels are of (D H) in each
+        self._swept = False  # whether that is so
 
-    def _ratios_of(self, block: slice) -> NDArray[np.float32]:
-        """Return H_pk / H_pp of a block, of each group of rows: [groups, block, block]."""
-        corners = torch.stack([part.hessian[block, block] for part, _ in self._parts])
-        return (corners / self._prices[:, block, None]).numpy()
+    def _ratios_of(self, panel: slice) -> Tensor:
+        """Return H_pk / H_pp of a panel, of each group of rows: [groups, panel, panel]."""
+        corners = torch.stack([part.hessian[panel, panel] for part, _ in self._parts])
+        return corners / self._prices[:, panel, None]
 
     def sweeps(self, count: int) -> float:
         """Sweep so often, or until nothing changes; return by how much the loss fell."""
@@ -84,37 +89,59 @@ class Descent:
 
     def sweep(self) -> float:
         """Code every column once more; return by how much the loss fell."""
-        weights, gained = self.importance.numpy(), 0.0
-        for block, ratios in zip(self._blocks, self._ratios, strict=True):
-            moved = self._best(block)
-            gained += _descend(
-                self.quantizer,
-                self.system.order[block].numpy(),
-                moved.numpy(),
-                ratios,
-                self._prices[:, block].contiguous().numpy(),
-                self.found[block].numpy(),
-                self._coded[block].numpy(),
-                weights,
-            )
-            self._missed[block] += moved
+        gained = 0.0
+        for panel, ratios in zip(self._panels, self._ratios, strict=True):
+            best = self._best(panel)
+            for block in bands(len(best), self._block_size):
+                gained += self._descend(panel, block, best, ratios)
+                later, moved = slice(block.stop, None), best[block]
+                for (_, rows), ratio in zip(self._parts, ratios, strict=True):
+                    best[later, rows] -= ratio[later, block] @ moved[:, rows]
+            self._missed[panel] += best  # by now, how far the columns have moved
+        self._swept = True
         return gained
 
-    def _best(self, block: slice) -> Tensor:
-        """Return where each column is best while all others stay: [block, out]."""
-        best = self.slope(block)
-        for (_, rows), price in zip(self._parts, self._prices, strict=True):
+    def _descend(self, panel: slice, block: slice, best: Tensor, ratios: Tensor) -> float:
+        """Code a block of a panel's columns again, one after the other; see `_descend`."""
+        return _descend(
+            self.quantizer,
+            self.system.order[panel][block].numpy(),
+            best[block].numpy(),
+            ratios[:, block, block].contiguous().numpy(),
+            self._prices[:, panel][:, block].contiguous().numpy(),
+            self.found[panel][block].numpy(),
+            self._coded[panel][block].numpy(),
+            self.importance.numpy(),
+        )
+
+    def _best(self, panel: slice) -> Tensor:
+        """Return where each column is best while all others stay: [panel, out].
+
+        A sweep asks for its panels one after the other, and keeps what the earlier ones say.
+        """
+        best = self._product(panel, slice(0, panel.start))
+        self._earlier[panel] = best
+        best += self._product(panel, slice(panel.start, None))
+        for (_, rows), wanted, price in zip(self._parts, self._wanted, self._prices, strict=True):
             own = best[:, rows]
-            torch.addcdiv(self.found[block, rows], own, price[block, None], value=-1, out=own)
+            if wanted is not None:
+                own -= wanted[panel]
+            torch.addcdiv(self.found[panel, rows], own, price[panel, None], value=-1, out=own)
         return best
 
-    def slope(self, columns: slice) -> Tensor:
-        """Return half of how the loss grows with the stored values of some columns: [some, out]."""
-        slope = torch.empty_like(self.found[columns])
-        for (part, rows), wanted in zip(self._parts, self._wanted, strict=True):
-            slope[:, rows] = part.hessian[columns] @ self._missed[:, rows]
+    def _product(self, panel: slice, columns: slice) -> Tensor:
+        """Return what some columns are of (D H) in a panel: [panel, out]."""
+        products = [
+            part.hessian[panel, columns] @ self._missed[columns, rows] for part, rows in self._parts
+        ]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+    def slope(self) -> Tensor:
+        """Return half of how the loss grows with the stored values: [in, out]."""
+        slope = torch.cat([self._product(panel, slice(None)) for panel in self._panels])
+        for (_, rows), wanted in zip(self._parts, self._wanted, strict=True):
             if wanted is not None:
-                slope[:, rows] -= wanted[columns]
+                slope[:, rows] -= wanted
         return slope
 
     def settle(self, levels: Tensor, found: Tensor) -> None:
@@ -126,16 +153,23 @@ class Descent:
         self._missed += found - self.found
         self.found.copy_(found)
         self._coded.copy_(found)  # a column goes back to its levels when it is coded to them
+        self._swept = False
 
     def loss(self) -> float:
-        """Return tr(D (H + diag(added)) D^T) without dead columns."""
+        """Return tr(D (H + diag(added)) D^T) without dead columns.
+
+        What a sweep has kept of two panels counts twice, once for each of them.
+        """
         total = 0.0
-        for part, rows in self._parts:
-            missed = self._missed[:, rows].clone()
-            missed[part.dead[part.order]] = 0.0
-            for block in self._blocks:
-                product = part.hessian[block] @ missed
-                total += float(product.mul_(missed[block]).sum(dtype=torch.float64))
+        for panel in self._panels:
+            if not self._swept:
+                self._earlier[panel] = self._product(panel, slice(0, panel.start))
+            product = self._product(panel, panel).add_(self._earlier[panel], alpha=2)
+            product *= self._missed[panel]
+            for part, rows in self._parts:
+                product[part.dead[part.order[panel]], rows] = 0.0
+            total += float(product.sum(dtype=torch.float64))
+        self._swept = True
         return total
 
 
