@@ -221,6 +221,13 @@ def _quantize_block(
             own[position] /= factor[position, position] if len(factor) else 1.0
 
 
+def recode(
+    quantizer: ColumnQuantizer, columns: NDArray[np.int64], values: NDArray[np.float32]
+) -> None:
+    """Code columns as they are given: [some] of the matrix, and [some, out] of theirs."""
+    _quantize_block(quantizer, columns, values.copy(), NOTHING[None], NOTHING)
+
+
 def _spread(
     work: Tensor,
     errors: Tensor,

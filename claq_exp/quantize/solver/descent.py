@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from claq_exp.quantize.codebook.base import ColumnQuantizer
-from claq_exp.quantize.solver.columns import ColumnSystem, parts_of
+from claq_exp.quantize.solver.columns import ColumnSystem, parts_of, recode
 from claq_exp.quantize.solver.compiled import (
     closer,
     compensate,
@@ -35,6 +36,14 @@ class DescentSystem(ColumnSystem):
 
     hessian: Tensor
     lost: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A state of a descent: its objective, and what its columns were coded from, [in, out]."""
+
+    loss: float
+    coded: Tensor
 
 
 class Descent:
@@ -87,13 +96,61 @@ class Descent:
             gained += more
         return gained
 
-    def sweep(self) -> float:
-        """Code every column once more; return by how much the loss fell."""
+    def escape(self, count: int, relaxed: Iterable[int]) -> None:
+        """Sweep so often; sweeps of these numbers, from 0 and never the last, `relax`.
+
+        Columns that were never coded have nothing to go back to, so that the loss may rise; the
+        best of what there was before each of those sweeps, and at the end, is kept.
+        """
+        best, first = None, 0
+        for number in sorted(relaxed):
+            self.sweeps(number - first)
+            best = self._better(best)
+            self.relax()
+            self.sweep(guarded=False)
+            first = number + 2
+        self.sweeps(count - first)
+        if best is not None and best.loss < self.objective():
+            self._restore(best)
+
+    def relax(self) -> None:
+        """Let every column be where it is best, without codes, one after the other."""
+        for panel, ratios in zip(self._panels, self._ratios, strict=True):
+            moved = self._best(panel).sub_(self.found[panel])
+            for (_, rows), ratio in zip(self._parts, ratios, strict=True):
+                own = moved[:, rows]
+                # each column has moved by what it asked for, less what those before it have done
+                own.copy_(torch.linalg.solve_triangular(ratio.tril(), own, upper=False))
+            self.found[panel] += moved
+            self._missed[panel] += moved
+        self._swept = True
+
+    def _better(self, best: _Kept | None) -> _Kept:
+        """Return the better of a state and the present one."""
+        loss = self.objective()
+        return best if best is not None and best.loss <= loss else _Kept(loss, self._coded.clone())
+
+    def _restore(self, kept: _Kept) -> None:
+        """Go back to a state: its columns, coded again, have the codes that they had."""
+        self._coded.copy_(kept.coded)
+        columns = self.system.order.numpy()
+        recode(self.quantizer, columns, kept.coded.numpy())
+        found = self.quantizer.payload().dequantize().t().index_select(0, self.system.order)
+        self._missed += found - self.found
+        self.found.copy_(found)
+        self._swept = False
+
+    def sweep(self, *, guarded: bool = True) -> float:
+        """Code every column once more; return by how much the loss fell.
+
+        guarded: a column keeps its codes where new ones are no nearer.
+        """
         gained = 0.0
+        weights = self.importance if guarded else torch.zeros_like(self.importance)
         for panel, ratios in zip(self._panels, self._ratios, strict=True):
             best = self._best(panel)
             for block in bands(len(best), self._block_size):
-                gained += self._descend(panel, block, best, ratios)
+                gained += self._descend(panel, block, best, ratios, weights.numpy())
                 later, moved = slice(block.stop, None), best[block]
                 for (_, rows), ratio in zip(self._parts, ratios, strict=True):
                     best[later, rows] -= ratio[later, block] @ moved[:, rows]
@@ -101,7 +158,14 @@ class Descent:
         self._swept = True
         return gained
 
-    def _descend(self, panel: slice, block: slice, best: Tensor, ratios: Tensor) -> float:
+    def _descend(
+        self,
+        panel: slice,
+        block: slice,
+        best: Tensor,
+        ratios: Tensor,
+        weights: NDArray[np.float32],
+    ) -> float:
         """Code a block of a panel's columns again, one after the other; see `_descend`."""
         return _descend(
             self.quantizer,
@@ -111,7 +175,7 @@ class Descent:
             self._prices[:, panel][:, block].contiguous().numpy(),
             self.found[panel][block].numpy(),
             self._coded[panel][block].numpy(),
-            self.importance.numpy(),
+            weights,
         )
 
     def _best(self, panel: slice) -> Tensor:
@@ -156,21 +220,39 @@ class Descent:
         self._swept = False
 
     def loss(self) -> float:
-        """Return tr(D (H + diag(added)) D^T) without dead columns.
+        """Return tr(D (H + diag(added)) D^T) without dead columns."""
+        total = 0.0
+        for panel, product in self._losses():
+            for part, rows in self._parts:
+                product[part.dead[part.order[panel]], rows] = 0.0
+            total += float(product.sum(dtype=torch.float64))
+        return total
+
+    def objective(self) -> float:
+        """Return what sweeps lower, but for a constant.
+
+        tr(G D (H + diag(added)) D^T), with G the importance of the rows, less what an asymmetric
+        solver wants of D.
+        """
+        total = 0.0
+        for panel, product in self._losses():
+            for (_, rows), wanted in zip(self._parts, self._wanted, strict=True):
+                if wanted is not None:
+                    product[:, rows] -= 2 * wanted[panel] * self._missed[panel, rows]
+            total += float((product.sum(dim=0, dtype=torch.float64) * self.importance).sum())
+        return total
+
+    def _losses(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield terms whose sum over a row is its D (H + diag(added)) D^T: [panel, out] each.
 
         What a sweep has kept of two panels counts twice, once for each of them.
         """
-        total = 0.0
         for panel in self._panels:
             if not self._swept:
                 self._earlier[panel] = self._product(panel, slice(0, panel.start))
             product = self._product(panel, panel).add_(self._earlier[panel], alpha=2)
-            product *= self._missed[panel]
-            for part, rows in self._parts:
-                product[part.dead[part.order[panel]], rows] = 0.0
-            total += float(product.sum(dtype=torch.float64))
+            yield panel, product.mul_(self._missed[panel])
         self._swept = True
-        return total
 
 
 def _descend(

@@ -48,9 +48,9 @@ class Sweeping(Gptq):
 
     @property
     def work(self) -> tuple[int, int]:
-        """The Hessian, and the columns as they are, were coded and are missed; see Solver."""
+        """The Hessian, and columns: as they are, were coded, are missed, multiplied; see Solver."""
         asymmetric = bool(self.asymmetric)
-        return 1 + asymmetric, 3 + asymmetric
+        return 1 + asymmetric, 4 + asymmetric
 
     def _system(self, moments: Moments, order: Tensor) -> DescentSystem:
         """Do what Gptq does, and keep the Hessian.  Raises as Gptq's."""
