@@ -73,7 +73,7 @@ def _prepare(
         if strict:
             raise NumericalError(f"{name}: strict=true, and {error}") from error
         prepared = replace(Nearest().prepare(moments), nearest="indefinite")
-        return replace(recipe, solver=Nearest()), prepared
+        return recipe.nearest(), prepared
 
 
 def solve_group(

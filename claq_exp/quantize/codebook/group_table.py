@@ -17,8 +17,8 @@ from claq_exp.payload.stored import HALF, HALF_MAX
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.base import Codebook, ColumnQuantizer
 from claq_exp.quantize.codebook.basics import assign_codes, choose_reserved, round_half
-from claq_exp.quantize.codebook.columns import reserved_entries
-from claq_exp.quantize.codebook.compiled import codes, keep_reserved
+from claq_exp.quantize.codebook.columns import placed, reserved_entries
+from claq_exp.quantize.codebook.compiled import codes, keep_reserved, mark_placed
 from claq_exp.quantize.codebook.table_fit import (
     CLIPS,
     NO_MASK,
@@ -137,8 +137,8 @@ class TableTask(NamedTuple):
     """Columns on a table with scales that are fixed before.
 
     table: [entries] float32, ascending.  scales: [groups, out] float32.  group_size: columns that
-    share a scale.  offsets: [in + 1] int64, where a column's reserved entries go.  tails: as of
-    `ColumnTask`.
+    share a scale.  offsets: [in + 1] int64, where a column's reserved entries go.  tails,
+    placed: as of `ColumnTask`.
 
     codes: [in, out] uint8, rows: [reserved] int64 and kept: [reserved] float32 are written.
     """
@@ -148,6 +148,7 @@ class TableTask(NamedTuple):
     group_size: int
     offsets: NDArray[np.int64]
     tails: bool
+    placed: bool
     codes: NDArray[np.uint8]
     rows: NDArray[np.int64]
     kept: NDArray[np.float32]
@@ -160,7 +161,10 @@ def code_on_table(values, column, task, quantized):  # type: ignore[no-untyped-d
     rows = len(values)
     chosen = np.empty(rows, dtype=np.bool_)
     start, stop = task.offsets[column], task.offsets[column + 1]
-    choose_reserved(values, stop - start, task.tails, chosen)
+    if task.placed:
+        mark_placed(task.rows[start:stop], chosen)
+    else:
+        choose_reserved(values, stop - start, task.tails, chosen)
     scale, written = task.scales[column // task.group_size], task.codes[column]
     for row in range(rows):
         quantized[row] = values[row] / scale[row] if scale[row] != 0 else np.float32(0.0)
@@ -187,7 +191,7 @@ class TableColumns(ColumnQuantizer):
         scales: Tensor,
         by_row: RowIntegers | None,
     ) -> None:
-        self._plan, self._layout = plan, layout
+        self._plan, self._planned, self._layout = plan, plan, layout
         self._table, self._scales, self._by_row = table, scales, by_row
         offsets = np.zeros(layout.columns + 1, dtype=np.int64)
         np.cumsum(plan.reserved_counts.numpy(), out=offsets[1:])
@@ -197,6 +201,7 @@ class TableColumns(ColumnQuantizer):
             group_size=layout.group_size,
             offsets=offsets,
             tails=plan.select == "tails",
+            placed=False,
             codes=np.zeros((layout.columns, layout.rows), dtype=np.uint8),
             rows=np.zeros(offsets[-1], dtype=np.int64),
             kept=np.zeros(offsets[-1], dtype=np.float32),
@@ -212,8 +217,12 @@ class TableColumns(ColumnQuantizer):
         code_on_table(values, column, self._task, quantized)
         return quantized
 
-    def hold(self) -> None:
+    def hold(self, held: bool = True) -> None:
         """Do nothing: table and scales are fixed before, see ColumnQuantizer."""
+
+    def reserve(self, places: Tensor | None) -> None:
+        """Reserve these entries, see ColumnQuantizer."""
+        self._plan, self._task = placed(places, self._planned, self._task)
 
     def payload(self) -> GroupTable:
         """Return codes, table and scales, and the entries that stay in float16."""

@@ -73,9 +73,9 @@ class SklearnColumns(PythonColumns):
         self._held = False
         self.unconverged = 0
 
-    def hold(self) -> None:
+    def hold(self, held: bool = True) -> None:
         """Keep the centroids, see ColumnQuantizer."""
-        self._held = True
+        self._held = held
 
     def quantize(
         self, column: int, values: NDArray[np.float32], reserved: NDArray[np.int64]

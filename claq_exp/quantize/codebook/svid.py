@@ -73,7 +73,7 @@ class SignColumns(PythonColumns):
         sizes = (self._columns[column] * self._rows).clip(max=HALF_MAX)  # as dequantizing cuts it
         return positive.astype(np.uint8), np.where(positive, sizes, -sizes)
 
-    def hold(self) -> None:
+    def hold(self, held: bool = True) -> None:
         """Do nothing: the scales are fixed before, see ColumnQuantizer."""
 
     def payload(self) -> SignScales:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from claq_exp.errors import ConfigError
 from claq_exp.payload.stored import HALF_MAX
+from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.solver.columns import ColumnSystem
 from claq_exp.quantize.solver.descent import Descent
@@ -65,7 +66,7 @@ class Alternating(Sweeping):
         """Order the columns and factorize the mean over groups, see Solver."""
         return self._system(moments, self._order(moments))
 
-    def _descend(self, descent: Descent) -> None:
+    def _descend(self, descent: Descent, plan: ColumnPlan) -> None:
         if descent.quantizer.tables() is None:
             descent.sweeps(self.sweeps)
             return

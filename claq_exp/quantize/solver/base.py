@@ -128,6 +128,11 @@ class Solver(Protocol):
         return False
 
     @property
+    def moves_reserved(self) -> bool:
+        """Whether the solver moves reserved entries where the plan has a `thresholding`."""
+        return False
+
+    @property
     def wants(self) -> frozenset[str]:
         """What the moments of inputs must hold beside a plain Hessian.
 

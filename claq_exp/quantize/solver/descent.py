@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from claq_exp.quantize.solver.compiled import (
     descend_block,
     descend_block_of_groups,
 )
+from claq_exp.quantize.solver.thresholds import Thresholds, largest_eigenvalue
 from claq_exp.quantize.symmetric import bands
 
 BLOCKS = 4  # of columns that are one panel: products of more rows are faster
@@ -40,10 +41,15 @@ class DescentSystem(ColumnSystem):
 
 @dataclass(frozen=True)
 class _Kept:
-    """A state of a descent: its objective, and what its columns were coded from, [in, out]."""
+    """A state of a descent.
+
+    loss: its objective.  coded: what its columns were coded from, [in, out].
+    places: of its reserved entries, [in, out] bool; None for those planned.
+    """
 
     loss: float
     coded: Tensor
+    places: Tensor | None
 
 
 class Descent:
@@ -80,6 +86,8 @@ class Descent:
         self._ratios = [self._ratios_of(panel) for panel in self._panels]
         self._earlier = torch.empty_like(self._missed)  # what earlier panels are of (D H) in each
         self._swept = False  # whether that is so
+        self._held = False
+        self._places: Tensor | None = None  # of reserved entries; None for those planned
 
     def _ratios_of(self, panel: slice) -> Tensor:
         """Return H_pk / H_pp of a panel, of each group of rows: [groups, panel, panel]."""
@@ -96,22 +104,34 @@ class Descent:
             gained += more
         return gained
 
-    def escape(self, count: int, relaxed: Iterable[int]) -> None:
-        """Sweep so often; sweeps of these numbers, from 0 and never the last, `relax`.
+    def run(
+        self, count: int, relaxed: Container[int] = (), thresholds: Thresholds | None = None
+    ) -> None:
+        """Sweep so often, or until nothing changes.  The best there has been is kept.
 
-        Columns that were never coded have nothing to go back to, so that the loss may rise; the
-        best of what there was before each of those sweeps, and at the end, is kept.
+        relaxed: sweeps by number, from 0 and never the last, that `relax`.  Columns without codes
+        have none to go back to, so that the loss may rise in the sweep that follows.
+        thresholds: reserved entries move before all sweeps but the first, until they lower nothing.
         """
-        best, first = None, 0
-        for number in sorted(relaxed):
-            self.sweeps(number - first)
-            best = self._better(best)
-            self.relax()
-            self.sweep(guarded=False)
-            first = number + 2
-        self.sweeps(count - first)
+        best, number, still = None, 0, False
+        while number < count:
+            if number in relaxed:
+                best, still = self._better(best), False
+                self.relax()
+                number += 1
+                self.sweep(guarded=False)
+            elif thresholds is not None and number:
+                thresholds, still = (thresholds if self._threshold(thresholds) else None), False
+            elif not still:
+                still = not self.sweep()
+            number += 1
         if best is not None and best.loss < self.objective():
             self._restore(best)
+
+    def hold(self) -> None:
+        """Keep all levels from now on."""
+        self._held = True
+        self.quantizer.hold()
 
     def relax(self) -> None:
         """Let every column be where it is best, without codes, one after the other."""
@@ -125,20 +145,70 @@ class Descent:
             self._missed[panel] += moved
         self._swept = True
 
-    def _better(self, best: _Kept | None) -> _Kept:
+    def _better(self, best: _Kept | None = None) -> _Kept:
         """Return the better of a state and the present one."""
         loss = self.objective()
-        return best if best is not None and best.loss <= loss else _Kept(loss, self._coded.clone())
+        if best is not None and best.loss <= loss:
+            return best
+        return _Kept(loss, self._coded.clone(), self._places)
 
     def _restore(self, kept: _Kept) -> None:
         """Go back to a state: its columns, coded again, have the codes that they had."""
         self._coded.copy_(kept.coded)
-        columns = self.system.order.numpy()
-        recode(self.quantizer, columns, kept.coded.numpy())
-        found = self.quantizer.payload().dequantize().t().index_select(0, self.system.order)
+        if self._places is not kept.places:
+            self._reserve(kept.places)
+        self._move(self._recoded(kept.coded))
+
+    def _move(self, found: Tensor) -> None:
+        """Take note of other stored columns: [in, out]."""
         self._missed += found - self.found
         self.found.copy_(found)
         self._swept = False
+
+    def _recoded(self, values: Tensor) -> Tensor:
+        """Code columns as they are given; return what is stored: both [in, out]."""
+        recode(self.quantizer, self.system.order.numpy(), values.numpy())
+        return self.quantizer.payload().dequantize().t().index_select(0, self.system.order)
+
+    def _reserve(self, places: Tensor | None) -> None:
+        """Reserve entries: [in, out] bool, columns in visiting order; None for those planned."""
+        self._places = places
+        back = torch.argsort(self.system.order)
+        self.quantizer.reserve(None if places is None else places[back])
+
+    def _threshold(self, thresholds: Thresholds) -> bool:
+        """Move reserved entries, and sweep; undo both unless the loss is lower, and tell."""
+        before = self._better()
+        self._reserve(thresholds.largest(self._scores(thresholds)))
+        self.quantizer.hold(self._held or not thresholds.whole_columns)
+        self._move(self._recoded(self.found))
+        self.quantizer.hold(self._held)
+        self.sweep(guarded=False)
+        if self.objective() < before.loss:
+            return True
+        self._restore(before)
+        return False
+
+    def _scores(self, thresholds: Thresholds) -> Tensor:
+        """Return how much each entry should be reserved: [in, out] float32, none negative.
+
+        With q an entry's level, and v what a step of the gradient makes of what is stored of it,
+        that is |v - q|, and the loss H_jj (v - q)^2 where v is best for the entry alone.
+        """
+        self._reserve(torch.zeros(self.found.shape, dtype=torch.bool))
+        # a column that has been reserved as a whole has no levels before they are fitted
+        self.quantizer.hold(self._held or not thresholds.whole_columns)
+        levels = self._recoded(self.found)
+        scores = self.slope()
+        for (part, rows), price in zip(self._parts, self._prices, strict=True):
+            own, steps = scores[:, rows], price[:, None]
+            if thresholds.by_matrix:
+                steps = torch.full_like(steps, largest_eigenvalue(part.hessian))
+            own.copy_(self.found[:, rows] - levels[:, rows] - own / steps)
+            if not thresholds.by_matrix:
+                own.square_().mul_(steps).mul_(self.importance[rows])
+            own[part.dead[part.order]] = 0.0
+        return scores.abs_()
 
     def sweep(self, *, guarded: bool = True) -> float:
         """Code every column once more; return by how much the loss fell.
@@ -195,10 +265,10 @@ class Descent:
 
     def _product(self, panel: slice, columns: slice) -> Tensor:
         """Return what some columns are of (D H) in a panel: [panel, out]."""
-        products = [
-            part.hessian[panel, columns] @ self._missed[columns, rows] for part, rows in self._parts
-        ]
-        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+        found = torch.zeros_like(self._missed[panel])
+        for part, rows in self._parts:
+            found[:, rows] = part.hessian[panel, columns] @ self._missed[columns, rows]
+        return found
 
     def slope(self) -> Tensor:
         """Return half of how the loss grows with the stored values: [in, out]."""
@@ -214,10 +284,8 @@ class Descent:
         levels: see `ColumnQuantizer.settle`.  found: [in, out] float32, what is stored then.
         """
         self.quantizer.settle(levels)
-        self._missed += found - self.found
-        self.found.copy_(found)
+        self._move(found)
         self._coded.copy_(found)  # a column goes back to its levels when it is coded to them
-        self._swept = False
 
     def loss(self) -> float:
         """Return tr(D (H + diag(added)) D^T) without dead columns."""

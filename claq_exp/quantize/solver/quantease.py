@@ -6,8 +6,10 @@ import math
 from dataclasses import dataclass
 
 from claq_exp.errors import ConfigError
+from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.solver.descent import Descent
 from claq_exp.quantize.solver.sweeping import Sweeping
+from claq_exp.quantize.solver.thresholds import Thresholds
 
 SETTLING = 1 / 6  # of the sweeps, at the end, round all columns
 
@@ -64,7 +66,12 @@ class QuantEase(Sweeping):
         """Whether levels stay as the start has them, see Solver."""
         return not self.refit
 
-    def _descend(self, descent: Descent) -> None:
+    @property
+    def moves_reserved(self) -> bool:
+        """Whether reserved entries may move, see Solver."""
+        return True
+
+    def _descend(self, descent: Descent, plan: ColumnPlan) -> None:
         if not self.refit:
-            descent.quantizer.hold()
-        descent.escape(self.sweeps, self.relaxed)
+            descent.hold()
+        descent.run(self.sweeps, self.relaxed, Thresholds.of(plan))

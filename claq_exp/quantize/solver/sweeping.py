@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import ConfigError, check_choice
-from claq_exp.quantize.allocation import MatrixPlan
+from claq_exp.quantize.allocation import ColumnPlan, MatrixPlan
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.solver.base import Solved, describe
@@ -77,13 +77,13 @@ class Sweeping(Gptq):
         coded = torch.empty(problem.weight.t().shape)
         quantize_columns(problem.weight, loop, quantizer, coded)
         descent = Descent(problem.weight, prepared, quantizer, coded, statistics.importance())
-        self._descend(descent)
+        self._descend(descent, plan.columns)
         solved = describe(problem, prepared, quantizer.payload(), descent.loss())
         return replace(solved, unconverged=quantizer.unconverged)
 
     @abstractmethod
-    def _descend(self, descent: Descent) -> None:
-        """Lower the loss of a matrix that is coded."""
+    def _descend(self, descent: Descent, plan: ColumnPlan) -> None:
+        """Lower the loss of a matrix that is coded with a plan."""
 
     def solve_together(self, *_: object) -> None:
         """Return None: the CPU solves, see Solver."""
