@@ -1,7 +1,7 @@
 """Times a sweep of coordinate descent beside the column loop that it starts from.
 
-    OMP_NUM_THREADS=1 python benchmarks/descent.py
-    python benchmarks/descent.py --shapes 576x1536 --bits 3
+    OMP_NUM_THREADS=1 python benchmarks/column_sweep.py
+    python benchmarks/column_sweep.py --shapes 576x1536 --bits 3
 
 The matrices are those of column_loop.py.  Loop and sweep run in turn, and the fastest of each
 counts, in seconds of processor time: the loop has a thread of its own beside torch's.  A loop moves
