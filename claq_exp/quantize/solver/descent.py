@@ -56,7 +56,8 @@ class Descent:
     """The sweeps over one matrix, its columns in visiting order.
 
     weight: [out, in] float32.  quantizer: has coded every column.
-    system: a `DescentSystem`, or one of them for each group of rows.
+    system: a `DescentSystem`, or one of them for each group of rows, with its vectors on the CPU.
+        Where its matrices are, they are multiplied; columns are coded on the CPU.
     coded: [in, out] float32, the columns that it was given.
     importance: [out] float32, of the rows, for the codebooks and what counts as nearer.
     found: [in, out] float32, the columns as they are stored.
@@ -73,16 +74,17 @@ class Descent:
         self.system, self.quantizer, self._coded = system, quantizer, coded
         order = system.order
         self.found = quantizer.payload().dequantize().t().index_select(0, order)
-        self._missed = self.found - weight.t().index_select(0, order)
         self.importance = importance
         self._parts: list[tuple[DescentSystem, slice]] = parts_of(system, len(weight))  # type: ignore[assignment]
+        self._device = self._parts[0][0].hessian.device
+        self._missed = (self.found - weight.t().index_select(0, order)).to(self._device)
         self._wanted = [
-            None if part.lost is None else part.lost.t() @ weight[rows].t()
+            None if part.lost is None else part.lost.t() @ weight[rows].t().to(self._device)
             for part, rows in self._parts
         ]
         self._block_size = self._parts[0][0].block_size
         self._panels = list(bands(len(self.found), BLOCKS * self._block_size))
-        self._prices = torch.stack([part.hessian.diagonal() for part, _ in self._parts])
+        self._prices = torch.stack([part.hessian.diagonal().cpu() for part, _ in self._parts])
         self._ratios = [self._ratios_of(panel) for panel in self._panels]
         self._earlier = torch.empty_like(self._missed)  # what earlier panels are of (D H) in each
         self._swept = False  # whether that is so
@@ -91,7 +93,7 @@ class Descent:
 
     def _ratios_of(self, panel: slice) -> Tensor:
         """Return H_pk / H_pp of a panel, of each group of rows: [groups, panel, panel]."""
-        corners = torch.stack([part.hessian[panel, panel] for part, _ in self._parts])
+        corners = torch.stack([part.hessian[panel, panel].cpu() for part, _ in self._parts])
         return corners / self._prices[:, panel, None]
 
     def sweeps(self, count: int) -> float:
@@ -142,7 +144,7 @@ class Descent:
                 # each column has moved by what it asked for, less what those before it have done
                 own.copy_(torch.linalg.solve_triangular(ratio.tril(), own, upper=False))
             self.found[panel] += moved
-            self._missed[panel] += moved
+            self._missed[panel] += moved.to(self._device)
         self._swept = True
 
     def _better(self, best: _Kept | None = None) -> _Kept:
@@ -161,7 +163,7 @@ class Descent:
 
     def _move(self, found: Tensor) -> None:
         """Take note of other stored columns: [in, out]."""
-        self._missed += found - self.found
+        self._missed += (found - self.found).to(self._device)
         self.found.copy_(found)
         self._swept = False
 
@@ -224,7 +226,7 @@ class Descent:
                 later, moved = slice(block.stop, None), best[block]
                 for (_, rows), ratio in zip(self._parts, ratios, strict=True):
                     best[later, rows] -= ratio[later, block] @ moved[:, rows]
-            self._missed[panel] += best  # by now, how far the columns have moved
+            self._missed[panel] += best.to(self._device)  # by now, how far the columns have moved
         self._swept = True
         return gained
 
@@ -256,10 +258,12 @@ class Descent:
         best = self._product(panel, slice(0, panel.start))
         self._earlier[panel] = best
         best += self._product(panel, slice(panel.start, None))
-        for (_, rows), wanted, price in zip(self._parts, self._wanted, self._prices, strict=True):
-            own = best[:, rows]
+        for (_, rows), wanted in zip(self._parts, self._wanted, strict=True):
             if wanted is not None:
-                own -= wanted[panel]
+                best[:, rows] -= wanted[panel]
+        best = best.cpu()
+        for (_, rows), price in zip(self._parts, self._prices, strict=True):
+            own = best[:, rows]
             torch.addcdiv(self.found[panel, rows], own, price[panel, None], value=-1, out=own)
         return best
 
@@ -276,7 +280,7 @@ class Descent:
         for (_, rows), wanted in zip(self._parts, self._wanted, strict=True):
             if wanted is not None:
                 slope[:, rows] -= wanted
-        return slope
+        return slope.cpu()
 
     def settle(self, levels: Tensor, found: Tensor) -> None:
         """Take other levels for the codes as they are, and keep them from now on.
@@ -306,7 +310,7 @@ class Descent:
         for panel, product in self._losses():
             for (_, rows), wanted in zip(self._parts, self._wanted, strict=True):
                 if wanted is not None:
-                    product[:, rows] -= 2 * wanted[panel] * self._missed[panel, rows]
+                    product[:, rows] -= (2 * wanted[panel] * self._missed[panel, rows]).cpu()
             total += float((product.sum(dim=0, dtype=torch.float64) * self.importance).sum())
         return total
 
@@ -319,7 +323,7 @@ class Descent:
             if not self._swept:
                 self._earlier[panel] = self._product(panel, slice(0, panel.start))
             product = self._product(panel, panel).add_(self._earlier[panel], alpha=2)
-            yield panel, product.mul_(self._missed[panel])
+            yield panel, product.mul_(self._missed[panel]).cpu()
         self._swept = True
 
 

@@ -67,6 +67,11 @@ class QuantEase(Sweeping):
         return not self.refit
 
     @property
+    def multiplies_on_device(self) -> bool:
+        """Whether matrices may lie on a device, see Solver: they may, and codes are found here."""
+        return True
+
+    @property
     def moves_reserved(self) -> bool:
         """Whether reserved entries may move, see Solver."""
         return True

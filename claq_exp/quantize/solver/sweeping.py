@@ -86,7 +86,7 @@ class Sweeping(Gptq):
         """Lower the loss of a matrix that is coded with a plan."""
 
     def solve_together(self, *_: object) -> None:
-        """Return None: the CPU solves, see Solver."""
+        """Return None: the CPU solves, or a device that multiplies for it; see Solver."""
         return
 
 
