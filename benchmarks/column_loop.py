@@ -41,7 +41,8 @@ def main() -> None:
     print("shape        bits  uniform, s  k-means, s  k-means/uniform  sklearn/k-means  fit alone")
     for shape in arguments.shapes:
         rows, columns = (int(side) for side in shape.split("x"))
-        weight, system = problem(rows, columns)
+        weight, hessian = heavy_tailed(rows, columns)
+        system = Gptq().prepare(Moments(hessian))
         for bits in arguments.bits:
             loops = [loop(rule, weight, system, bits) for rule in (Uniform(), KMeans())]
             for run in loops:
@@ -65,16 +66,15 @@ def main() -> None:
             )
 
 
-def problem(rows: int, columns: int) -> tuple[torch.Tensor, ColumnSystem]:
-    """Return a heavy-tailed weight and the factor of a Hessian of correlated inputs."""
+def heavy_tailed(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a heavy-tailed weight and a Hessian of correlated inputs."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=generator)
     weight /= torch.rand(rows, columns, generator=generator).clamp(min=0.02).pow(0.2)
     inputs = torch.randn(2 * columns, 64, generator=generator)
     inputs = inputs @ torch.randn(64, columns, generator=generator)
     inputs += torch.randn(2 * columns, columns, generator=generator)
-    hessian = (inputs.t() @ inputs).double().mul_(2 / len(inputs))
-    return weight, Gptq().prepare(Moments(hessian))
+    return weight, (inputs.t() @ inputs).double().mul_(2 / len(inputs))
 
 
 def loop(

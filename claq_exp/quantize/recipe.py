@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from claq_exp.quantize.moments import WANTED
 from claq_exp.quantize.precision import NoPrecision, Precision
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.reservation import Reservation
+from claq_exp.quantize.reservation.base import Planned
 from claq_exp.quantize.reservation.shares import SELECTIONS
-from claq_exp.quantize.solver import Solver
+from claq_exp.quantize.solver import Nearest, Solver
 from claq_exp.quantize.solver.base import Prepared, Solved
 from claq_exp.quantize.statistics import ColumnStatistics, EqualColumns
 from claq_exp.quantize.strategy import check_members
@@ -52,6 +53,13 @@ class Recipe:
                 "this codebook are not free: they are shared, lie on a grid or follow a rule; use "
                 "codebook=kmeans or codebook=row_kmeans, or solver=quantease"
             )
+        if self.solver.holds_levels and not self.codebook.holds_levels:
+            name = type(self.codebook).__name__
+            raise ConfigError(
+                f"solver.refit=false keeps the levels of the start, and codebook {name} fits them "
+                "whenever it codes a column; use solver.refit=true"
+            )
+        self._check_thresholding()
         if self.select not in SELECTIONS:
             raise ConfigError(one_of("reservation's select", self.select, SELECTIONS))
         if self.allocated:
@@ -67,6 +75,31 @@ class Recipe:
             raise ConfigError(
                 "this codebook cannot leave entries out; use reservation=none, or codebook=kmeans"
             )
+
+    def _check_thresholding(self) -> None:
+        """Refuse a solver and a codebook that cannot move reserved entries, if these must move."""
+        thresholding = self.reservation.thresholding
+        if thresholding is None:
+            return
+        if not self.solver.moves_reserved:
+            raise ConfigError(
+                f"reservation=iht chooses entries while the matrix is solved, and solver "
+                f"{type(self.solver).__name__} cannot; use solver=quantease, or reservation=hessian"
+            )
+        if self.codebook.reserves and not self.codebook.holds_levels:
+            raise ConfigError(
+                f"reservation=iht needs a codebook that can hold its levels, and codebook "
+                f"{type(self.codebook).__name__} cannot; use codebook=kmeans"
+            )
+        if thresholding.whole_columns and self.solver.holds_levels:
+            raise ConfigError(
+                "reservation.whole_columns=true needs levels that are fitted again, for a column "
+                "that is reserved at first has none; use solver.refit=true"
+            )
+
+    def nearest(self) -> Recipe:
+        """Return the recipe that codes each column for itself, with what is reserved at first."""
+        return replace(self, solver=Nearest(), reservation=Planned(self.reservation))
 
     @property
     def select(self) -> str:
@@ -91,7 +124,7 @@ class Recipe:
         bits, reserved = self.precision.plan(statistics), self.reservation.plan(statistics)
         _check_plan(self.precision, bits, torch.uint8, columns, (1, MAX_BITS))
         _check_plan(self.reservation, reserved, torch.int64, columns, (0, rows))
-        return ColumnPlan(bits, reserved, self.select)
+        return ColumnPlan(bits, reserved, self.select, self.reservation.thresholding)
 
 
 def quantize_weight(

@@ -73,7 +73,7 @@ def _prepare(
         if strict:
             raise NumericalError(f"{name}: strict=true, and {error}") from error
         prepared = replace(Nearest().prepare(moments), nearest="indefinite")
-        return replace(recipe, solver=Nearest()), prepared
+        return recipe.nearest(), prepared
 
 
 def solve_group(
@@ -99,15 +99,19 @@ def solve_group(
         if together is not None:
             each = (time.perf_counter() - started) / len(problems)
             return [(solved, each) for solved in together]
-        prepared = prepared.cpu()
+        prepared = prepared.at_hand() if recipe.solver.multiplies_on_device else prepared.cpu()
 
     def solve(problem: LinearProblem) -> tuple[Solved, float]:
-        started = time.perf_counter()
+        started, again, plan = time.perf_counter(), 0, plans.get(problem.name)
         try:
-            solved = quantize_weight(problem, prepared, recipe, plans.get(problem.name))
+            try:
+                solved = quantize_weight(problem, prepared, recipe, plan)
+            except torch.OutOfMemoryError:
+                again = 1
+                solved = quantize_weight(problem, prepared.cpu(), recipe, plan)
         except NumericalError as error:
             raise NumericalError(f"{problem.name}: {error}") from error
-        return replace(solved, retreats=retreats), time.perf_counter() - started
+        return replace(solved, retreats=retreats + again), time.perf_counter() - started
 
     threads = torch.get_num_threads()
     each = max(1, threads // len(problems))

@@ -198,7 +198,8 @@ def _quantize(shape: Shape) -> Cost:
     passed = sizes.block + sizes.hidden + sizes.entering + sizes.beside
     crossed = sizes.beside > 0
     if shape.on_gpu:
-        passed += max(_on_gpu(sizes.linears, crossed=crossed), _on_gpu(sizes.ends, crossed=False))
+        linears = _on_gpu(sizes.linears, crossed=crossed, work=sizes.work)
+        passed += max(linears, _on_gpu(sizes.ends, crossed=False))
     solved = max(
         _solving(sizes.linears, shape.threads, sizes.groups, crossed=crossed, work=sizes.work),
         _solving(sizes.ends, 1, work=(0.0, COPY)),
@@ -256,13 +257,15 @@ def _solving(
     return most
 
 
-def _on_gpu(linears: Iterable[Linear], *, crossed: bool) -> float:
+def _on_gpu(
+    linears: Iterable[Linear], *, crossed: bool, work: tuple[float, float] = (0.0, 0.0)
+) -> float:
     """Return the bytes of a group on a GPU: Hessian, factor and inverse, and its columns.
 
-    crossed: as of `_solving`.
+    crossed, work: as of `_solving`.
     """
-    square = 36.0 if crossed else 24.0
-    taken = (square * li.columns**2 + 12.0 * li.rows * li.columns for li in linears)
+    square, matrices = 24.0 + 12.0 * crossed + 4 * work[0], 12.0 + 4 * work[1]
+    taken = (square * li.columns**2 + matrices * li.rows * li.columns for li in linears)
     return max(taken, default=0.0)
 
 

@@ -50,6 +50,8 @@ LATER = {  # and what stands for nothing; a field before its group, which may go
     "codebook.zero_point": "whole",
     "codebook.clip": "minmax",
     "objective": {"name": "plain"},
+    "solver.refit": True,
+    "solver.escape_every": 0,
 }
 _ABSENT = object()
 LOOK_SECONDS = 0.3  # in which `is_held` elsewhere lets go of a lock again

@@ -76,6 +76,7 @@ NEEDS = {
         for end in ("embedding", "head")
     },
     "codebook/row_kmeans.yaml": ["precision=fixed", "precision.bits=4"],
+    "reservation/iht.yaml": ["solver=quantease"],
     "codebook/svid.yaml": ["precision=fixed", "precision.bits=1", "reservation=none"],
 }
 

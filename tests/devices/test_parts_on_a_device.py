@@ -6,6 +6,7 @@ What is compared takes the same inputs and one step, so that nothing hangs on a 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pretend_device
 import pytest
@@ -27,13 +28,16 @@ from claq_exp.models.stream import StreamedModel, WholeModel
 from claq_exp.number_formats.encoding import round_values
 from claq_exp.number_formats.formats import E2M1, LEARNED, BlockFormat
 from claq_exp.number_formats.table import FormatCodebooks
-from claq_exp.quantize.codebook import KMeans, Uniform
+from claq_exp.quantize.codebook import KMeans, RowKMeans, Uniform
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
-from claq_exp.quantize.recipe import Recipe
-from claq_exp.quantize.reservation import NoReservation
-from claq_exp.quantize.solver import Gptq, Nearest
+from claq_exp.quantize.problem import LinearProblem
+from claq_exp.quantize.recipe import Recipe, quantize_weight
+from claq_exp.quantize.reservation import Iht, NoReservation
+from claq_exp.quantize.solver import Gptq, Nearest, QuantEase
 from claq_exp.quantize.solver import device as solver_device
+from claq_exp.quantize.solver.base import Prepared
+from claq_exp.quantize.solver.columns import GroupedSystem
 from claq_exp.run.quantize import quantize_model
 from claq_exp.run.solve import solve_linears
 from claq_exp.run.watcher import Watcher
@@ -318,3 +322,76 @@ def test_generation_stays_on_the_device(pretend):
 def test_a_whole_model_knows_its_device(pretend):
     assert WholeModel(tiny_llama().to(pretend)).device.type == pretend
     assert isinstance(tiny_llama().to(pretend).get_input_embeddings(), nn.Embedding)
+
+
+def sweeping(**fields: object) -> Recipe:
+    return Recipe(KMeans(), Fixed(2), NoReservation(), QuantEase(block_size=5, **fields))
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        sweeping(),
+        sweeping(start="nearest"),
+        sweeping(sweeps=5, escape_every=3, refit=False),
+        replace(sweeping(), reservation=Iht(0.1)),
+        replace(sweeping(), reservation=Iht(0.1, step="matrix"), codebook=RowKMeans()),
+    ],
+    ids=str,
+)
+def test_sweeps_multiply_on_a_device_and_code_on_the_cpu(pretend, recipe):
+    problem = LinearProblem(gaussian(24, 50), moments_of(gaussian(90, 50, seed=1)).single())
+    prepared = recipe.solver.prepare(Moments(problem.hessian))
+    there = on_device(prepared, pretend)
+    expected = quantize_weight(problem, prepared, recipe)
+    with pretend_device.traffic() as seen:
+        found = quantize_weight(problem, there, recipe)
+    assert found.quantized.codes.device.type == "cpu"
+    assert torch.equal(found.quantized.dequantize(), expected.quantized.dequantize())
+    assert found.output_error == expected.output_error
+    assert seen.bytes_down > 3 * 4 * 24 * 50  # columns went there and back
+
+
+def on_device(prepared: Prepared, device: str) -> Prepared:
+    """The same with its matrices on a device."""
+    if isinstance(prepared, GroupedSystem):
+        return replace(prepared, parts=tuple(on_device(part, device) for part in prepared.parts))
+    matrices = ("hessian", "lost", "inverse_factor", "correction")
+    there = {name: getattr(prepared, name) for name in matrices}
+    return replace(prepared, **{n: m if m is None else m.to(device) for n, m in there.items()})
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_asymmetric_sweeps_of_groups_multiply_on_a_device(pretend, groups):
+    hessians = torch.stack([moments_of(gaussian(90, 20, seed=s)).single() for s in range(groups)])
+    crosses = torch.stack([0.1 * gaussian(20, 20, seed=s).double() for s in range(groups)])
+    recipe, weight = sweeping(asymmetric=0.5, sweeps=4, escape_every=3), gaussian(24, 20)
+    prepared = recipe.solver.prepare(Moments(hessians, crosses, 90))
+    problem = LinearProblem(weight, hessians)
+    expected = quantize_weight(problem, prepared, recipe)
+    found = quantize_weight(problem, on_device(prepared, pretend), recipe)
+    assert torch.equal(found.quantized.dequantize(), expected.quantized.dequantize())
+
+
+def test_linears_that_share_an_input_are_prepared_and_multiplied_on_a_device(pretend):
+    weights = {"layer": gaussian(24, 50), "other": gaussian(7, 50, seed=2)}
+    inputs = gaussian(90, 50, seed=1)
+    expected = solve_linears(weights, moments_of(inputs), sweeping())
+    with pretend_device.traffic() as seen:
+        found = solve_linears(weights, moments_of(inputs), sweeping(), device=torch.device(pretend))
+    for (ours, _), (theirs, _) in zip(found, expected, strict=True):
+        assert ours.output_error == pytest.approx(theirs.output_error, rel=0.05)
+        assert not ours.retreats
+    assert seen.bytes_down < 4 * 50**2 * 10  # neither Hessian nor factor came down as a whole
+    assert seen.bytes_up > 3 * 4 * 31 * 50
+
+
+def test_a_device_without_memory_for_sweeps_leaves_them_to_the_cpu(pretend):
+    weights, inputs = {"layer": gaussian(200, 40)}, gaussian(90, 40)
+    ((expected, _),) = solve_linears(weights, moments_of(inputs), sweeping())
+    with pretend_device.memory(9 * 40**2 * 8):  # for the Hessian and its factor alone
+        ((found, _),) = solve_linears(
+            weights, moments_of(inputs), sweeping(), device=torch.device(pretend)
+        )
+    assert found.retreats == 1
+    assert found.output_error == pytest.approx(expected.output_error, rel=0.05)

@@ -16,6 +16,8 @@ SHARED = {"common.py", "device_time.py", "gpu_report.py", "tiny_model.py"}
 OF_A_GPU = {path.name for path in BENCHMARKS.glob("gpu_*.py")} - SHARED  # test_gpu_check.py
 MINIATURES = {  # script -> further words, and the least lines of figures
     "column_loop.py": ([], 1),
+    "column_sweep.py": ([], 2),
+    "layer_losses.py": ([], 2),
     "evaluation.py": ([], 1),
     "ledger.py": ([], 1),
     "model_solve.py": ([], 4),

@@ -52,22 +52,29 @@ def damped_loss(
 
 
 def searched(
-    weight: np.ndarray, hessian: np.ndarray, start: np.ndarray, grids: np.ndarray, order: list[int]
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    start: np.ndarray,
+    grids: np.ndarray,
+    order: list[int],
+    by_column: bool = False,
 ) -> tuple[np.ndarray, float]:
     """Sweep once in float64: try every level of every entry, summing the loss in full.
 
-    grids: [out, levels].  Returns the matrix, and by how much the second-best level lost at least.
+    grids: [out, levels]; [in, levels] by column.
+    Returns the matrix, and by how much the second-best level lost at least.
     """
     found, margin = start.copy(), np.inf
     for column, row in itertools.product(order, range(len(weight))):
         missed = found[row] - weight[row]
         losses = []
-        for level in grids[row]:
+        grid = grids[column if by_column else row]
+        for level in grid:
             missed[column] = level - weight[row, column]
             losses.append(missed @ hessian @ missed)
         first, second = np.sort(losses)[:2]
         margin = min(margin, (second - first) / first)
-        found[row, column] = grids[row][int(np.argmin(losses))]
+        found[row, column] = grid[int(np.argmin(losses))]
     return found, margin
 
 
@@ -108,6 +115,58 @@ def test_no_sweep_raises_the_loss_and_the_start_is_never_better(name):
     packed, dense = found.quantized.pack(), found.quantized.dequantize()
     assert torch.equal(unpack_weight(found.quantized.layout(), packed).dequantize(), dense)
     assert found.dead_columns == 1
+
+
+@pytest.mark.parametrize("start", ["gptq", "nearest"])
+@pytest.mark.parametrize("block_size", [1, 3, 128])
+def test_without_refit_codes_move_among_the_levels_of_the_start(start, block_size):
+    """The search tries every level of an entry's column; nothing else is free."""
+    weight, hessian = random_problem(rows=16, columns=10, seed=29)
+    loop = Nearest() if start == "nearest" else Gptq()
+    first = solved(weight, hessian, recipe(precision=Fixed(2), solver=loop)).quantized
+    exact = hessian.numpy() + 0.01 * hessian.diagonal().mean().item() * np.eye(10)
+    order = np.argsort(-hessian.diagonal().numpy(), kind="stable").tolist()
+    expected = first.dequantize().double().numpy()
+    levels = first.values.double().numpy()
+    moved = 0
+    for sweeps in (1, 2, 3):
+        before = expected
+        expected, margin = searched(weight.double().numpy(), exact, before, levels, order, True)
+        assert margin > 1e-4  # no rounding decides
+        moved += (before != expected).sum()
+        solver = QuantEase(start=start, sweeps=sweeps, block_size=block_size, refit=False)
+        found = solved(weight, hessian, recipe(precision=Fixed(2), solver=solver)).quantized
+        assert torch.equal(found.values, first.values)
+        assert np.array_equal(found.dequantize().double().numpy(), expected)
+    assert moved
+
+
+@pytest.mark.parametrize("name", CODEBOOK)
+def test_without_refit_levels_stay_and_the_loss_falls_all_the_same(name):
+    codebook = CODEBOOK[name]()
+    weight, hessian = random_problem(rows=30, columns=20, seed=4)
+    changes = {"reservation": FixedReservation(0.1)} if codebook.reserves else {}
+    chosen = recipe(codebook=codebook, precision=Fixed(BITS.get(name, 2)), **changes)
+    first = solved(weight, hessian, chosen)
+    losses = [damped_loss(weight, hessian, first, 0.01)]
+    for sweeps in (1, 2, 5):
+        solver = QuantEase(sweeps=sweeps, refit=False)
+        found = solved(weight, hessian, replace(chosen, solver=solver))
+        losses.append(damped_loss(weight, hessian, found, 0.01))
+    assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
+    assert losses[-1] < 0.999 * losses[0]
+    values = found.quantized.trainable()
+    assert len(values) > codebook.reserves
+    for leaf, there in first.quantized.trainable().items():
+        assert leaf == "reserved_values" or torch.equal(values[leaf], there), leaf
+
+
+def test_a_codebook_that_cannot_hold_its_levels_is_refused_without_refit():
+    class Fitting(KMeans):
+        holds_levels = False
+
+    with pytest.raises(ConfigError, match=r"refit=false.*Fitting.*solver.refit=true"):
+        recipe(codebook=Fitting(), solver=QuantEase(refit=False))
 
 
 @settings(max_examples=25, deadline=None)

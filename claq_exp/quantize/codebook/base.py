@@ -71,6 +71,23 @@ class ColumnQuantizer(Protocol):
         """
         raise ValueError("a quantizer whose levels are not free")
 
+    def hold(self, held: bool = True) -> None:
+        """Keep the levels as they are, once every column is done, while columns are coded again.
+
+        held: false lets the codebook fit them again.
+        Raises ValueError where the codebook is none that `holds_levels`.
+        """
+        raise ValueError("a quantizer that fits levels whenever it codes")
+
+    def reserve(self, places: Tensor | None) -> None:
+        """Reserve these entries from now on, and none that the plan says; code all columns again.
+
+        places: [in, out] bool, in the matrix's own order; None for as many as planned, as each
+            column is when it is coded.
+        Raises ValueError where the codebook is none that `holds_levels` and `reserves`.
+        """
+        raise ValueError("a quantizer that chooses itself which entries are reserved")
+
 
 @dataclass(frozen=True)
 class DeviceRule:
@@ -89,11 +106,14 @@ class Codebook(Protocol):
     reserves: works with reserved entries.
     relative_cost: its time for a column over that of kmeans, for estimates.
     free_levels: every level of its tables may be any number of float16, whatever the others are.
+    holds_levels: its quantizers can `hold` the levels that they have, and can `reserve` given
+        entries where the codebook `reserves`.
     """
 
     mixed_widths: ClassVar[bool]
     reserves: ClassVar[bool]
     relative_cost: ClassVar[float] = 1.0
+    holds_levels: ClassVar[bool] = False
 
     @property
     def free_levels(self) -> bool:

@@ -38,6 +38,7 @@ class BlockCodebook(Codebook, ABC):
 
     mixed_widths: ClassVar[bool] = False
     reserves: ClassVar[bool] = False
+    holds_levels: ClassVar[bool] = True
     bits: ClassVar[int | None] = None  # of a code, where the format has just one width
 
     @abstractmethod

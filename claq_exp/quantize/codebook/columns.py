@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,11 +48,11 @@ class CompiledColumns(ColumnQuantizer):
         snap: tuple[str, int] | None = None,
     ) -> None:
         rows, columns = statistics.shape
-        self._snap = snap
+        self._snap, self._rule = snap, rule
         self._set = torch.zeros(0) if snap is None else level_set(*snap)
         self._books = {width: book.half() for width, book in (books or {}).items()}
         self._row_scales = row_scales
-        self._plan = plan
+        self._plan = self._planned = plan
         offsets = np.zeros(columns + 1, dtype=np.int64)
         np.cumsum(plan.reserved_counts.numpy(), out=offsets[1:])
         padded = np.zeros((9, 256), dtype=np.float32)
@@ -133,8 +135,17 @@ class CompiledColumns(ColumnQuantizer):
         ranked, rank = ascending(np.where(used, levels.numpy(), np.inf))
         task.levels[:] = np.where(used, ranked, 0)
         task.codes[:] = np.take_along_axis(rank, task.codes, axis=1)
+        self._rule = SETTLED
         self._task = task._replace(rule=SETTLED, placed=True)
         clear_reserved(task)
+
+    def hold(self, held: bool = True) -> None:
+        """Keep the levels, see ColumnQuantizer; which entries are reserved may still change."""
+        self._task = self._task._replace(rule=SETTLED if held else self._rule)
+
+    def reserve(self, places: Tensor | None) -> None:
+        """Reserve these entries, see ColumnQuantizer."""
+        self._plan, self._task = placed(places, self._planned, self._task)
 
 
 def free_entries(task: ColumnTask | RowTask) -> Tensor:
@@ -151,6 +162,22 @@ def clear_reserved(task: ColumnTask | RowTask) -> None:
 
 def _reserved_columns(task: ColumnTask | RowTask) -> NDArray[np.int64]:
     return np.repeat(np.arange(len(task.codes)), np.diff(task.offsets))
+
+
+def placed(places: Tensor | None, plan: ColumnPlan, task: Any) -> tuple[ColumnPlan, Any]:
+    """Return a plan and a task that reserve given entries, [in, out] bool, or the plan's.
+
+    task: with `offsets`, `rows`, `kept` and `placed` as those of `ColumnTask`.
+    """
+    counts = plan.reserved_counts if places is None else places.sum(dim=1)
+    offsets = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts.numpy(), out=offsets[1:])
+    rows = np.zeros(offsets[-1], dtype=np.int64)
+    if places is not None:
+        rows[:] = places.nonzero()[:, 1].numpy()
+    kept = np.zeros(offsets[-1], dtype=np.float32)
+    task = task._replace(offsets=offsets, rows=rows, kept=kept, placed=places is not None)
+    return replace(plan, reserved_counts=counts), task
 
 
 def ascending(levels: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
@@ -180,6 +207,9 @@ class FixedColumns(ColumnQuantizer, ABC):
         self._plan = plan
         self._codes = np.zeros((len(plan.column_bits), rows), dtype=np.uint8)
 
+    def hold(self, held: bool = True) -> None:
+        """Do nothing: no level changes, see ColumnQuantizer."""
+
     def coded(self) -> tuple[Tensor, Tensor, Reserved]:
         """Return codes [out, in] uint8, their widths and no reserved entries."""
         codes = torch.from_numpy(self._codes).t()
@@ -195,7 +225,8 @@ class PythonColumns(ColumnQuantizer, ABC):
     def __init__(self, statistics: ColumnStatistics, plan: ColumnPlan) -> None:
         self.rows, columns = statistics.shape
         self._codes = np.zeros((columns, self.rows), dtype=np.uint8)
-        self._plan = plan
+        self._plan = self._planned = plan
+        self._places: Tensor | None = None
         self._kept: list[tuple[NDArray[np.int64], NDArray[np.float16]]] = [
             (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float16))
         ] * columns
@@ -216,8 +247,11 @@ class PythonColumns(ColumnQuantizer, ABC):
     def code_column(self, column: int, values: NDArray[np.float32]) -> NDArray[np.float32]:
         """Reserve entries of a column and code the others, see ColumnQuantizer."""
         chosen = np.empty(self.rows, dtype=bool)
-        count = int(self._plan.reserved_counts[column])
-        choose_reserved(values, count, self._plan.select == "tails", chosen)
+        if self._places is not None:
+            chosen[:] = self._places[column].numpy()
+        else:
+            count = int(self._plan.reserved_counts[column])
+            choose_reserved(values, count, self._plan.select == "tails", chosen)
         rows = np.flatnonzero(chosen)
         codes, quantized = self.quantize(column, values, rows)
         with np.errstate(over="ignore"):  # `reserved` refuses an infinite one
@@ -227,6 +261,11 @@ class PythonColumns(ColumnQuantizer, ABC):
         quantized = quantized.astype(np.float32)
         quantized[rows] = kept
         return quantized
+
+    def reserve(self, places: Tensor | None) -> None:
+        """Reserve these entries, see ColumnQuantizer."""
+        counts = self._planned.reserved_counts if places is None else places.sum(dim=1)
+        self._plan, self._places = replace(self._planned, reserved_counts=counts), places
 
     def coded(self) -> tuple[Tensor, Tensor, Reserved]:
         """Return codes [out, in] uint8, their widths and the entries that stay in float16."""

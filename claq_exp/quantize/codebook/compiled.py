@@ -115,6 +115,14 @@ class FormatTask(NamedTuple):
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
+def stretch(book, scale, shift, levels):  # type: ignore[no-untyped-def]
+    """Write scale * book + shift: all float32, a book of as many entries or more."""
+    for entry in range(len(levels)):
+        levels[entry] = scale * book[entry]
+        levels[entry] += shift
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
 def find_levels(values, weights, rule, book, level_set, levels):  # type: ignore[no-untyped-def]
     """Write the levels of one column, ascending; return its (scale, shift).
 
@@ -127,9 +135,7 @@ def find_levels(values, weights, rule, book, level_set, levels):  # type: ignore
     if rule >= SHARED:
         scale, shift = fit_scale_and_shift(values, weights, book, rule - SHARED)
         scale, shift = round_half(np.float32(scale)), round_half(np.float32(shift))
-        for entry in range(len(levels)):
-            levels[entry] = scale * book[entry]
-            levels[entry] += shift
+        stretch(book, scale, shift, levels)
         return scale, shift
     centroids = np.empty(len(levels))
     if rule == EXACT:
@@ -207,8 +213,10 @@ def code_with_levels(values, column, task, quantized):  # type: ignore[no-untype
     width = np.int64(task.bits[column])
     entries = 1 << width
     levels = np.empty(entries, dtype=np.float32)
-    if task.rule == SETTLED:
+    if task.rule == SETTLED and task.levels.shape[1]:
         levels[:] = task.levels[column, :entries]
+    elif task.rule == SETTLED:
+        stretch(task.books[width], task.scales[column, 0], task.scales[column, 1], levels)
     else:
         book = task.books[width, :entries]
         scale, shift = find_levels(quantized, weights, task.rule, book, task.level_set, levels)

@@ -23,8 +23,8 @@ from claq_exp.payload.stored import HALF, HALF_MAX, MAX_BITS
 from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.codebook.base import Codebook, ColumnQuantizer
 from claq_exp.quantize.codebook.basics import assign_codes, choose_reserved, round_half
-from claq_exp.quantize.codebook.columns import reserved_entries
-from claq_exp.quantize.codebook.compiled import codes, keep_reserved
+from claq_exp.quantize.codebook.columns import placed, reserved_entries
+from claq_exp.quantize.codebook.compiled import codes, keep_reserved, mark_placed
 from claq_exp.quantize.codebook.table_fit import (
     CLIPS,
     NO_MASK,
@@ -56,6 +56,7 @@ class GroupTableCodebook(Codebook):
 
     mixed_widths: ClassVar[bool] = True
     reserves: ClassVar[bool] = True
+    holds_levels: ClassVar[bool] = True
 
     group_size: int = 32
     scale_bits: int = HALF
@@ -252,7 +253,7 @@ class TableTask(NamedTuple):
     scales: [groups, out] float32.
     group_of: [in] int64.
     offsets: [in + 1] int64, where a column's reserved entries go.
-    tails: as of `ColumnTask`.
+    tails, placed: as of `ColumnTask`.
 
     codes: [in, out] uint8, rows: [reserved] int64 and kept: [reserved] float32 are written.
     """
@@ -264,6 +265,7 @@ class TableTask(NamedTuple):
     group_of: NDArray[np.int64]
     offsets: NDArray[np.int64]
     tails: bool
+    placed: bool
     codes: NDArray[np.uint8]
     rows: NDArray[np.int64]
     kept: NDArray[np.float32]
@@ -276,7 +278,10 @@ def code_on_table(values, column, task, quantized):  # type: ignore[no-untyped-d
     rows = len(values)
     chosen = np.empty(rows, dtype=np.bool_)
     start, stop = task.offsets[column], task.offsets[column + 1]
-    choose_reserved(values, stop - start, task.tails, chosen)
+    if task.placed:
+        mark_placed(task.rows[start:stop], chosen)
+    else:
+        choose_reserved(values, stop - start, task.tails, chosen)
     scale, written = task.scales[task.group_of[column]], task.codes[column]
     table = task.levels[task.which[column], : task.entries[task.which[column]]]
     for row in range(rows):
@@ -305,7 +310,7 @@ class TableColumns(ColumnQuantizer):
         scales: Tensor,
         by_row: RowIntegers | None,
     ) -> None:
-        self._plan, self._layout = plan, layout
+        self._plan, self._planned, self._layout = plan, plan, layout
         self._tables, self._scales, self._by_row = tables, scales, by_row
         grouped = Grouped.of(plan.column_bits, layout.group_size)
         levels = np.zeros((len(tables), len(tables[-1])), dtype=np.float32)
@@ -321,6 +326,7 @@ class TableColumns(ColumnQuantizer):
             group_of=grouped.group_of.numpy(),
             offsets=offsets,
             tails=plan.select == "tails",
+            placed=False,
             codes=np.zeros((layout.columns, layout.rows), dtype=np.uint8),
             rows=np.zeros(offsets[-1], dtype=np.int64),
             kept=np.zeros(offsets[-1], dtype=np.float32),
@@ -335,6 +341,13 @@ class TableColumns(ColumnQuantizer):
         quantized = np.empty_like(values)
         code_on_table(values, column, self._task, quantized)
         return quantized
+
+    def hold(self, held: bool = True) -> None:
+        """Do nothing: table and scales are fixed before, see ColumnQuantizer."""
+
+    def reserve(self, places: Tensor | None) -> None:
+        """Reserve these entries, see ColumnQuantizer."""
+        self._plan, self._task = placed(places, self._planned, self._task)
 
     def payload(self) -> GroupTable:
         """Return codes, tables and scales, and the entries that stay in float16."""

@@ -48,6 +48,7 @@ class KMeans(Codebook):
 
     mixed_widths: ClassVar[bool] = True
     reserves: ClassVar[bool] = True
+    holds_levels: ClassVar[bool] = True
     rule: ClassVar[int] = KMEANS
 
     fit_reserved: bool = False

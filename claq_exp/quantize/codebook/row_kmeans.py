@@ -19,6 +19,7 @@ from claq_exp.quantize.codebook.columns import (
     ascending,
     clear_reserved,
     free_entries,
+    placed,
     reserved_entries,
 )
 from claq_exp.quantize.codebook.compiled import EXACT, KMEANS
@@ -52,6 +53,7 @@ class RowKMeans(Codebook):
 
     mixed_widths: ClassVar[bool] = False
     reserves: ClassVar[bool] = True
+    holds_levels: ClassVar[bool] = True
 
     price: str = INVERSE
     power: float = 3.0
@@ -117,7 +119,7 @@ class RowColumns(ColumnQuantizer):
     """The codes found so far on levels of rows, [out, 2**bits] float32 of float16 values."""
 
     def __init__(self, plan: ColumnPlan, levels: NDArray[np.float32]) -> None:
-        self._plan = plan
+        self._plan = self._planned = plan
         columns = len(plan.column_bits)
         offsets = np.zeros(columns + 1, dtype=np.int64)
         np.cumsum(plan.reserved_counts.numpy(), out=offsets[1:])
@@ -166,6 +168,13 @@ class RowColumns(ColumnQuantizer):
         task.codes[:] = np.take_along_axis(rank.T, task.codes, axis=0)
         self._task = task._replace(placed=True)
         clear_reserved(task)
+
+    def hold(self, held: bool = True) -> None:
+        """Do nothing: the levels of rows are fixed before, see ColumnQuantizer."""
+
+    def reserve(self, places: Tensor | None) -> None:
+        """Reserve these entries, see ColumnQuantizer."""
+        self._plan, self._task = placed(places, self._planned, self._task)
 
 
 def borders_of(levels: NDArray[np.float32]) -> NDArray[np.float32]:

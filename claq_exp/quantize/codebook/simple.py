@@ -25,6 +25,7 @@ class Quantile(Codebook):
 
     mixed_widths: ClassVar[bool] = True
     reserves: ClassVar[bool] = True
+    holds_levels: ClassVar[bool] = True
 
     def layout(self, rows: int, plan: ColumnPlan) -> Layout:
         """Return how a matrix of so many rows is stored with a plan."""
@@ -44,6 +45,7 @@ class UniformColumn(Codebook):
 
     mixed_widths: ClassVar[bool] = True
     reserves: ClassVar[bool] = True
+    holds_levels: ClassVar[bool] = True
 
     def layout(self, rows: int, plan: ColumnPlan) -> Layout:
         """Return how a matrix of so many rows is stored with a plan."""
@@ -65,6 +67,7 @@ class NormalFloat(Codebook):
 
     mixed_widths: ClassVar[bool] = True
     reserves: ClassVar[bool] = True
+    holds_levels: ClassVar[bool] = True
 
     def layout(self, rows: int, plan: ColumnPlan) -> Layout:
         """Return how a matrix of so many rows is stored with a plan."""

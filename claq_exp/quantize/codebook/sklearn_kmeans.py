@@ -36,6 +36,7 @@ class SklearnKMeans(Codebook):
 
     mixed_widths: ClassVar[bool] = True
     reserves: ClassVar[bool] = True
+    holds_levels: ClassVar[bool] = True
     relative_cost: ClassVar[float] = 12.0
 
     seed: int = 10
@@ -69,19 +70,26 @@ class SklearnColumns(PythonColumns):
         shape = (len(self._entries), max(self._entries))
         self._centroids = np.zeros(shape, dtype=np.float16)
         self._threads: ThreadpoolController | None = None
+        self._held = False
         self.unconverged = 0
+
+    def hold(self, held: bool = True) -> None:
+        """Keep the centroids, see ColumnQuantizer."""
+        self._held = held
 
     def quantize(
         self, column: int, values: NDArray[np.float32], reserved: NDArray[np.int64]
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
         """Fit the column's codebook and code the column; see PythonColumns."""
         entries = self._entries[column]
-        fitted = values if self._rule.fit_reserved else np.delete(values, reserved)
-        with np.errstate(over="ignore"):  # an infinite level is refused with the whole matrix
-            found = self._fit(fitted, entries).astype(np.float16)
-        centroids = np.pad(found, (0, entries - len(found)), mode="edge")
-        self._centroids[column, :entries] = centroids
-        levels = centroids.astype(np.float32)
+        if not self._held:
+            fitted = values if self._rule.fit_reserved else np.delete(values, reserved)
+            with np.errstate(over="ignore"):  # an infinite level is refused with the whole matrix
+                found = self._fit(fitted, entries).astype(np.float16)
+            self._centroids[column, :entries] = np.pad(
+                found, (0, entries - len(found)), mode="edge"
+            )
+        levels = self._centroids[column, :entries].astype(np.float32)
         codes = np.empty(self.rows, dtype=np.uint8)
         assign_codes(values, levels, codes)
         return codes, levels[codes]

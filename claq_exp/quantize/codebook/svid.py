@@ -35,6 +35,7 @@ class Svid(Codebook):
 
     mixed_widths: ClassVar[bool] = False
     reserves: ClassVar[bool] = False
+    holds_levels: ClassVar[bool] = True
     bits: ClassVar[int] = 1
 
     def check(self, bits: int) -> None:
@@ -71,6 +72,9 @@ class SignColumns(PythonColumns):
         positive = values >= 0
         sizes = (self._columns[column] * self._rows).clip(max=HALF_MAX)  # as dequantizing cuts it
         return positive.astype(np.uint8), np.where(positive, sizes, -sizes)
+
+    def hold(self, held: bool = True) -> None:
+        """Do nothing: the scales are fixed before, see ColumnQuantizer."""
 
     def payload(self) -> SignScales:
         """Return signs and scales."""

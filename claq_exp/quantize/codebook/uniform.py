@@ -45,6 +45,7 @@ class Uniform(Codebook):
 
     mixed_widths: ClassVar[bool] = False
     reserves: ClassVar[bool] = False
+    holds_levels: ClassVar[bool] = True
 
     group_size: int = 0
     zero_point: str = WHOLE

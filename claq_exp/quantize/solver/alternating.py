@@ -9,14 +9,16 @@ from torch import Tensor
 
 from claq_exp.errors import ConfigError
 from claq_exp.payload.stored import HALF_MAX
+from claq_exp.quantize.allocation import ColumnPlan
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.solver.columns import ColumnSystem
+from claq_exp.quantize.solver.descent import Descent
 from claq_exp.quantize.solver.level_fits import Assignment, column_steps, row_steps
-from claq_exp.quantize.solver.quantease import Descent, QuantEase
+from claq_exp.quantize.solver.sweeping import Sweeping
 
 
 @dataclass(frozen=True)
-class Alternating(QuantEase):
+class Alternating(Sweeping):
     """Alternate between the levels, all at once, and the codes, a column after the other.
 
     While the codes stay, the loss is a square in the levels, and their best is the solution of a
@@ -26,7 +28,7 @@ class Alternating(QuantEase):
     value.  So the loss, damped as GPTQ's, never rises.
 
     rounds: of levels and codes.  sweeps: over all columns, in each round.
-    The other fields are those of `QuantEase`.  Matrices whose codebook an allocation chose, and
+    The other fields are those of `Sweeping`.  Matrices whose codebook an allocation chose, and
     whose levels are not free, get the sweeps of `QuantEase`.
 
     Source: LNQ (GuidedQuant, arXiv 2505.07004, appendix), for tables of rows.
@@ -46,7 +48,7 @@ class Alternating(QuantEase):
 
     @property
     def work(self) -> tuple[int, int]:
-        """Two matrices of codes, slopes, products and the new values beside QuantEase's."""
+        """Two matrices of codes, slopes, products and the new values beside those of sweeps."""
         squares, matrices = super().work
         return squares, matrices + 8
 
@@ -64,9 +66,9 @@ class Alternating(QuantEase):
         """Order the columns and factorize the mean over groups, see Solver."""
         return self._system(moments, self._order(moments))
 
-    def _descend(self, descent: Descent) -> None:
+    def _descend(self, descent: Descent, plan: ColumnPlan) -> None:
         if descent.quantizer.tables() is None:
-            super()._descend(descent)
+            descent.sweeps(self.sweeps)
             return
         for _ in range(self.rounds):
             moved = fit_levels(descent)
@@ -83,7 +85,7 @@ def fit_levels(descent: Descent) -> bool:
     codes, coded = (part.index_select(0, order) for part in (tables.codes, tables.free))
     alive = ~descent.system.dead[order]
     assigned = Assignment(descent.system.hessian, codes.long(), coded & alive[:, None])
-    slope = descent.slope(slice(None))
+    slope = descent.slope()
     entries = tables.levels.shape[1]
     if tables.by_row:
         levels = rounded(tables.levels + row_steps(assigned, slope, entries))

@@ -53,6 +53,15 @@ class Prepared:
             moved[field.name] = value.cpu() if isinstance(value, Tensor) else value
         return replace(self, **moved)
 
+    def at_hand(self) -> Self:
+        """Return the same with its vectors on the CPU; matrices stay where they are."""
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor) and value.dim() < 2:
+                moved[field.name] = value.cpu()
+        return replace(self, **moved)
+
     @cached_property
     def outline(self) -> Prepared:
         """What is said above, on the CPU, without a solver's own."""
@@ -123,6 +132,21 @@ class Solver(Protocol):
         return False
 
     @property
+    def holds_levels(self) -> bool:
+        """Whether quantizers must `hold` their levels: refused with codebooks that cannot."""
+        return False
+
+    @property
+    def moves_reserved(self) -> bool:
+        """Whether the solver moves reserved entries where the plan has a `thresholding`."""
+        return False
+
+    @property
+    def multiplies_on_device(self) -> bool:
+        """Whether `solve` takes what is prepared with its matrices on a device, see `at_hand`."""
+        return False
+
+    @property
     def wants(self) -> frozenset[str]:
         """What the moments of inputs must hold beside a plain Hessian.
 
@@ -151,7 +175,8 @@ class Solver(Protocol):
     def solve(self, problem: LinearProblem, prepared: Any, plan: MatrixPlan) -> Solved:
         """Quantize one matrix on the CPU.
 
-        prepared: of `prepare`, on the CPU.  plan: the codebook, widths and reserved entries.
+        prepared: of `prepare`, on the CPU, or `at_hand` where the solver `multiplies_on_device`.
+        plan: the codebook, widths and reserved entries.
         The problem has no Hessian any more where `prepare` has used it up.
         Raises NumericalError when a level or reserved value does not fit float16.
         """

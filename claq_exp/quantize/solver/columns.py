@@ -79,6 +79,11 @@ class GroupedSystem(Prepared):
         """Return the same on the CPU."""
         return replace(super().cpu(), parts=tuple(part.cpu() for part in self.parts))
 
+    def at_hand(self) -> GroupedSystem:
+        """Return the same with its vectors on the CPU, see `Prepared`."""
+        parts = tuple(part.at_hand() for part in self.parts)
+        return replace(super().at_hand(), parts=parts, group_shares=self.group_shares.cpu())
+
     def statistics(
         self, problem: LinearProblem, row_weights: Tensor | None = None
     ) -> ColumnStatistics:
@@ -114,6 +119,7 @@ def quantize_columns(
     """Quantize column after column, spreading each column's error over the columns that follow.
 
     weight: [out, in] float32.  quantizer: keeps what is found.
+    system: with its vectors on the CPU; where its matrices are, they are multiplied.
     coded: [in, out] float32, overwritten by the columns as they were coded, in visiting order.
     With e_j = (w_j - q_j) / U_jj, every later column k becomes w_k - U_jk e_j (GPTQ, arXiv
     2210.17323, eq. 3 and Algorithm 1).  A column gathers the errors inside its block when its turn
@@ -125,6 +131,8 @@ def quantize_columns(
     """
     order, parts = system.order.numpy(), parts_of(system, len(weight))
     work = weight.t().index_select(0, system.order)  # a column is one stretch
+    for part, _ in parts:
+        work = work if part.inverse_factor is None else work.to(part.inverse_factor.device)
     for part, rows in parts:
         if part.correction is not None:
             shift_(work[:, rows], part.correction)
@@ -135,7 +143,7 @@ def quantize_columns(
     with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) as helper:
         for start in range(0, len(order), step):
             stop = min(start + step, len(order))
-            errors = work[start:stop]
+            errors = work[start:stop].cpu()
             inside = _inside(parts, slice(start, stop))
             seen = NOTHING if coded is None else coded[start:stop].numpy()
             _quantize_block(quantizer, order[start:stop], errors.numpy(), inside.numpy(), seen)
@@ -144,6 +152,9 @@ def quantize_columns(
             loss += float(errors.square().sum(dtype=torch.float64))
             if behind is not None:
                 behind.result()
+            if work.device != errors.device:
+                work[start:stop] = errors
+                errors = work[start:stop]
             following = min(stop + step, len(order))
             _spread(work, errors, parts, slice(start, stop), slice(stop, following))
             behind = helper.submit(
@@ -156,7 +167,7 @@ def _inside(parts: Sequence[tuple[ColumnSystem, slice]], block: slice) -> Tensor
     """Return the transposed factors of a block: [groups, block, block]; [1, 0, 0] without any."""
     factors = [part.inverse_factor for part, _ in parts]
     found = [factor[block, block].t() for factor in factors if factor is not None]
-    return torch.stack(found) if found else torch.zeros(1, 0, 0)
+    return torch.stack(found).cpu() if found else torch.zeros(1, 0, 0)
 
 
 def shift_(work: Tensor, correction: Tensor) -> None:
@@ -219,6 +230,13 @@ def _quantize_block(
         current -= quantizer.code_column(column, current)
         for own, factor in zip(groups, lower, strict=True):
             own[position] /= factor[position, position] if len(factor) else 1.0
+
+
+def recode(
+    quantizer: ColumnQuantizer, columns: NDArray[np.int64], values: NDArray[np.float32]
+) -> None:
+    """Code columns as they are given: [some] of the matrix, and [some, out] of theirs."""
+    _quantize_block(quantizer, columns, values.copy(), NOTHING[None], NOTHING)
 
 
 def _spread(
