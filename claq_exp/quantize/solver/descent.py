@@ -20,7 +20,7 @@ from claq_exp.quantize.solver.compiled import (
     descend_block_of_groups,
 )
 from claq_exp.quantize.solver.thresholds import Thresholds, largest_eigenvalue
-from claq_exp.quantize.symmetric import bands
+from claq_exp.quantize.symmetric import bands, product
 
 BLOCKS = 4  # of columns that are one panel: products of more rows are faster
 
@@ -78,10 +78,7 @@ class Descent:
         self._parts: list[tuple[DescentSystem, slice]] = parts_of(system, len(weight))  # type: ignore[assignment]
         self._device = self._parts[0][0].hessian.device
         self._missed = (self.found - weight.t().index_select(0, order)).to(self._device)
-        self._wanted = [
-            None if part.lost is None else part.lost.t() @ weight[rows].t().to(self._device)
-            for part, rows in self._parts
-        ]
+        self._wanted = [self._wanted_of(part, weight[rows]) for part, rows in self._parts]
         self._block_size = self._parts[0][0].block_size
         self._panels = list(bands(len(self.found), BLOCKS * self._block_size))
         self._prices = torch.stack([part.hessian.diagonal().cpu() for part, _ in self._parts])
@@ -90,6 +87,12 @@ class Descent:
         self._swept = False  # whether that is so
         self._held = False
         self._places: Tensor | None = None  # of reserved entries; None for those planned
+
+    def _wanted_of(self, part: DescentSystem, weight: Tensor) -> Tensor | None:
+        """Return what an asymmetric solver wants of the columns: [in, out], of a group of rows."""
+        if part.lost is None:
+            return None
+        return product(part.lost.t(), weight.t().to(self._device), wide=part.wide)
 
     def _ratios_of(self, panel: slice) -> Tensor:
         """Return H_pk / H_pp of a panel, of each group of rows: [groups, panel, panel]."""
@@ -224,8 +227,9 @@ class Descent:
             for block in bands(len(best), self._block_size):
                 gained += self._descend(panel, block, best, ratios, weights.numpy())
                 later, moved = slice(block.stop, None), best[block]
-                for (_, rows), ratio in zip(self._parts, ratios, strict=True):
-                    best[later, rows] -= ratio[later, block] @ moved[:, rows]
+                for (part, rows), ratio in zip(self._parts, ratios, strict=True):
+                    across = product(ratio[later, block], moved[:, rows], wide=part.wide)
+                    best[later, rows] -= across
             self._missed[panel] += best.to(self._device)  # by now, how far the columns have moved
         self._swept = True
         return gained
@@ -262,16 +266,18 @@ class Descent:
             if wanted is not None:
                 best[:, rows] -= wanted[panel]
         best = best.cpu()
-        for (_, rows), price in zip(self._parts, self._prices, strict=True):
+        for (part, rows), price in zip(self._parts, self._prices, strict=True):
             own = best[:, rows]
-            torch.addcdiv(self.found[panel, rows], own, price[panel, None], value=-1, out=own)
+            exact = self.found[panel, rows], own, price[panel, None]
+            own.copy_(torch.addcdiv(*(map(Tensor.double, exact) if part.wide else exact), value=-1))
         return best
 
     def _product(self, panel: slice, columns: slice) -> Tensor:
         """Return what some columns are of (D H) in a panel: [panel, out]."""
         found = torch.zeros_like(self._missed[panel])
         for part, rows in self._parts:
-            found[:, rows] = part.hessian[panel, columns] @ self._missed[columns, rows]
+            missed = self._missed[columns, rows]
+            found[:, rows] = product(part.hessian[panel, columns], missed, wide=part.wide)
         return found
 
     def slope(self) -> Tensor:
@@ -294,10 +300,10 @@ class Descent:
     def loss(self) -> float:
         """Return tr(D (H + diag(added)) D^T) without dead columns."""
         total = 0.0
-        for panel, product in self._losses():
+        for panel, terms in self._losses():
             for part, rows in self._parts:
-                product[part.dead[part.order[panel]], rows] = 0.0
-            total += float(product.sum(dtype=torch.float64))
+                terms[part.dead[part.order[panel]], rows] = 0.0
+            total += float(terms.sum(dtype=torch.float64))
         return total
 
     def objective(self) -> float:
@@ -307,11 +313,11 @@ class Descent:
         solver wants of D.
         """
         total = 0.0
-        for panel, product in self._losses():
+        for panel, terms in self._losses():
             for (_, rows), wanted in zip(self._parts, self._wanted, strict=True):
                 if wanted is not None:
-                    product[:, rows] -= (2 * wanted[panel] * self._missed[panel, rows]).cpu()
-            total += float((product.sum(dim=0, dtype=torch.float64) * self.importance).sum())
+                    terms[:, rows] -= (2 * wanted[panel] * self._missed[panel, rows]).cpu()
+            total += float((terms.sum(dim=0, dtype=torch.float64) * self.importance).sum())
         return total
 
     def _losses(self) -> Iterator[tuple[slice, Tensor]]:
@@ -322,8 +328,8 @@ class Descent:
         for panel in self._panels:
             if not self._swept:
                 self._earlier[panel] = self._product(panel, slice(0, panel.start))
-            product = self._product(panel, panel).add_(self._earlier[panel], alpha=2)
-            yield panel, product.mul_(self._missed[panel]).cpu()
+            terms = self._product(panel, panel).add_(self._earlier[panel], alpha=2)
+            yield panel, terms.mul_(self._missed[panel]).cpu()
         self._swept = True
 
 
