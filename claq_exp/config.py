@@ -15,6 +15,7 @@ from claq_exp.calibration.windows import DRAWS
 from claq_exp.errors import ConfigError, check_choice, check_positive, check_whole, one_line, one_of
 from claq_exp.models.bos import BOS_RULES
 from claq_exp.models.source import ModelSource, check_name, source_name
+from claq_exp.models.wide import FLOAT64
 from claq_exp.quantize.activation import ACTIVATION, Activation
 from claq_exp.quantize.budget import BudgetConfig
 from claq_exp.quantize.codebook import CODEBOOK
@@ -107,6 +108,8 @@ class CalibrationConfig(DrawnText):
     bos: where the beginning-of-text token stands (`claq_exp.models.bos`).
     keep_in: type of hidden states between two blocks; auto is that of the forward passes up to 1
         GiB, and beyond it 16 bits, of the kind that the model is stored in.
+    float64: forward passes, Hessians, factors and products of the solver in float64, on a CPU.
+        Results are then the same on all processors; without, their last bits decide on much.
     """
 
     draw: str = "shuffled"
@@ -115,6 +118,7 @@ class CalibrationConfig(DrawnText):
     batch_size: int = 4
     bos: str = "auto"
     keep_in: str = AUTO
+    float64: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -347,6 +351,11 @@ class ExperimentConfig:
 
     def _strategy(self, family: str) -> Any:
         return make_strategy(family, FAMILIES[family], getattr(self, family))
+
+    @property
+    def calibrating_dtype(self) -> str:
+        """The type of forward passes while quantizing."""
+        return FLOAT64 if self.calibration.float64 else self.model.dtype
 
     def with_dtype(self, dtype: str) -> ExperimentConfig:
         """Return the same experiment with another `model.dtype`."""

@@ -23,6 +23,7 @@ from claq_exp.quantize.moments import CROSS, OUTPUT_GRADIENTS, Moments
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.solver.base import Prepared
 from claq_exp.quantize.statistics import ColumnStatistics
+from claq_exp.quantize.symmetric import product
 
 BACKWARD = 0.6  # of the survey's time, where gradients are asked for
 
@@ -70,7 +71,7 @@ def survey_model(
     if gradients:
         importance = _row_importance(model, batches, path, blocks, logits, on_share)
     share = (1 - BACKWARD * gradients) / (len(blocks) + (head is not None))
-    inputs = capture_inputs(blocked, batches)
+    inputs, wide = capture_inputs(blocked, batches), model.dtype == torch.float64
     statistics: dict[str, ColumnStatistics] = {}
     for index, block in enumerate(blocks):
         hidden, hessians = block_hessians(block, inputs[index], f"{path}.{index}", weights)
@@ -79,14 +80,15 @@ def survey_model(
             inputs[index + 1].hidden = hidden
         for measured in hessians:
             where = f"{path}.{index}.{measured.names[0]}"
-            prepared = _prepared(_moments(measured.hessian, solver), solver, where)
+            moments = _moments(measured.hessian, solver, wide=wide)
+            prepared = _prepared(moments, solver, where)
             for name in measured.names:
                 weight = linear_weight(block.get_submodule(name)).detach().to("cpu", torch.float32)
                 full_name = f"{path}.{index}.{name}"
                 distortion = prepared.distortion_weight * measured.share
                 if not gradients:
                     hessian = Moments(measured.hessian).single().float()
-                    whole = (weight @ hessian).mul_(weight).sum()
+                    whole = product(weight, hessian, wide=wide).mul_(weight).sum()
                     distortion = distortion / whole.clamp(min=torch.finfo(torch.float32).tiny)
                 statistics[full_name] = ColumnStatistics(
                     weight, distortion, prepared.order, full_name, importance.get(full_name)
@@ -116,9 +118,10 @@ def _prepared(moments: Moments, solver: Solver, where: str) -> Prepared:
         raise NumericalError(f"{where}: {error}") from error
 
 
-def _moments(hessian: Tensor, solver: Solver) -> Moments:
+def _moments(hessian: Tensor, solver: Solver, *, wide: bool) -> Moments:
     """Return the moments of the original model, which differs nowhere from itself."""
-    return Moments(hessian, torch.zeros_like(hessian) if CROSS in solver.wants else None)
+    cross = torch.zeros_like(hessian) if CROSS in solver.wants else None
+    return Moments(hessian, cross, wide=wide)
 
 
 def statistics_tensors(statistics: Mapping[str, ColumnStatistics]) -> dict[str, Tensor]:

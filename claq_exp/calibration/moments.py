@@ -21,6 +21,8 @@ GPU_BAND = 1024  # rows of a product there: a GPU is idle in narrow ones
 class MomentsAccumulator:
     """Sums x x^T over tokens: products of some in float32, the sum of products in float64.
 
+    Products of inputs in float64 are in float64; a solver then computes in float64 too.
+
     One matrix [in, in] float64 for each group of rows is all that it holds, and as much again for
     the cross moment where that is wanted; of a Hessian the half above the diagonal is summed.  They
     lie where the tokens do, or on the CPU where a device has no memory for them.
@@ -35,6 +37,7 @@ class MomentsAccumulator:
         self._sums = _zeros(groups, columns, torch.device("cpu"))
         self._cross = _zeros(groups, columns, torch.device("cpu")) if CROSS in wants else None
         self._tokens = 0
+        self._wide = False
         self._moments: Moments | None = None
 
     def add(
@@ -69,13 +72,14 @@ class MomentsAccumulator:
         _check_finite([part for part in (inputs, original, weighing) if part is not None], where)
         if not self._tokens:
             self._settle(student.device)
+        self._wide = self._wide or inputs.dtype == torch.float64
         for start in range(0, len(inputs), TOKENS):
             some = slice(start, start + TOKENS)
-            self._add(inputs[some].float(), _taken(original, some), _taken(weighing, some))
+            self._add(_summed(inputs[some]), _taken(original, some), _taken(weighing, some))
         self._tokens += len(inputs)
 
     def _add(self, student: Tensor, teacher: Tensor | None, weights: Tensor | None) -> None:
-        """Add some tokens: [tokens, in] float32 each, weights [tokens, groups] float32."""
+        """Add some tokens: [tokens, in] float32 or float64 each, weights [tokens, groups]."""
         width = BAND if is_cpu(student.device) else GPU_BAND
         for group in range(len(self._sums)):
             mine = student if weights is None else student * weights[:, group, None]
@@ -102,12 +106,12 @@ class MomentsAccumulator:
 
     def combine(self, sum_: Callable[[Tensor], None]) -> None:
         """Take in what other processes have added.  sum_: replaces a tensor by its sum over all."""
-        tokens = torch.tensor(self._tokens)
+        seen = torch.tensor([self._tokens, self._wide])
         sum_(self._sums)
         if self._cross is not None:
             sum_(self._cross)
-        sum_(tokens)
-        self._tokens = int(tokens)
+        sum_(seen)
+        self._tokens, self._wide = int(seen[0]), bool(seen[1])  # a rank may have seen none
 
     @property
     def tokens(self) -> int:
@@ -130,7 +134,7 @@ class MomentsAccumulator:
             if cross is not None:
                 cross *= scale
             self._sums, self._cross = hessian.new_empty(1, 0, 0), None
-            self._moments = Moments(hessian, cross, self._tokens, disposable=True)
+            self._moments = Moments(hessian, cross, self._tokens, disposable=True, wide=self._wide)
         return self._moments
 
 
@@ -139,7 +143,12 @@ def _flat(batch: Tensor) -> Tensor:
 
 
 def _taken(tokens: Tensor | None, some: slice) -> Tensor | None:
-    return None if tokens is None else tokens[some].float()
+    return None if tokens is None else _summed(tokens[some])
+
+
+def _summed(tokens: Tensor) -> Tensor:
+    """Return tokens in the type of their products: float64 stays, all else is float32."""
+    return tokens.to(torch.promote_types(tokens.dtype, torch.float32))
 
 
 def _check_finite(batches: list[Tensor], where: str) -> None:

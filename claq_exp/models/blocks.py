@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from claq_exp.models.wide import wide_passes
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from claq_exp.models.stream import BlockedModel, RowsOf
 
 T = TypeVar("T")
@@ -73,7 +77,7 @@ def block_arguments(model: BlockedModel, batches: list[Tensor]) -> list[BlockInp
                 _recorder(noted, size, index == len(inputs) - 1, wrap)
                 for index, noted in enumerate(inputs)
             ]
-            with suppress(StopForward), replaced(model.blocks, recorders):
+            with _ended(whole), replaced(model.blocks, recorders):
                 whole(batch.to(model.device), use_cache=False)
     return inputs
 
@@ -121,7 +125,7 @@ def entering_hidden(
 
     with model.outside(head=False, rows_of=rows_of) as whole:
         for batch in batches:
-            with suppress(StopForward), replaced(model.blocks, [note] * len(model.blocks)):
+            with _ended(whole), replaced(model.blocks, [note] * len(model.blocks)):
                 whole(batch.to(model.device), use_cache=False)
             yield found.pop()
 
@@ -137,7 +141,7 @@ def first_output(model: BlockedModel, tokens: Tensor) -> Any:
             raise StopForward
 
         others = [run] * len(model.blocks)
-        with suppress(StopForward), replaced(model.blocks, others):
+        with _ended(whole), replaced(model.blocks, others):
             whole(tokens.to(model.device), use_cache=False)
     return outputs[0]
 
@@ -155,7 +159,7 @@ def finish(model: BlockedModel, batches: list[Tensor], hidden: Iterable[Tensor])
     with model.outside(head=True) as whole:
         for batch, states in zip(batches, hidden, strict=True):
             done = [lambda *_, states=states, **__: wrap(states)] * len(model.blocks)
-            with replaced(model.blocks, done):
+            with wide_passes(whole.dtype), replaced(model.blocks, done):
                 output = whole(batch.to(model.device), use_cache=False)
             yield output
 
@@ -181,11 +185,18 @@ def entering_head(
             for batch, states in zip(batches, hidden, strict=True):
                 entering = states.to(model.device, whole.dtype)
                 done = [lambda *_, states=entering, **__: wrap(states)] * len(model.blocks)
-                with suppress(StopForward), replaced(model.blocks, done):
+                with _ended(whole), replaced(model.blocks, done):
                     whole(batch.to(model.device), use_cache=False)
                 yield found.pop()
         finally:
             hook.remove()
+
+
+@contextmanager
+def _ended(model: PreTrainedModel) -> Iterator[None]:
+    """Have a pass through a model, which a hook may end."""
+    with suppress(StopForward), wide_passes(model.dtype):
+        yield
 
 
 @contextmanager
@@ -204,7 +215,8 @@ def run_block(block: nn.Module, inputs: BlockInputs, batch: int) -> Tensor:
     """Run one batch through a block and return its hidden states [batch, seqlen, width]."""
     hidden = inputs.hidden[batch].to(device=inputs.device, dtype=inputs.dtype)
     positional, keyword = inputs.arguments[len(hidden)]
-    output = block(hidden, *positional, **keyword)
+    with wide_passes(hidden.dtype):
+        output = block(hidden, *positional, **keyword)
     return output[0] if isinstance(output, tuple) else output
 
 

@@ -24,8 +24,10 @@ from claq_exp.models.skeleton import read_generation_config, skeleton
 from claq_exp.models.stored_types import check_held
 from claq_exp.models.stream import StreamedModel
 from claq_exp.models.weights import StoredWeights
+from claq_exp.models.wide import FLOAT64
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+OPENED = {**DTYPES, FLOAT64: torch.float64}  # see `calibration.float64`
 
 
 def load_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -85,7 +87,7 @@ def open_model(
     """
     original = look_at(folder, trust_remote_code=trust_remote_code)
     weights = weights_of(original, work, trust_remote_code=trust_remote_code)
-    whole = skeleton(original.config, DTYPES[dtype])
+    whole = skeleton(original.config, OPENED[dtype])
     read_generation_config(whole, folder)
     model = StreamedModel(whole, weights, device, blocks_path, stored_dtype(original.config))
     if check:

@@ -12,6 +12,7 @@ import torch
 from claq_exp.errors import SourceError, telling_line
 from claq_exp.models.experts import split_experts
 from claq_exp.models.towers import model_factory, runs_own_code, text_config
+from claq_exp.models.wide import wide_passes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -35,7 +36,7 @@ def skeleton(
     options = {} if dtype is None else {"dtype": dtype}
     _check_counts(config)
     try:
-        with init_empty_weights():
+        with init_empty_weights(), wide_passes(dtype):  # tables of positions are made here
             own = copy.deepcopy(config)  # it is given the dtype
             model: PreTrainedModel = factory.from_config(own, trust_remote_code=remote, **options)
     except Exception as error:

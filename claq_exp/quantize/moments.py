@@ -22,6 +22,7 @@ class Moments:
     cross: [groups, in, in] float64, 2/n * sum of g (x_teacher - x_student) x_student^T (GPTAQ,
         arXiv 2504.02692); None where nothing wants it.
     tokens: n.
+    wide: the inputs are in float64, and so is what a solver computes of the moments.
     disposable: nobody needs the tensors afterwards.  A solver may work in their memory, and calls
         `use_up` where it did.
     """
@@ -30,6 +31,7 @@ class Moments:
     cross: Tensor | None = None
     tokens: int = 0
     disposable: bool = False
+    wide: bool = False
 
     def __post_init__(self) -> None:
         if self.hessian.dim() == 2:
@@ -73,7 +75,7 @@ class Moments:
         if moved is self.hessian:
             return self
         cross = None if self.cross is None else self.cross.to(device)
-        return Moments(moved, cross, self.tokens, disposable=True)
+        return Moments(moved, cross, self.tokens, disposable=True, wide=self.wide)
 
     def use_up(self) -> None:
         """Let go of the tensors; their memory is now a solver's."""

@@ -37,6 +37,11 @@ def is_finite(matrix: Tensor) -> bool:
     return all(bool(torch.isfinite(total)) for total in sums)
 
 
+def product(left: Tensor, right: Tensor, *, wide: bool) -> Tensor:
+    """Return a product of float32 matrices as float32.  wide: sums are in float64."""
+    return (left.double() @ right.double()).float() if wide else left @ right
+
+
 def energy(weight: Tensor, hessian: Tensor) -> float:
     """Return tr(W H W^T): products in float32, their sum in float64.
 

@@ -94,7 +94,7 @@ def opened(config: ExperimentConfig, source: Path, work: Path) -> BlockedModel:
     return open_model(
         source,
         work,
-        dtype=config.model.dtype,
+        dtype=config.calibrating_dtype,
         device=device,
         blocks_path=config.model.blocks,
         trust_remote_code=config.model.trust_remote_code,

@@ -205,6 +205,11 @@ class Job:
         device_map = self.config.device_map
         self.original = self.bench.measure_original(self.model, lambda: loaded(load(), device_map))
 
+    def _calibrate_on_it(self) -> None:
+        """Have the model in the type for quantizing; it was measured before."""
+        if self.config.calibrating_dtype != self.config.model.dtype:
+            self.model = self._open_original(check=False, calibrating=True)
+
     @cached_property
     def weights(self) -> TokenWeights | None:
         """What calibration tokens weigh; None where they count alike."""
@@ -219,6 +224,7 @@ class Job:
         if self.weights is None:
             return
         place, states = self.folder.work / CONVERTED, self.plan.states_bytes
+        self._calibrate_on_it()
         shared = Weighing(self.config, self.fetched.model, place, self.weights, states)
         self.ranks.tell(shared)
         with self.interruption.finishing():
@@ -228,6 +234,7 @@ class Job:
 
     def quantize(self) -> None:
         """Quantize block by block, with the other processes of the run."""
+        self._calibrate_on_it()
         self.store = BlockStore(self.folder.work / "blocks", self._store_identity())
         self.store.open(self._note_damage)
         return_at_once()
@@ -269,7 +276,8 @@ class Job:
 
     def observe_activations(self) -> None:
         """Settle how activations are rounded from those of the original model."""
-        opened, names = self._open_original(check=False), list(self.plan.layouts)
+        opened = self._open_original(check=False, calibrating=True)
+        names = list(self.plan.layouts)
         opened.overlay.update(self.store.dense())
         observed = observe_inputs(opened, self.batches, names, self.progress.advance)
         self.rounding = settle_rounding(self.config.activation_rule(), observed)
@@ -344,13 +352,18 @@ class Job:
             check_strictly(found)
 
     def _open_original(
-        self, *, check: bool = True, found: Callable[[Original], None] = lambda _: None
+        self,
+        *,
+        check: bool = True,
+        found: Callable[[Original], None] = lambda _: None,
+        calibrating: bool = False,
     ) -> StreamedModel:
+        """Open the original, in the type to measure it in, or to calibrate on it."""
         model = self.config.model
         return open_model(
             self.fetched.model,
             self.folder.work / CONVERTED,
-            dtype=model.dtype,
+            dtype=self.config.calibrating_dtype if calibrating else model.dtype,
             device=self.device,
             blocks_path=model.blocks,
             trust_remote_code=model.trust_remote_code,
@@ -394,7 +407,7 @@ class Job:
     def allocate(self) -> None:
         """Decide on every matrix at once."""
         self.plans = allocate_model(
-            self._open_original(check=False).load(),
+            self._open_original(check=False, calibrating=True).load(),
             [batch.to(self.device) for batch in self.batches],
             self.plan.recipe,
             self.plan.allocation,

@@ -17,7 +17,7 @@ from claq_exp.config import AUTO, ExperimentConfig
 from claq_exp.errors import ConfigError
 from claq_exp.models.context import context_length
 from claq_exp.models.discover import find_blocks, linear_weight, linears_of
-from claq_exp.models.load import DTYPES, stored_dtype
+from claq_exp.models.load import DTYPES, OPENED, stored_dtype
 from claq_exp.models.skeleton import skeleton, tied_names
 from claq_exp.payload.base import Layout
 from claq_exp.payload.stored import HALF
@@ -39,6 +39,7 @@ from claq_exp.run.shape import (
 )
 from claq_exp.run.stages import Cost, costs
 from claq_exp.run.teacher import check_routes
+from claq_exp.system.accelerator import is_cpu
 from claq_exp.tensor_files.shards import index_bytes
 
 if TYPE_CHECKING:
@@ -88,8 +89,13 @@ class Plan:
 def make_plan(config: ExperimentConfig, model_config: PretrainedConfig, device: str) -> Plan:
     """Plan a run, whose `model.dtype` is settled.
 
-    Raises ConfigError for a model without decoder blocks.
+    Raises ConfigError for a model without decoder blocks, or a device that cannot do what is asked.
     """
+    if config.calibration.float64 and not is_cpu(device):
+        raise ConfigError(
+            f"calibration.float64=true is for the CPU, and this run is on {device}; "
+            "set device=cpu, or leave calibration.float64=false"
+        )
     model = skeleton(model_config)
     path, blocks = find_blocks(model, config.model.blocks)
     shapes = {
@@ -230,7 +236,7 @@ def _hidden_dtype(
     keep_in = config.calibration.keep_in
     if keep_in != AUTO:
         return DTYPES[keep_in]
-    forward = DTYPES[config.model.dtype]
+    forward = OPENED[config.calibrating_dtype]
     if forward.itemsize == 2 or hidden * forward.itemsize <= HIDDEN_BYTES:
         return forward
     stored = stored_dtype(model_config)

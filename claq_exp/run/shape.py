@@ -13,7 +13,7 @@ from claq_exp.config import ExperimentConfig
 from claq_exp.evaluation.perplexity import windows_at_once
 from claq_exp.models.discover import linear_weight, linears_of
 from claq_exp.models.experts import expert_lists, place_among_experts
-from claq_exp.models.load import DTYPES
+from claq_exp.models.load import DTYPES, OPENED
 from claq_exp.models.towers import text_config
 from claq_exp.payload.base import Layout
 from claq_exp.quantize.activation.rounding import needs_text
@@ -177,7 +177,7 @@ def shape_of(
 def _sizes(
     config: ExperimentConfig, plan: Planned, model: ModelShape, device: str, context: int
 ) -> Footprint:
-    size = DTYPES[config.model.dtype].itemsize
+    size, measuring = _itemsize(config), DTYPES[config.model.dtype].itemsize
     calibration, evaluation = config.calibration, config.evaluation
     measured = max(context, 1) * windows_at_once(
         evaluation.batch_size, max(context, 1), model.vocabulary, device
@@ -195,11 +195,11 @@ def _sizes(
         linears=model.linears,
         ends=tuple(Linear(end.rows, end.columns) for end in plan.ends),
         whole=size * model.parameters,
-        loaded=size * model.parameters if logits and config.device_map is None else 0,
+        loaded=measuring * model.parameters if logits and config.device_map is None else 0,
         block=size * model.block,
         head=size * model.head,
         hidden=min(plan.hidden_bytes, HIDDEN_SHARE * free_memory(device)),
-        entering=4.0 * calibration.batch_size * batch * (1 + _tuning(config).states),
+        entering=max(4.0, size) * calibration.batch_size * batch * (1 + _tuning(config).states),
         observed=float(size * calibration.windows * batch),
         beside=_beside(config, plan, model),
         work=plan.recipe.solver.work,
@@ -207,12 +207,17 @@ def _sizes(
         weighed=_weighed(config, plan, model, device),
         kept_weights=4.0 * calibration.windows * calibration.seqlen * _weights(plan),
         logits=logits * model.vocabulary,
-        streamed_hidden=min(max(tokens, default=0) * model.width * size, HIDDEN_BYTES),
+        streamed_hidden=min(max(tokens, default=0) * model.width * measuring, HIDDEN_BYTES),
         surveyed=batch * model.blocks if gradients else 0,
         kept_hidden=plan.hidden_bytes,
         checkpoint=plan.checkpoint,
         compared=2.0 * compared * model.vocabulary,
     )
+
+
+def _itemsize(config: ExperimentConfig) -> int:
+    """Return the bytes of a number in forward passes while quantizing."""
+    return OPENED[config.calibrating_dtype].itemsize
 
 
 def _beside(config: ExperimentConfig, plan: Planned, model: ModelShape) -> float:
@@ -221,13 +226,13 @@ def _beside(config: ExperimentConfig, plan: Planned, model: ModelShape) -> float
         return 0.0
     tokens = config.calibration.batch_size * config.calibration.seqlen
     widest = max(linear.columns for linear in model.linears)
-    size = DTYPES[config.model.dtype].itemsize
+    size = _itemsize(config)
     return float(size * model.block + 2 * size * tokens * widest)
 
 
 def states_of_all_blocks(config: ExperimentConfig, model: ModelShape) -> int:
     """Return the bytes of what enters all blocks, and what leaves the last, of one batch."""
-    calibration, size = config.calibration, DTYPES[config.model.dtype].itemsize
+    calibration, size = config.calibration, _itemsize(config)
     batch = min(calibration.batch_size, calibration.windows) * calibration.seqlen * model.width
     return size * batch * (model.blocks + 1)
 
@@ -267,6 +272,7 @@ def _times(
     context: int,
 ) -> Times:
     speed = FORWARD_EFFICIENCY * matmul_speed(device)
+    calibrating = speed / 2 if config.calibration.float64 else speed
     tokens = config.calibration.windows * config.calibration.seqlen
     layouts = plan.layouts
     weights = sum(mixture.share(name) * layout.weights for name, layout in layouts.items())
@@ -313,11 +319,11 @@ def _times(
     return Times(
         read=2 * parameters / 5e8,
         forward=2 * tokens * passed / speed,
-        calibrate=2 * tokens * (passes * weights + moments) / speed,
+        calibrate=2 * tokens * (passes * weights + moments) / calibrating,
         solve=solve,
-        survey=2 * surveyed * (4 * passed + squares) / speed,
+        survey=2 * surveyed * (4 * passed + squares) / calibrating,
         evaluate=evaluate,
-        weigh=_weighing_seconds(config, plan, passed, parameters, speed),
+        weigh=_weighing_seconds(config, plan, passed, parameters, calibrating),
         rounded=1.0 if config.activation_rule().block_format() is None else ROUNDED,
     )
 

@@ -47,6 +47,7 @@ LATER = {  # and what stands for nothing; a field before its group, which may go
     "codebook.snap_bits": 7,
     "evaluation.after": [],
     "solver.asymmetric": 0,
+    "calibration.float64": False,
     "codebook.zero_point": "whole",
     "codebook.clip": "minmax",
     "objective": {"name": "plain"},

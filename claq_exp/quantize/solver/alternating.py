@@ -13,6 +13,7 @@ from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.solver.columns import ColumnSystem
 from claq_exp.quantize.solver.level_fits import Assignment, column_steps, row_steps
 from claq_exp.quantize.solver.quantease import Descent, QuantEase
+from claq_exp.quantize.symmetric import product
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def fit_levels(descent: Descent) -> bool:
     order = descent.system.order
     codes, coded = (part.index_select(0, order) for part in (tables.codes, tables.free))
     alive = ~descent.system.dead[order]
-    assigned = Assignment(descent.system.hessian, codes.long(), coded & alive[:, None])
+    system, free = descent.system, coded & alive[:, None]
+    assigned = Assignment(system.hessian, codes.long(), free, system.wide)
     slope = descent.slope(slice(None))
     entries = tables.levels.shape[1]
     if tables.by_row:
@@ -115,5 +117,6 @@ def rounded(levels: Tensor) -> Tensor:
 def _grown(descent: Descent, slope: Tensor, found: Tensor, alive: Tensor) -> Tensor:
     """Return by how much the loss of each row grows with other stored values: [out] float64."""
     step = torch.where(alive[:, None], found - descent.found, 0.0)
-    grown = (descent.system.hessian @ step).add_(slope, alpha=2).mul_(step)
+    grown = product(descent.system.hessian, step, wide=descent.system.wide)
+    grown.add_(slope, alpha=2).mul_(step)
     return grown.sum(dim=0, dtype=torch.float64)

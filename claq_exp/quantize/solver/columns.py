@@ -20,7 +20,7 @@ from claq_exp.quantize.solver.compiled import (
     quantize_block_of_groups,
 )
 from claq_exp.quantize.statistics import ColumnStatistics
-from claq_exp.quantize.symmetric import bands
+from claq_exp.quantize.symmetric import bands, product
 
 SHIFTED = 256  # columns that are moved at a time
 NOTHING = np.zeros((0, 0), dtype=np.float32)
@@ -33,6 +33,7 @@ class ColumnSystem(Prepared):
     inverse_factor: [in, in] float32 upper triangular U with U^T U = inverse of the damped Hessian,
         rows and columns in visiting order; None without compensation.
     block_size: columns between two updates of all later columns.
+    wide: products of the columns are summed in float64.
     correction: [in, in] float32 strictly upper triangular P, rows and columns in visiting order:
         what a weight of column j adds to the columns behind it, P[j, k] each, so that they make up
         for what its input has lost in the quantized model; None where nothing is made up for.
@@ -40,6 +41,7 @@ class ColumnSystem(Prepared):
 
     inverse_factor: Tensor | None
     block_size: int
+    wide: bool = False
     correction: Tensor | None = None
 
 
@@ -127,7 +129,7 @@ def quantize_columns(
     work = weight.t().index_select(0, system.order)  # a column is one stretch
     for part, rows in parts:
         if part.correction is not None:
-            shift_(work[:, rows], part.correction)
+            shift_(work[:, rows], part.correction, wide=part.wide)
     step = parts[0][0].block_size
     behind: Future[None] | None = None
     loss = 0.0
@@ -159,17 +161,17 @@ def _inside(parts: Sequence[tuple[ColumnSystem, slice]], block: slice) -> Tensor
     return torch.stack(found) if found else torch.zeros(1, 0, 0)
 
 
-def shift_(work: Tensor, correction: Tensor) -> None:
+def shift_(work: Tensor, correction: Tensor, *, wide: bool = False) -> None:
     """Replace the columns of W by those of W + W P, in visiting order.
 
-    work: [in, out] float32, W transposed.  correction: P, see `ColumnSystem`.
+    work: [in, out] float32, W transposed.  correction, wide: see `ColumnSystem`.
     GPTAQ adds w_j P[j, k] to every later column k when it has quantized column j.  What is added
     depends on no code, so that all of it can be added before the first column is quantized, and
     the loop itself is GPTQ's on any device.  The last columns come first: the others are then still
     those of W.
     """
     for band in reversed(list(bands(len(work), SHIFTED))):
-        work[band] += correction[: band.stop, band].t() @ work[: band.stop]
+        work[band] += product(correction[: band.stop, band].t(), work[: band.stop], wide=wide)
 
 
 def damped_loss(difference: Tensor, system: ColumnSystem | GroupedSystem) -> float:
@@ -230,6 +232,12 @@ def _spread(
 ) -> None:
     """Take a block's errors [block, out] from later columns of W, [in, out]."""
     for part, rows in parts:
-        if part.inverse_factor is not None and later.start < later.stop:
-            across = part.inverse_factor[block, later]
-            work[later, rows].addmm_(across.t(), errors[:, rows], alpha=-1)
+        if part.inverse_factor is None or later.start >= later.stop:
+            continue
+        across, moving = part.inverse_factor[block, later].t(), work[later, rows]
+        if not part.wide:
+            moving.addmm_(across, errors[:, rows], alpha=-1)
+            continue
+        own = errors[:, rows].double()
+        for band in bands(len(moving), SHIFTED):
+            moving[band] = torch.addmm(moving[band].double(), across[band].double(), own, alpha=-1)

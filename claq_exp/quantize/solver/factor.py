@@ -14,20 +14,21 @@ LADDER = (1.0, 10.0, 100.0)  # multiples of the damping that are tried in turn
 BLOCK = 256  # columns that are factorized at a time
 
 
-def inverse_factor(matrix: Tensor, damping: float) -> tuple[Tensor, float]:
+def inverse_factor(matrix: Tensor, damping: float, *, wide: bool = False) -> tuple[Tensor, float]:
     """Return (upper U with U^T U = (H + damping * mean(diag H) I)^-1, the damping that worked).
 
     matrix: [in, in] float64, contiguous, H from its last column to its first.  Overwritten; it is
         as before where this raises NumericalError, because no damping was enough.
     With H = R R^T, R upper (a Cholesky factorization from the last column up), U is simply R^-1.
     U is float32 and well conditioned, for the damping bounds it.
+    wide: R is inverted in float64, on the CPU, and U has its rounding alone.
     """
     diagonal = matrix.diagonal().clone()
-    find = _find if matrix.device.type == "cpu" else _find_on_gpu
+    on_cpu = matrix.device.type == "cpu"
     for step in LADDER:
         used = min(damping * step, 1.0)
         matrix.diagonal().copy_(diagonal + used * diagonal.mean())
-        factor = find(matrix)
+        factor = _find(matrix, wide) if on_cpu else _find_on_gpu(matrix)
         if factor is not None and is_finite(factor):
             return factor, used
         mirror_(matrix)
@@ -39,16 +40,17 @@ def inverse_factor(matrix: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
-def _find(matrix: Tensor) -> Tensor | None:
+def _find(matrix: Tensor, wide: bool) -> Tensor | None:
     """Return the factor in the matrix's own memory; None where there is none.
 
     In that case what is above the diagonal stays.
     """
     if not _cholesky_(matrix) or not _fits(matrix.diagonal()):
         return None
-    factor = _narrowed(matrix)
+    factor = matrix if wide else _narrowed(matrix)
+    _turn_(factor)
     _invert_(factor)
-    return factor
+    return _narrowed(factor) if wide else factor
 
 
 def _fits(diagonal: Tensor) -> bool:
@@ -58,7 +60,7 @@ def _fits(diagonal: Tensor) -> bool:
 
 
 def _narrowed(matrix: Tensor) -> Tensor:
-    """Return the lower triangle of a matrix from its last row and column to its first, in float32.
+    """Return a matrix in float32.
 
     matrix: [n, n] float64, contiguous.  The result lies in the first half of its memory, and the
     second half is given back: a row never reaches what is still to be read.
@@ -66,17 +68,23 @@ def _narrowed(matrix: Tensor) -> Tensor:
     size = len(matrix)
     flat = matrix.reshape(-1).view(torch.float32)
     narrow = flat[: size * size]
-    triangle = narrow.view(size, size)
     for band in bands(size):
-        triangle[band] = matrix[band].tril(band.start).float()
+        narrow.view(size, size)[band] = matrix[band].float()
     forget(flat[size * size :])
+    return narrow.view(size, size)
+
+
+def _turn_(matrix: Tensor) -> None:
+    """Have the lower triangle alone, from its last row and column to its first: [n, n]."""
+    size, flat = len(matrix), matrix.view(-1)
+    for band in bands(size):
+        matrix[band].tril_(band.start)
     for start in range(0, size * size // 2, CHUNK):
         stop = min(start + CHUNK, size * size // 2)
-        first, last = narrow[start:stop], narrow[size * size - stop : size * size - start]
+        first, last = flat[start:stop], flat[size * size - stop : size * size - start]
         kept = first.flip(0)
         first.copy_(last.flip(0))
         last.copy_(kept)
-    return triangle
 
 
 def _cholesky_(matrix: Tensor) -> bool:
@@ -104,7 +112,7 @@ def _invert_(upper: Tensor) -> None:
     """Replace an upper triangular matrix by its inverse."""
     for band in bands(len(upper), BLOCK):
         corner = upper[band, band]
-        identity = torch.eye(len(corner), device=upper.device)
+        identity = torch.eye(len(corner), dtype=upper.dtype, device=upper.device)
         inverse = torch.linalg.solve_triangular(corner, identity, upper=True)
         moved = upper[: band.start, band] @ -inverse
         corner.copy_(inverse)

@@ -12,7 +12,7 @@ from claq_exp.quantize.moments import CROSS, Moments
 from claq_exp.quantize.solver.column_loop import ColumnLoop
 from claq_exp.quantize.solver.columns import ColumnSystem, GroupedSystem
 from claq_exp.quantize.solver.factor import inverse_factor
-from claq_exp.quantize.symmetric import bands, permute_
+from claq_exp.quantize.symmetric import bands, permute_, product
 
 ROWS = 256  # of a correction that are found at a time
 
@@ -81,7 +81,8 @@ class Gptq(ColumnLoop):
         parts = []
         for group, hessian in enumerate(moments.hessian):
             cross = None if moments.cross is None else moments.cross[group]
-            parts.append(self._system(Moments(hessian, cross, moments.tokens), order))
+            own = Moments(hessian, cross, moments.tokens, wide=moments.wide)
+            parts.append(self._system(own, order))
         if moments.disposable:
             moments.use_up()
         return GroupedSystem.of(parts)
@@ -108,14 +109,15 @@ class Gptq(ColumnLoop):
         permute_(matrix, backwards)
         matrix.diagonal().copy_(filled[backwards])
         try:
-            factor, damping = inverse_factor(matrix, self.damping)
+            factor, damping = inverse_factor(matrix, self.damping, wide=moments.wide)
         except NumericalError:
             permute_(matrix, torch.argsort(backwards))
             matrix.diagonal().copy_(diagonal)
             raise
         correction = None
         if cross is not None and self.asymmetric:
-            correction = correction_of(cross, order, factor).mul_(self.asymmetric)
+            correction = correction_of(cross, order, factor, wide=moments.wide)
+            correction.mul_(self.asymmetric)
         del cross
         if moments.disposable:
             moments.use_up()
@@ -129,6 +131,7 @@ class Gptq(ColumnLoop):
             added=damping * filled.mean() + torch.where(dead, filled, 0.0),
             dead=dead,
             block_size=self.block_size,
+            wide=moments.wide,
             raised=damping > self.damping,
             nearest="unfed" if dead.all() else "",
             correction=correction,
@@ -143,12 +146,13 @@ def _filled(diagonal: Tensor) -> Tensor:
     return torch.where(dead, fill, diagonal)
 
 
-def correction_of(cross: Tensor, order: Tensor, factor: Tensor) -> Tensor:
+def correction_of(cross: Tensor, order: Tensor, factor: Tensor, *, wide: bool = False) -> Tensor:
     """Return P = strict_upper(D U^T) U: [in, in] float32, rows and columns in visiting order.
 
     cross: [in, in] float64, 2/n * sum of (x_teacher - x_student) x_student^T, columns in the
         matrix's own order; D is the same in visiting order.
     order: [in] int64.  factor: U, [in, in] float32 upper, U^T U = the damped inverse Hessian.
+    wide: sums are in float64.
     Row j is D[j, F] H_F^-1 on the columns F behind j: the weights of F that come nearest to what
     input j has lost, per unit of weight (GPTAQ, arXiv 2504.02692).
     """
@@ -156,5 +160,6 @@ def correction_of(cross: Tensor, order: Tensor, factor: Tensor) -> Tensor:
     for band in bands(len(order), ROWS):
         left = factor[band.start :, band.start :]
         lost = cross.index_select(0, order[band]).index_select(1, order[band.start :]).float()
-        correction[band, band.start :] = (lost @ left.t()).triu_(1) @ left
+        ahead = product(lost, left.t(), wide=wide).triu_(1)
+        correction[band, band.start :] = product(ahead, left, wide=wide)
     return correction

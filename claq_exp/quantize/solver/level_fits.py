@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from claq_exp.quantize.symmetric import bands
+from claq_exp.quantize.symmetric import bands, product
 
 ROWS = 128  # whose systems are solved at a time
 STEPS = 8  # of conjugate gradients, at most
@@ -20,11 +20,13 @@ class Assignment:
 
     hessian: [in, in] float32, H + diag(added).
     codes: [in, out] int64.  free: [in, out] bool: the others are no levels, and stay as they are.
+    wide: products are summed in float64.
     """
 
     hessian: Tensor
     codes: Tensor
     free: Tensor
+    wide: bool = False
 
 
 def row_steps(assigned: Assignment, slope: Tensor, entries: int) -> Tensor:
@@ -38,7 +40,7 @@ def row_steps(assigned: Assignment, slope: Tensor, entries: int) -> Tensor:
     """
     found = [
         _row_steps(
-            assigned.hessian,
+            assigned,
             assigned.codes[:, band].t(),
             assigned.free[:, band].t(),
             slope[:, band].t(),
@@ -49,14 +51,16 @@ def row_steps(assigned: Assignment, slope: Tensor, entries: int) -> Tensor:
     return torch.cat(found)
 
 
-def _row_steps(hessian: Tensor, codes: Tensor, free: Tensor, slope: Tensor, entries: int) -> Tensor:
-    """Do what `row_steps` does for some rows; all but the Hessian are [rows, in]."""
+def _row_steps(
+    assigned: Assignment, codes: Tensor, free: Tensor, slope: Tensor, entries: int
+) -> Tensor:
+    """Do what `row_steps` does for some rows: codes, free and slope of these, [rows, in]."""
     shape = len(codes), entries
     used = free.double()
     systems = torch.empty(*shape, entries, dtype=torch.float64)
     for entry in range(entries):
         chosen = ((codes == entry) & free).float()
-        products = (chosen @ hessian).double() * used
+        products = product(chosen, assigned.hessian, wide=assigned.wide).double() * used
         systems[:, entry] = products.new_zeros(shape).scatter_add_(1, codes, products)
     sides = used.new_zeros(shape).scatter_add_(1, codes, slope.double() * used)
     systems = 0.5 * (systems + systems.mT)
@@ -96,7 +100,8 @@ def column_steps(
         return masked.new_zeros(len(codes), entries).scatter_add_(1, codes, masked)
 
     def multiplied(step: Tensor) -> Tensor:
-        return summed(hessian @ (step.float().gather(1, codes) * rates))
+        moved = step.float().gather(1, codes) * rates
+        return summed(product(hessian, moved, wide=assigned.wide))
 
     diagonal = summed(scales.expand(codes.shape)) * hessian.diagonal()[:, None].double()
     inverse = torch.where(diagonal > 0, 1 / diagonal, 0.0)
@@ -112,12 +117,12 @@ def _conjugate_gradients(multiplied, side: Tensor, inverse: Tensor) -> Tensor:  
     for _ in range(STEPS):
         if not size > least:
             break
-        product = multiplied(direction)
-        curvature = float((direction * product).sum())
+        changed = multiplied(direction)
+        curvature = float((direction * changed).sum())
         if not curvature > 0:
             break
         found.add_(direction, alpha=size / curvature)
-        residual.add_(product, alpha=-size / curvature)
+        residual.add_(changed, alpha=-size / curvature)
         turned = inverse * residual
         before, size = size, float((residual * turned).sum())
         direction.mul_(size / before).add_(turned)

@@ -29,7 +29,7 @@ from claq_exp.quantize.solver.compiled import (
     descend_block_of_groups,
 )
 from claq_exp.quantize.solver.gptq import Gptq
-from claq_exp.quantize.symmetric import bands, permute_
+from claq_exp.quantize.symmetric import bands, permute_, product
 
 GPTQ, NEAREST = "gptq", "nearest"
 STARTS = (GPTQ, NEAREST)
@@ -148,7 +148,7 @@ class Descent:
         self.importance = importance
         self._parts: list[tuple[DescentSystem, slice]] = parts_of(system, len(weight))  # type: ignore[assignment]
         self._wanted = [
-            None if part.lost is None else part.lost.t() @ weight[rows].t()
+            None if part.lost is None else product(part.lost.t(), weight[rows].t(), wide=part.wide)
             for part, rows in self._parts
         ]
 
@@ -170,9 +170,9 @@ class Descent:
             moved = torch.empty_like(slope)
             for part, rows in self._parts:
                 price = part.hessian.diagonal()[block]
-                moved[:, rows] = torch.addcdiv(
-                    self.found[block, rows], slope[:, rows], price[:, None], value=-1
-                )
+                best = self.found[block, rows], slope[:, rows], price[:, None]
+                exact = map(Tensor.double, best) if part.wide else best
+                moved[:, rows] = torch.addcdiv(*exact, value=-1)
                 ratios.append(part.hessian[block, block] / price[:, None])
                 prices.append(price)
             gained += _descend(
@@ -192,7 +192,8 @@ class Descent:
         """Return half of how the loss grows with the stored values of some columns: [some, out]."""
         slope = torch.empty_like(self.found[columns])
         for (part, rows), wanted in zip(self._parts, self._wanted, strict=True):
-            slope[:, rows] = part.hessian[columns] @ self._missed[:, rows]
+            missed = self._missed[:, rows]
+            slope[:, rows] = product(part.hessian[columns], missed, wide=part.wide)
             if wanted is not None:
                 slope[:, rows] -= wanted[columns]
         return slope
@@ -214,8 +215,8 @@ class Descent:
             missed = self._missed[:, rows].clone()
             missed[part.dead[part.order]] = 0.0
             for block in bands(len(missed), part.block_size):
-                product = part.hessian[block] @ missed
-                total += float(product.mul_(missed[block]).sum(dtype=torch.float64))
+                grown = product(part.hessian[block], missed, wide=part.wide)
+                total += float(grown.mul_(missed[block]).sum(dtype=torch.float64))
         return total
 
 
