@@ -21,6 +21,7 @@ RECIPE = (
     *("embedding", "head", "transform", "activation", "tune", "calibration"),
 )
 SILENT = ("batch_size", "keep_in")  # settings that are about the machine
+UNASKED = {"float64": False}  # settings that are told where they are something else
 UNUSED = {"none", "same", "plain"}  # names of options that do nothing
 FLAGS = ("-v", "--verbose", "--debug", "run")
 ONE_PATH = re.compile(r"('?\"?)(?:~|\.{1,2})?/[^,\[\]{}]*?([^/,\[\]{}]+)\1")
@@ -135,7 +136,7 @@ def _recipe(config: Mapping[str, Any]) -> str:
         given = {
             key: value
             for key, value in settings.items()
-            if value not in (None, "") and key not in SILENT
+            if value not in (None, "") and key not in SILENT and UNASKED.get(key) is not value
         }
         if name in UNUSED or (group == "budget" and settings["bits"] is None):
             continue

@@ -123,7 +123,8 @@ def test_sums_of_several_processes_combine_to_the_one_of_all_tokens():
     for accumulator, part in zip(accumulators, parts, strict=True):
         for sums in (accumulator, whole):
             sums.add(part, where="a layer")
-    others = iter([*(other._sums for other in accumulators[1:]), *map(torch.tensor, (7, 0))])
+    seen = map(torch.tensor, ([7, 0], [0, 0]))
+    others = iter([*(other._sums for other in accumulators[1:]), *seen])
 
     def sum_(tensor: torch.Tensor) -> None:
         tensor += next(others)
@@ -131,6 +132,7 @@ def test_sums_of_several_processes_combine_to_the_one_of_all_tokens():
 
     accumulators[0].combine(sum_)
     assert accumulators[0].tokens == 47
+    assert not accumulators[0].moments().wide
     expected = whole.moments().single()
     assert (
         accumulators[0].moments().single() - expected
@@ -256,7 +258,7 @@ def test_cross_moments_of_several_processes_combine_too():
     for accumulator, part in zip(accumulators, parts, strict=True):
         for sums in (accumulator, whole):
             sums.add(part, teacher_of(part), where="a layer")
-    others = iter([accumulators[1]._sums, accumulators[1]._cross, torch.tensor(7)])
+    others = iter([accumulators[1]._sums, accumulators[1]._cross, torch.tensor([7, 0])])
 
     def sum_(tensor: torch.Tensor) -> None:
         tensor += next(others)
@@ -265,3 +267,25 @@ def test_cross_moments_of_several_processes_combine_too():
     expected, found = whole.moments(), accumulators[0].moments()
     assert found.tokens == 47
     assert torch.allclose(found.cross, expected.cross, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sizes", [[200], [1, 199], [64, 64, 72]])
+def test_products_of_inputs_in_float64_are_in_float64(sizes):
+    tokens = inputs(200, 17).double() + 1e-9
+    accumulator = MomentsAccumulator(17, {"cross"})
+    for batch in tokens.split(sizes):
+        accumulator.add(batch, 2 * batch, where="here")
+    found, expected = accumulator.moments(), exact(tokens)
+    limit = 1e-14 * np.sqrt(np.outer(np.diag(expected), np.diag(expected)))
+    assert found.wide
+    assert (np.abs(found.single().numpy() - expected) <= limit).all()
+    assert (np.abs(found.single_cross().numpy() - expected) <= limit).all()
+
+
+def test_a_process_without_tokens_learns_that_inputs_are_in_float64():
+    accumulator, other = MomentsAccumulator(3), MomentsAccumulator(3)
+    other.add(torch.ones(5, 3, dtype=torch.float64), where="here")
+    others = iter([other._sums, torch.tensor([5, 1])])
+    accumulator.combine(lambda tensor: tensor.add_(next(others)))
+    assert accumulator.moments().wide
+    assert accumulator.moments().tokens == 5

@@ -200,9 +200,12 @@ def test_columns_are_shifted_by_all_columns_before_them(columns):
     weight = torch.randn(5, columns, generator=generator)
     correction = torch.randn(columns, columns, generator=generator).triu(1) / columns
     work = weight.t().contiguous()
+    exact = weight.t().contiguous()
     shift_(work, correction)
+    shift_(exact, correction, wide=True)
     expected = weight.double() + weight.double() @ correction.double()
     assert work.t().numpy() == pytest.approx(expected.numpy(), rel=0, abs=1e-4)
+    assert exact.t().numpy() == pytest.approx(expected.numpy(), rel=2e-7, abs=2e-7)
 
 
 @pytest.mark.parametrize("name", CODEBOOK)

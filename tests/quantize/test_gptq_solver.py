@@ -28,7 +28,7 @@ from claq_exp.quantize.precision import Fixed
 from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.reservation import Fixed as FixedReservation
 from claq_exp.quantize.solver import Gptq, Nearest
-from claq_exp.quantize.solver.columns import quantize_columns
+from claq_exp.quantize.solver.columns import _spread, parts_of, quantize_columns
 
 
 def kmeans_rule(bits: int, reserved: int = 0):
@@ -110,6 +110,34 @@ def test_inverse_factor_is_upper_and_squares_to_the_inverse_of_the_damped_hessia
     inverse = np.linalg.inv(damped(hessian, 0.01)[np.ix_(order, order)])
     assert factor.T @ factor == pytest.approx(inverse, rel=1e-4, abs=1e-6 * np.abs(inverse).max())
     assert system.damping == 0.01
+
+
+@pytest.mark.parametrize("columns", [1, 23, 256, 257, 600])
+def test_a_wide_factor_has_no_rounding_but_its_own(columns):
+    _, hessian = random_problem(rows=1, columns=columns, seed=1)
+    system = Gptq(act_order=False).prepare(Moments(hessian, wide=True))
+    assert system.wide
+    expected = np.linalg.cholesky(np.linalg.inv(damped(hessian, 0.01))).T
+    missed = np.abs(system.inverse_factor.double().numpy() - expected)
+    assert (missed <= 2.0**-24 * np.abs(expected) + 1e-11 * np.abs(expected).max()).all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_wide_errors_are_spread_with_one_rounding(groups):
+    rows, columns, size = 12, 700, 128
+    weight, hessian = random_problem(rows=rows, columns=columns, seed=5)
+    system = Gptq(block_size=size).prepare(Moments(torch.stack([hessian] * groups), wide=True))
+    parts = parts_of(system, rows)
+    work = weight.t().contiguous()
+    errors = torch.randn(size, rows, generator=torch.Generator().manual_seed(1))
+    expected = work.double()
+    for part, own in parts:
+        across = part.inverse_factor[:size, size:].double()
+        expected[size:, own] -= across.t() @ errors[:, own].double()
+    _spread(work, errors, parts, slice(0, size), slice(size, columns))
+    assert torch.equal(work[:size], weight.t()[:size])
+    limit = 2.0**-24 * expected.abs() + 1e-12
+    assert ((work.double() - expected).abs() <= limit).all()
 
 
 def test_distortion_weight_is_what_an_error_costs_while_later_columns_still_help():
@@ -384,13 +412,17 @@ def test_a_hessian_with_nan_is_refused():
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("columns", [90, 700])
 @pytest.mark.parametrize("transposed", [True, False])
-def test_preparing_in_the_memory_of_the_hessian_finds_the_same(act_order, columns, transposed):
+@pytest.mark.parametrize("wide", [True, False])
+def test_preparing_in_the_memory_of_the_hessian_finds_the_same(
+    act_order, columns, transposed, wide
+):
     _, hessian = random_problem(rows=1, columns=columns, seed=13)
     hessian = with_dead_inputs(hessian, [4, 70])
+    hessian = (hessian + hessian.t()) / 2  # to the last bit
     solver = Gptq(act_order=act_order)
-    expected = solver.prepare(Moments(hessian))
+    expected = solver.prepare(Moments(hessian, wide=wide))
     own = hessian.clone()
-    given = Moments(own.t() if transposed else own, disposable=True)
+    given = Moments(own.t() if transposed else own, disposable=True, wide=wide)
     found = solver.prepare(given)
     for part in ("order", "inverse_factor", "distortion_weight", "added", "dead"):
         assert torch.equal(getattr(found, part), getattr(expected, part)), part
