@@ -19,6 +19,7 @@ from claq_exp.models.blocks import BlockInputs, capture_inputs, entering_head, r
 from claq_exp.models.discover import Wave, apart, find_waves, linear_weight, linears_of
 from claq_exp.models.experts import ExpertPlace, expert_lists, place_among_experts
 from claq_exp.models.stream import WholeModel
+from claq_exp.models.wide import wide_passes
 from claq_exp.quantize.moments import CROSS, OUTPUT_GRADIENTS, Moments
 from claq_exp.quantize.solver import Solver
 from claq_exp.quantize.solver.base import Prepared
@@ -88,7 +89,8 @@ def survey_model(
                 distortion = prepared.distortion_weight * measured.share
                 if not gradients:
                     hessian = Moments(measured.hessian).single().float()
-                    whole = product(weight, hessian, wide=wide).mul_(weight).sum()
+                    each = product(weight, hessian, wide=wide).mul_(weight)
+                    whole = each.sum(dtype=torch.float64 if wide else None)
                     distortion = distortion / whole.clamp(min=torch.finfo(torch.float32).tiny)
                 statistics[full_name] = ColumnStatistics(
                     weight, distortion, prepared.order, full_name, importance.get(full_name)
@@ -272,7 +274,7 @@ def _row_importance(
         hooks += head.watch(model)
     windows = [window for batch in batches for window in batch]
     try:
-        with _frozen(model), torch.enable_grad():
+        with _frozen(model), torch.enable_grad(), wide_passes(model.dtype):
             for number, window in enumerate(windows):
                 tokens = window[None]
                 logits = model(tokens, use_cache=False).logits

@@ -44,10 +44,18 @@ def test_only_calibration_is_in_float64(tiny_run, tmp_path):
 
 
 @pytest.mark.other_process
-@pytest.mark.parametrize("solver", ["gptq", "alternating"])
-def test_another_processor_makes_the_same_checkpoint(solver, tiny_run, tmp_path):
-    words = [*tiny_run[:-1], WIDE, f"solver={solver}"]
-    here = ran(tiny_run, tmp_path / "here", WIDE, f"solver={solver}")
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["solver=gptq"],
+        ["solver=alternating"],
+        ["allocation=rate_distortion", "allocation.target_bits=9", "solver.asymmetric=0.5"],
+    ],
+    ids=" ".join,
+)
+def test_another_processor_makes_the_same_checkpoint(chosen, tiny_run, tmp_path):
+    here = ran(tiny_run, tmp_path / "here", WIDE, *chosen)
+    words = [*tiny_run[:-1], WIDE, *chosen]
     command = [sys.executable, "-m", "claq_exp", *words, f"outputs={tmp_path / 'there'}"]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, **OTHER})
     there = only_run(tmp_path / "there")
