@@ -25,17 +25,10 @@ from claq_exp.quantize.codebook.base import Codebook, ColumnQuantizer
 from claq_exp.quantize.codebook.basics import assign_codes, choose_reserved, round_half
 from claq_exp.quantize.codebook.columns import placed, reserved_entries
 from claq_exp.quantize.codebook.compiled import codes, keep_reserved, mark_placed
-from claq_exp.quantize.codebook.table_fit import (
-    CLIPS,
-    NO_MASK,
-    learn_table,
-    round_scales,
-    round_to_table,
-    search_scales,
-)
+from claq_exp.quantize.codebook.table_fit import NO_MASK
+from claq_exp.quantize.codebook.table_problem import TableProblem, spread_rows, without
 from claq_exp.quantize.statistics import ColumnStatistics
 
-LEARNED_ON = 1 << 16  # numbers of a matrix that a table is learned on
 MEASURED_ON = 1 << 17  # numbers that the errors of options are measured on
 SKETCHED_ON = 1 << 15  # of these, those that their tables are learned on
 
@@ -96,28 +89,22 @@ class GroupTableCodebook(Codebook):
     def start(self, statistics: ColumnStatistics, plan: ColumnPlan) -> TableColumns:
         """Learn the tables and scales of a matrix."""
         layout = self.layout(statistics.shape[0], plan)
-        grouped = Grouped.of(plan.column_bits, layout.group_size)
-        problem = _Problem.of(statistics, plan)
-        parts = [
-            problem.columns((grouped.which == at).numpy()) for at in range(len(grouped.widths))
-        ]
-        tables = [
-            part.learned(layout.group_size, 2**width)
-            for part, width in zip(parts, grouped.widths, strict=True)
-        ]
-        fits = list(zip(parts, tables, strict=True))
-        found = np.concatenate([part.scales(table, layout.group_size) for part, table in fits], 1)
-        scales = torch.from_numpy(found)
+        size, grouped = layout.group_size, Grouped.of(plan.column_bits, layout.group_size)
+        whole = TableProblem.of(statistics, plan)
+        fits = []
+        for number, width in enumerate(grouped.widths):
+            part = whole.columns((grouped.which == number).numpy())
+            fits.append((part, part.learned(size, 2**width)))
+        found = np.concatenate([part.scales(table, size) for part, table in fits], axis=1)
+        scales, tables = torch.from_numpy(found), [table for _, table in fits]
         if self.scale_bits == HALF:
             return TableColumns(plan, layout, tables, scales.half(), None)
         by_row = RowIntegers.near(scales, self.scale_bits)
         integers, first = by_row.integers.float().numpy(), 0
         steps, top = by_row.row_scales.float().numpy(), 2 ** (self.scale_bits - 1) - 1
         for part, table in fits:
-            groups = slice(first, first + part.groups(layout.group_size))
-            integers[:, groups] = part.rounded(
-                table, layout.group_size, steps, top, integers[:, groups]
-            )
+            groups = slice(first, first + part.groups(size))
+            integers[:, groups] = part.integers(table, size, steps, top, integers[:, groups])
             first = groups.stop
         by_row = replace(by_row, integers=torch.from_numpy(integers).short())
         return TableColumns(plan, layout, tables, by_row.scales(), by_row)
@@ -132,115 +119,19 @@ class GroupTableCodebook(Codebook):
         scales are as they are found.
         """
         shape, weights = statistics.shape, statistics.importance()
-        some = _spread_rows(*shape, MEASURED_ON)
+        some = spread_rows(*shape, MEASURED_ON)
         # the error of a row counts as often as it weighs: a row times the root of its weight
         weight = (statistics.weight[some] * weights[some].sqrt()[:, None]).numpy()
         largest = np.argsort(-statistics.weight[some].abs().numpy(), axis=0, kind="stable")
-        importance = statistics.column_importance().numpy()
+        ones, size = np.ones(len(some), dtype=np.float32), min(self.group_size, shape[1])
+        alike = TableProblem(weight, statistics.column_importance().numpy(), ones, NO_MASK)
         found = np.empty((shape[1], len(options)))
         for width in np.unique(options[:, 0]).tolist():
-            misses = np.take_along_axis(self._misses(weight, importance, width), largest, axis=0)
+            table = alike.learned(size, 2**width, SKETCHED_ON)
+            misses = np.take_along_axis(alike.misses(table, size), largest, axis=0)
             for place in np.flatnonzero(options[:, 0] == width).tolist():
-                found[:, place] = _without(misses, options[place, 1] * len(some) / shape[0])
+                found[:, place] = without(misses, options[place, 1] * len(some) / shape[0])
         return found * float(weights.double().sum() / weights[some].double().sum())
-
-    def _misses(
-        self, weight: NDArray[np.float32], importance: NDArray[np.float32], width: int
-    ) -> NDArray[np.float64]:
-        """Return the squared error of each weight where all columns have one width: [out, in]."""
-        alike = _Problem(weight, importance, np.ones(len(weight), dtype=np.float32), NO_MASK)
-        size = min(self.group_size, weight.shape[1])
-        table = alike.learned(size, 2**width, SKETCHED_ON)
-        rounded = np.empty_like(weight)
-        round_to_table(weight, table, size, alike.scales(table, size), rounded)
-        return np.square(weight - rounded, dtype=np.float64)
-
-
-class _Problem(NamedTuple):
-    """Columns that get a table and scales.
-
-    weight: [out, in] float32.  importance: [in] float32.  rows: [out] float32, importance of the
-    rows.  left_out: [out, in] bool, entries that do not count; a 0 x 0 array where all do.
-    """
-
-    weight: NDArray[np.float32]
-    importance: NDArray[np.float32]
-    rows: NDArray[np.float32]
-    left_out: NDArray[np.bool_]
-
-    @staticmethod
-    def of(statistics: ColumnStatistics, plan: ColumnPlan) -> _Problem:
-        weight = np.ascontiguousarray(statistics.weight.numpy())
-        importance, rows = statistics.column_importance().numpy(), statistics.importance().numpy()
-        return _Problem(weight, importance, rows, _left_out(weight, plan))
-
-    def columns(self, own: NDArray[np.bool_]) -> _Problem:
-        """Return some of the columns: [in] bool."""
-        if own.all():
-            return self
-        mask = np.ascontiguousarray(self.left_out[:, own]) if len(self.left_out) else NO_MASK
-        weight = np.ascontiguousarray(self.weight[:, own])
-        return _Problem(weight, self.importance[own], self.rows, mask)
-
-    def groups(self, size: int) -> int:
-        """Return how many groups of so many columns there are."""
-        return -(-self.weight.shape[1] // size)
-
-    def learned(self, size: int, entries: int, numbers: int = LEARNED_ON) -> NDArray[np.float32]:
-        """Learn a table on so many numbers; its levels are those of float16."""
-        rows, columns = self.weight.shape
-        some = _spread_rows(rows, columns, numbers)
-        mask = self.left_out[some] if len(self.left_out) else NO_MASK
-        given = self.weight[some], self.importance, self.rows[some], mask
-        return learn_table(*given, size, entries).astype(np.float16).astype(np.float32)
-
-    def scales(self, table: NDArray[np.float32], size: int) -> NDArray[np.float32]:
-        """Return the best scales: [out, groups]."""
-        scales = np.zeros((len(self.weight), self.groups(size)), dtype=np.float32)
-        search_scales(self.weight, self.importance, self.left_out, table, size, CLIPS, scales)
-        return scales
-
-    def rounded(
-        self,
-        table: NDArray[np.float32],
-        size: int,
-        steps: NDArray[np.float32],
-        top: int,
-        near: NDArray[np.float32],
-    ) -> NDArray[np.float32]:
-        """Return the best integers of scales next to given ones: [out, groups]."""
-        integers = np.ascontiguousarray(near)
-        given = self.weight, self.importance, self.left_out
-        round_scales(*given, table, size, steps, top, integers)
-        return integers
-
-
-def _without(misses: NDArray[np.float64], left_out: float) -> NDArray[np.float64]:
-    """Return the sum of each column without its first entries: [out, in] -> [in] float64.
-
-    left_out: how many, and what share of the next one.
-    """
-    whole = int(left_out)
-    if whole >= len(misses):
-        return np.zeros(misses.shape[1])
-    return np.asarray(misses[whole:].sum(axis=0) - (left_out - whole) * misses[whole])
-
-
-def _spread_rows(rows: int, columns: int, numbers: int) -> NDArray[np.int64]:
-    """Return rows that are spread over a matrix, with about so many numbers."""
-    count = max(1, min(rows, numbers // columns))
-    return np.linspace(0, rows - 1, count).round().astype(np.int64)
-
-
-def _left_out(weight: NDArray[np.float32], plan: ColumnPlan) -> NDArray[np.bool_]:
-    """Return the entries that would be reserved of the weight as it is; a 0 x 0 array for none."""
-    if not int(plan.reserved_counts.sum()):
-        return NO_MASK
-    chosen = np.zeros(weight.shape[::-1], dtype=np.bool_)
-    for column, count in enumerate(plan.reserved_counts.tolist()):
-        values = np.ascontiguousarray(weight[:, column])
-        choose_reserved(values, count, plan.select == "tails", chosen[column])
-    return np.ascontiguousarray(chosen.T)
 
 
 class TableTask(NamedTuple):
