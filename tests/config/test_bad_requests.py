@@ -127,7 +127,6 @@ VALUES = [
     (["codebook=uniform", "precision=fixed"], ["reservation=none"]),
     (["codebook=uniform", "codebook.group_size=-1"], ["codebook.group_size is -1"]),
     (["codebook=uniform", "codebook.zero_point=half"], ["codebook.zero_point", "real, whole"]),
-    (["codebook=group_table", "reservation=none"], ["one width", "precision=fixed"]),
     (
         ["codebook=group_table", "codebook.scale_bits=3"],
         ["codebook.scale_bits '3'", "6, 7, 8"],
