@@ -172,6 +172,7 @@ class RateDistortion(Allocation):
         variants = self._variants(_known(codebook))
         names = list(statistics)
         chosen = dict.fromkeys(names, variants[0])
+        known: dict[str, Choices] = {}
         if len(variants) > 1:
             samples = []
             for name in names:
@@ -182,11 +183,15 @@ class RateDistortion(Allocation):
                 samples, [len(s.weight[0]) for s in statistics.values()], budget
             )
             chosen = {name: variants[at] for name, at in zip(names, picked, strict=True)}
-        choices: list[Choices] = []
+            known = {name: own[at] for name, own, at in zip(names, samples, picked, strict=True)}
+        choices: dict[str, Choices] = {}
         for name in names:
-            choices.append(self._measure(statistics[name], chosen[name], None))
+            found = known.get(name)
+            if found is None or found.columns < statistics[name].shape[1]:  # of some columns
+                found = self._measure(statistics[name], chosen[name], None)
+            choices[name] = found
             on_share((0.6 if len(variants) > 1 else 1.0) / len(names), name)
-        plans = self._fit(dict(zip(names, choices, strict=True)), budget, overhead)
+        plans = self._fit(choices, budget, overhead)
         return {
             name: MatrixPlan(
                 chosen[name], plan, statistics[name].row_weights if self.row_weights else None
