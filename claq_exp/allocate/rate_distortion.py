@@ -38,7 +38,7 @@ ROW_SCALES = ("auto", "always", "never")
 ATTEMPTS = 8  # to fit matrices and what comes with them into a budget
 SAMPLED = 16  # every so many columns decide on the form of a matrix
 TABLES = (GroupTableCodebook(32, 6), GroupTableCodebook(64, 6))  # that compete, where they may
-Form = KMeans | GroupTableCodebook
+Known = KMeans | GroupTableCodebook
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class RateDistortion(Allocation):
         less = replace(self, target_bits=self.target_bits - beside)
         return less._expected_layouts(codebook, shapes)
 
-    def _check_room(self, codebook: Form, shapes: Shapes, overhead: Overhead) -> None:
+    def _check_room(self, codebook: Known, shapes: Shapes, overhead: Overhead) -> None:
         smallest = {shape: self._smallest(codebook, shape) for shape in set(shapes.values())}
         stored = {s: form.layout(form.plan(form.cheapest())) for s, form in smallest.items()}
         fewest = {shape: form.least() for shape, form in smallest.items()}
@@ -146,12 +146,12 @@ class RateDistortion(Allocation):
                 f"{least:.4g}"
             )
 
-    def _smallest(self, codebook: Form, shape: tuple[int, int]) -> Choices:
+    def _smallest(self, codebook: Known, shape: tuple[int, int]) -> Choices:
         """Return what a matrix may choose in the form that can take the fewest bits."""
         forms = [self._alike(variant, shape) for variant in self._variants(codebook)]
         return min(forms, key=lambda form: form.least())
 
-    def _expected_layouts(self, codebook: Form, shapes: Shapes) -> dict[str, Layout]:
+    def _expected_layouts(self, codebook: Known, shapes: Shapes) -> dict[str, Layout]:
         alike = {shape: self.expected_layout(codebook, shape) for shape in set(shapes.values())}
         return {name: alike[shape] for name, shape in shapes.items()}
 
@@ -222,7 +222,7 @@ class RateDistortion(Allocation):
             "stores beside its matrices; raise it"
         )
 
-    def expected_layout(self, codebook: Form, shape: tuple[int, int]) -> Layout:
+    def expected_layout(self, codebook: Known, shape: tuple[int, int]) -> Layout:
         """Return about what a matrix will take, as if all its columns were alike."""
         if isinstance(codebook, KMeans):
             codebook = codebook.variant(
@@ -232,17 +232,17 @@ class RateDistortion(Allocation):
         (plan,) = allocate([choices], max(self.target_bits * choices.weights, choices.least()))
         return choices.layout(plan)
 
-    def _alike(self, codebook: Form, shape: tuple[int, int]) -> Choices:
+    def _alike(self, codebook: Known, shape: tuple[int, int]) -> Choices:
         """Return what a matrix may choose whose columns are all alike, without reservation."""
         rows, columns = shape
         options = column_options(rows, self._widths(codebook), ())
         distortion = np.tile(4.0 ** -options[:, 0], (columns, 1))
         return Choices(rows, options, distortion, codebook, self.count == "nominal")
 
-    def _widths(self, codebook: Form) -> range:
+    def _widths(self, codebook: Known) -> range:
         return range(self.min_bits, min(self.max_bits, codebook.widest) + 1)
 
-    def _variants(self, codebook: Form) -> list[Form]:
+    def _variants(self, codebook: Known) -> list[Known]:
         if isinstance(codebook, GroupTableCodebook):
             return [codebook]
         shared = {"auto": (True, False), "own": (False,), "shared": (True,)}[self.codebooks]
@@ -253,7 +253,7 @@ class RateDistortion(Allocation):
     def _measure(
         self,
         statistics: ColumnStatistics,
-        codebook: Form,
+        codebook: Known,
         columns: Tensor | None,
     ) -> Choices:
         nominal = self.count == "nominal"
@@ -264,7 +264,7 @@ class RateDistortion(Allocation):
         return measure_choices(statistics, codebook, options, nominal=nominal, columns=columns)
 
 
-def _known(codebook: Codebook) -> Form:
+def _known(codebook: Codebook) -> Known:
     """Return the codebook, whose errors at all widths are what is weighed."""
     if not isinstance(codebook, KMeans | GroupTableCodebook):
         raise ConfigError(

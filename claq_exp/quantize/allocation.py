@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from claq_exp.quantize.codebook import Codebook
 
 
+COLUMN, MATRIX = "column", "matrix"
+STEPS = (COLUMN, MATRIX)
+
+
 @dataclass(frozen=True)
 class Thresholding:
     """How a solver moves reserved entries over a matrix while it solves.

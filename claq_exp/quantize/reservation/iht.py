@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from claq_exp.errors import check_choice
-from claq_exp.quantize.allocation import Thresholding
+from claq_exp.quantize.allocation import COLUMN, STEPS, Thresholding
 from claq_exp.quantize.reservation.ratio import TopColumns
 from claq_exp.quantize.statistics import ColumnStatistics
-
-COLUMN, MATRIX = "column", "matrix"
-STEPS = (COLUMN, MATRIX)
 
 
 @dataclass(frozen=True)

@@ -184,8 +184,9 @@ class Descent:
     def _threshold(self, thresholds: Thresholds) -> bool:
         """Move reserved entries, and sweep; undo both unless the loss is lower, and tell."""
         before = self._better()
-        self._reserve(thresholds.largest(self._scores(thresholds)))
+        # a column that has been reserved as a whole has no levels before they are fitted
         self.quantizer.hold(self._held or not thresholds.whole_columns)
+        self._reserve(thresholds.largest(self._scores(thresholds)))
         self._move(self._recoded(self.found))
         self.quantizer.hold(self._held)
         self.sweep(guarded=False)
@@ -201,8 +202,6 @@ class Descent:
         that is |v - q|, and the loss H_jj (v - q)^2 where v is best for the entry alone.
         """
         self._reserve(torch.zeros(self.found.shape, dtype=torch.bool))
-        # a column that has been reserved as a whole has no levels before they are fitted
-        self.quantizer.hold(self._held or not thresholds.whole_columns)
         levels = self._recoded(self.found)
         scores = self.slope()
         for (part, rows), price in zip(self._parts, self._prices, strict=True):

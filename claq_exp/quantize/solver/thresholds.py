@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from claq_exp.quantize.allocation import ColumnPlan
+from claq_exp.quantize.allocation import MATRIX, ColumnPlan
 
 POWERS = 50  # steps of the power iteration
-MATRIX = "matrix"  # a step that is the same for all columns, see `Thresholding`
 
 
 @dataclass(frozen=True)
