@@ -6,7 +6,8 @@
 Words with = that stand alone are overrides of every recipe; a recipe has more of its own.  The
 blocks before are quantized by k-means of 2 bits under GPTQ, so that the inputs are those of a
 quantized model.  Prints the relative output error tr(D H D^T) / tr(W H W^T) of the block's linears,
-geometric mean, the linear bits that the block takes, and the seconds of solving, with one thread.
+geometric mean, on the calibration text and on further windows that no recipe has seen, the linear
+bits that the block takes, and the seconds of solving, with one thread.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from common import command_line, note, parse, run_words
@@ -27,6 +30,7 @@ from claq_exp.models.stream import WholeModel
 from claq_exp.quantize.codebook import KMeans
 from claq_exp.quantize.moments import Moments
 from claq_exp.quantize.precision import Fixed
+from claq_exp.quantize.problem import LinearProblem
 from claq_exp.quantize.recipe import Recipe
 from claq_exp.quantize.reservation import NoReservation
 from claq_exp.quantize.solver import Gptq
@@ -44,8 +48,9 @@ def main() -> None:
     parser.add_argument("--recipe", action="append", help="further overrides, in quotes")
     parser.add_argument("--block", type=int, default=2)
     parser.add_argument("--windows", type=int, default=16, help="calibration windows")
+    parser.add_argument("--unseen", type=int, default=16, help="windows of the other text")
     plain = ["solver=gptq", "solver=quantease"]
-    asked = parse(parser, block=1, windows=2, recipe=plain)
+    asked = parse(parser, block=1, windows=2, unseen=2, recipe=plain)
     with run_words(asked) as words:
         measure(asked, words)
 
@@ -57,32 +62,47 @@ def measure(asked: argparse.Namespace, words: list[str]) -> None:
     words = ["evaluation=none", *words]
     config = compose_config(words)
     fetched = fetch(config)
-    tokens = tokenize_inputs(config, fetched.model).calibration[: asked.windows]
+    tokens = tokenize_inputs(config, fetched.model).calibration
+    if len(tokens) < asked.windows + asked.unseen:
+        raise SystemExit(
+            f"--windows and --unseen are {asked.windows + asked.unseen} together, and "
+            f"calibration.windows is {len(tokens)}; raise it"
+        )
     model = WholeModel(
         load_model(fetched.model, dtype="float32", device="cpu"), config.model.blocks
     )
-    inputs = capture_inputs(model, list(tokens.split(4)))
+    fitted = list(tokens[: asked.windows].split(4))
+    others = list(tokens[asked.windows :][: asked.unseen].split(4))
+    inputs = capture_inputs(model, [*fitted, *others])
     for index in range(asked.block):
         block = model.blocks[index]
-        inputs[index + 1].hidden = quantized_outputs(block, inputs[index])
+        inputs[index + 1].hidden = quantized_outputs(block, inputs[index], len(fitted))
         inputs[index].hidden = []
-    block = model.blocks[asked.block]
-    _, hessians = block_hessians(block, inputs[asked.block], "block")
+    block, entering = model.blocks[asked.block], inputs[asked.block]
+    hessians = hessians_of(block, entering, slice(len(fitted)))
+    unseen = {
+        name: measured.hessian
+        for measured in hessians_of(block, entering, slice(len(fitted), None))
+        for name in measured.names
+    }
     recipes = {
         recipe: compose_config([*words, *recipe.split()]).recipe() for recipe in asked.recipe or []
     }
-    print("  output error  linear bits  seconds")
+    print("  output error  unseen text  linear bits  seconds")
     for name, recipe in recipes.items():
         solve(block, hessians, recipe)  # compiles
         started = time.perf_counter()
         solved = solve(block, hessians, recipe)
         seconds = time.perf_counter() - started
-        logs = [math.log(found.output_error) for found in solved.values()]
-        error = math.exp(sum(logs) / len(logs))
+        error = geometric_mean(found.output_error for found in solved.values())
+        held_out = geometric_mean(
+            error_on(unseen[own], linear_weight(block.get_submodule(own)), found)
+            for own, found in solved.items()
+        )
         layouts = [found.quantized.layout() for found in solved.values()]
         bits = sum(own.ledger().total for own in layouts) / sum(own.weights for own in layouts)
-        print(f"{error:14.6f} {bits:12.4f} {seconds:8.2f}  {name}", flush=True)
-        note(asked, recipe=name, error=error, bits=bits, seconds=seconds)
+        print(f"{error:14.6f} {held_out:12.6f} {bits:12.4f} {seconds:8.2f}  {name}", flush=True)
+        note(asked, recipe=name, error=error, unseen=held_out, bits=bits, seconds=seconds)
 
 
 def solve(
@@ -99,10 +119,28 @@ def solve(
     return found
 
 
-def quantized_outputs(block: torch.nn.Module, inputs: BlockInputs) -> list[torch.Tensor]:
-    """Quantize a block by `BEFORE`; return its hidden states."""
-    _, hessians = block_hessians(block, inputs, "block")
-    for name, solved in solve(block, hessians, BEFORE).items():
+def error_on(hessian: torch.Tensor, weight: torch.Tensor, solved: Solved) -> float:
+    """Return tr(D H D^T) / tr(W H W^T) for the Hessian of another text."""
+    problem = LinearProblem(weight.detach(), hessian)
+    return problem.error(solved.quantized.dequantize() - problem.weight) / problem.energy()
+
+
+def geometric_mean(numbers: Iterable[float]) -> float:
+    """Return the geometric mean of positive numbers."""
+    logs = [math.log(number) for number in numbers]
+    return math.exp(sum(logs) / len(logs))
+
+
+def hessians_of(block: torch.nn.Module, inputs: BlockInputs, batches: slice) -> list[GroupHessian]:
+    """Return the Hessians of a block's linears over some of the batches."""
+    return block_hessians(block, replace(inputs, hidden=inputs.hidden[batches]), "block")[1]
+
+
+def quantized_outputs(
+    block: torch.nn.Module, inputs: BlockInputs, fitted: int
+) -> list[torch.Tensor]:
+    """Quantize a block by `BEFORE`, on so many of the batches; return its hidden states on all."""
+    for name, solved in solve(block, hessians_of(block, inputs, slice(fitted)), BEFORE).items():
         linear_weight(block.get_submodule(name)).copy_(solved.quantized.dequantize())
     return [run_block(block, inputs, batch) for batch in range(len(inputs.hidden))]
 

@@ -198,8 +198,10 @@ class StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize(("event", "count"), [("layer", 5), ("tune", 1), ("block", 1)])
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(
+    ("event", "count", "whole"),
+    [("layer", 5, False), ("tune", 1, False), ("block", 1, False), ("tune", 1, True)],
+)
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_bytes(event, count, whole, folder, tmp_path):
     options = {"transform": Smooth(), "tune": Norms(steps=2)}
 

@@ -13,7 +13,7 @@ from damages import started
 from claq_exp.errors import SourceError
 from claq_exp.models.load import open_model
 
-ROUNDS = 7
+ROUNDS = 3
 
 
 @pytest.fixture(scope="module")

@@ -244,8 +244,16 @@ class Stop(Exception):
 
 
 @pytest.mark.case(150)
-@pytest.mark.parametrize(("event", "count"), [("layer", 3), ("tune", 1), ("tune", 2), ("block", 1)])
-@pytest.mark.parametrize("kind", ["streamed", "whole"])
+@pytest.mark.parametrize(
+    ("kind", "event", "count"),
+    [
+        ("streamed", "layer", 3),
+        ("streamed", "tune", 1),
+        ("streamed", "tune", 2),
+        ("streamed", "block", 1),
+        ("whole", "tune", 2),
+    ],
+)
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_norms(event, count, kind, folder, tmp_path):
     def model() -> BlockedModel:
         parts = streamed(folder, tmp_path / "work")
