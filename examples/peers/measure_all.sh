@@ -68,6 +68,11 @@ own rd2.2 experiment=linear/rate_distortion_2.3 budget.bits=2.2
 own rd2.3 experiment=linear/rate_distortion_2.3
 own rd3.3 experiment=linear/rate_distortion_3.3
 own rd4.5 experiment=linear/rate_distortion_3.3 budget.bits=4.5
+own free2.2 experiment=best/free_2.3 budget.bits=2.2
+own free2.3 experiment=best/free_2.3
+own free3.3 experiment=best/free_3.3
+own free4.0 experiment=best/free_4.0
+own free4.5 experiment=best/free_4bit
 own kmeans4 experiment=kmeans_4bit
 own default
 llama IQ4_NL

@@ -24,9 +24,17 @@ from measured import costs
 from claq_exp.reporting.canvas import add_below, line_style, log_ticks, panel_grid, save, style
 
 LINE = "this project, rate distortion"
+BEST = "this project, best without training"
 OTHER = "this project, other"
+OWN = {
+    "rd": (LINE, "rate distortion"),
+    "free": (BEST, "best"),
+    "kmeans": (OTHER, "k-means columns"),
+}
 EXTENDED = "AutoRound, alg_ext"
-FAMILIES = [LINE, OTHER, "AutoRound", EXTENDED, "GPTQ of llm-compressor", "HQQ", "llama.cpp"]
+PEERS = {"ar": "AutoRound", "llmc": "GPTQ of llm-compressor", "hqq": "HQQ"}
+LLAMA = "llama.cpp"
+FAMILIES = [LINE, BEST, OTHER, PEERS["ar"], EXTENDED, PEERS["llmc"], PEERS["hqq"], LLAMA]
 STORED = "linear bits per weight (everything stored)"
 ORIGINAL: Any = {"color": "#555555", "linestyle": (0, (4, 2)), "linewidth": 1}
 
@@ -78,16 +86,14 @@ def described(name: str, external: dict[str, Any] | None) -> tuple[str, str]:
     """Return family and label of a name that measure_all.sh gives."""
     parts = re.fullmatch(r"([a-z]+?)([\d.]+)(ext)?(?:-(\d+))?", name)
     if parts is None:
-        return ("llama.cpp", name) if external else (OTHER, "default run")
+        return (LLAMA, name) if external else (OTHER, "default run")
     kind, bits, extended, iterations = parts.groups()
     if external is None:
-        kinds = {"rd": (LINE, "rate distortion"), "kmeans": (OTHER, "k-means columns")}
-        family, told = kinds[kind]
+        family, told = OWN[kind]
         return family, f"{told}, {bits} bits"
-    families = {"ar": "AutoRound", "llmc": FAMILIES[4], "hqq": "HQQ"}
     group = f", groups of {external['group_size']}" if external["group_size"] else ""
     more = f", {iterations} iterations" if iterations else ""
-    return EXTENDED if extended else families[kind], f"{bits} bits{group}{more}"
+    return EXTENDED if extended else PEERS[kind], f"{bits} bits{group}{more}"
 
 
 def merged(path: Path, rows: list[Row]) -> list[Row]:
@@ -109,15 +115,15 @@ def markdown(rows: list[Row]) -> str:
     for row in rows:
         spent = f"{float(row.cpu_seconds):.0f}" if row.cpu_seconds else ""
         numbers = f"{row.bits:.2f} | {row.perplexity:.2f} | {row.kl:.3f}"
-        method = "this project" if row.family in (LINE, OTHER) else row.family
+        method = "this project" if row.family in (LINE, BEST, OTHER) else row.family
         lines.append(f"| {method} | {row.label} | {numbers} | {spent} | {row.peak_gib} |")
     return "\n".join(lines)
 
 
 def look(family: str) -> dict[str, Any]:
-    """Return colour and marker; the points of one family alone are joined."""
+    """Return colour and marker; the points of allocations and of the best presets are joined."""
     own = line_style(FAMILIES.index(family))
-    return own if family == LINE else own | {"linestyle": ""}
+    return own if family in (LINE, BEST) else own | {"linestyle": ""}
 
 
 def draw(axis: Axes, rows: list[Row], measure: str) -> None:
@@ -125,7 +131,7 @@ def draw(axis: Axes, rows: list[Row], measure: str) -> None:
     for family in FAMILIES:
         own = [row for row in rows if row.family == family]
         axis.plot([row.bits for row in own], [getattr(row, measure) for row in own], **look(family))
-        for row in own if family == "llama.cpp" and measure == "kl" else []:
+        for row in own if family == LLAMA and measure == "kl" else []:
             place = row.bits, row.kl
             axis.annotate(row.name, place, (4, 4), textcoords="offset points", fontsize=6.5)
     values = [getattr(row, measure) for row in rows]

@@ -55,6 +55,7 @@ def test_table_and_picture_have_a_row_for_each_checkpoint(run, tmp_path, capsys)
             ("made/ar3-200/model-w3", external),
             ("made/llmc3", external),
             ("made/hqq4", {"group_size": None}),
+            ("own/free4.5/run-4/checkpoint", None),
             ("made/IQ4_NL.gguf", {"group_size": None}),
         ],
         start=2,
@@ -88,10 +89,11 @@ def test_table_and_picture_have_a_row_for_each_checkpoint(run, tmp_path, capsys)
         ("AutoRound", "3 bits, groups of 64, 200 iterations"),
         ("GPTQ of llm-compressor", "3 bits, groups of 64"),
         ("HQQ", "4 bits"),
-        ("llama.cpp", "IQ4_NL"),
+        ("this project", "best, 4.5 bits"),
         ("HQQ", "2 bits"),
+        ("llama.cpp", "IQ4_NL"),
     ]
-    assert len((tmp_path / "peers.csv").read_text().splitlines()) == 10
+    assert len((tmp_path / "peers.csv").read_text().splitlines()) == 11
     assert "| 7.00 | 14.29 | 0.143 | 102 | 1.5 |" in table[8]
     assert (tmp_path / "peers.png").read_bytes().startswith(b"\x89PNG")
 
