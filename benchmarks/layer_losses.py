@@ -63,6 +63,8 @@ def measure(asked: argparse.Namespace, words: list[str]) -> None:
     config = compose_config(words)
     fetched = fetch(config)
     tokens = tokenize_inputs(config, fetched.model).calibration
+    if min(asked.windows, asked.unseen) < 1:
+        raise SystemExit("--windows and --unseen need one window at least")
     if len(tokens) < asked.windows + asked.unseen:
         raise SystemExit(
             f"--windows and --unseen are {asked.windows + asked.unseen} together, and "
